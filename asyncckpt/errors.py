@@ -1,0 +1,140 @@
+"""Every error this library raises on purpose, in one tree.
+
+    AsyncCkptError
+    ├── UnsupportedValue      (TypeError)          a value in the training state that cannot be stored
+    ├── InvalidStep           (ValueError)         a step that is no whole number >= 0, or goes backwards
+    ├── InvalidOption         (ValueError)         an argument of the API that makes no sense
+    ├── StepExists            (FileExistsError)    the step is already saved
+    ├── RunPathError          (OSError)            the run directory cannot be used (missing, a file, read-only)
+    ├── RunLocked             (BlockingIOError)    another live run owns the directory
+    ├── LeaseLost             (OSError)            another run took the directory over while this one was writing
+    ├── NotEnoughSpace        (OSError)            the disk cannot hold the save
+    ├── SaveFailed            (OSError)            a background save failed; nothing was published
+    │   └── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
+    ├── ArenaBusy             (BlockingIOError)    a save was due while an earlier one held the arena
+    ├── CheckpointerClosed    (RuntimeError)       use after close, or in a forked child
+    ├── CheckpointNotFound    (FileNotFoundError)  no such step, or no checkpoint at all
+    ├── CheckpointDamaged     (ValueError)         bytes, sizes or structure are not what was saved
+    │   ├── ManifestInvalid                        the manifest itself is damaged, hostile or malformed
+    │   └── NoUsableCheckpoint                     checkpoints exist and none of them verifies
+    ├── VersionUnsupported    (ValueError)         written by a newer format version
+    ├── StateMismatch         (KeyError)           names, shapes or dtypes differ from the live state
+    ├── UnknownName           (KeyError)           an algorithm, format or tensor name that is not known
+    └── MissingExtra          (ImportError)        an optional dependency is not installed
+
+Each is also the builtin in brackets, so ``except OSError`` and friends keep working. A message names the path,
+the step and the rank where there is one, and ends with what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+
+
+class AsyncCkptError(Exception):
+    """The root: catching it catches everything asyncckpt raises on purpose."""
+
+
+class UnsupportedValue(AsyncCkptError, TypeError):
+    """A value that cannot be stored exactly without pickle; the message names its path in the state."""
+
+
+class InvalidStep(AsyncCkptError, ValueError):
+    """A step that is not a whole number >= 0, or that goes backwards."""
+
+
+class InvalidOption(AsyncCkptError, ValueError):
+    """An argument that makes no sense; the message names it and the accepted values."""
+
+
+class StepExists(AsyncCkptError, FileExistsError):
+    """The step already has a checkpoint (or a save in flight)."""
+
+
+class RunPathError(AsyncCkptError, OSError):
+    """The run directory cannot be used as it is."""
+
+
+class RunLocked(AsyncCkptError, BlockingIOError):
+    """Another live run holds the directory; the message names its host and pid and how to take over."""
+
+
+class LeaseLost(AsyncCkptError, OSError):
+    """Another run took this directory over; whatever this one was writing is not published."""
+
+
+class NotEnoughSpace(AsyncCkptError, OSError):
+    """The file system cannot hold the save. Raised before anything is written where it can be foreseen."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.ENOSPC, message)
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class SaveFailed(AsyncCkptError, OSError):
+    """A background save failed. Nothing was published, and every earlier checkpoint is untouched."""
+
+
+class SaveAbandoned(SaveFailed, TimeoutError):
+    """A save did not finish within its deadline and was given up, so that training goes on."""
+
+
+class ArenaBusy(AsyncCkptError, BlockingIOError):
+    """A save was due while earlier saves still held the arena, and ``on_busy="error"`` was chosen."""
+
+
+class CheckpointerClosed(AsyncCkptError, RuntimeError):
+    """The checkpointer was closed, or is used in a forked child process."""
+
+
+class CheckpointNotFound(AsyncCkptError, FileNotFoundError):
+    """The run directory holds no such checkpoint."""
+
+
+class CheckpointDamaged(AsyncCkptError, ValueError):
+    """The checkpoint's bytes, sizes or structure are not what was saved."""
+
+
+class ManifestInvalid(CheckpointDamaged):
+    """The manifest is missing, damaged, hostile or malformed."""
+
+
+class NoUsableCheckpoint(CheckpointDamaged):
+    """Checkpoints exist, and none of them verifies. Never answered by starting from scratch."""
+
+
+class VersionUnsupported(AsyncCkptError, ValueError):
+    """The checkpoint was written by a newer format version than this library reads."""
+
+
+class StateMismatch(AsyncCkptError, KeyError):
+    """Names, shapes or dtypes in the checkpoint differ from the live state; all of them are listed together.
+
+    ``missing``: in the live state, not in the checkpoint. ``unexpected``: in the checkpoint, not in the live state.
+    ``mismatched``: in both, with another shape or dtype. Nothing was changed when this is raised.
+    """
+
+    def __init__(
+        self, message: str, missing: Sequence[str] = (), unexpected: Sequence[str] = (), mismatched: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class UnknownName(AsyncCkptError, KeyError):
+    """A digest, format, codec or tensor name that this installation does not know."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class MissingExtra(AsyncCkptError, ImportError):
+    """An optional dependency is missing; the message gives the ``pip install`` line."""

@@ -1,0 +1,17 @@
+"""Shard formats by name."""
+
+from __future__ import annotations
+
+from asyncckpt.errors import UnknownName
+from asyncckpt.formats.safetensors import SafetensorsFormat
+from asyncckpt.protocols import ShardFormat
+
+_TABLE: dict[str, ShardFormat] = {"safetensors": SafetensorsFormat()}
+
+
+def get(name: str) -> ShardFormat:
+    """The format of that name. Raises ``UnknownName``."""
+    found = _TABLE.get(name)
+    if found is None:
+        raise UnknownName(f"unknown format {name!r}; known are {', '.join(_TABLE)}")
+    return found
