@@ -1,0 +1,1 @@
+"""Storage backends: bytes in, bytes out, durability. Nothing here knows what a tensor is."""

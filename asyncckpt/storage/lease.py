@@ -1,0 +1,219 @@
+"""One live run per directory: who holds it, how that is proved dead, and how it is taken over.
+
+The holder keeps an exclusive ``flock`` on ``.asyncckpt-lease.lock`` (released by the kernel when the process dies)
+and rewrites ``.asyncckpt-lease.json`` with a rising beat. A newcomer that gets the lock on the same boot of the same
+host knows that the holder is gone. On another host locks are advisory at best (NFS, Lustre), so it also watches the
+beat for ``ttl_seconds`` by its own clock: neither timestamps nor pids of another machine are trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from asyncckpt.errors import LeaseLost, RunLocked
+
+LOCK_FILE = ".asyncckpt-lease.lock"
+LEASE_FILE = ".asyncckpt-lease.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseOptions:
+    """``beat_seconds``: how often the lease is renewed. ``ttl_seconds``: how long a newcomer on another host watches
+    for a beat before it takes the holder for dead."""
+
+    beat_seconds: float = 5.0
+    ttl_seconds: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a run directory."""
+
+    owner: str
+    host: str
+    boot: str
+    pid: int
+    beat: int
+    released: bool
+
+    def __str__(self) -> str:
+        return f"host {self.host}, pid {self.pid}"
+
+
+def read_holder(directory: str) -> Holder | None:
+    """The recorded holder, or None where the file is missing or unreadable (it is a record, not the lock)."""
+    try:
+        body = json.loads(Path(directory, LEASE_FILE).read_text())
+        return Holder(
+            str(body["owner"]),
+            str(body["host"]),
+            str(body["boot"]),
+            int(body["pid"]),
+            int(body["beat"]),
+            bool(body["released"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Lease:
+    """A held run directory. Thread-safe. ``acquire`` blocks for at most ``ttl_seconds``."""
+
+    directory: str
+    owner: str
+
+    def __init__(self, directory: str, fd: int, options: LeaseOptions) -> None:
+        self.directory = directory
+        self.owner = uuid.uuid4().hex
+        self._fd = fd
+        self._inode = os.fstat(fd).st_ino
+        self._pid = os.getpid()
+        self._beat = 0
+        self._stop = threading.Event()
+        self._write_lock = threading.Lock()
+        self._write(released=False)
+        _open_leases.add(self)
+        # the thread must not keep a forgotten lease alive: it holds a weak reference, and the finalizer ends it
+        self._finalizer = weakref.finalize(self, _let_go, fd, self._stop)
+        self._thread = threading.Thread(
+            target=_keep_beating,
+            args=(weakref.WeakMethod(self._renew), self._stop, options.beat_seconds),
+            name="asyncckpt-lease",
+            daemon=True,
+        )
+        self._thread.start()
+
+    @classmethod
+    def acquire(cls, directory: str, *, takeover: bool = False, options: LeaseOptions | None = None) -> Lease:
+        """Hold ``directory``. Raises ``RunLocked`` while another live run holds it.
+
+        ``takeover=True`` replaces the lock file, so that a holder that cannot be reached any more is cut off: its
+        next commit fails with ``LeaseLost``.
+        """
+        options = options or LeaseOptions()
+        path = os.path.join(directory, LOCK_FILE)
+        if takeover:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _locked(directory, read_holder(directory)) from None
+            if os.fstat(fd).st_ino != os.stat(path).st_ino:
+                raise _locked(directory, read_holder(directory))  # somebody took over between open and lock
+            if not takeover:
+                _wait_until_dead(directory, options)
+            return cls(directory, fd, options)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def check(self) -> None:
+        """Raises ``LeaseLost`` where another run has taken the directory over. Called right before a publish."""
+        holder = read_holder(self.directory)
+        try:
+            same_lock = os.stat(os.path.join(self.directory, LOCK_FILE)).st_ino == self._inode
+        except FileNotFoundError:
+            same_lock = False
+        if not same_lock or holder is None or holder.owner != self.owner:
+            raise LeaseLost(
+                f"{self.directory}: this run was taken over by {holder or 'another run'}; nothing more is published "
+                f"from here. Stop this process, or save into another directory"
+            )
+
+    def release(self) -> None:
+        """Give the directory back. Idempotent."""
+        if not self._finalizer.alive:
+            return
+        if os.getpid() == self._pid:
+            with contextlib.suppress(OSError, LeaseLost):
+                self.check()
+                self._write(released=True)
+        self._finalizer()
+
+    def _renew(self) -> None:
+        with contextlib.suppress(OSError, LeaseLost):
+            self.check()
+            self._write(released=False)
+
+    def _write(self, *, released: bool) -> None:
+        with self._write_lock:
+            self._beat += 1
+            holder = Holder(self.owner, socket.gethostname(), _boot_id(), self._pid, self._beat, released)
+            temp = os.path.join(self.directory, f"{LEASE_FILE}.{self.owner}")
+            Path(temp).write_text(json.dumps(asdict(holder)))
+            os.replace(temp, os.path.join(self.directory, LEASE_FILE))
+
+
+def _wait_until_dead(directory: str, options: LeaseOptions) -> None:
+    """Having the lock, make sure that a holder elsewhere is not still beating."""
+    holder = read_holder(directory)
+    if holder is None or holder.released or holder.boot == _boot_id():
+        return
+    deadline = time.monotonic() + options.ttl_seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(0.2, options.ttl_seconds / 10))
+        now = read_holder(directory)
+        if now is not None and (now.owner, now.beat) != (holder.owner, holder.beat):
+            if now.released:
+                return
+            raise _locked(directory, now)
+
+
+def _locked(directory: str, holder: Holder | None) -> RunLocked:
+    return RunLocked(
+        f"{directory} is in use by another live run ({holder or 'holder unknown'}). Stop that process, or use another "
+        f"directory; if it can no longer be reached, take over with Checkpointer(..., takeover=True)"
+    )
+
+
+def _keep_beating(
+    renew: weakref.WeakMethod[Callable[[], None]], stop: threading.Event, beat_seconds: float
+) -> None:
+    while not stop.wait(beat_seconds):
+        method = renew()
+        if method is None:
+            return
+        method()
+        del method
+
+
+def _let_go(fd: int, stop: threading.Event) -> None:
+    stop.set()
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def _boot_id() -> str:
+    """Names one boot of one machine: a pid or a lock means something only within it."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()}:{boot}"
+
+
+_open_leases: weakref.WeakSet[Lease] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    # A forked child (a data loader's worker) shares the open file description: it would keep the lock of a killed
+    # trainer alive.
+    for lease in list(_open_leases):
+        lease._finalizer()
+
+
+os.register_at_fork(after_in_child=_close_in_child)

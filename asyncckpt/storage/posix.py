@@ -1,0 +1,138 @@
+"""The system calls the local store makes, one method each: the seam where tests record, fail and delay them.
+
+Every call retries nothing and swallows nothing: what the kernel says is what the caller gets. ``EINTR`` is retried
+by Python itself (PEP 475), never an error of ``fsync`` or ``close``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Mapping
+from typing import Final
+
+import aiofiles
+import aiofiles.os
+
+from asyncckpt.protocols import Buffer
+
+#: File systems that refuse O_DIRECT, at open or at the first transfer, answer with one of these.
+NO_DIRECT: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM})
+_AT_FDCWD: Final = -100
+_RENAME_NOREPLACE: Final = 1
+_RENAME_EXCHANGE: Final = 2
+#: Answers that mean "this file system or kernel cannot do that kind of rename" (NFS says EINVAL).
+_NO_FLAGS: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+
+
+class PosixOps:
+    """Thin and stateless; thread-safe."""
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        return os.open(path, flags | os.O_CLOEXEC, mode)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def preadv(self, fd: int, buffer: Buffer, offset: int) -> int:
+        return os.preadv(fd, [buffer], offset)
+
+    def reserve(self, fd: int, nbytes: int) -> None:
+        """Allocate blocks ahead, which finds a full disk early; proves nothing about data. May be unsupported."""
+        os.posix_fallocate(fd, 0, nbytes)
+
+    def truncate(self, fd: int, nbytes: int) -> None:
+        os.ftruncate(fd, nbytes)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def fsync_directory(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    async def write_file(self, path: str, data: bytes) -> None:
+        """Create (exclusively), write and fsync a small file. ``aiofiles`` keeps the event loop free meanwhile."""
+        async with aiofiles.open(path, "xb", buffering=0) as file:
+            view = memoryview(data)
+            while view:  # a raw write may be short
+                view = view[await file.write(view) :]
+            fd = file.fileno()
+            await aiofiles.os.wrap(self.fsync)(fd)
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path)
+
+    def rename_noreplace(self, source: str, target: str) -> None:
+        """Rename, failing with ``FileExistsError`` where the target exists, an empty directory included.
+
+        Where the file system has no such rename, an exclusive lock on the parent and a check stand in: safe against
+        every writer that uses this library, and the run's lease admits only one.
+        """
+        code = _renameat2(source, target, _RENAME_NOREPLACE)
+        if code == 0:
+            return
+        if code not in _NO_FLAGS:
+            raise OSError(code, os.strerror(code), source, None, target)
+        parent = os.open(os.path.dirname(target) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(parent, fcntl.LOCK_EX)
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+            os.rename(source, target)
+        finally:
+            os.close(parent)
+
+    def exchange(self, first: str, second: str) -> None:
+        """Swap two names atomically: at no moment is either missing. Raises ``OSError`` where unsupported."""
+        code = _renameat2(first, second, _RENAME_EXCHANGE)
+        if code:
+            raise OSError(code, os.strerror(code), first, None, second)
+
+    def replace(self, source: str, target: str) -> None:
+        """Plain rename over a *file* (the ``latest`` hint, the lease): never used on a checkpoint."""
+        os.replace(source, target)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
+    def scan(self, path: str) -> Mapping[str, os.stat_result]:
+        """Names and ``lstat`` results of a directory's entries; entries that vanish meanwhile are left out."""
+        found: dict[str, os.stat_result] = {}
+        with os.scandir(path) as entries:
+            for entry in entries:
+                try:
+                    found[entry.name] = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+        return found
+
+    def free_bytes(self, path: str) -> int:
+        stats = os.statvfs(path)
+        return stats.f_bavail * stats.f_frsize
+
+
+def _renameat2(source: str, target: str, flags: int) -> int:
+    """0, or the errno. Linux only: ``ENOSYS`` elsewhere."""
+    if not sys.platform.startswith("linux"):
+        return errno.ENOSYS
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        call = libc.renameat2
+    except AttributeError:
+        return errno.ENOSYS
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)) == 0:
+        return 0
+    return ctypes.get_errno()
