@@ -7,6 +7,7 @@ schema is described in docs/format.md.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,15 @@ from typing import Any, Final, NoReturn
 
 from asyncckpt import digests
 from asyncckpt.dtypes import ITEM_BYTES
-from asyncckpt.errors import ManifestInvalid, VersionUnsupported
+from asyncckpt.errors import CheckpointDamaged, ManifestInvalid, VersionUnsupported
 from asyncckpt.plain import loads
-from asyncckpt.protocols import JsonValue, Layout
+from asyncckpt.protocols import JsonValue, Layout, Reader
 
 FORMAT_NAME: Final = "asyncckpt"
 FORMAT_VERSION: Final = 1
 FILE_NAME: Final = "manifest.json"
+#: The plain values of every component.
+STATE_FILE: Final = "state.json"
 #: Room for ten million tensors; more is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
 _SELF_DIGEST: Final = "xxh3-128"
@@ -186,6 +189,15 @@ def decode(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+def load(reader: Reader) -> Manifest:
+    """The manifest of an open checkpoint. Raises as ``decode`` does, and where the file is missing or no file."""
+    try:
+        data = reader.read_small(FILE_NAME, MAX_MANIFEST_BYTES)
+    except CheckpointDamaged as error:
+        raise ManifestInvalid(f"{error}; this directory is no complete checkpoint") from error
+    return decode(data, f"{reader.path}/{FILE_NAME}")
+
+
 def _parse(data: bytes, where: str) -> JsonValue:
     try:
         return loads(data, where)
@@ -291,7 +303,7 @@ def _tensor(body: _Body, name: str, row: Any, sizes: Mapping[str, int]) -> Tenso
     if not isinstance(file, str) or file not in sizes:
         body.fail(f"puts tensor {name!r:.80} into a file it does not list")
     begin, end = body.size("begin", begin), body.size("end", end)
-    if end > sizes[file] or end - begin != nbytes:
+    if end > sizes[file] or end - begin != nbytes or begin % ITEM_BYTES[dtype]:
         body.fail(f"gives tensor {name!r:.80} a byte range that does not fit its shape or its file")
     return TensorRecord(dtype, tuple(shape), file, begin, end)
 
@@ -304,7 +316,7 @@ def _check_overlaps(body: _Body, components: Mapping[str, ComponentRecord]) -> N
                 ranges.setdefault(tensor.file, []).append((tensor.begin, tensor.end))
     for file, spans in ranges.items():
         spans.sort()
-        if any(after[0] < before[1] for before, after in zip(spans, spans[1:], strict=False)):
+        if any(after[0] < before[1] for before, after in itertools.pairwise(spans)):
             body.fail(f"has tensors in {file!r} that overlap")
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
+    import mmap
+
     import torch
 
 #: What the buffer protocol takes here (``collections.abc.Buffer`` needs Python 3.12).
-Buffer: TypeAlias = "bytes | bytearray | memoryview"
-JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+Buffer: TypeAlias = "bytes | bytearray | memoryview | mmap.mmap"
+JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
 #: File offsets, extent boundaries and memory handed to O_DIRECT are multiples of this many bytes.
 ALIGNMENT_BYTES = 4096
@@ -151,6 +153,7 @@ class Attempt(Protocol):
     """One unpublished checkpoint in a directory of its own. Never reused."""
 
     uuid: str
+    path: str
 
     def create_shard(self, file: str, nbytes: int) -> ShardWriter: ...
 

@@ -180,9 +180,7 @@ def _locked(directory: str, holder: Holder | None) -> RunLocked:
     )
 
 
-def _keep_beating(
-    renew: weakref.WeakMethod[Callable[[], None]], stop: threading.Event, beat_seconds: float
-) -> None:
+def _keep_beating(renew: weakref.WeakMethod[Callable[[], None]], stop: threading.Event, beat_seconds: float) -> None:
     while not stop.wait(beat_seconds):
         method = renew()
         if method is None:

@@ -96,6 +96,10 @@ class LocalStore:
     def open(self, name: str) -> Reader:
         return LocalReader(self.path, name, ops=self.ops, direct=self.direct)
 
+    def open_attempt(self, path: str) -> Reader:
+        """Read an unpublished attempt of this process, for reading back what was written."""
+        return LocalReader(self.path, os.path.basename(path), ops=self.ops, direct=self.direct)
+
     def remove(self, name: str) -> bool:
         source = os.path.join(self.path, name)
         guard = _try_exclusive(os.path.join(source, MANIFEST_FILE))

@@ -1,0 +1,90 @@
+"""asyncckpt: asynchronous, verified, high-throughput checkpoints for PyTorch.
+
+``Checkpointer`` is the way in; ``Run`` reads a run directory without writing to it.
+"""
+
+from asyncckpt.cadence import Milestones, Minutes, Steps
+from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.checkpointer import Checkpointer
+from asyncckpt.environment import version
+from asyncckpt.errors import (
+    ArenaBusy,
+    AsyncCkptError,
+    CheckpointDamaged,
+    CheckpointerClosed,
+    CheckpointNotFound,
+    InvalidOption,
+    InvalidStep,
+    LeaseLost,
+    ManifestInvalid,
+    MissingExtra,
+    NotEnoughSpace,
+    NoUsableCheckpoint,
+    RunLocked,
+    RunPathError,
+    SaveAbandoned,
+    SaveFailed,
+    StateMismatch,
+    StepExists,
+    UnknownName,
+    UnsupportedValue,
+    VersionUnsupported,
+)
+from asyncckpt.hooks import Preempted, Preemption
+from asyncckpt.reading import Damage
+from asyncckpt.restore import RestoreReport
+from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
+from asyncckpt.rng import RngState
+from asyncckpt.run import Run
+from asyncckpt.storage.lease import LeaseOptions
+from asyncckpt.writer import PendingSave, SaveReport, WriterOptions
+
+__version__ = version()
+
+__all__ = [
+    # saving and restoring
+    "Checkpointer",
+    "Run",
+    "PendingSave",
+    "SaveReport",
+    "RestoreReport",
+    "CheckpointInfo",
+    "Damage",
+    "RngState",
+    # when to save, what to keep
+    "Steps",
+    "Minutes",
+    "Milestones",
+    "KeepAll",
+    "KeepLast",
+    "KeepEvery",
+    "KeepBest",
+    "KeepSteps",
+    "Preemption",
+    "Preempted",
+    # options
+    "WriterOptions",
+    "LeaseOptions",
+    # errors
+    "AsyncCkptError",
+    "ArenaBusy",
+    "CheckpointDamaged",
+    "CheckpointNotFound",
+    "CheckpointerClosed",
+    "InvalidOption",
+    "InvalidStep",
+    "LeaseLost",
+    "ManifestInvalid",
+    "MissingExtra",
+    "NoUsableCheckpoint",
+    "NotEnoughSpace",
+    "RunLocked",
+    "RunPathError",
+    "SaveAbandoned",
+    "SaveFailed",
+    "StateMismatch",
+    "StepExists",
+    "UnknownName",
+    "UnsupportedValue",
+    "VersionUnsupported",
+]

@@ -1,0 +1,205 @@
+"""The arena: reusable host memory that extents are staged in.
+
+It is a shared-memory file, mapped, faulted in and (for CUDA) pinned once, piece by piece, on a thread of its own:
+on fresh memory page faults cost more than ten times the copy (docs/design/001-arena.md). It has a byte budget.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import logging
+import mmap
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncckpt.errors import ArenaBusy, InvalidOption
+from asyncckpt.protocols import ALIGNMENT_BYTES
+
+log = logging.getLogger("asyncckpt")
+
+_FAULT_IN_BYTES = 16 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A piece of the arena. ``view`` is writable and aligned, its length a multiple of 4096."""
+
+    region: int
+    offset: int
+    nbytes: int
+    address: int
+    view: memoryview
+    tensor: torch.Tensor
+
+
+class _Region:
+    def __init__(self, nbytes: int) -> None:
+        fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, nbytes)
+            self.memory = mmap.mmap(fd, nbytes)
+        finally:
+            os.close(fd)
+        # a fork must not copy or inherit gigabytes of staging memory (data loader workers)
+        self.memory.madvise(mmap.MADV_DONTFORK)
+        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.nbytes = nbytes
+        self.view = memoryview(self.memory)
+        self.tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self.address = self.tensor.data_ptr()
+
+    def fault_in(self, offset: int, nbytes: int) -> None:
+        if _libc.madvise(self.address + offset, nbytes, _MADV_POPULATE_WRITE) != 0:
+            _libc.memset(self.address + offset, 0, nbytes)
+
+    def pin(self) -> None:
+        runtime: Callable[[], Any] = torch.cuda.cudart
+        cudart = runtime()
+        code = int(cudart.cudaHostRegister(self.address, self.nbytes, 0))
+        if code:
+            log.warning(
+                "could not pin %d bytes of staging memory (CUDA error %d): copies are slower", self.nbytes, code
+            )
+            return
+        weakref.finalize(self, cudart.cudaHostUnregister, self.address)
+
+
+class Arena:
+    """A byte budget of staging memory, handed out in slots. Thread-safe.
+
+    ``grow`` adds memory up to the budget; a background thread faults it in, and each part is handed out as soon as
+    it is ready.
+    """
+
+    def __init__(self) -> None:
+        self.budget_bytes = 0
+        self._regions: list[_Region] = []
+        self._free: list[tuple[int, int, int]] = []  # (region, offset, nbytes), sorted, never adjacent
+        self._changed = threading.Condition()
+        self._faulting = 0
+        self._cold_bytes = 0
+        self._closed = False
+
+    def grow(self, budget_bytes: int, *, pin: bool = False) -> None:
+        """Raise the budget to at least ``budget_bytes``; returns at once, memory becomes available as it is ready.
+        ``pin``: register the new memory with CUDA, for copies that overlap with kernels."""
+        with self._changed:
+            extra = -(-(budget_bytes - self.budget_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            if extra <= 0 or self._closed:
+                return
+            self._regions.append(_Region(extra))
+            number = len(self._regions) - 1
+            self.budget_bytes += extra
+            self._faulting += 1
+            self._cold_bytes += extra
+        threading.Thread(target=self._prepare, args=(number, pin), name="asyncckpt-arena", daemon=True).start()
+
+    def acquire(
+        self, nbytes: int, deadline: float | None = None, cancelled: Callable[[], bool] = lambda: False
+    ) -> Slot:
+        """A slot of at least ``nbytes``. Blocks until one is free.
+
+        Raises ``ArenaBusy`` once ``time.monotonic()`` passes ``deadline`` or ``cancelled()`` is true (see ``wake``),
+        and ``InvalidOption`` where the budget can never hold it.
+        """
+        need = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        with self._changed:
+            if need > max((region.nbytes for region in self._regions), default=0):
+                raise InvalidOption(
+                    f"the arena of {self.budget_bytes} bytes cannot hold an extent of {need} bytes; raise staging_bytes"
+                )
+            while True:
+                for position, (region, offset, size) in enumerate(self._free):
+                    if size >= need:
+                        if size == need:
+                            del self._free[position]
+                        else:
+                            self._free[position] = (region, offset + need, size - need)
+                        return self._slot(region, offset, need)
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if self._closed or cancelled() or (remaining is not None and remaining <= 0):
+                    raise ArenaBusy(f"no {need} bytes of the {self.budget_bytes} byte arena came free in time")
+                self._changed.wait(remaining)
+
+    def release(self, slot: Slot) -> None:
+        """Give a slot back; whatever is still in it may be overwritten at once."""
+        self._put(slot.region, slot.offset, slot.nbytes)
+
+    def free_bytes(self) -> int:
+        """Bytes that could be staged into without waiting for a write (what is still being faulted in counts)."""
+        with self._changed:
+            return self._cold_bytes + sum(size for _, _, size in self._free)
+
+    def wake(self) -> None:
+        """Let everyone who waits in ``acquire`` look at ``cancelled`` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait_prepared(self, timeout: float | None = None) -> bool:
+        """Block until all memory is faulted in; False when ``timeout`` seconds passed first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._faulting, timeout)
+
+    def close(self) -> None:
+        """Wake whoever waits. The memory goes when the last slot does."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _prepare(self, number: int, pin: bool) -> None:
+        region = self._regions[number]
+        try:
+            if pin:
+                region.pin()
+            for offset in range(0, region.nbytes, _FAULT_IN_BYTES):
+                if self._closed:
+                    return
+                size = min(_FAULT_IN_BYTES, region.nbytes - offset)
+                region.fault_in(offset, size)
+                with self._changed:
+                    self._cold_bytes -= size
+                self._put(number, offset, size)
+        finally:
+            with self._changed:
+                self._faulting -= 1
+                self._changed.notify_all()
+
+    def _put(self, region: int, offset: int, nbytes: int) -> None:
+        with self._changed:
+            at = bisect.bisect_left(self._free, (region, offset, 0))
+            if at < len(self._free):
+                after_region, after_offset, after_size = self._free[at]
+                if (after_region, after_offset) == (region, offset + nbytes):
+                    del self._free[at]
+                    nbytes += after_size
+            if at:
+                before_region, before_offset, before_size = self._free[at - 1]
+                if (before_region, before_offset + before_size) == (region, offset):
+                    at -= 1
+                    del self._free[at]
+                    offset, nbytes = before_offset, before_size + nbytes
+            self._free.insert(at, (region, offset, nbytes))
+            self._changed.notify_all()
+
+    def _slot(self, region: int, offset: int, nbytes: int) -> Slot:
+        home = self._regions[region]
+        return Slot(
+            region,
+            offset,
+            nbytes,
+            home.address + offset,
+            home.view[offset : offset + nbytes],
+            home.tensor[offset : offset + nbytes],
+        )

@@ -1,0 +1,145 @@
+"""The catalog: the checkpoints of one run directory, found by looking, never by a list somebody kept.
+
+``latest`` and directory names are hints; what counts is a directory whose manifest holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from asyncckpt import manifest as manifests
+from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound
+from asyncckpt.protocols import Store
+from asyncckpt.reading import check_files
+
+PINS = ".pins"
+_STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointInfo:
+    """One checkpoint as ``ls`` sees it. ``damage`` says why it cannot be used, or is None: manifest, names and sizes
+    are right (``verify`` reads the bytes). ``nbytes`` is its size on disk. ``kind`` is ``full`` or ``weights``."""
+
+    step: int
+    name: str
+    path: str
+    kind: str = "full"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+    created_unix_seconds: float = 0.0
+    pinned: bool = False
+    damage: str | None = None
+
+
+class Catalog:
+    """Reads a run directory. Remembers what it has read by name: published checkpoints do not change. Thread-safe
+    where one thread refreshes at a time."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._known: dict[str, CheckpointInfo] = {}
+
+    def entries(self, *, fresh: bool = True) -> list[CheckpointInfo]:
+        """All checkpoints, damaged ones included, oldest step first. ``fresh=False`` re-reads only new names."""
+        names = set(self._store.names())
+        known = {} if fresh else {name: entry for name, entry in self._known.items() if name in names}
+        for name in names - set(known):
+            entry = self._look(name)
+            if entry is not None:
+                known[name] = entry
+        self._known = known
+        pins = self.pins()
+        found = [replace(entry, pinned=entry.name in pins) for entry in known.values()]
+        return sorted(found, key=lambda entry: (entry.step, entry.kind, entry.name))
+
+    def find(self, step: int, kind: str | None = None) -> CheckpointInfo:
+        """The checkpoint of that step, the full one where there are two kinds. Raises ``CheckpointNotFound``, naming
+        the steps there are."""
+        entries = self.entries()
+        matches = [entry for entry in entries if entry.step == step and kind in (None, entry.kind)]
+        if not matches:
+            have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
+            raise CheckpointNotFound(f"{self._path}: no checkpoint of step {step}; the newest steps there: {have}")
+        return min(matches, key=lambda entry: (entry.damage is not None, entry.kind != "full"))
+
+    def newest(self, kind: str | None = "full") -> CheckpointInfo:
+        """The newest checkpoint that looks whole. Raises ``CheckpointNotFound``."""
+        usable = [entry for entry in self.entries() if entry.damage is None and kind in (None, entry.kind)]
+        if not usable:
+            raise CheckpointNotFound(f"{self._path}: no checkpoint here")
+        return usable[-1]
+
+    def forget(self, name: str) -> None:
+        """Read this one anew next time."""
+        self._known.pop(name, None)
+
+    def pins(self) -> set[str]:
+        """Names of pinned checkpoints."""
+        try:
+            return set(os.listdir(os.path.join(self._path, PINS)))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def pin(self, step: int, *, pinned: bool = True) -> CheckpointInfo:
+        """Protect a checkpoint from retention (or stop doing so). Atomic; safe while another process prunes."""
+        entry = self.find(step)
+        folder = os.path.join(self._path, PINS)
+        marker = os.path.join(folder, entry.name)
+        if pinned:
+            os.makedirs(folder, exist_ok=True)
+            with open(marker, "a"):
+                pass
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(marker)
+        return replace(entry, pinned=pinned)
+
+    def _look(self, name: str) -> CheckpointInfo | None:
+        path = os.path.join(self._path, name)
+        match = _STEP_IN_NAME.search(name)
+        step = int(match.group(1) or match.group(2)) if match else -1
+        try:
+            reader = self._store.open(name)
+        except CheckpointNotFound:
+            return None  # deleted meanwhile
+        except (CheckpointDamaged, OSError) as error:
+            return CheckpointInfo(step=step, name=name, path=path, damage=str(error)) if match else None
+        try:
+            if manifests.FILE_NAME not in os.listdir(path) and not self._looks_ours(path):
+                return None
+            manifest = manifests.load(reader)
+            damage = check_files(reader, manifest)
+            problem = str(damage[0]) if damage else None
+            return CheckpointInfo(
+                step=manifest.step,
+                name=name,
+                path=path,
+                kind=manifest.kind,
+                metrics=manifest.metrics,
+                nbytes=manifest.nbytes,
+                created_unix_seconds=manifest.created_unix_seconds,
+                damage=problem,
+            )
+        except FileNotFoundError:
+            return None
+        except (AsyncCkptError, OSError) as error:
+            return CheckpointInfo(step=step, name=name, path=path, damage=str(error))
+        finally:
+            reader.close()
+
+    @staticmethod
+    def _looks_ours(path: str) -> bool:
+        """A directory without a manifest that holds shards or ``state.json`` was a checkpoint once."""
+        with os.scandir(path) as entries:
+            return any(
+                stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
+                and (entry.name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", entry.name) is not None)
+                for entry in entries
+            )

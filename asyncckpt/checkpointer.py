@@ -1,0 +1,495 @@
+"""``Checkpointer``: the only file that knows the order of the stages, and nothing of bytes or files."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+
+from asyncckpt import cadence, digests, environment, formats, naming, plain, retention
+from asyncckpt.arena import Arena
+from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.commit import Contents, Save
+from asyncckpt.committer import Committer, InFlight
+from asyncckpt.errors import (
+    ArenaBusy,
+    CheckpointerClosed,
+    CheckpointNotFound,
+    InvalidOption,
+    InvalidStep,
+    SaveAbandoned,
+    StepExists,
+)
+from asyncckpt.events import Busy, EventBus, Preempting, SaveStarted, Stalled, Subscriber
+from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
+from asyncckpt.layout import LayoutCache, LayoutOptions
+from asyncckpt.manifest import Manifest
+from asyncckpt.protocols import Layout, Snapshot
+from asyncckpt.restore import RestoreReport
+from asyncckpt.run import Run
+from asyncckpt.snapshot import capture
+from asyncckpt.staging import Stager, StagingJob, split_eager
+from asyncckpt.storage.lease import Lease, LeaseOptions
+from asyncckpt.writer import PendingSave, WriterOptions, WriterPool
+
+log = logging.getLogger("asyncckpt")
+
+OnBusy = Literal["wait", "skip", "error"]
+_MIN_STAGING_BYTES = 1 << 20
+
+
+class Checkpointer(Run):
+    """Saves and restores the training state of one run in one directory.
+
+    ``path``: the run directory (made if only its last part is missing; ``create_parents=True`` makes the rest).
+    ``every``: when ``step`` saves: an int (steps), ``Steps``, ``Minutes``, ``Milestones``, several in a list, or None.
+    ``keep``: retention policies, a union; none keeps everything. ``staging_bytes``: the arena's budget; by default
+    the state's size, at most a quarter of the memory that is free. ``on_busy``: what a save that is due does while
+    earlier saves hold the arena: ``wait`` (default; training stalls), ``skip`` (``step`` returns None; an explicit
+    ``save`` waits), ``error`` (``ArenaBusy``). ``max_in_flight``: saves not yet durable at one time. ``name``: the
+    directories' template. ``config``: plain values recorded in every manifest. ``preempt``: save on SIGTERM and such.
+    ``on_event``: called with every event. ``overwrite``: saving a step again replaces it. ``takeover``: cut off a run
+    that holds the directory and cannot be reached.
+
+    Call ``save``, ``step``, ``watch``, ``guard`` and ``resume`` from the training thread; everything else from any
+    thread. Errors of background saves are raised by the next ``step``, ``save``, ``wait`` or ``close``, unless
+    ``PendingSave.result`` delivered them already. Nothing is written before the first ``step``, ``save``, ``prepare``
+    or ``resume``: reading a run that another process is writing needs no lease.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        every: cadence.Every = None,
+        keep: retention.Policy | Sequence[retention.Policy] = (),
+        format: str = "safetensors",
+        staging_bytes: int | None = None,
+        on_busy: OnBusy = "wait",
+        max_in_flight: int = 2,
+        shard_bytes: int = 4 << 30,
+        extent_bytes: int = 8 << 20,
+        digest: str = digests.DEFAULT,
+        name: str = naming.DEFAULT,
+        config: Any = None,
+        preempt: Preemption | None = None,
+        on_event: Subscriber | Sequence[Subscriber] = (),
+        overwrite: bool = False,
+        create_parents: bool = False,
+        takeover: bool = False,
+        writer: WriterOptions | None = None,
+        lease: LeaseOptions | None = None,
+    ) -> None:
+        if on_busy not in ("wait", "skip", "error"):
+            raise InvalidOption(f"on_busy must be 'wait', 'skip' or 'error', not {on_busy!r}")
+        if type(max_in_flight) is not int or max_in_flight < 1:
+            raise InvalidOption(f"max_in_flight must be a whole number >= 1, not {max_in_flight!r}")
+        if staging_bytes is not None and (type(staging_bytes) is not int or staging_bytes < _MIN_STAGING_BYTES):
+            raise InvalidOption(f"staging_bytes must be at least {_MIN_STAGING_BYTES} bytes, not {staging_bytes!r}")
+        digests.get(digest)
+        self._writer_options = writer or WriterOptions()
+        events = EventBus(tuple(on_event) if isinstance(on_event, Sequence) else (on_event,))
+        super().__init__(path, direct=self._writer_options.direct, events=events)
+        self._every = cadence.parse(every)
+        self._format = formats.get(format)
+        self._digest = digest
+        self._template = naming.NameTemplate(name)
+        self._config = plain.encode(config, "config", _no_tensors, component="config")
+        self._staging_bytes = staging_bytes
+        self._on_busy: OnBusy = on_busy
+        self._max_in_flight = max_in_flight
+        self._overwrite = overwrite
+        self._create_parents = create_parents
+        self._takeover = takeover
+        self._lease_options = lease
+        if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
+            extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
+        self._layouts = LayoutCache(self._format, LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes))
+        self._extent_bytes = extent_bytes
+        policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
+        self._committer = Committer(
+            self._store, policies, self._writer_options, self.events, self._check_lease, self._damaged
+        )
+        self._watched = Watched(self._before_change)
+        self._signals = SignalWatch(preempt) if preempt is not None else None
+        self._arena = Arena()
+        self._stager = Stager()
+        self._pool = WriterPool(self._writer_options.threads)
+        self._lease: Lease | None = None
+        self._saved: dict[tuple[int, str], str] = {}
+        self._last_step: dict[str, int] = {}
+        self._last_saved_seconds = time.monotonic()
+        self._prepared = False
+        self._closed = False
+        self._pid = os.getpid()
+        _drain_at_exit(self)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
+        """Call once a training step, after the update: saves when one is due and returns its ``PendingSave``.
+
+        Costs microseconds where none is due. Raises as ``save`` does, and ``Preempted`` (a ``SystemExit``) once the
+        save that a preemption signal asked for is durable.
+        """
+        self._surface()
+        if not self._prepared:
+            self.prepare(state)
+        if self._signals is not None and self._signals.received is not None:
+            self._leave(step, state, metrics, self._signals)
+        last = self._last_step.get("full")
+        if not self._every.due(step, time.monotonic(), last, self._last_saved_seconds):
+            return None
+        try:
+            return self._save(step, state, metrics, kind="full", may_skip=True)
+        except _SkippedBusy:
+            return None
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        weights_only: bool = False,
+    ) -> PendingSave:
+        """Save now. Returns once training may go on; the checkpoint becomes durable in the background.
+
+        Blocks until the state is copied, or, for what a watched optimizer owns, not at all. ``weights_only`` saves
+        the modules alone, as a checkpoint of kind ``weights`` that ``resume`` does not look at. Raises
+        ``UnsupportedValue``, ``InvalidStep``, ``StepExists``, ``RunLocked``, ``RunPathError``, ``ArenaBusy``, and the
+        error of an earlier background save.
+        """
+        self._surface()
+        return self._save(step, state, metrics, kind="weights" if weights_only else "full", may_skip=False)
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Plan the layout and begin to fault the arena in, in the background, so that the first save is as fast as
+        the others. Returns at once; ``step`` and ``resume`` do it by themselves."""
+        self._open()
+        _, layout = self._plan(state, 0, weights_only=False)
+        self._grow_arena(layout, state)
+        self._prepared = True
+
+    def watch(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Let snapshots overlap forward and backward: ``save`` returns at once, and what these optimizers own is
+        copied until their next ``step``, which waits for what is left. Change parameters in no other way meanwhile,
+        or do so inside ``guard()``."""
+        for optimizer in optimizers:
+            self._watched.add(optimizer)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """For in-place changes of watched parameters outside ``optimizer.step`` (EMA swaps, weight clipping, a
+        ``load_state_dict``): waits until no copy of them is pending, then runs the body."""
+        self._before_change("guard")
+        yield
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until every save is durable; False where ``timeout`` seconds passed first. Raises background errors."""
+        drained = self._committer.wait_below(1, timeout)
+        self._surface()
+        return drained
+
+    def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
+        """Apply the retention policies now; the checkpoints deleted (or that would be). Blocks on the disk."""
+        if not dry_run:
+            self._open()
+        return self._committer.prune(dry_run=dry_run)
+
+    def resume(self, state: Mapping[str, Any]) -> int:
+        """Restore the newest full checkpoint that verifies and return its step; 0 where there is none at all.
+
+        A damaged checkpoint is reported (``FellBack``, the log) and the one before is used. Raises
+        ``NoUsableCheckpoint`` where checkpoints exist and none can be used: never a silent start from scratch.
+        """
+        self._open()
+        try:
+            report = self.restore(state)
+        except CheckpointNotFound:
+            self.prepare(state)
+            return 0
+        self.prepare(state)
+        return report.step
+
+    def restore(self, state: Mapping[str, Any], step: int | None = None, **options: Any) -> RestoreReport:
+        self._before_change("guard")
+        report = super().restore(state, step, **options)
+        self._last_step["full"] = report.step
+        return report
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait until every save is durable, give the directory back and raise what failed. Idempotent."""
+        if self._closed:
+            return
+        try:
+            if os.getpid() == self._pid:
+                self._committer.wait_below(1, None)
+        finally:
+            self._closed = True
+            self._watched.close()
+            if self._signals is not None:
+                self._signals.close()
+            self._stager.close()
+            self._pool.close()
+            self._committer.close()
+            self._arena.close()
+            if self._lease is not None:
+                self._lease.release()
+        error = self._committer.take_error()
+        if error is not None:
+            raise error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:  # what the body raised must not be hidden by what a save raised: that goes along as a note
+            self.close()
+        except Exception as background:
+            error.add_note(f"asyncckpt: a background save failed too: {background}")
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _save(
+        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, kind: str, may_skip: bool
+    ) -> PendingSave:
+        began = time.perf_counter()
+        self._open()
+        numbers = _numbers(metrics)
+        name = self._template.name(step, kind, numbers) if type(step) is int else ""
+        self._check_step(step, kind)
+        snapshot, layout = self._plan(state, step, weights_only=kind == "weights")
+        self._grow_arena(layout, state)
+        self._admit(step, layout, may_skip)
+        save = self._new_save(snapshot, layout, name, kind, numbers)
+        deferred = bool(self._watched)
+        self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
+        pieces = snapshot.pieces()
+        eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
+        job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events)
+        save.on_error = job.cancel
+        flight = InFlight(save, job, PendingSave(step, job.wait))
+        self._saved[step, kind] = name
+        self._last_step[kind] = max(step, self._last_step.get(kind, step))
+        self._committer.submit(flight)
+        self._stager.submit(job)
+        deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
+        if not deferred:
+            job.finish(deadline)
+        elif eager:
+            job.stage_now(eager, deadline)
+        if job.error is not None:
+            save.fail(job.error)
+        self._last_saved_seconds = time.monotonic()
+        self._note_stall(job, began, "save")
+        return flight.pending
+
+    def _plan(self, state: Mapping[str, Any], step: int, *, weights_only: bool) -> tuple[Snapshot, Layout]:
+        snapshot = capture(state, step, weights_only=weights_only)
+        layout = self._layouts.get(
+            tuple((component.name, tuple(p.spec for p in component.pieces)) for component in snapshot.components)
+        )
+        return snapshot, layout
+
+    def _new_save(self, snapshot: Snapshot, layout: Layout, name: str, kind: str, metrics: dict[str, float]) -> Save:
+        draft = Manifest(
+            step=snapshot.step,
+            name=name,
+            attempt=uuid.uuid4().hex,
+            kind=kind,
+            created_unix_seconds=time.time(),
+            world_size=1,
+            shard_format=self._format.name,
+            digest=self._digest,
+            layout=layout.fingerprint,
+            metrics=metrics,
+            config=self._config,
+            environment=environment.record(),
+            files=(),
+            components={},
+        )
+        contents = Contents(
+            draft=draft,
+            layout=layout,
+            kinds={component.name: component.kind for component in snapshot.components},
+            aliases={component.name: component.aliases for component in snapshot.components},
+            trees={component.name: component.tree for component in snapshot.components},
+            replace=self._overwrite,
+        )
+        make_room: Callable[[int], None] = lambda nbytes: self._committer.make_room(nbytes, snapshot.step)  # noqa: E731
+        return Save(
+            contents, store=self._store, pool=self._pool, arena=self._arena, events=self.events, make_room=make_room
+        )
+
+    def _check_step(self, step: int, kind: str) -> None:
+        if type(step) is not int or step < 0:
+            raise InvalidStep(f"step must be a whole number >= 0, not {step!r}")
+        existing = self._saved.get((step, kind))
+        if existing is not None and existing not in self._damaged and not self._overwrite:
+            raise StepExists(
+                f"{self.path}: step {step} is already saved as {existing}. Save another step, use another directory, "
+                f"or pass overwrite=True"
+            )
+        last = self._last_step.get(kind, -1)
+        if step < last and not self._overwrite:
+            raise InvalidStep(
+                f"{self.path}: step {step} goes backwards, the newest is {last}. To continue the run call resume() "
+                f"first; to go back, restore(state, step=…) first; to start anew use another directory or overwrite=True"
+            )
+
+    def _grow_arena(self, layout: Layout, state: Mapping[str, Any]) -> None:
+        if self._staging_bytes is not None:
+            budget = self._staging_bytes
+        else:
+            needed = sum(-(-extent.nbytes // 4096) * 4096 for extent in layout.extents())
+            floor = 4 * self._extent_bytes
+            budget = min(max(needed, 4096), max(environment.available_memory_bytes() // 4, floor))
+            if budget <= self._arena.budget_bytes:
+                return
+        self._arena.grow(budget, pin=_on_cuda(state))
+
+    def _admit(self, step: int, layout: Layout, may_skip: bool) -> None:
+        flights = self._committer.in_flight()
+        if not flights:
+            return
+        lacks_memory = self._arena.free_bytes() < min(layout.nbytes, self._arena.budget_bytes)
+        if len(flights) < self._max_in_flight and not lacks_memory:
+            return
+        policy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
+        self.events.emit(Busy(step=step, policy=policy, in_flight=len(flights)))
+        if policy == "skip":
+            raise _SkippedBusy
+        steps = ", ".join(str(flight.save.step) for flight in flights)
+        if policy == "error":
+            raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) are not durable yet; save less often")
+        # memory comes free extent by extent, so only the number of saves has to be waited for here
+        timeout = self._writer_options.stall_timeout_seconds
+        if not self._committer.wait_below(self._max_in_flight, timeout):
+            raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) still not durable after {timeout:.0f} s")
+
+    def _before_change(self, where: str) -> None:
+        """What watched optimizers own is about to change: whatever is not copied yet is copied now."""
+        for flight in self._committer.in_flight():
+            if flight.job.done and not flight.job.on_device:
+                continue
+            began = time.perf_counter()
+            flight.job.finish(time.monotonic() + self._writer_options.stall_timeout_seconds)
+            if flight.job.error is not None:
+                flight.save.fail(flight.job.error)
+            self._note_stall(flight.job, began, where)
+
+    def _note_stall(self, job: StagingJob, began: float, where: str) -> None:
+        now = time.perf_counter()
+        job.stall_seconds += now - began
+        self.events.emit(Stalled(step=job.step, at_seconds=now, seconds=now - began, where=where))
+
+    def _leave(
+        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, signals: SignalWatch
+    ) -> None:
+        name = signals.received.name if signals.received is not None else "preemption"
+        deadline = signals.preemption.deadline_seconds
+        self.events.emit(Preempting(step=step, signal=name, deadline_seconds=deadline))
+        if (step, "full") not in self._saved:
+            pending = self._save(step, state, metrics, kind="full", may_skip=False)
+            pending.result(signals.remaining_seconds())
+        elif not self._committer.wait_below(1, signals.remaining_seconds()):
+            raise SaveAbandoned(f"step {step}: not durable within {deadline} s of {name}; the one before is intact")
+        self.close()
+        raise Preempted(signals.exit_code(), step)
+
+    def _open(self) -> None:
+        """Become the directory's one writer, once; learn what is there."""
+        if self._lease is not None:
+            return
+        self._check_usable()
+        self._store.prepare(create_parents=self._create_parents)
+        self._lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
+        self._store.reclaim()
+        for entry in self.ls():
+            self._saved[entry.step, entry.kind] = entry.name
+            self._last_step[entry.kind] = max(entry.step, self._last_step.get(entry.kind, -1))
+            if entry.damage is not None:
+                self._damaged.add(entry.name)
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
+    def _surface(self) -> None:
+        self._check_usable()
+        self._committer.expire()
+        error = self._committer.take_error()
+        if error is not None:
+            raise error
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise CheckpointerClosed(f"{self.path}: this Checkpointer is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
+
+
+class _SkippedBusy(Exception):
+    """``on_busy="skip"``: control flow inside this file."""
+
+
+def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        try:
+            numbers[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise InvalidOption(f"metrics[{name!r}] is no number: {value!r:.80}") from error
+    return numbers
+
+
+def _no_tensors(name: str, _tensor: torch.Tensor) -> None:
+    raise InvalidOption(f"{name} is a tensor; config takes plain values only")
+
+
+def _on_cuda(state: Mapping[str, Any]) -> bool:
+    modules = (value for value in state.values() if isinstance(value, torch.nn.Module))
+    return any(p.is_cuda for module in modules for p in module.parameters()) or any(
+        isinstance(value, torch.Tensor) and value.is_cuda for value in state.values()
+    )
+
+
+def _drain_at_exit(checkpointer: Checkpointer) -> None:
+    """A script that ends without ``close`` must not lose an unfinished save silently.
+
+    ``threading._register_atexit`` runs while threads and executors still work; ``atexit`` runs too late to write.
+    """
+    ref = weakref.ref(checkpointer)
+
+    def drain() -> None:
+        alive = ref()
+        if alive is None or alive._closed or os.getpid() != alive._pid:
+            return
+        flights = alive._committer.in_flight()
+        if flights:
+            log.warning("%s: leaving with %d saves not durable yet; finishing them", alive.path, len(flights))
+        try:
+            alive.close()
+        except Exception as error:
+            log.error("%s: a save failed: %s", alive.path, error)
+
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(drain)

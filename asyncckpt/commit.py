@@ -1,0 +1,271 @@
+"""From staged extents to a published checkpoint.
+
+Order (docs/format.md, "Write ordering"): shards written and fsynced → small files → directory fsynced → manifest, last,
+fsynced → directory fsynced → rename, never over anything → parent fsynced → only then acknowledged. Digests are taken
+from the staged bytes before they are written. Any error poisons the attempt; nothing is ever retried into success.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from asyncckpt import formats, manifest, plain
+from asyncckpt.arena import Arena, Slot
+from asyncckpt.digests import get as get_digest
+from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
+from asyncckpt.events import EventBus, ExtentWritten, Written
+from asyncckpt.manifest import Manifest
+from asyncckpt.protocols import Attempt, JsonValue, Layout, ShardWriter, Store
+from asyncckpt.staging import Ready
+from asyncckpt.writer import WriterPool
+
+log = logging.getLogger("asyncckpt")
+
+#: What a checkpoint needs on disk beyond its tensors, for the space estimate.
+_SMALL_FILES_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Everything of a save that is not tensor bytes. ``draft`` lacks files and components, known only at the end."""
+
+    draft: Manifest
+    layout: Layout
+    kinds: Mapping[str, str]
+    aliases: Mapping[str, Mapping[str, str]]
+    trees: Mapping[str, JsonValue]
+    replace: bool
+
+
+class Save:
+    """One attempt to write one checkpoint. Thread-safe: extents arrive from staging, are written by the pool, and
+    ``commit`` runs on the committer's thread."""
+
+    def __init__(
+        self,
+        contents: Contents,
+        *,
+        store: Store,
+        pool: WriterPool,
+        arena: Arena,
+        events: EventBus,
+        make_room: Callable[[int], None],
+    ) -> None:
+        self.contents = contents
+        self.step = contents.draft.step
+        self.started_seconds = time.perf_counter()
+        self.written_seconds = self.started_seconds
+        self._store = store
+        self._pool = pool
+        self._arena = arena
+        self._events = events
+        self._make_room = make_room
+        #: Told of the first error, so that staging stops too. Set before the first extent is taken.
+        self.on_error: Callable[[BaseException], None] = lambda _error: None
+        self._digest = get_digest(contents.draft.digest)
+        self._extents = contents.layout.extents()
+        shards = contents.layout.shards
+        self._first = [0]
+        for shard in shards:
+            self._first.append(self._first[-1] + len(shard.extents))
+        self._hexes: list[str] = [""] * len(self._extents)
+        self._missing = [len(shard.extents) for shard in shards]
+        self._unfinished = len(shards)
+        self._in_flight = 0
+        self._writers: dict[int, ShardWriter] = {}
+        self._attempt: Attempt | None = None
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+        self._start_lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What poisoned the attempt, or None."""
+        return self._error
+
+    def unwritten_bytes(self) -> int:
+        """What this save will still take from the disk (0 where blocks are already reserved or written)."""
+        with self._lock:
+            started = set(self._writers)
+        return sum(shard.nbytes for number, shard in enumerate(self.contents.layout.shards) if number not in started)
+
+    def take(self, number: int, slot: Slot, ready: Ready) -> None:
+        """Accept a staged extent. Never blocks."""
+        with self._lock:
+            self._in_flight += 1
+        self._pool.submit(lambda: self._write(number, slot, ready))
+
+    def fail(self, error: BaseException) -> None:
+        """Poison the attempt: nothing of it will be published. The first error is kept. Idempotent."""
+        with self._changed:
+            if self._error is not None:
+                return
+            self._error = error
+            self._changed.notify_all()
+        self.on_error(error)
+
+    def commit(
+        self,
+        check_lease: Callable[[], None],
+        timeout_seconds: float,
+        read_back: Callable[[str], None] | None,
+    ) -> Manifest:
+        """Wait for the shards, then publish. Blocks; the returned manifest is durable.
+
+        Raises what poisoned the attempt, as ``SaveFailed`` or another of this library's errors.
+        """
+        try:
+            self._wait_written(timeout_seconds)
+            attempt = self._start()
+            now = self.written_seconds = time.perf_counter()
+            nbytes = self.contents.layout.nbytes
+            self._events.emit(
+                Written(step=self.step, at_seconds=now, nbytes=nbytes, seconds=now - self.started_seconds)
+            )
+            written = self._write_manifest(attempt)
+            if read_back is not None:
+                read_back(attempt.path)
+            if self._error is not None:
+                raise self._error
+            check_lease()
+            attempt.publish(written.name, replace=self.contents.replace)
+            return written
+        except BaseException as error:
+            self.fail(error)
+            self._discard()
+            raise self._typed(error) from error
+
+    def _typed(self, error: BaseException) -> BaseException:
+        if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
+            return error
+        path = self._attempt.path if self._attempt else "the run directory"
+        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+            return NotEnoughSpace(
+                f"step {self.step}: {path} ran out of space ({error.strerror}). Nothing was published and the attempt "
+                f"was removed; free space or keep fewer checkpoints"
+            )
+        return SaveFailed(
+            f"step {self.step}: writing {path} failed: {type(error).__name__}: {error}. Nothing was published; "
+            f"earlier checkpoints are untouched"
+        )
+
+    def _start(self) -> Attempt:
+        """The attempt's directory, made by whichever thread comes first."""
+        with self._start_lock:
+            if self._attempt is None:
+                if self._error is not None:
+                    raise self._error
+                self._make_room(self.contents.layout.nbytes + _SMALL_FILES_BYTES)
+                self._attempt = self._store.begin(self.step, self.contents.draft.attempt)
+            return self._attempt
+
+    def _shard_writer(self, number: int) -> ShardWriter:
+        attempt = self._start()
+        with self._start_lock:
+            writer = self._writers.get(number)
+            if writer is None:
+                if self._error is not None:
+                    raise self._error
+                shard = self.contents.layout.shards[number]
+                writer = self._writers[number] = attempt.create_shard(shard.file, shard.nbytes)
+            return writer
+
+    def _write(self, number: int, slot: Slot, ready: Ready) -> None:
+        extent = self._extents[number]
+        try:
+            if self._error is None:
+                began = time.perf_counter()
+                ready()
+                # the digest is of the staged bytes, before anything below this line could spoil them
+                self._hexes[number] = self._digest(slot.view[: extent.nbytes])
+                writer = self._shard_writer(extent.shard)
+                writer.write_at(slot.view, extent.nbytes, extent.offset)
+                now = time.perf_counter()
+                self._events.emit(
+                    ExtentWritten(step=self.step, at_seconds=now, nbytes=extent.nbytes, seconds=now - began)
+                )
+        except BaseException as error:
+            self.fail(error)
+        finally:
+            self._arena.release(slot)
+        self._finish_extent(extent.shard)
+
+    def _finish_extent(self, shard: int) -> None:
+        with self._lock:
+            self._missing[shard] -= 1
+            complete = self._missing[shard] == 0 and self._error is None
+        if complete:
+            try:
+                self._writers[shard].finish()
+            except BaseException as error:
+                self.fail(error)
+        with self._changed:
+            self._in_flight -= 1
+            if complete:
+                self._unfinished -= 1
+            self._changed.notify_all()
+
+    def _wait_written(self, timeout_seconds: float) -> None:
+        deadline = self.started_seconds + timeout_seconds
+        with self._changed:
+            while self._unfinished and self._error is None:
+                remaining = deadline - time.perf_counter()
+                if remaining <= 0:
+                    break
+                self._changed.wait(remaining)
+            if self._error is not None:
+                raise self._error
+            if self._unfinished:
+                raise SaveAbandoned(
+                    f"step {self.step}: not durable after {timeout_seconds:.0f} s; the save was given up so that "
+                    f"training goes on. Check the storage under {getattr(self._store, 'path', 'the run')}"
+                )
+
+    def _write_manifest(self, attempt: Attempt) -> Manifest:
+        contents = self.contents
+        small = {manifest.STATE_FILE: plain.dumps(contents.trees)}
+        shard_format = formats.get(contents.draft.shard_format)
+        for component in contents.kinds:
+            shards = [shard for shard in contents.layout.shards if shard.component == component]
+            index = shard_format.index(component, shards) if shards else None
+            if index is not None:
+                small[index[0]] = index[1]
+        asyncio.run(attempt.write_small(small))
+        attempt.sync_directory()
+        hexes = [self._hexes[a:b] for a, b in itertools.pairwise(self._first)]
+        files = [
+            *manifest.shard_records(contents.layout, hexes),
+            *(manifest.whole_file(name, data, self._digest) for name, data in small.items()),
+        ]
+        draft = replace(contents.draft, files=tuple(files))
+        data = manifest.encode(draft, components_json=self._components_json())
+        asyncio.run(attempt.write_small({manifest.FILE_NAME: data}))
+        attempt.sync_directory()
+        return replace(draft, size_bytes=len(data))
+
+    def _components_json(self) -> str:
+        contents = self.contents
+        key = plain.dumps({"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}})
+        cached = contents.layout.cache.get("components")
+        if cached is None or cached[0] != key:
+            body = manifest.components_of(contents.layout, contents.kinds, contents.aliases)
+            cached = contents.layout.cache["components"] = (key, plain.dumps(body).decode().rstrip("\n"))
+        text: str = cached[1]
+        return text
+
+    def _discard(self) -> None:
+        """Remove the attempt once no write of it is in the kernel; a write that hangs keeps its files."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_flight == 0, timeout=5.0)
+        if self._start_lock.acquire(timeout=5.0):  # held for longer only by a call that hangs in the kernel
+            attempt = self._attempt  # nobody can create files from here on: the error is set
+            self._start_lock.release()
+            if attempt is not None:
+                attempt.discard()

@@ -1,0 +1,218 @@
+"""The committer: one save after the other is published, acknowledged, and only then followed by retention."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from asyncckpt.catalog import Catalog, CheckpointInfo
+from asyncckpt.commit import Save
+from asyncckpt.errors import NotEnoughSpace, SaveAbandoned
+from asyncckpt.events import Committed, EventBus, Failed, Pruned
+from asyncckpt.reading import Damage
+from asyncckpt.retention import Policy, plan
+from asyncckpt.staging import StagingJob
+from asyncckpt.storage.local import LocalStore
+from asyncckpt.verify import verify
+from asyncckpt.writer import PendingSave, SaveReport, WriterOptions, WriterPool
+
+log = logging.getLogger("asyncckpt")
+
+LATEST = "latest"
+#: Beyond a save's own deadline, before a committer stuck in the kernel is given up.
+_GRACE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """A save and everything that belongs to it."""
+
+    save: Save
+    job: StagingJob
+    pending: PendingSave
+
+
+class Committer:
+    """Publishes saves in the order they were submitted, on a thread of its own. Thread-safe."""
+
+    def __init__(
+        self,
+        store: LocalStore,
+        policies: Sequence[Policy],
+        options: WriterOptions,
+        events: EventBus,
+        check_lease: Callable[[], None],
+        damaged: set[str],
+    ) -> None:
+        self.policies = tuple(policies)
+        self._store = store
+        self._catalog = Catalog(store, store.path)
+        self._options = options
+        self._events = events
+        self._check_lease = check_lease
+        self._pool = WriterPool(1, "asyncckpt-committer")
+        self._in_flight: list[InFlight] = []
+        self._failed: list[PendingSave] = []
+        self._changed = threading.Condition()
+        self._retention_lock = threading.Lock()
+        self._damaged = damaged
+
+    def submit(self, flight: InFlight) -> None:
+        """Follow this save to its end. Never blocks."""
+        with self._changed:
+            self._in_flight.append(flight)
+        self._pool.submit(lambda: self._commit(flight))
+
+    def in_flight(self) -> list[InFlight]:
+        """Saves not yet durable or failed, oldest first."""
+        with self._changed:
+            return list(self._in_flight)
+
+    def wait_below(self, count: int, timeout: float | None) -> bool:
+        """Block until fewer than ``count`` saves are in flight; False where ``timeout`` seconds passed first."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self.expire()
+            remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+            with self._changed:
+                if len(self._in_flight) < count:
+                    return True
+                if remaining <= 0:
+                    return False
+                self._changed.wait(remaining)
+
+    def take_error(self) -> BaseException | None:
+        """The oldest error of a failed save that nobody has seen yet; each is handed out once."""
+        with self._changed:
+            failed, self._failed = self._failed, []
+            errors = [error for error in (pending.unobserved_error() for pending in failed) if error is not None]
+        for error in errors[1:]:
+            log.error("a further save failed too: %s", error)
+        return errors[0] if errors else None
+
+    def expire(self) -> None:
+        """Give up saves whose committer hangs in the kernel, and replace its thread."""
+        now = time.perf_counter()
+        for flight in self.in_flight():
+            overdue = now - flight.save.started_seconds - self._options.durable_timeout_seconds - _GRACE_SECONDS
+            if overdue > 0:
+                error = SaveAbandoned(
+                    f"step {flight.save.step}: storage under {self._store.path} hangs; the save was given up"
+                )
+                flight.save.fail(error)
+                self._end(flight, error)
+                self._pool.replace_stuck(_GRACE_SECONDS)
+
+    def close(self) -> None:
+        """End the thread after what was submitted."""
+        self._pool.close()
+
+    def make_room(self, nbytes: int, step: int) -> None:
+        """Before anything is written: enough space, after a retention run if need be. Raises ``NotEnoughSpace``."""
+        reserved = sum(f.save.unwritten_bytes() for f in self.in_flight() if f.save.step != step)
+        if self._store.free_bytes() - reserved >= nbytes:
+            return
+        self.prune()
+        free = self._store.free_bytes() - reserved
+        if free < nbytes:
+            raise NotEnoughSpace(
+                f"step {step}: {self._store.path} has {max(free, 0)} bytes free and the save needs {nbytes}. Nothing "
+                f"was written; free space, keep fewer checkpoints, or save elsewhere"
+            )
+
+    def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
+        """Apply the policies now; what was deleted (or would be). Unusable checkpoints are evidence and stay."""
+        with self._retention_lock:
+            entries = [
+                e for e in self._catalog.entries(fresh=False) if e.damage is None and e.name not in self._damaged
+            ]
+            doomed = plan(entries, self.policies)
+            if dry_run:
+                return doomed
+            deleted: list[CheckpointInfo] = []
+            for entry in doomed:
+                self._check_lease()
+                if self._store.remove(entry.name):
+                    deleted.append(entry)
+                    self._catalog.forget(entry.name)
+                self._events.emit(Pruned(step=entry.step, name=entry.name, deleted=entry in deleted))
+            return deleted
+
+    def _commit(self, flight: InFlight) -> None:
+        save = flight.save
+        error: BaseException | None = None
+        began = time.perf_counter()
+        try:
+            read_back = self._read_back if self._options.read_back else None
+            written = save.commit(self._before_publish(save), self._options.durable_timeout_seconds, read_back)
+            now = time.perf_counter()
+            report = SaveReport(
+                step=save.step,
+                path=f"{self._store.path}/{written.name}",
+                nbytes=written.nbytes,
+                stall_seconds=flight.job.stall_seconds,
+                staged_seconds=flight.job.staged_seconds,
+                durable_seconds=now - save.started_seconds,
+            )
+            self._events.emit(
+                Committed(
+                    step=save.step,
+                    at_seconds=now,
+                    path=report.path,
+                    nbytes=report.nbytes,
+                    durable_seconds=report.durable_seconds,
+                    stall_seconds=report.stall_seconds,
+                    commit_seconds=now - max(began, save.written_seconds),
+                )
+            )
+            flight.pending.resolve(report)
+        except BaseException as caught:
+            error = caught
+            flight.job.cancel(caught)
+        if error is None:
+            self._after(save, written.name)
+        self._end(flight, error)
+
+    def _before_publish(self, save: Save) -> Callable[[], None]:
+        def check() -> None:
+            self._check_lease()
+            name = save.contents.draft.name
+            if name in self._damaged:
+                log.error("step %d: the damaged %s is kept as %s", save.step, name, self._store.set_aside(name))
+                self._damaged.discard(name)
+
+        return check
+
+    def _after(self, save: Save, name: str) -> None:
+        """Nothing here can undo the acknowledgement: trouble is logged and comes up again at the next save."""
+        try:
+            self._catalog.forget(name)
+            if save.contents.draft.kind == "full":
+                self._store.write_hint(LATEST, f"{name}\n")
+            if self.policies:
+                self.prune()
+        except Exception as error:
+            log.warning("step %d is durable, but tidying up after it failed: %s", save.step, error)
+
+    def _read_back(self, path: str) -> None:
+        reader = self._store.open_attempt(path)
+        try:
+            damage: list[Damage] = verify(reader)
+        finally:
+            reader.close()
+        if damage:
+            raise OSError(f"read back differs from what was written: {damage[0]}")
+
+    def _end(self, flight: InFlight, error: BaseException | None) -> None:
+        with self._changed:
+            if flight in self._in_flight:
+                self._in_flight.remove(flight)
+                if error is not None:
+                    flight.pending.reject(error)
+                    self._failed.append(flight.pending)
+            self._changed.notify_all()
+        if error is not None:
+            self._events.emit(Failed(step=flight.save.step, error=error))

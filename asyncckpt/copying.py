@@ -1,0 +1,118 @@
+"""Copies of tensors' bytes into the arena: the only code that touches tensor memory on the way out."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from asyncckpt.arena import Slot
+from asyncckpt.protocols import Piece, Segment
+
+_libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
+_libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_libc.memcpy.restype = ctypes.c_void_p
+
+#: Below this, neighbours are copied in one call: every call that gives the GIL up may wait for it afterwards, and
+#: twenty thousand such waits would cost more than the copies.
+_BATCH_BELOW_BYTES = 256 << 10
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's bytes lie in memory exactly as they are stored."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Slot) -> None:
+    """Copy every segment to its place in the slot. CPU tensors: done on return; CUDA tensors: enqueued on the current
+    stream. Blocks; releases the GIL while bytes move. The tensors must stay unchanged meanwhile."""
+    batch: list[torch.Tensor] = []
+    start = end = 0
+    for segment in segments:
+        tensor = pieces[segment.piece].tensor.detach()
+        small = segment.nbytes < _BATCH_BELOW_BYTES
+        if tensor.device.type == "cpu" and is_plain(tensor):
+            if small:
+                if batch and segment.extent_offset != end:
+                    _flush(batch, slot, start, end)
+                if not batch:
+                    start = segment.extent_offset
+                end = segment.extent_offset + segment.nbytes
+                flat = _flat_bytes(tensor)
+                batch.append(flat[segment.source_offset : segment.source_offset + segment.nbytes])
+            else:
+                source = tensor.data_ptr() + segment.source_offset
+                _libc.memcpy(slot.address + segment.extent_offset, source, segment.nbytes)
+        elif is_plain(tensor):
+            flat = _flat_bytes(tensor)[segment.source_offset : segment.source_offset + segment.nbytes]
+            target = slot.tensor[segment.extent_offset : segment.extent_offset + segment.nbytes]
+            target.copy_(flat, non_blocking=True)
+        else:
+            item = tensor.element_size()
+            target = slot.tensor[segment.extent_offset : segment.extent_offset + segment.nbytes]
+            first = segment.source_offset // item
+            _copy_strided(tensor, first, first + segment.nbytes // item, target.view(tensor.dtype))
+    _flush(batch, slot, start, end)
+
+
+def write_header(slot: Slot, header: bytes) -> None:
+    """Put the format's leading bytes at the slot's beginning."""
+    slot.view[: len(header)] = header
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _flush(batch: list[torch.Tensor], slot: Slot, start: int, end: int) -> None:
+    if batch:
+        torch.cat(batch, out=slot.tensor[start:end])
+        batch.clear()
+
+
+def scatter(target: torch.Tensor, first_byte: int, data: torch.Tensor, dtype: torch.dtype) -> None:
+    """The way back: put bytes (``data``, uint8 on the CPU) that begin ``first_byte`` bytes into the stored tensor into
+    ``target``, converting from ``dtype`` and moving to its device. Blocks; releases the GIL; threads may work on
+    different ranges of one target."""
+    target = target.detach()
+    if target.dtype == dtype and target.device.type == "cpu" and is_plain(target):
+        _libc.memcpy(target.data_ptr() + first_byte, data.data_ptr(), data.numel())
+        return
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    values = data.view(dtype)
+    first = first_byte // dtype.itemsize
+    _copy_strided(target, first, first + values.numel(), values, out=False)
+
+
+def _copy_strided(tensor: torch.Tensor, first: int, last: int, flat: torch.Tensor, *, out: bool = True) -> None:
+    """Elements ``[first, last)`` of the tensor, in row-major order, to ``flat`` (``out``) or from it; never by way of
+    a whole contiguous copy of the tensor."""
+    if first >= last:
+        return
+    if first == 0 and last == tensor.numel():
+        _move(tensor, flat.view(tensor.shape), out)
+    elif tensor.dim() == 1:
+        _move(tensor[first:last], flat, out)
+    else:
+        row = tensor.numel() // tensor.shape[0]
+        position = first
+        while position < last:
+            index, within = divmod(position, row)
+            if within == 0 and last - position >= row:  # as many whole rows as there are
+                stop = last - last % row
+                part = flat[position - first : stop - first].view(-1, *tensor.shape[1:])
+                _move(tensor[index : stop // row], part, out)
+            else:
+                stop = min(last, (index + 1) * row)
+                part = flat[position - first : stop - first]
+                _copy_strided(tensor[index], within, stop - index * row, part, out=out)
+            position = stop
+
+
+def _move(tensor: torch.Tensor, flat: torch.Tensor, out: bool) -> None:
+    if out:
+        flat.copy_(tensor, non_blocking=True)
+    else:
+        tensor.copy_(flat)

@@ -1,0 +1,123 @@
+"""Training-step hooks: what asks asyncckpt to act, from inside a training loop and from outside it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from asyncckpt.errors import InvalidOption
+from asyncckpt.staging import storages
+
+
+class Watched:
+    """The optimizers whose parameters and state are copied while training goes on.
+
+    A step pre-hook on each waits for what is not copied yet, right before the update changes it. ``GradScaler`` skips
+    the hook on steps it skips: nothing changes then either.
+    """
+
+    def __init__(self, before_change: Callable[[str], None]) -> None:
+        self._before_change = before_change
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._handles: list[Any] = []
+
+    def add(self, optimizer: torch.optim.Optimizer) -> None:
+        """Watch an optimizer. Idempotent. Raises ``InvalidOption`` for anything else."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidOption(f"watch takes a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+        if optimizer in self._optimizers:
+            return
+        self._optimizers.add(optimizer)
+        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_change("optimizer.step")))
+        # optimizer.load_state_dict replaces the state by copies, but its groups' tensors (a tensor lr) in place
+        self._handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: self._before_change("guard")))
+
+    def owned_storages(self) -> set[int]:
+        """The memory that only a watched optimizer's step changes: its parameters and their state."""
+        tensors: list[torch.Tensor] = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                tensors.extend(group["params"])
+            for values in optimizer.state.values():
+                if isinstance(values, dict):
+                    tensors.extend(value for value in values.values() if isinstance(value, torch.Tensor))
+        return storages(tensors)
+
+    def __bool__(self) -> bool:
+        return bool(len(self._optimizers))
+
+    def close(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._optimizers.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """Save on a signal, then leave: ``Checkpointer(..., preempt=Preemption())``.
+
+    On one of ``signals`` the next ``step`` saves, waits until the checkpoint is durable, for at most
+    ``deadline_seconds`` after the signal, and raises ``Preempted`` (a ``SystemExit``), so ``with`` blocks and
+    ``finally`` run. The exit code is 128 + the signal's number unless ``exit_code`` is given: a scheduler sees that
+    the job did not finish.
+    """
+
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1)
+    deadline_seconds: float = 30.0
+    exit_code: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.deadline_seconds > 0:
+            raise InvalidOption(f"Preemption.deadline_seconds must be > 0, not {self.deadline_seconds!r}")
+
+
+class Preempted(SystemExit):
+    """Raised by ``step`` once the preemption save is durable. ``step`` is the saved step."""
+
+    def __init__(self, code: int, step: int) -> None:
+        super().__init__(code)
+        self.step = step
+
+
+class SignalWatch:
+    """Remembers that a signal came; never saves inside the handler, where nothing is safe."""
+
+    def __init__(self, preemption: Preemption) -> None:
+        self.preemption = preemption
+        self.received: signal.Signals | None = None
+        self._deadline = 0.0
+        if threading.current_thread() is not threading.main_thread():
+            raise InvalidOption("preempt: signals can only be watched from a Checkpointer made on the main thread")
+        self._previous = {number: signal.signal(number, self._handle) for number in preemption.signals}
+
+    def remaining_seconds(self) -> float:
+        """Until the deadline; 0.0 where it has passed."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def exit_code(self) -> int:
+        """What ``Preempted`` carries."""
+        if self.preemption.exit_code is not None:
+            return self.preemption.exit_code
+        return 128 + int(self.received or 0)
+
+    def close(self) -> None:
+        """Put the previous handlers back, where ours are still in place."""
+        for number, previous in self._previous.items():
+            if signal.getsignal(number) == self._handle and threading.current_thread() is threading.main_thread():
+                signal.signal(number, previous)
+        self._previous = {}
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            self._deadline = time.monotonic() + self.preemption.deadline_seconds
+            self.received = signal.Signals(number)

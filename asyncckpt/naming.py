@@ -1,0 +1,47 @@
+"""Directory names of checkpoints: from a template, checked, never one that hides or escapes."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+
+from asyncckpt.errors import InvalidOption
+
+DEFAULT = "step-{step:08d}"
+_SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}\Z")
+
+
+class NameTemplate:
+    """A template such as ``checkpoint_step_{step}_loss_{loss:.4f}``: ``{step}`` and any metric by name.
+
+    Raises ``InvalidOption`` for a template without ``{step}`` or one that gives no plain directory name.
+    """
+
+    def __init__(self, template: str) -> None:
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise InvalidOption(f"name={template!r} is no format string: {error}") from error
+        if "step" not in fields or not all(name.isidentifier() for name in fields):
+            raise InvalidOption(
+                f"name={template!r} must contain {{step}} and may contain metrics ({{loss:.4f}}), plain names only"
+            )
+        self._template = template
+        self._metrics = [name for name in fields if name != "step"]
+
+    def name(self, step: int, kind: str, metrics: Mapping[str, float]) -> str:
+        """The directory's name. Raises ``InvalidOption`` naming a metric that is needed and was not given."""
+        lacking = [name for name in self._metrics if name not in metrics]
+        if lacking:
+            raise InvalidOption(
+                f"step {step}: the name template {self._template!r} needs metrics={{{lacking[0]!r}: …}}"
+            )
+        try:
+            text = self._template.format(step=step, **{name: metrics[name] for name in self._metrics})
+        except ValueError as error:
+            raise InvalidOption(f"step {step}: name={self._template!r} cannot be filled in: {error}") from error
+        text = text if kind == "full" else f"{kind}-{text}"
+        if not _SAFE.match(text):
+            raise InvalidOption(f"step {step}: {text!r} is no plain directory name; change name={self._template!r}")
+        return text

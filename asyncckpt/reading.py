@@ -1,0 +1,178 @@
+"""Verified reading: extents come off the disk, are checked against the manifest, and only then handed on.
+
+Several threads read ahead, each into an aligned buffer of its own; reading, hashing and copying release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from asyncckpt import digests
+from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.manifest import ExtentRecord, FileRecord, Manifest
+from asyncckpt.protocols import ALIGNMENT_BYTES, Digest, Reader
+
+#: Enough to keep the device busy while others hash and copy; more only costs buffers.
+READ_THREADS = 4
+#: An extent larger than this is refused before its buffer is allocated.
+MAX_EXTENT_BYTES = 1 << 30
+
+Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing wrong with a checkpoint: which file, where in it (bytes), and what."""
+
+    file: str
+    offset: int
+    nbytes: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file} [{self.offset}:{self.offset + self.nbytes}]: {self.problem}"
+
+
+def check_files(reader: Reader, manifest: Manifest) -> list[Damage]:
+    """Names and sizes against the manifest: missing, unlisted and resized files. Reads no data."""
+    found = reader.files()
+    damage: list[Damage] = []
+    for record in manifest.files:
+        size = found.pop(record.name, None)
+        if size is None:
+            damage.append(Damage(record.name, 0, record.nbytes, "the file is missing"))
+        elif size != record.nbytes:
+            damage.append(Damage(record.name, 0, record.nbytes, f"the file has {size} bytes, not {record.nbytes}"))
+    found.pop("manifest.json", None)
+    damage.extend(Damage(name, 0, size, "the manifest does not list this file") for name, size in found.items())
+    return damage
+
+
+def read_small_file(reader: Reader, manifest: Manifest, name: str, limit_bytes: int) -> bytes:
+    """A listed small file's verified content. Raises ``CheckpointDamaged``."""
+    record = next((record for record in manifest.files if record.name == name), None)
+    if record is None:
+        raise CheckpointDamaged(f"{reader.path}: the manifest does not list {name}")
+    data = reader.read_small(name, limit_bytes)
+    digest = digests.get(manifest.digest)
+    if len(data) != record.nbytes or any(
+        digest(data[e.offset : e.offset + e.nbytes]) != e.digest for e in record.extents
+    ):
+        raise CheckpointDamaged(f"{reader.path}/{name}: the content does not match its digest")
+    return data
+
+
+def read_extents(
+    reader: Reader,
+    algorithm: str,
+    wanted: Iterable[tuple[FileRecord, ExtentRecord]],
+    consume: Consume,
+    *,
+    threads: int = READ_THREADS,
+    stop_at_damage: bool = True,
+) -> list[Damage]:
+    """Read and verify extents, handing each good one to ``consume(file, extent, view)`` on a reader thread.
+
+    Bytes are handed on from the very buffer that was verified. Blocks until done. With ``stop_at_damage`` the first
+    damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here.
+    """
+    jobs = deque(wanted)
+    if not jobs:
+        return []
+    largest = max(extent.nbytes for _, extent in jobs)
+    if largest > MAX_EXTENT_BYTES:
+        raise CheckpointDamaged(f"{reader.path}: an extent of {largest} bytes is over the limit")
+    run = _Run(reader, digests.get(algorithm), jobs, consume, stop_at_damage)
+    workers = [
+        threading.Thread(target=run.work, args=(largest,), name=f"asyncckpt-reader-{number}", daemon=True)
+        for number in range(min(threads, len(jobs)))
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if run.error is not None:
+        raise run.error
+    return sorted(run.damage, key=lambda d: (d.file, d.offset))
+
+
+class _Run:
+    def __init__(
+        self,
+        reader: Reader,
+        digest: Digest,
+        jobs: deque[tuple[FileRecord, ExtentRecord]],
+        consume: Consume,
+        stop_at_damage: bool,
+    ) -> None:
+        self.damage: list[Damage] = []
+        self.error: BaseException | None = None
+        self._reader = reader
+        self._digest = digest
+        self._jobs = jobs
+        self._consume = consume
+        self._stop_at_damage = stop_at_damage
+
+    def work(self, largest: int) -> None:
+        buffer = memoryview(aligned_buffer(largest))
+        while self.error is None and not (self.damage and self._stop_at_damage):
+            try:
+                file, extent = self._jobs.popleft()
+            except IndexError:
+                return
+            try:
+                problem = self._one(file, extent, buffer)
+            except CheckpointDamaged as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"reading failed: {error.strerror or error}"
+            except BaseException as error:
+                self.error = error
+                return
+            if problem:
+                self.damage.append(Damage(file.name, extent.offset, extent.nbytes, problem))
+
+    def _one(self, file: FileRecord, extent: ExtentRecord, buffer: memoryview) -> str | None:
+        got = self._reader.read_into(file.name, buffer, extent.nbytes, extent.offset)
+        if got != extent.nbytes:
+            return f"the file ends after {extent.offset + got} bytes"
+        data = buffer[: extent.nbytes]
+        if self._digest(data) != extent.digest:
+            return "the bytes do not match their digest"
+        self._consume(file, extent, data)
+        return None
+
+
+def extents_of(
+    manifest: Manifest, ranges: Mapping[str, list[tuple[int, int]]]
+) -> list[tuple[FileRecord, ExtentRecord]]:
+    """The extents that cover the given byte ranges of files, each once, in file order."""
+    chosen: list[tuple[FileRecord, ExtentRecord]] = []
+    for record in manifest.files:
+        spans = sorted(span for span in ranges.get(record.name, ()) if span[0] < span[1])
+        at = 0
+        for extent in record.extents:
+            while at < len(spans) and spans[at][1] <= extent.offset:
+                at += 1
+            if at < len(spans) and spans[at][0] < extent.offset + extent.nbytes:
+                chosen.append((record, extent))
+    return chosen
+
+
+def aligned_buffer(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory for O_DIRECT, a multiple of 4096 bytes."""
+    size = max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= 2 << 20:
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+def address_of(view: memoryview) -> int:
+    """The memory address of a writable view."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))

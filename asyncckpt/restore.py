@@ -1,0 +1,238 @@
+"""The way back: checkpoint → live objects, in place, reading only what is asked for and verifying every byte used."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncckpt import manifest as manifests
+from asyncckpt import plain
+from asyncckpt.copying import scatter
+from asyncckpt.dtypes import DTYPES
+from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
+from asyncckpt.manifest import STATE_FILE, ExtentRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.protocols import JsonValue, Reader
+from asyncckpt.reading import Damage, check_files, extents_of, read_extents, read_small_file
+from asyncckpt.snapshot import check_state
+from asyncckpt.targets import Options, Plan, plan_component, qualified_records
+from asyncckpt.verify import MAX_STATE_BYTES
+
+log = logging.getLogger("asyncckpt")
+
+Rename = Mapping[str, str] | Callable[[str], str | None]
+Fill = list[tuple[TensorRecord, list[torch.Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RestoreReport:
+    """What was restored. ``nbytes`` is what was read and verified. The three lists are empty unless
+    ``strict=False``: qualified names (``component.fqn``) that were left as they are."""
+
+    step: int
+    path: str
+    nbytes: int
+    seconds: float
+    metrics: Mapping[str, float]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[str, ...] = ()
+
+
+def restore(
+    reader: Reader,
+    state: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    include: Sequence[str] | None = None,
+    rename: Rename | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> RestoreReport:
+    """Restore the components in ``state`` from an open checkpoint, in place; see ``Checkpointer.restore``."""
+    began = time.perf_counter()
+    check_state(state)
+    manifest = open_manifest(reader)
+    if "state" in manifest.components:
+        raise CheckpointDamaged(f"{reader.path}: a component has a reserved name")
+    trees = read_trees(reader, manifest)
+    options = Options(device=torch.device(device or "cpu"), dtype=dtype, selected=_selector(include))
+    stored = _renamed(dict(qualified_records(manifest.components)), rename)
+    plan = Plan()
+    for name in state:
+        if include is None or any(_touches(name, prefix) for prefix in include):
+            component = manifest.components.get(name)
+            plan.merge(plan_component(name, state, component, stored, trees.get(name), options))
+    if plan.missing or plan.unexpected or plan.mismatched:
+        problem = describe(f"{reader.path} (step {manifest.step})", plan)
+        if strict:
+            raise StateMismatch(problem, plan.missing, plan.unexpected, plan.mismatched)
+        log.warning("%s", problem)
+    nbytes = fill(reader, manifest, plan.fill)
+    for step in plan.finish:
+        step()
+    return RestoreReport(
+        step=manifest.step,
+        path=reader.path,
+        nbytes=nbytes,
+        seconds=time.perf_counter() - began,
+        metrics=manifest.metrics,
+        missing=tuple(plan.missing),
+        unexpected=tuple(plan.unexpected),
+        mismatched=tuple(plan.mismatched),
+    )
+
+
+def load_tensors(
+    reader: Reader,
+    names: Sequence[str] | None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """New tensors by qualified name; see ``Checkpointer.load_tensors``."""
+    manifest = open_manifest(reader)
+    stored = dict(qualified_records(manifest.components))
+    if names is None:
+        chosen = stored
+    else:
+        chosen = {}
+        for name in names:
+            found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
+            if not found:
+                raise UnknownName(
+                    f"{reader.path}: no tensor or component {name!r}; components are "
+                    f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"
+                )
+            chosen.update(found)
+    made: dict[TensorRecord, torch.Tensor] = {}
+    for record in chosen.values():
+        if record not in made:
+            saved = DTYPES[record.dtype]
+            target = dtype if dtype is not None and saved.is_floating_point else saved
+            made[record] = torch.empty(record.shape, dtype=target, device=device)
+    fill(reader, manifest, [(record, [tensor]) for record, tensor in made.items()])
+    return {name: made[record] for name, record in chosen.items()}
+
+
+def open_manifest(reader: Reader) -> Manifest:
+    """The checkpoint's manifest, its files present and of the right size. Raises ``CheckpointDamaged``."""
+    manifest = manifests.load(reader)
+    raise_damage(reader.path, check_files(reader, manifest))
+    return manifest
+
+
+def read_trees(reader: Reader, manifest: Manifest) -> dict[str, JsonValue]:
+    """The plain values of every component, verified."""
+    trees = plain.loads(read_small_file(reader, manifest, STATE_FILE, MAX_STATE_BYTES), f"{reader.path}/{STATE_FILE}")
+    if not isinstance(trees, dict):
+        raise CheckpointDamaged(f"{reader.path}/{STATE_FILE} is no JSON object")
+    return trees
+
+
+def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
+    """Read what ``wanted`` needs, verify it, and put it into the targets; bytes read.
+
+    Raises ``CheckpointDamaged``; targets may then hold a mix of old and new values, which the message says.
+    """
+    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    by_file: dict[str, list[tuple[TensorRecord, list[torch.Tensor]]]] = defaultdict(list)
+    for record, targets in wanted:
+        if record.nbytes:
+            ranges[record.file].append((record.begin, record.end))
+            by_file[record.file].append((record, targets))
+    chosen = extents_of(manifest, ranges)
+    parts = _parts(chosen, by_file)
+
+    def consume(file: FileRecord, extent: ExtentRecord, view: memoryview) -> None:
+        data = torch.frombuffer(view, dtype=torch.uint8)
+        for record, targets in parts[file.name, extent.offset]:
+            begin, end = max(record.begin, extent.offset), min(record.end, extent.offset + extent.nbytes)
+            piece = data[begin - extent.offset : end - extent.offset]
+            for target in targets:
+                scatter(target, begin - record.begin, piece, DTYPES[record.dtype])
+
+    with torch.no_grad():
+        damage = read_extents(reader, manifest.digest, chosen, consume)
+    raise_damage(reader.path, damage, " The live objects may be partly overwritten: restore another checkpoint.")
+    return sum(extent.nbytes for _, extent in chosen)
+
+
+def _parts(
+    chosen: Sequence[tuple[FileRecord, ExtentRecord]], by_file: Mapping[str, Fill]
+) -> dict[tuple[str, int], Fill]:
+    """Which targets take bytes from which extent; one sweep over both in file order."""
+    parts: dict[tuple[str, int], Fill] = {(file.name, extent.offset): [] for file, extent in chosen}
+    extents: dict[str, list[ExtentRecord]] = defaultdict(list)
+    for file, extent in chosen:
+        extents[file.name].append(extent)
+    for name, entries in by_file.items():
+        entries = sorted(entries, key=lambda entry: entry[0].begin)
+        first = 0
+        for extent in extents[name]:
+            while first < len(entries) and entries[first][0].end <= extent.offset:
+                first += 1
+            at = first
+            while at < len(entries) and entries[at][0].begin < extent.offset + extent.nbytes:
+                if entries[at][0].end > extent.offset:
+                    parts[name, extent.offset].append(entries[at])
+                at += 1
+    return parts
+
+
+def raise_damage(path: str, damage: Sequence[Damage], consequence: str = "") -> None:
+    """Raise ``CheckpointDamaged`` naming the first few damages; returns where there are none."""
+    if damage:
+        shown = "; ".join(str(entry) for entry in damage[:3])
+        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
+        raise CheckpointDamaged(f"{path}: {shown}{more}.{consequence}")
+
+
+def describe(where: str, plan: Plan) -> str:
+    """All differences in one message."""
+    lines = [f"{where} does not fit the live state:"]
+    for title, names in (
+        ("missing from the checkpoint", plan.missing),
+        ("unexpected in the checkpoint", plan.unexpected),
+        ("mismatched", plan.mismatched),
+    ):
+        if names:
+            shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
+            lines.append(f"  {title} ({len(names)}): {shown}")
+    lines.append("Use strict=False to load what fits, include=/rename= to choose and map names.")
+    return "\n".join(lines)
+
+
+def _renamed(stored: dict[str, TensorRecord], rename: Rename | None) -> dict[str, TensorRecord]:
+    if rename is None:
+        return stored
+    renamed: dict[str, TensorRecord] = {}
+    for name, record in stored.items():
+        new = _rename_one(name, rename)
+        if new is not None:
+            renamed[new] = record
+    return renamed
+
+
+def _rename_one(name: str, rename: Rename) -> str | None:
+    if callable(rename):
+        return rename(name)
+    # the longest matching entry wins, so that an exception to a rule can stand beside the rule
+    best = max((old for old in rename if name == old or name.startswith(old)), key=len, default=None)
+    return name if best is None else rename[best] + name[len(best) :]
+
+
+def _selector(include: Sequence[str] | None) -> Callable[[str], bool]:
+    if include is None:
+        return lambda _name: True
+    prefixes: Iterable[str] = tuple(include)
+    return lambda name: any(name == prefix or name.startswith(prefix) for prefix in prefixes)
+
+
+def _touches(component: str, prefix: str) -> bool:
+    return prefix == component or prefix.startswith(f"{component}.") or component.startswith(prefix)

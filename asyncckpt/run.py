@@ -1,0 +1,132 @@
+"""``Run``: the reading side of a run directory. Needs no lease, so it works on a run another process is writing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from asyncckpt import restore as restoring
+from asyncckpt.catalog import Catalog, CheckpointInfo
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint
+from asyncckpt.events import EventBus, FellBack, Restored
+from asyncckpt.protocols import Reader
+from asyncckpt.reading import Damage
+from asyncckpt.restore import Rename, RestoreReport
+from asyncckpt.storage.local import LocalStore
+from asyncckpt.verify import Progress, verify
+
+
+class Run:
+    """A run directory, for reading. Thread-safe. ``Checkpointer`` adds the writing side."""
+
+    def __init__(self, path: str | os.PathLike[str], *, direct: bool = True, events: EventBus | None = None) -> None:
+        self.path = os.fspath(path)
+        self.events = events or EventBus()
+        self._store = LocalStore(self.path, direct=direct)
+        #: Names found damaged inside: never counted by retention, set aside when their step is saved again.
+        self._damaged: set[str] = set()
+
+    def ls(self) -> list[CheckpointInfo]:
+        """The checkpoints of this run, oldest first, unusable ones included (``.damage`` says why). Reads manifests
+        and sizes, not data."""
+        return Catalog(self._store, self.path).entries()
+
+    def verify(self, step: int | None = None, *, progress: Progress | None = None) -> list[Damage]:
+        """Read every byte of a checkpoint (default: the newest) past the page cache; empty means good."""
+        catalog = Catalog(self._store, self.path)
+        entry = catalog.newest(None) if step is None else catalog.find(step)
+        with contextlib.closing(self._store.open(entry.name)) as reader:
+            return verify(reader, progress=progress)
+
+    def restore(
+        self,
+        state: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        strict: bool = True,
+        include: Sequence[str] | None = None,
+        rename: Rename | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> RestoreReport:
+        """Restore the components in ``state``, in place, from checkpoint ``step`` (default: the newest that verifies).
+
+        Reads only the extents those components need, and verifies every byte before it is used. ``include``:
+        qualified-name prefixes (``model.encoder.``) to restore; modules by tensor, other components whole.
+        ``rename``: maps stored names or prefixes of them to live ones, or a function (None drops a tensor).
+        ``dtype``: a live floating tensor of this dtype takes any stored floating dtype. ``device``: where tensors
+        that do not live yet are made (modules on the meta device are materialised there).
+
+        Raises ``StateMismatch`` listing all missing, unexpected and mismatched names, before anything is changed;
+        ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointDamaged`` on bad bytes.
+        """
+        options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
+        if step is None:
+            report = self._restore_newest(state, options)
+        else:
+            report = self._restore(Catalog(self._store, self.path).find(step).name, state, options)
+        return report
+
+    def load_tensors(
+        self,
+        step: int | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """New tensors from a checkpoint (default: the newest), by qualified name or component (None: all), verified.
+
+        Returns ``{"model.wte.weight": tensor, …}``. Raises ``UnknownName`` and ``CheckpointDamaged``.
+        """
+        catalog = Catalog(self._store, self.path)
+        entry = catalog.newest(None) if step is None else catalog.find(step)
+        with contextlib.closing(self._store.open(entry.name)) as reader:
+            return restoring.load_tensors(reader, names, device=device, dtype=dtype)
+
+    def open(self, step: int | None = None) -> Reader:
+        """An open checkpoint (default: the newest of any kind), protected from retention until its ``close``."""
+        catalog = Catalog(self._store, self.path)
+        entry = catalog.newest(None) if step is None else catalog.find(step)
+        return self._store.open(entry.name)
+
+    def pin(self, step: int) -> CheckpointInfo:
+        """Never let retention delete this checkpoint. Raises ``CheckpointNotFound``."""
+        return Catalog(self._store, self.path).pin(step)
+
+    def unpin(self, step: int) -> CheckpointInfo:
+        """Undo ``pin``."""
+        return Catalog(self._store, self.path).pin(step, pinned=False)
+
+    def _restore(self, name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+        with contextlib.closing(self._store.open(name)) as reader:
+            report = restoring.restore(reader, state, **options)
+        self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
+        return report
+
+    def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+        entries = Catalog(self._store, self.path).entries()
+        reasons: list[str] = []
+        for entry in reversed([entry for entry in entries if entry.kind == "full"]):
+            try:
+                return self._restore(entry.name, state, options)
+            except CheckpointNotFound:
+                continue  # retention took it meanwhile: a newer one is there
+            except (CheckpointDamaged, OSError) as error:
+                self._damaged.add(entry.name)
+                reasons.append(f"{entry.path}: {error}")
+                warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=4)
+                self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))
+        if not entries:
+            raise CheckpointNotFound(f"{self.path}: no checkpoint here")
+        if not reasons:
+            reasons = ["there are only weights-only checkpoints, which hold no training state"]
+        raise NoUsableCheckpoint(
+            f"{self.path}: {len(entries)} checkpoints and none can be restored; nothing was deleted. Look with "
+            f"`asyncckpt verify`, or train into another directory. " + "; ".join(reasons)
+        )

@@ -1,0 +1,184 @@
+"""Live objects → a flat ``Snapshot``: names, references to tensors, and copies of plain values. Copies no tensor.
+
+A component is captured by what it is: an ``nn.Module`` by its ``state_dict``, an optimizer with its state keyed by
+parameter name, anything with ``state_dict``/``load_state_dict`` by those, a tensor as itself, all else as plain data.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncckpt import plain
+from asyncckpt.dtypes import code_of
+from asyncckpt.errors import InvalidOption, UnsupportedValue
+from asyncckpt.names import canonical_names, parameter_names, same_memory
+from asyncckpt.protocols import ComponentSnapshot, JsonValue, Piece, Snapshot, Stateful, TensorSpec
+
+#: Names of components become file names; see ``manifest.py``.
+_COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,199}\Z")
+_RESERVED = frozenset({"state", "manifest", "latest"})
+Sink = Callable[[str, torch.Tensor], None]
+
+
+def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) -> Snapshot:
+    """Capture the training state. Runs on the training thread; takes milliseconds; blocks on nothing.
+
+    ``weights_only`` takes the modules alone. Raises ``UnsupportedValue`` naming the path of whatever cannot be stored.
+    """
+    check_state(state)
+    modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
+    if weights_only:
+        if not modules:
+            raise InvalidOption("weights_only: the state holds no torch.nn.Module")
+        return Snapshot(step, [_module(name, module) for name, module in modules.items()])
+    owners = parameter_names(modules)
+    return Snapshot(step, [_component(name, value, state, owners) for name, value in state.items()])
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raises ``InvalidOption`` where ``state`` is no mapping of usable component names."""
+    if not isinstance(state, Mapping) or not state:
+        raise InvalidOption("state must be a non-empty dict of components, such as {'model': model, 'optimizer': opt}")
+    folded: set[str] = set()
+    for name in state:
+        if not isinstance(name, str) or not _COMPONENT_NAME.match(name) or name.casefold() in _RESERVED:
+            raise InvalidOption(
+                f"component name {name!r} cannot be used: letters, digits and _.=+- only, not beginning with a dot or "
+                f"dash, and not one of {', '.join(sorted(_RESERVED))}"
+            )
+        if name.casefold() in folded:
+            raise InvalidOption(f"component name {name!r} differs from another one only in case")
+        folded.add(name.casefold())
+
+
+def kind_of(value: Any) -> str:
+    """How a component is captured and restored: ``module``, ``optimizer``, ``stateful``, ``tensor`` or ``plain``."""
+    if isinstance(value, nn.Module):
+        return "module"
+    if isinstance(value, torch.optim.Optimizer):
+        return "optimizer"
+    if isinstance(value, torch.Tensor):
+        return "tensor"
+    if isinstance(value, Stateful) and not isinstance(value, type):
+        return "stateful"
+    return "plain"
+
+
+def named_optimizer_state(
+    component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """The optimizer's ``state_dict`` keyed by parameter name, and torch's index → name.
+
+    Raises ``UnsupportedValue`` for a parameter that belongs to no component of the state: without a name its state
+    could only be matched by position, which breaks silently when the model changes.
+    """
+    raw = optimizer.state_dict()
+    names = optimizer_names(component, optimizer, owners, state)
+    by_name = {names.get(key, key): value for key, value in raw["state"].items()}
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in raw["param_groups"]]
+    return {**raw, "state": by_name, "param_groups": groups}, names
+
+
+def optimizer_names(
+    component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
+) -> dict[int, str]:
+    """Torch's parameter index → name, for every parameter of the optimizer, in ``state_dict`` order."""
+    tensors = {id(value): name for name, value in state.items() if isinstance(value, torch.Tensor)}
+    parameters: dict[int, torch.Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameters.setdefault(id(parameter), parameter)
+    holders = {owners[key][0] for key in parameters if key in owners}
+    names: dict[int, str] = {}
+    for index, key in enumerate(parameters):
+        if key in owners:
+            holder, fqn = owners[key]
+            # one optimizer over several modules: equal names in both must not meet
+            names[index] = fqn if len(holders) == 1 else f"{holder}/{fqn}"
+        elif key in tensors:
+            names[index] = tensors[key]
+        else:
+            shape = tuple(parameters[key].shape)
+            raise UnsupportedValue(
+                f"state[{component!r}]: parameter number {index} (shape {shape}) belongs to no component of the "
+                f"state, so it has no name. Add the module or tensor it comes from to the state"
+            )
+    return names
+
+
+def _component(
+    name: str, value: Any, state: Mapping[str, Any], owners: Mapping[int, tuple[str, str]]
+) -> ComponentSnapshot:
+    kind = kind_of(value)
+    if kind == "module":
+        return _module(name, value)
+    pieces: list[Piece] = []
+    aliases: dict[str, str] = {}
+    if kind == "optimizer":
+        value, _ = named_optimizer_state(name, value, owners, state)
+    elif kind == "stateful":
+        value = value.state_dict()
+    tree = plain.encode(value, "", _sink(name, pieces), component=name)
+    return ComponentSnapshot(name, kind, pieces, aliases, tree)
+
+
+def _module(name: str, module: nn.Module) -> ComponentSnapshot:
+    pieces: list[Piece] = []
+    aliases: dict[str, str] = {}
+    extras: dict[str, Any] = {}
+    raw = module.state_dict()
+    names = canonical_names(module, raw)
+    first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
+    add = _sink(name, pieces)
+    for key, value in raw.items():
+        fqn = names[key]
+        if not isinstance(value, torch.Tensor):
+            extras[fqn] = value
+            continue
+        if value.numel() and value.layout is torch.strided:
+            seen = first_views.setdefault((value.data_ptr(), value.dtype), [])
+            twin = next((known for known, other in seen if same_memory(other, value)), None)
+            if twin is not None:
+                aliases[fqn] = twin
+                continue
+            seen.append((fqn, value))
+        add(fqn, value)
+    tree: JsonValue = plain.encode(extras, "", add, component=name)
+    return ComponentSnapshot(name, "module", pieces, aliases, tree)
+
+
+def _sink(component: str, pieces: list[Piece]) -> Sink:
+    def add(name: str, tensor: torch.Tensor) -> None:
+        pieces.append(piece_of(component, name, tensor))
+
+    return add
+
+
+def piece_of(component: str, name: str, tensor: torch.Tensor) -> Piece:
+    """The whole tensor as one piece. Raises ``UnsupportedValue`` for what cannot be stored as dense bytes."""
+    where = f"state[{component!r}][{name!r}]"
+    if tensor.layout is not torch.strided:
+        raise UnsupportedValue(f"{where}: layout {tensor.layout} is not stored; call .to_dense() or store its parts")
+    if tensor.is_quantized:
+        raise UnsupportedValue(f"{where}: quantized tensors are not stored; store int_repr() and the scales")
+    if tensor.device.type == "meta":
+        raise UnsupportedValue(f"{where}: a tensor on the meta device has no values to save")
+    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        _check_subclass(tensor, where)
+    shape = tuple(tensor.shape)
+    spec = TensorSpec(name, code_of(tensor, where), shape, tensor.numel() * tensor.dtype.itemsize)
+    return Piece(spec, (0,) * len(shape), tensor)
+
+
+def _check_subclass(tensor: torch.Tensor, where: str) -> None:
+    # A subclass that computes or hides its values (DTensor, quantized wrappers) has no plain bytes to copy.
+    if getattr(type(tensor), "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__:
+        raise UnsupportedValue(
+            f"{where}: tensors of type {type(tensor).__name__} are not stored by this version; store a plain tensor "
+            f"(for a DTensor: .full_tensor() on one rank)"
+        )

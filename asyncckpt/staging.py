@@ -1,0 +1,278 @@
+"""Staging: snapshot → arena. What may change soon is copied before ``save`` returns, the rest while training goes on.
+
+A staging job can be worked on by several threads at once: the stager in the background, and the training thread when
+it has to wait anyway (an eager save, or ``optimizer.step`` coming before the copy is done).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import torch
+
+from asyncckpt.arena import Arena, Slot
+from asyncckpt.copying import copy_segments, write_header
+from asyncckpt.errors import SaveAbandoned
+from asyncckpt.events import EventBus, ExtentStaged, Staged
+from asyncckpt.protocols import Extent, Piece
+
+#: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
+#: would otherwise make ``save`` wait for the whole arena.
+_CLONE_BELOW_BYTES = 1 << 20
+_CLONE_TOTAL_BYTES = 16 << 20
+
+Ready = Callable[[], None]
+OnStaged = Callable[[int, Slot, Ready], None]
+
+
+def storages(tensors: Collection[torch.Tensor]) -> set[int]:
+    """Identities of the memory behind tensors: what a watched optimizer owns."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def split_eager(pieces: Sequence[Piece], owned: Collection[int]) -> set[int]:
+    """Indexes of the pieces that must be staged before ``save`` returns; small ones are cloned in place instead.
+
+    ``owned`` are the storages that only a watched optimizer's step changes.
+    """
+    eager: set[int] = set()
+    cloned = 0
+    for index, piece in enumerate(pieces):
+        if piece.tensor.untyped_storage().data_ptr() in owned:
+            continue
+        nbytes = piece.spec.nbytes
+        if nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:
+            piece.tensor = piece.tensor.detach().clone()
+            cloned += nbytes
+        else:
+            eager.add(index)
+    return eager
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    number: int
+    extent: Extent
+
+
+class StagingJob:
+    """The copies of one save. Thread-safe.
+
+    ``on_staged(number, slot, ready)`` is called for each extent as its copy is done or enqueued; ``ready()`` blocks
+    until the slot's bytes are there (CUDA copies run on a side stream).
+    """
+
+    def __init__(
+        self,
+        step: int,
+        pieces: Sequence[Piece],
+        extents: Sequence[Extent],
+        arena: Arena,
+        on_staged: OnStaged,
+        events: EventBus,
+    ) -> None:
+        self.step = step
+        self.stall_seconds = 0.0
+        self.staged_seconds = 0.0
+        self._pieces = pieces
+        self._arena = arena
+        self._on_staged = on_staged
+        self._events = events
+        self._streams = _SideStreams(pieces)
+        self._lock = threading.Lock()
+        self._queue = deque(_Work(number, extent) for number, extent in enumerate(extents))
+        self._working = 0
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        self._started_seconds = time.perf_counter()
+        self._nbytes = sum(extent.nbytes for extent in extents)
+        if not self._queue:
+            self._done.set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether copies run on CUDA streams: then ``done`` means enqueued."""
+        return bool(self._streams)
+
+    @property
+    def error(self) -> BaseException | None:
+        return self._error
+
+    def stage_now(self, eager: Collection[int], deadline: float | None) -> None:
+        """Copy every extent that holds one of the pieces in ``eager`` before returning.
+
+        Whole extents, so that a slot is never held half filled: two saves doing that could wait for each other's.
+        Raises what cancelled the job.
+        """
+        with self._lock:
+            now = deque(w for w in self._queue if any(s.piece in eager for s in w.extent.segments))
+            chosen = {work.number for work in now}
+            later = [work for work in self._queue if work.number not in chosen]
+            self._queue.clear()  # in place: the stager may be working on this very queue
+            self._queue.extend(later)
+        self._work(now, deadline)
+        with self._lock:  # after an error the rest goes back, to be dropped with everything else
+            self._queue.extendleft(now)
+        self._drop_queue()
+        self._streams.make_current_wait()
+        if self._error is not None:
+            raise self._error
+
+    def run(self, deadline: float | None = None) -> None:
+        """Work until nothing is left to start. Never raises: an error cancels the job."""
+        self._work(self._queue, deadline)
+        self._drop_queue()
+
+    def _work(self, queue: deque[_Work], deadline: float | None) -> None:
+        while True:
+            with self._lock:
+                if not queue or self._error is not None:
+                    return
+                work = queue.popleft()
+                self._working += 1
+            try:
+                self._stage(work, deadline)
+            except BaseException as error:
+                self.cancel(error)
+            with self._lock:
+                self._working -= 1
+            self._settle()
+
+    def finish(self, deadline: float | None) -> None:
+        """Help, then block until every copy is done (CUDA: until the current streams wait for them).
+
+        Past ``deadline`` (``time.monotonic()``) the job is cancelled with ``SaveAbandoned``: training goes on, the
+        save fails. Never raises.
+        """
+        self.run(deadline)
+        remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._done.wait(remaining):
+            self.cancel(
+                SaveAbandoned(f"step {self.step}: staging did not finish within its deadline; storage is too slow")
+            )
+            self._done.wait()  # a copy that has begun is milliseconds from its end
+        self._streams.make_current_wait()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Block without helping; False when ``timeout`` seconds passed first."""
+        return self._done.wait(timeout)
+
+    def synchronize(self) -> None:
+        """Block until enqueued CUDA copies have run."""
+        self._streams.synchronize()
+
+    def cancel(self, error: BaseException) -> None:
+        """Give up what is not copied yet. The first error is kept. Idempotent."""
+        with self._lock:
+            if self._error is None and not self._done.is_set():
+                self._error = error
+        self._arena.wake()
+        self._drop_queue()
+
+    def _is_cancelled(self) -> bool:
+        return self._error is not None
+
+    def _stage(self, work: _Work, deadline: float | None) -> None:
+        slot = self._arena.acquire(work.extent.nbytes, deadline, self._is_cancelled)
+        began = time.perf_counter()
+        try:
+            with self._streams.entered():
+                copy_segments(self._pieces, work.extent.segments, slot)
+                ready = self._streams.ready()
+            if work.extent.header:
+                write_header(slot, work.extent.header)
+        except BaseException:
+            self._arena.release(slot)
+            raise
+        now = time.perf_counter()
+        self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=work.extent.nbytes, seconds=now - began))
+        self._on_staged(work.number, slot, ready)
+
+    def _drop_queue(self) -> None:
+        if self._error is not None:
+            with self._lock:
+                self._queue.clear()
+        self._settle()
+
+    def _settle(self) -> None:
+        with self._lock:
+            if self._queue or self._working or self._done.is_set():
+                return
+            now = time.perf_counter()
+            self.staged_seconds = now - self._started_seconds
+            self._done.set()
+        if self._error is None:
+            self._events.emit(Staged(step=self.step, at_seconds=now, nbytes=self._nbytes, seconds=self.staged_seconds))
+
+
+class Stager:
+    """The background thread that works on deferred jobs, in the order given. Daemon; ``close`` ends it."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[StagingJob | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="asyncckpt-stager", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: StagingJob) -> None:
+        self._jobs.put(job)
+
+    def close(self) -> None:
+        self._jobs.put(None)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.run()
+            del job  # an idle thread must not keep a snapshot alive
+
+
+class _SideStreams:
+    """One copy stream for each CUDA device of the snapshot; does nothing for a state on the CPU.
+
+    The copy waits for the training stream as it was at ``save``; the training stream is made to wait for the copy
+    only where the state is about to change, so the host never does.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        devices = {piece.tensor.device for piece in pieces if piece.tensor.device.type == "cuda"}
+        make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+        self._streams = {device: make(device) for device in devices}
+        for device, stream in self._streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __bool__(self) -> bool:
+        return bool(self._streams)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for stream in self._streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            yield
+
+    def ready(self) -> Ready:
+        """Blocks its caller until everything enqueued so far has run."""
+        recorded = [stream.record_event() for stream in self._streams.values()]
+
+        def wait() -> None:
+            for event in recorded:
+                event.synchronize()
+
+        return wait
+
+    def make_current_wait(self) -> None:
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def synchronize(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()

@@ -1,0 +1,325 @@
+"""Where stored tensors go in the live state: one adapter a kind of component, the counterpart of ``snapshot.py``.
+
+An adapter first says what would go where (``Plan``), touching nothing; bytes are then read into the targets, and
+``finish`` hands over what is not filled in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncckpt import plain
+from asyncckpt.dtypes import DTYPES
+from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.manifest import ComponentRecord, TensorRecord
+from asyncckpt.names import canonical_names, parameter_names
+from asyncckpt.protocols import JsonValue
+from asyncckpt.snapshot import kind_of, optimizer_names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the caller of ``restore`` chose: ``device`` for tensors not living yet, ``dtype`` for floating ones."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    selected: Callable[[str], bool]
+
+
+@dataclass(slots=True)
+class Plan:
+    """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled."""
+
+    fill: list[tuple[TensorRecord, list[torch.Tensor]]] = field(default_factory=list)
+    finish: list[Callable[[], None]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+    def merge(self, other: Plan) -> None:
+        self.fill += other.fill
+        self.finish += other.finish
+        self.missing += other.missing
+        self.unexpected += other.unexpected
+        self.mismatched += other.mismatched
+
+
+#: Stored tensors by qualified live name (``model.wte.weight``), after the rename map.
+Stored = Mapping[str, TensorRecord]
+
+
+def plan_component(
+    name: str, state: Mapping[str, Any], record: ComponentRecord | None, stored: Stored, tree: JsonValue, opts: Options
+) -> Plan:
+    """The plan for one live component. ``record`` is the checkpoint's component of that name, if there is one."""
+    value = state[name]
+    kind = kind_of(value)
+    if kind == "module":
+        extras = tree if record is not None and record.kind == "module" else {}
+        return _module(name, value, stored, extras, opts)
+    if record is None:
+        return Plan(missing=[name])
+    if record.kind != kind:
+        return Plan(mismatched=[f"{name}: saved as {record.kind}, live as {kind}"])
+    if kind == "optimizer":
+        return _optimizer(name, value, state, stored, tree, opts)
+    if kind == "tensor":
+        return _tensor(name, value, stored, opts)
+    return _tree(name, value, state, stored, tree, opts)
+
+
+def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opts: Options) -> Plan:
+    plan = Plan()
+    live = module.state_dict()
+    fqns = canonical_names(module, live)
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
+    extra_values = plain.decode(extras, lambda key: _no_tensor(name, key)) if extras else {}
+    by_memory = _aliases(live, fqns)
+    later: dict[str, Any] = {}
+    meta: dict[str, torch.Tensor] = {}
+    wanted: set[str] = set()
+    for raw, value in live.items():
+        qualified = f"{name}.{fqns[raw]}"
+        if not opts.selected(qualified):
+            continue
+        wanted.add(qualified)
+        if not isinstance(value, torch.Tensor):
+            if fqns[raw] in extra_values:
+                later[raw] = extra_values[fqns[raw]]
+            else:
+                plan.missing.append(qualified)
+            continue
+        record = stored.get(qualified)
+        if record is None:
+            # a tied tensor is there under its twin's name
+            if not any(f"{name}.{twin}" in stored for twin in by_memory.get(raw, ())):
+                plan.missing.append(qualified)
+            continue
+        problem = mismatch(qualified, record, value, opts)
+        if problem:
+            plan.mismatched.append(problem)
+            continue
+        target = value
+        if value.is_meta:
+            dtype = opts.dtype if opts.dtype is not None and value.is_floating_point() else value.dtype
+            target = meta[raw] = torch.empty(value.shape, dtype=dtype, device=opts.device)
+        elif value.numel() and value.untyped_storage().data_ptr() not in own:
+            later[raw] = value  # the module's state_dict gives copies (hooks, packed weights): it must take them back
+        plan.fill.append((record, [target]))
+    prefix = f"{name}."
+    plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
+    if meta:
+        plan.finish.append(lambda: _materialize(module, meta))
+    if later:
+        plan.finish.append(lambda: _load_into(module, later))
+    return plan
+
+
+def _load_into(module: nn.Module, values: dict[str, Any]) -> None:
+    module.load_state_dict(values, strict=False)
+
+
+def _aliases(live: Mapping[str, Any], fqns: Mapping[str, str]) -> dict[str, list[str]]:
+    """Raw name → FQNs of live tensors in the same memory."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for raw, value in live.items():
+        if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
+            groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.device), []).append(raw)
+    return {raw: [fqns[other] for other in group if other != raw] for group in groups.values() for raw in group}
+
+
+def _materialize(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give tensors on the meta device their storage; swapped in place, so ties and optimizers keep their objects."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    swap: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
+    done: set[int] = set()
+    for raw, value in values.items():
+        if raw in parameters:
+            live = parameters[raw]
+            if id(live) not in done:
+                swap(live, nn.Parameter(value, requires_grad=live.requires_grad))
+                done.add(id(live))
+        elif raw in buffers:
+            owner = module.get_submodule(raw.rpartition(".")[0])
+            owner._buffers[raw.rpartition(".")[2]] = value
+
+
+def _optimizer(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    stored: Stored,
+    tree: JsonValue,
+    opts: Options,
+) -> Plan:
+    plan = Plan()
+    if not opts.selected(name):
+        return plan
+    group_trees = tree.get("param_groups") if isinstance(tree, dict) else None
+    if not isinstance(tree, dict) or not isinstance(group_trees, list):
+        raise CheckpointDamaged(f"component {name!r} was saved as an optimizer and does not look like one")
+    owners = parameter_names({key: value for key, value in state.items() if isinstance(value, nn.Module)})
+    names = optimizer_names(name, optimizer, owners, state)
+    index_of = {fqn: index for index, fqn in names.items()}
+    parameters = _parameters(optimizer)
+    saved_groups = [plain.decode(group, _fresh(name, stored, plan, opts)) for group in group_trees]
+    saved_names = {fqn for group in saved_groups for fqn in group["params"]}
+    plan.missing += [f"{name}.{fqn}" for fqn in index_of if fqn not in saved_names]
+    plan.unexpected += [f"{name}.{fqn}" for fqn in saved_names if fqn not in index_of]
+    if len(saved_groups) != len(optimizer.param_groups):
+        plan.mismatched.append(
+            f"{name}: {len(saved_groups)} param groups saved, {len(optimizer.param_groups)} in the live optimizer"
+        )
+    values: dict[int | str, Any] = {}
+    saved_state = tree.get("state")
+    if not isinstance(saved_state, dict) or "$" in saved_state:
+        raise CheckpointDamaged(f"component {name!r}: its state is not keyed by parameter name")
+    for key, subtree in saved_state.items():
+        index = index_of.get(key)
+        if index is None:
+            if key not in saved_names:  # state an optimizer keeps beside its parameters
+                values[key] = plain.decode(subtree, _fresh(name, stored, plan, opts))
+            continue
+        live = optimizer.state.get(parameters[index], {})
+        values[index] = plain.decode(subtree, _state_tensors(name, parameters[index], live, stored, plan, opts))
+    groups: list[dict[str, Any]] = []
+    counted = 0
+    for live_group in optimizer.param_groups:
+        indexes = list(range(counted, counted + len(live_group["params"])))
+        counted += len(indexes)
+        group_names = {names[index] for index in indexes}
+        source = max(saved_groups, key=lambda g: len(group_names.intersection(g["params"])), default=None)
+        base = {key: value for key, value in live_group.items() if key != "params"}
+        if source is not None and group_names.intersection(source["params"]):
+            base.update({key: value for key, value in source.items() if key != "params"})
+        groups.append({**base, "params": indexes})
+    others = {k: plain.decode(v, _fresh(name, stored, plan, opts)) for k, v in tree.items() if k not in _TORCH_KEYS}
+    loaded = {**others, "state": values, "param_groups": groups}
+    plan.finish.append(lambda: optimizer.load_state_dict(loaded))
+    return plan
+
+
+_TORCH_KEYS = frozenset({"state", "param_groups"})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Parameters in the order of torch's indexes."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _state_tensors(
+    component: str,
+    parameter: torch.Tensor,
+    live: Any,
+    stored: Stored,
+    plan: Plan,
+    opts: Options,
+) -> Callable[[str], torch.Tensor]:
+    """Live state tensors where they fit, new ones on the parameter's device where there are none yet."""
+
+    def get(key: str) -> torch.Tensor:
+        record = _lookup(component, key, stored)
+        found = live.get(key.rpartition(".")[2]) if isinstance(live, dict) else None
+        if not isinstance(found, torch.Tensor) or mismatch(key, record, found, opts) or found.is_meta:
+            device = parameter.device if record.shape == tuple(parameter.shape) else torch.device("cpu")
+            if device.type == "meta":
+                device = opts.device
+            found = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=device)
+        plan.fill.append((record, [found]))
+        return found
+
+    return get
+
+
+def _fresh(component: str, stored: Stored, plan: Plan, opts: Options) -> Callable[[str], torch.Tensor]:
+    def get(key: str) -> torch.Tensor:
+        record = _lookup(component, key, stored)
+        tensor = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=opts.device)
+        plan.fill.append((record, [tensor]))
+        return tensor
+
+    return get
+
+
+def _tensor(name: str, value: torch.Tensor, stored: Stored, opts: Options) -> Plan:
+    record = _lookup(name, "value", stored)
+    problem = mismatch(name, record, value, opts)
+    if problem:
+        return Plan(mismatched=[problem])
+    return Plan(fill=[(record, [value])])
+
+
+def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree: JsonValue, opts: Options) -> Plan:
+    """Stateful objects take what ``load_state_dict`` takes; plain data is replaced in ``state``, and containers are
+    refilled in place, so that whoever else holds them sees the new values."""
+    plan = Plan()
+    if not opts.selected(name):
+        return plan
+    live: dict[str, torch.Tensor] = {}
+    if kind_of(value) == "plain":
+        plain.encode(value, "", live.__setitem__, component=name)
+    fresh = _fresh(name, stored, plan, opts)
+
+    def tensors(key: str) -> torch.Tensor:
+        record = _lookup(name, key, stored)
+        found = live.get(key)
+        if found is None or mismatch(key, record, found, opts):
+            return fresh(key)
+        plan.fill.append((record, [found]))
+        return found
+
+    decoded = plain.decode(tree, tensors)
+    if kind_of(value) == "stateful":
+        plan.finish.append(lambda: value.load_state_dict(decoded))
+    else:
+        plan.finish.append(lambda: _replace_plain(name, state, value, decoded))
+    return plan
+
+
+def _replace_plain(name: str, state: Mapping[str, Any], live: Any, decoded: Any) -> None:
+    if type(live) is dict and type(decoded) is dict:
+        live.clear()
+        live.update(decoded)
+    elif type(live) is list and type(decoded) is list:
+        live[:] = decoded
+    elif isinstance(state, dict):
+        state[name] = decoded
+
+
+def mismatch(name: str, record: TensorRecord, live: torch.Tensor, opts: Options) -> str | None:
+    """Why the stored tensor cannot go into the live one, or None."""
+    if record.shape != tuple(live.shape):
+        return f"{name}: saved with shape {list(record.shape)}, live {list(live.shape)}"
+    saved = DTYPES[record.dtype]
+    if saved == live.dtype:
+        return None
+    wanted = opts.dtype if live.is_floating_point() and saved.is_floating_point else None
+    if wanted is not None and (live.is_meta or live.dtype == wanted):
+        return None
+    return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
+
+
+def _lookup(component: str, key: str, stored: Stored) -> TensorRecord:
+    record = stored.get(f"{component}.{key}")
+    if record is None:
+        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key}, which the manifest does not list")
+    return record
+
+
+def _no_tensor(component: str, key: str) -> torch.Tensor:
+    raise CheckpointDamaged(f"component {component!r}: tensor {key!r} in extra state of a module is not supported")
+
+
+def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tuple[str, TensorRecord]]:
+    """Every stored tensor under each of its names (a tied tensor's aliases too), as ``component.fqn``."""
+    for component, record in components.items():
+        for fqn, tensor in record.tensors.items():
+            yield f"{component}.{fqn}", tensor
+        for alias, target in record.aliases.items():
+            yield f"{component}.{alias}", record.tensors[target]

@@ -1,0 +1,183 @@
+"""The background writer pool, and the handle a save is followed by."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+from asyncckpt.errors import InvalidOption
+
+log = logging.getLogger("asyncckpt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WriterOptions:
+    """``threads``: writers that hash and write extents. ``direct``: O_DIRECT where the file system has it.
+    ``read_back``: read every byte back past the page cache and compare digests before publishing.
+    ``durable_timeout_seconds``: after this a save that is not durable is given up (hung storage).
+    ``stall_timeout_seconds``: the longest the training thread ever waits for staging before the save is given up."""
+
+    threads: int = 3
+    direct: bool = True
+    read_back: bool = False
+    durable_timeout_seconds: float = 3600.0
+    stall_timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if type(self.threads) is not int or self.threads < 1:
+            raise InvalidOption(f"WriterOptions.threads must be a whole number >= 1, not {self.threads!r}")
+        for name in ("durable_timeout_seconds", "stall_timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise InvalidOption(f"WriterOptions.{name} must be > 0, not {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveReport:
+    """What a durable save was. ``stall_seconds`` is the training thread's time inside asyncckpt; ``staged_seconds``
+    and ``durable_seconds`` are counted from the call of ``save``."""
+
+    step: int
+    path: str
+    nbytes: int
+    stall_seconds: float
+    staged_seconds: float
+    durable_seconds: float
+
+
+class PendingSave:
+    """A save in flight. Thread-safe; awaitable from asyncio (``report = await pending``)."""
+
+    step: int
+
+    def __init__(self, step: int, wait_staged: Callable[[float | None], bool]) -> None:
+        self.step = step
+        self._future: Future[SaveReport] = Future()
+        self._future.set_running_or_notify_cancel()
+        self._wait_staged = wait_staged
+        self._observed = False
+
+    def staged(self, timeout: float | None = None) -> bool:
+        """Block until training may change anything (the snapshot is copied, or the save failed); False where
+        ``timeout`` seconds passed first."""
+        return self._wait_staged(timeout)
+
+    def result(self, timeout: float | None = None) -> SaveReport:
+        """Block until the checkpoint is durable.
+
+        Raises what made the save fail (``SaveFailed``, ``NotEnoughSpace``, …), or ``TimeoutError`` after ``timeout``
+        seconds (the save goes on).
+        """
+        try:
+            return self._future.result(timeout)
+        finally:
+            self._observed = self._observed or self._future.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Block until durable or failed; the error, or None."""
+        try:
+            return self._future.exception(timeout)
+        finally:
+            self._observed = self._observed or self._future.done()
+
+    def done(self) -> bool:
+        """Whether it is durable or failed."""
+        return self._future.done()
+
+    def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
+        """Call ``callback(self)`` when durable or failed, on the thread where that happens (at once if it has)."""
+        self._future.add_done_callback(lambda _: callback(self))
+
+    def __await__(self) -> Generator[Any, None, SaveReport]:
+        self._observed = True  # whoever awaits gets the error
+        return asyncio.wrap_future(self._future).__await__()
+
+    def __repr__(self) -> str:
+        state = "in flight" if not self.done() else "failed" if self._future.exception() else "durable"
+        return f"<PendingSave step {self.step}: {state}>"
+
+    def unobserved_error(self) -> BaseException | None:
+        """The error of a failed save that nobody has asked for yet; hands it out once."""
+        if self._observed or not self._future.done():
+            return None
+        self._observed = True
+        return self._future.exception()
+
+    def resolve(self, report: SaveReport) -> None:
+        """For the committer: the save is durable."""
+        if not self._future.done():
+            self._future.set_result(report)
+
+    def reject(self, error: BaseException) -> None:
+        """For the committer: the save failed. Later outcomes are ignored."""
+        if not self._future.done():
+            self._future.set_exception(error)
+
+
+class WriterPool:
+    """Threads that run tasks in order. A task that hangs in the kernel can be abandoned: its thread is replaced, and
+    ends when the kernel lets it go. Thread-safe."""
+
+    def __init__(self, threads: int, name: str = "asyncckpt-writer") -> None:
+        self._name = name
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._busy_since: dict[int, float] = {}
+        self._abandoned: set[int] = set()
+        self._threads = 0
+        self._spawned = 0
+        for _ in range(threads):
+            self._spawn()
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Run ``task`` on some thread; it must not raise."""
+        self._tasks.put(task)
+
+    def replace_stuck(self, stuck_seconds: float) -> int:
+        """Replace threads that have been inside one task for longer than ``stuck_seconds``; how many."""
+        now = time.monotonic()
+        with self._lock:
+            stuck = [
+                ident
+                for ident, since in self._busy_since.items()
+                if now - since > stuck_seconds and ident not in self._abandoned
+            ]
+            self._abandoned.update(stuck)
+        for _ in stuck:
+            self._spawn()
+        return len(stuck)
+
+    def close(self) -> None:
+        """End the threads after the tasks already submitted. Does not wait."""
+        for _ in range(self._threads):
+            self._tasks.put(None)
+
+    def _spawn(self) -> None:
+        with self._lock:
+            self._threads += 1
+            self._spawned += 1
+            number = self._spawned
+        threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
+
+    def _run(self) -> None:
+        ident = threading.get_ident()
+        while (task := self._tasks.get()) is not None:
+            with self._lock:
+                self._busy_since[ident] = time.monotonic()
+            try:
+                task()
+            except BaseException:
+                log.exception("a writer task raised")
+            del task  # an idle thread must not keep a save's memory alive
+            with self._lock:
+                del self._busy_since[ident]
+                if ident in self._abandoned:
+                    self._abandoned.discard(ident)
+                    self._threads -= 1
+                    return
