@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import logging
 import os
-import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
@@ -20,19 +16,18 @@ from asyncckpt import cadence, digests, environment, formats, naming, plain, ret
 from asyncckpt.arena import Arena
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.commit import Contents, Save
-from asyncckpt.committer import Committer, InFlight
+from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.errors import (
-    ArenaBusy,
     CheckpointerClosed,
     CheckpointNotFound,
     InvalidOption,
-    InvalidStep,
     SaveAbandoned,
-    StepExists,
 )
-from asyncckpt.events import Busy, EventBus, Preempting, SaveStarted, Stalled, Subscriber
+from asyncckpt.events import EventBus, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
 from asyncckpt.layout import LayoutCache, LayoutOptions
+from asyncckpt.leaving import drain_at_exit
+from asyncckpt.ledger import Ledger, numbers
 from asyncckpt.manifest import Manifest
 from asyncckpt.protocols import Layout, Snapshot
 from asyncckpt.restore import RestoreReport
@@ -42,9 +37,6 @@ from asyncckpt.staging import Stager, StagingJob, split_eager
 from asyncckpt.storage.lease import Lease, LeaseOptions
 from asyncckpt.writer import PendingSave, WriterOptions, WriterPool
 
-log = logging.getLogger("asyncckpt")
-
-OnBusy = Literal["wait", "skip", "error"]
 _MIN_STAGING_BYTES = 1 << 20
 
 
@@ -92,8 +84,6 @@ class Checkpointer(Run):
     ) -> None:
         if on_busy not in ("wait", "skip", "error"):
             raise InvalidOption(f"on_busy must be 'wait', 'skip' or 'error', not {on_busy!r}")
-        if type(max_in_flight) is not int or max_in_flight < 1:
-            raise InvalidOption(f"max_in_flight must be a whole number >= 1, not {max_in_flight!r}")
         if staging_bytes is not None and (type(staging_bytes) is not int or staging_bytes < _MIN_STAGING_BYTES):
             raise InvalidOption(f"staging_bytes must be at least {_MIN_STAGING_BYTES} bytes, not {staging_bytes!r}")
         digests.get(digest)
@@ -103,11 +93,10 @@ class Checkpointer(Run):
         self._every = cadence.parse(every)
         self._format = formats.get(format)
         self._digest = digest
-        self._template = naming.NameTemplate(name)
+        self._ledger = Ledger(self.path, naming.NameTemplate(name), self._damaged, overwrite=overwrite)
         self._config = plain.encode(config, "config", _no_tensors, component="config")
         self._staging_bytes = staging_bytes
-        self._on_busy: OnBusy = on_busy
-        self._max_in_flight = max_in_flight
+        self._on_busy = on_busy
         self._overwrite = overwrite
         self._create_parents = create_parents
         self._takeover = takeover
@@ -118,7 +107,7 @@ class Checkpointer(Run):
         self._extent_bytes = extent_bytes
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         self._committer = Committer(
-            self._store, policies, self._writer_options, self.events, self._check_lease, self._damaged
+            self._store, policies, self._writer_options, self.events, self._check_lease, self._damaged, max_in_flight
         )
         self._watched = Watched(self._before_change)
         self._signals = SignalWatch(preempt) if preempt is not None else None
@@ -126,13 +115,11 @@ class Checkpointer(Run):
         self._stager = Stager()
         self._pool = WriterPool(self._writer_options.threads)
         self._lease: Lease | None = None
-        self._saved: dict[tuple[int, str], str] = {}
-        self._last_step: dict[str, int] = {}
         self._last_saved_seconds = time.monotonic()
         self._prepared = False
         self._closed = False
         self._pid = os.getpid()
-        _drain_at_exit(self)
+        drain_at_exit(self)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -147,12 +134,11 @@ class Checkpointer(Run):
             self.prepare(state)
         if self._signals is not None and self._signals.received is not None:
             self._leave(step, state, metrics, self._signals)
-        last = self._last_step.get("full")
-        if not self._every.due(step, time.monotonic(), last, self._last_saved_seconds):
+        if not self._every.due(step, time.monotonic(), self._ledger.last(), self._last_saved_seconds):
             return None
         try:
             return self._save(step, state, metrics, kind="full", may_skip=True)
-        except _SkippedBusy:
+        except Skipped:
             return None
 
     def save(
@@ -225,8 +211,12 @@ class Checkpointer(Run):
     def restore(self, state: Mapping[str, Any], step: int | None = None, **options: Any) -> RestoreReport:
         self._before_change("guard")
         report = super().restore(state, step, **options)
-        self._last_step["full"] = report.step
+        self._ledger.go_to(report.step)
         return report
+
+    def unfinished(self) -> int:
+        """Saves that are not durable yet; 0 in a forked child."""
+        return len(self._committer.in_flight()) if os.getpid() == self._pid and not self._closed else 0
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -273,22 +263,25 @@ class Checkpointer(Run):
     ) -> PendingSave:
         began = time.perf_counter()
         self._open()
-        numbers = _numbers(metrics)
-        name = self._template.name(step, kind, numbers) if type(step) is int else ""
-        self._check_step(step, kind)
-        snapshot, layout = self._plan(state, step, weights_only=kind == "weights")
-        self._grow_arena(layout, state)
-        self._admit(step, layout, may_skip)
-        save = self._new_save(snapshot, layout, name, kind, numbers)
-        deferred = bool(self._watched)
-        self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
-        pieces = snapshot.pieces()
-        eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
-        job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events)
+        values = numbers(metrics)
+        name = self._ledger.claim(step, kind, values)
+        try:
+            snapshot, layout = self._plan(state, step, weights_only=kind == "weights")
+            self._grow_arena(layout, state)
+            policy: OnBusy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
+            self._committer.admit(step, layout.nbytes, self._arena, policy)
+            save = self._new_save(snapshot, layout, name, kind, values)
+            deferred = bool(self._watched)
+            self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
+            pieces = snapshot.pieces()
+            eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
+            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events)
+        except BaseException:
+            self._ledger.release(step, kind)
+            raise
         save.on_error = job.cancel
         flight = InFlight(save, job, PendingSave(step, job.wait))
-        self._saved[step, kind] = name
-        self._last_step[kind] = max(step, self._last_step.get(kind, step))
+        flight.pending.add_done_callback(lambda done: self._ledger.release(step, kind) if done.failed() else None)
         self._committer.submit(flight)
         self._stager.submit(job)
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
@@ -339,22 +332,6 @@ class Checkpointer(Run):
             contents, store=self._store, pool=self._pool, arena=self._arena, events=self.events, make_room=make_room
         )
 
-    def _check_step(self, step: int, kind: str) -> None:
-        if type(step) is not int or step < 0:
-            raise InvalidStep(f"step must be a whole number >= 0, not {step!r}")
-        existing = self._saved.get((step, kind))
-        if existing is not None and existing not in self._damaged and not self._overwrite:
-            raise StepExists(
-                f"{self.path}: step {step} is already saved as {existing}. Save another step, use another directory, "
-                f"or pass overwrite=True"
-            )
-        last = self._last_step.get(kind, -1)
-        if step < last and not self._overwrite:
-            raise InvalidStep(
-                f"{self.path}: step {step} goes backwards, the newest is {last}. To continue the run call resume() "
-                f"first; to go back, restore(state, step=…) first; to start anew use another directory or overwrite=True"
-            )
-
     def _grow_arena(self, layout: Layout, state: Mapping[str, Any]) -> None:
         if self._staging_bytes is not None:
             budget = self._staging_bytes
@@ -365,25 +342,6 @@ class Checkpointer(Run):
             if budget <= self._arena.budget_bytes:
                 return
         self._arena.grow(budget, pin=_on_cuda(state))
-
-    def _admit(self, step: int, layout: Layout, may_skip: bool) -> None:
-        flights = self._committer.in_flight()
-        if not flights:
-            return
-        lacks_memory = self._arena.free_bytes() < min(layout.nbytes, self._arena.budget_bytes)
-        if len(flights) < self._max_in_flight and not lacks_memory:
-            return
-        policy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
-        self.events.emit(Busy(step=step, policy=policy, in_flight=len(flights)))
-        if policy == "skip":
-            raise _SkippedBusy
-        steps = ", ".join(str(flight.save.step) for flight in flights)
-        if policy == "error":
-            raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) are not durable yet; save less often")
-        # memory comes free extent by extent, so only the number of saves has to be waited for here
-        timeout = self._writer_options.stall_timeout_seconds
-        if not self._committer.wait_below(self._max_in_flight, timeout):
-            raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) still not durable after {timeout:.0f} s")
 
     def _before_change(self, where: str) -> None:
         """What watched optimizers own is about to change: whatever is not copied yet is copied now."""
@@ -407,7 +365,7 @@ class Checkpointer(Run):
         name = signals.received.name if signals.received is not None else "preemption"
         deadline = signals.preemption.deadline_seconds
         self.events.emit(Preempting(step=step, signal=name, deadline_seconds=deadline))
-        if (step, "full") not in self._saved:
+        if not self._ledger.holds(step):
             pending = self._save(step, state, metrics, kind="full", may_skip=False)
             pending.result(signals.remaining_seconds())
         elif not self._committer.wait_below(1, signals.remaining_seconds()):
@@ -423,11 +381,9 @@ class Checkpointer(Run):
         self._store.prepare(create_parents=self._create_parents)
         self._lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
         self._store.reclaim()
-        for entry in self.ls():
-            self._saved[entry.step, entry.kind] = entry.name
-            self._last_step[entry.kind] = max(entry.step, self._last_step.get(entry.kind, -1))
-            if entry.damage is not None:
-                self._damaged.add(entry.name)
+        entries = self.ls()
+        self._damaged.update(entry.name for entry in entries if entry.damage is not None)
+        self._ledger.learn(entries)
 
     def _check_lease(self) -> None:
         if self._lease is not None:
@@ -447,20 +403,6 @@ class Checkpointer(Run):
             raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
 
 
-class _SkippedBusy(Exception):
-    """``on_busy="skip"``: control flow inside this file."""
-
-
-def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    numbers: dict[str, float] = {}
-    for name, value in (metrics or {}).items():
-        try:
-            numbers[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
-            raise InvalidOption(f"metrics[{name!r}] is no number: {value!r:.80}") from error
-    return numbers
-
-
 def _no_tensors(name: str, _tensor: torch.Tensor) -> None:
     raise InvalidOption(f"{name} is a tensor; config takes plain values only")
 
@@ -470,26 +412,3 @@ def _on_cuda(state: Mapping[str, Any]) -> bool:
     return any(p.is_cuda for module in modules for p in module.parameters()) or any(
         isinstance(value, torch.Tensor) and value.is_cuda for value in state.values()
     )
-
-
-def _drain_at_exit(checkpointer: Checkpointer) -> None:
-    """A script that ends without ``close`` must not lose an unfinished save silently.
-
-    ``threading._register_atexit`` runs while threads and executors still work; ``atexit`` runs too late to write.
-    """
-    ref = weakref.ref(checkpointer)
-
-    def drain() -> None:
-        alive = ref()
-        if alive is None or alive._closed or os.getpid() != alive._pid:
-            return
-        flights = alive._committer.in_flight()
-        if flights:
-            log.warning("%s: leaving with %d saves not durable yet; finishing them", alive.path, len(flights))
-        try:
-            alive.close()
-        except Exception as error:
-            log.error("%s: a save failed: %s", alive.path, error)
-
-    register = getattr(threading, "_register_atexit", atexit.register)
-    register(drain)

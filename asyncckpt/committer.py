@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from asyncckpt.arena import Arena
 from asyncckpt.catalog import Catalog, CheckpointInfo
 from asyncckpt.commit import Save
-from asyncckpt.errors import NotEnoughSpace, SaveAbandoned
-from asyncckpt.events import Committed, EventBus, Failed, Pruned
+from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughSpace, SaveAbandoned
+from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.reading import Damage
 from asyncckpt.retention import Policy, plan
 from asyncckpt.staging import StagingJob
@@ -24,6 +26,13 @@ log = logging.getLogger("asyncckpt")
 LATEST = "latest"
 #: Beyond a save's own deadline, before a committer stuck in the kernel is given up.
 _GRACE_SECONDS = 10.0
+
+
+OnBusy = Literal["wait", "skip", "error"]
+
+
+class Skipped(Exception):
+    """``on_busy="skip"``: never leaves ``Checkpointer.step``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +55,11 @@ class Committer:
         events: EventBus,
         check_lease: Callable[[], None],
         damaged: set[str],
+        max_in_flight: int,
     ) -> None:
+        if type(max_in_flight) is not int or max_in_flight < 1:
+            raise InvalidOption(f"max_in_flight must be a whole number >= 1, not {max_in_flight!r}")
+        self._max_in_flight = max_in_flight
         self.policies = tuple(policies)
         self._store = store
         self._catalog = Catalog(store, store.path)
@@ -65,6 +78,29 @@ class Committer:
         with self._changed:
             self._in_flight.append(flight)
         self._pool.submit(lambda: self._commit(flight))
+
+    def admit(self, step: int, nbytes: int, arena: Arena, policy: OnBusy) -> None:
+        """Apply back-pressure to a save of ``nbytes`` that is due. Blocks under ``wait``.
+
+        Raises ``Skipped`` or ``ArenaBusy`` where earlier saves hold the arena and the policy says so, and
+        ``ArenaBusy`` after the stall timeout.
+        """
+        flights = self.in_flight()
+        if not flights:
+            return
+        lacks_memory = arena.free_bytes() < min(nbytes, arena.budget_bytes)
+        if len(flights) < self._max_in_flight and not lacks_memory:
+            return
+        self._events.emit(Busy(step=step, policy=policy, in_flight=len(flights)))
+        if policy == "skip":
+            raise Skipped
+        steps = ", ".join(str(flight.save.step) for flight in flights)
+        if policy == "error":
+            raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) are not durable yet; save less often")
+        # memory comes free extent by extent, so only the number of saves has to be waited for here
+        timeout = self._options.stall_timeout_seconds
+        if not self.wait_below(self._max_in_flight, timeout):
+            raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) still not durable after {timeout:.0f} s")
 
     def in_flight(self) -> list[InFlight]:
         """Saves not yet durable or failed, oldest first."""

@@ -21,7 +21,7 @@ DEFAULT = "xxh3-128"
 
 def _xxh3() -> Digest:
     hexdigest: Callable[[Any], str] = xxhash.xxh3_128_hexdigest
-    return lambda data: hexdigest(data)
+    return hexdigest
 
 
 def _sha256() -> Digest:

@@ -35,7 +35,7 @@ class SaveStarted(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stalled(Event):
-    """The training thread spent ``seconds`` inside asyncckpt; ``where`` is ``save``, ``optimizer.step`` or ``guard``."""
+    """The training thread spent ``seconds`` inside asyncckpt; ``where``: ``save``, ``optimizer.step`` or ``guard``."""
 
     seconds: float
     where: str

@@ -90,6 +90,10 @@ class PendingSave:
         """Whether it is durable or failed."""
         return self._future.done()
 
+    def failed(self) -> bool:
+        """Whether it is done and failed. Does not count as having seen the error."""
+        return self._future.done() and self._future.exception() is not None
+
     def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
         """Call ``callback(self)`` when durable or failed, on the thread where that happens (at once if it has)."""
         self._future.add_done_callback(lambda _: callback(self))
@@ -99,7 +103,7 @@ class PendingSave:
         return asyncio.wrap_future(self._future).__await__()
 
     def __repr__(self) -> str:
-        state = "in flight" if not self.done() else "failed" if self._future.exception() else "durable"
+        state = "in flight" if not self.done() else "failed" if self.failed() else "durable"
         return f"<PendingSave step {self.step}: {state}>"
 
     def unobserved_error(self) -> BaseException | None:

@@ -1,0 +1,140 @@
+"""When a save is due: pure answers from the step, the clock and the last save.
+
+Both rules below look at what lies between the last save and now, so a loop that calls ``step`` only now and then, or
+whose save was skipped, saves at its next call instead of missing the mark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from asyncckpt.errors import InvalidOption
+
+
+@runtime_checkable
+class Cadence(Protocol):
+    """Says when a save is due. Must be pure; the clock is passed in."""
+
+    def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
+        """Whether to save after ``step``. Seconds are those of a monotonic clock; ``last_saved_step`` is the newest
+        step saved or resumed from, or None, and ``last_saved_seconds`` is when (or when the run began)."""
+        ...
+
+
+#: What ``every`` may be: nothing, a number of steps, a cadence, or several of those.
+Every: TypeAlias = "None | int | Cadence | Sequence[int | Cadence]"
+
+
+class _Combinable:
+    __slots__ = ()
+
+    def __or__(self: Cadence, other: Cadence) -> AnyOf:
+        return AnyOf(self, other) if _is_cadence(other) else NotImplemented
+
+
+@dataclass(frozen=True, slots=True)
+class Steps(_Combinable):
+    """At every multiple of ``n``, or as soon as one was passed since the last save."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        if type(self.n) is not int or self.n < 1:
+            raise InvalidOption(f"Steps: n must be a whole number >= 1, not {self.n!r}")
+
+    def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
+        if last_saved_step is not None and step < last_saved_step:
+            # a loop that went back without restoring: let the save happen and say so, rather than save nothing
+            return step % self.n == 0
+        return step // self.n > (last_saved_step or 0) // self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Minutes(_Combinable):
+    """When ``m`` minutes have passed since the last save began."""
+
+    m: float
+
+    def __post_init__(self) -> None:
+        if type(self.m) not in (int, float) or not 0 < self.m < math.inf:
+            raise InvalidOption(f"Minutes: m must be a number > 0, not {self.m!r}")
+
+    def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
+        return step != last_saved_step and now_seconds - last_saved_seconds >= self.m * 60
+
+
+@dataclass(frozen=True, slots=True)
+class Milestones(_Combinable):
+    """At each of these steps, or as soon as one was passed since the last save."""
+
+    steps: Iterable[int]
+
+    def __post_init__(self) -> None:
+        steps = self.steps
+        chosen = None if isinstance(steps, str | bytes) or not isinstance(steps, Iterable) else tuple(steps)
+        if not chosen or not all(type(step) is int and step >= 0 for step in chosen):
+            raise InvalidOption(f"Milestones: steps must be one or more whole numbers >= 0, not {steps!r}")
+        object.__setattr__(self, "steps", tuple(sorted(set(chosen))))
+
+    def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
+        if last_saved_step is not None and step < last_saved_step:
+            return step in self.steps
+        last = -1 if last_saved_step is None else last_saved_step
+        return any(last < milestone <= step for milestone in self.steps)
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class AnyOf(_Combinable):
+    """When any of these is due. ``Steps(100) | Minutes(10)`` is the same."""
+
+    cadences: tuple[Cadence, ...]
+
+    def __init__(self, *cadences: Cadence) -> None:
+        if not cadences:
+            raise InvalidOption("AnyOf takes at least one cadence")
+        flat: list[Cadence] = []
+        for cadence in cadences:
+            if not _is_cadence(cadence):
+                raise InvalidOption(f"AnyOf takes cadences such as Steps(100), not {cadence!r}")
+            flat += cadence.cadences if isinstance(cadence, AnyOf) else (cadence,)
+        object.__setattr__(self, "cadences", tuple(flat))
+
+    def __repr__(self) -> str:
+        return f"AnyOf({', '.join(map(repr, self.cadences))})"
+
+    def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
+        return any(one.due(step, now_seconds, last_saved_step, last_saved_seconds) for one in self.cadences)
+
+
+@dataclass(frozen=True, slots=True)
+class Never(_Combinable):
+    """Never: only explicit saves."""
+
+    def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
+        return False
+
+
+def parse(every: Every) -> Cadence:
+    """The cadence that ``every`` means: None never, an int that many steps, several whichever comes first.
+
+    Raises ``InvalidOption`` for anything else.
+    """
+    if every is None:
+        return Never()
+    if type(every) is int:
+        return Steps(every)
+    if isinstance(every, list | tuple) and every and None not in every:
+        return AnyOf(*(parse(one) for one in every))
+    if _is_cadence(every):
+        return every
+    raise InvalidOption(
+        f"every must be None, a number of steps, a cadence such as Minutes(10), or these in a list, not {every!r}"
+    )
+
+
+def _is_cadence(value: object) -> bool:
+    # a class that was not called has a ``due`` too
+    return isinstance(value, Cadence) and not isinstance(value, type)

@@ -1,0 +1,45 @@
+"""A script that ends without ``close`` must not lose an unfinished save silently."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+import weakref
+from typing import Protocol
+
+log = logging.getLogger("asyncckpt")
+
+
+class Drainable(Protocol):
+    """What is drained at exit."""
+
+    path: str
+
+    def unfinished(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+def drain_at_exit(target: Drainable) -> None:
+    """Close ``target`` when the interpreter ends, if it still lives, and say so where saves were unfinished.
+
+    ``threading._register_atexit`` runs while threads and executors still work; plain ``atexit`` comes too late to
+    write anything, and is the fallback only so that the loss is at least reported.
+    """
+    reference = weakref.ref(target)
+
+    def drain() -> None:
+        alive = reference()
+        if alive is None:
+            return
+        count = alive.unfinished()
+        if count:
+            log.warning("%s: leaving with %d saves not durable yet; finishing them (use `with`)", alive.path, count)
+        try:
+            alive.close()
+        except Exception as error:
+            log.error("%s: a save failed: %s", alive.path, error)
+
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(drain)

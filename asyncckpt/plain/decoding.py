@@ -1,0 +1,256 @@
+"""A tree of JSON values → the Python values it was encoded from. The tree may be hostile."""
+
+from __future__ import annotations
+
+import argparse
+import binascii
+import math
+import struct
+import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, TypeAlias
+
+import numpy as np
+import torch
+
+from asyncckpt.errors import CheckpointDamaged, InvalidOption
+from asyncckpt.plain.encoding import AS_TENSOR, FACTORIES, MAX_DEPTH, NUMPY, TORCH_DTYPES
+from asyncckpt.protocols import JsonValue
+
+
+def decode(
+    tree: JsonValue, tensors: Callable[[str], torch.Tensor], arrays: Callable[[str], torch.Tensor] | None = None
+) -> Any:
+    """The inverse of ``encode``. ``tensors`` gives the tensor of a name.
+
+    ``arrays`` (default: ``tensors``) gives those that numpy arrays are made of. They must be in host memory
+    (``InvalidOption``); the arrays share it, so it may be filled later. The tree may be hostile: raises
+    ``CheckpointDamaged``, before anything is allocated by it, for whatever ``encode`` does not produce.
+    """
+    return _Decoder(tensors, arrays or tensors).value(tree)
+
+
+class _Decoder:
+    def __init__(self, tensors: Callable[[str], torch.Tensor], arrays: Callable[[str], torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.arrays = arrays
+        self.keys: list[str | int] = []
+
+    def value(self, tree: JsonValue) -> Any:
+        kind = type(tree)
+        if kind is dict:
+            return self.tagged(tree) if "$" in tree else self.mapping(tree)
+        if kind is list:
+            return self.items(tree)
+        if tree is None or kind in (bool, int, float, str):
+            return tree
+        self.fail(f"a {kind.__name__} is not JSON")
+
+    def fail(self, problem: str) -> NoReturn:
+        raise CheckpointDamaged(f"plain values at [{']['.join(map(repr, self.keys))}]: {problem}; the tree is damaged")
+
+    def enter(self) -> None:
+        if len(self.keys) >= MAX_DEPTH:
+            self.fail(f"nested over {MAX_DEPTH} deep")
+        self.keys.append("")
+
+    def tagged(self, tree: dict[str, Any]) -> Any:
+        tag = tree["$"]
+        handler = _DECODERS.get(tag) if type(tag) is str else None
+        if handler is None:
+            self.fail(f"the tag {tag!r:.40} is unknown")
+        if tree.keys() != _MORE_FIELDS.get(tag, _FIELDS):
+            self.fail(f"the fields of {tag!r} are not those it has")
+        return handler(self, tree)
+
+    def mapping(self, tree: dict[str, Any]) -> dict[str, Any]:
+        self.enter()
+        keys, out = self.keys, {}
+        for key, item in tree.items():
+            keys[-1] = key
+            out[key] = self.value(item)
+        keys.pop()
+        return out
+
+    def items(self, tree: Any) -> list[Any]:
+        if type(tree) is not list:
+            self.fail("a list was expected")
+        self.enter()
+        keys, out = self.keys, []
+        for index, item in enumerate(tree):
+            keys[-1] = index
+            out.append(self.value(item))
+        keys.pop()
+        return out
+
+    def pairs(self, tree: Any, into: Any) -> Any:
+        """Fill ``into`` with key, value, key, value, and so on."""
+        flat = self.items(tree)
+        if len(flat) % 2:
+            self.fail("a key without a value")
+        try:
+            for index in range(0, len(flat), 2):
+                into[flat[index]] = flat[index + 1]
+        except TypeError:
+            self.fail("a key that cannot be one")
+        if len(into) * 2 != len(flat):
+            self.fail("a key appears twice")
+        return into
+
+    def unordered(self, tree: Any, kind: type[set[Any]] | type[frozenset[Any]]) -> Any:
+        items = self.items(tree)
+        try:
+            found = kind(items)
+        except TypeError:
+            self.fail("a set with an element that cannot be one")
+        if len(found) != len(items):
+            self.fail("a set with an element twice")
+        return found
+
+    def defaultdict(self, tree: dict[str, Any]) -> Any:
+        if type(tree["of"]) is not str or tree["of"] not in FACTORIES:
+            self.fail(f"the default_factory {tree['of']!r:.40} is unknown")
+        return self.pairs(tree["v"], defaultdict(FACTORIES[tree["of"]]))
+
+    def deque(self, tree: dict[str, Any]) -> Any:
+        items, maxlen = self.items(tree["v"]), tree["maxlen"]
+        if maxlen is not None and (type(maxlen) is not int or not len(items) <= maxlen < 1 << 63):
+            self.fail("a deque with an impossible maxlen")
+        return deque(items, maxlen)
+
+    def namespace(self, tree: Any, into: Any) -> Any:
+        attributes = self.pairs(tree, {})
+        if not all(type(key) is str for key in attributes):
+            self.fail("an attribute name that is no str")
+        vars(into).update(attributes)
+        return into
+
+    def hex(self, text: Any, nbytes: int | None = None) -> bytes:
+        try:
+            data = bytes.fromhex(text)
+        except (TypeError, ValueError):
+            self.fail("hex digits were expected")
+        if len(text) != 2 * len(data) or nbytes not in (None, len(data)):
+            self.fail("hex digits of the wrong length")
+        return data
+
+    def base64(self, text: Any, nbytes: int | None = None) -> bytes:
+        if type(text) is not str or nbytes is not None and len(text) != -(-nbytes // 3) * 4:
+            self.fail("base64 of the wrong length")
+        try:
+            data = binascii.a2b_base64(text, strict_mode=True)
+        except ValueError as error:
+            self.fail(f"invalid base64 ({error})")
+        if nbytes not in (None, len(data)):
+            self.fail("base64 of the wrong length")
+        return data
+
+    def integer(self, text: Any) -> int:
+        try:
+            return int(text, 16)
+        except (TypeError, ValueError):
+            self.fail("hex digits were expected")
+
+    def text(self, digits: Any) -> str:
+        try:
+            return self.hex(digits).decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            self.fail("a str that is no UTF-8")
+
+    def numpy_dtype(self, code: Any) -> np.dtype[Any]:
+        if type(code) is not str or code not in NUMPY:
+            self.fail(f"the numpy dtype {code!r:.40} is unknown")
+        return NUMPY[code]
+
+    def numbers(self, data: bytes, dtype: np.dtype[Any], shape: list[int]) -> np.ndarray[Any, Any]:
+        if dtype.kind == "b" and data.translate(None, b"\0\1"):
+            self.fail("a bool that is neither 0 nor 1")
+        try:
+            return np.ndarray(shape, dtype, buffer=data).copy()
+        except ValueError as error:  # more dimensions, or more elements beside a 0, than numpy has room for
+            self.fail(f"an impossible shape ({error})")
+
+    def scalar(self, tree: dict[str, Any]) -> Any:
+        dtype = self.numpy_dtype(tree["dtype"])
+        return self.numbers(self.hex(tree["v"], dtype.itemsize), dtype, [1])[0]
+
+    def array(self, tree: dict[str, Any]) -> np.ndarray[Any, Any]:
+        dtype, shape, content = self.numpy_dtype(tree["dtype"]), tree["shape"], tree["v"]
+        if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+            self.fail("a shape that is not a list of sizes")
+        if type(content) is not dict:
+            return self.numbers(self.base64(content, math.prod(shape) * dtype.itemsize), dtype, shape)
+        name = content.get("v")
+        if content.keys() != _FIELDS or content["$"] != "tensor" or type(name) is not str:
+            self.fail("an array that is neither base64 nor a tensor")
+        tensor = self.arrays(name)
+        if list(tensor.shape) != shape or tensor.dtype != AS_TENSOR.get(dtype.str):
+            self.fail(f"an array whose tensor {name!r:.80} has another shape or dtype")
+        if tensor.device.type != "cpu":
+            raise InvalidOption(f"{name!r} is a numpy array and was given a tensor on {tensor.device}; give one on cpu")
+        return tensor.detach().numpy()
+
+    def tensor(self, name: Any) -> torch.Tensor:
+        if type(name) is not str:
+            self.fail("a tensor's name that is no str")
+        return self.tensors(name)
+
+    def float(self, digits: Any) -> float:
+        number: float = struct.unpack(">d", self.hex(digits, 8))[0]
+        return number
+
+    def torch_dtype(self, name: Any) -> torch.dtype:
+        if type(name) is not str or name not in TORCH_DTYPES:
+            self.fail(f"the torch dtype {name!r:.40} is unknown")
+        return TORCH_DTYPES[name]
+
+    def size(self, tree: Any) -> torch.Size:
+        sizes = self.items(tree)
+        if not all(type(size) is int and -1 << 63 <= size < 1 << 63 for size in sizes):
+            self.fail("a torch.Size of something else than sizes")
+        return torch.Size(sizes)
+
+    def device(self, tree: Any) -> torch.device:
+        kind, index = tree if type(tree) is list and len(tree) == 2 else (None, None)
+        # torch keeps the index in 8 bits and wraps larger ones silently
+        if type(kind) is not str or not (index is None or (type(index) is int and 0 <= index < 128)):
+            self.fail("a device that is no name and index")
+        try:
+            return torch.device(kind) if index is None else torch.device(kind, index)
+        except RuntimeError:
+            self.fail(f"the device {kind!r:.40} is unknown")
+
+
+_FromJson: TypeAlias = Callable[[_Decoder, dict[str, Any]], Any]
+_FIELDS: Final = frozenset({"$", "v"})
+_MORE_FIELDS: Final = {
+    "defaultdict": _FIELDS | {"of"},
+    "deque": _FIELDS | {"maxlen"},
+    "numpy": _FIELDS | {"dtype"},
+    "ndarray": _FIELDS | {"dtype", "shape"},
+}
+_DECODERS: Final[dict[str, _FromJson]] = {
+    "tensor": lambda d, t: d.tensor(t["v"]),
+    "int": lambda d, t: d.integer(t["v"]),
+    "float": lambda d, t: d.float(t["v"]),
+    "complex": lambda d, t: complex(*struct.unpack(">2d", d.hex(t["v"], 16))),
+    "str": lambda d, t: d.text(t["v"]),
+    "bytes": lambda d, t: d.base64(t["v"]),
+    "bytearray": lambda d, t: bytearray(d.base64(t["v"])),
+    "tuple": lambda d, t: tuple(d.items(t["v"])),
+    "set": lambda d, t: d.unordered(t["v"], set),
+    "frozenset": lambda d, t: d.unordered(t["v"], frozenset),
+    "dict": lambda d, t: d.pairs(t["v"], {}),
+    "OrderedDict": lambda d, t: d.pairs(t["v"], OrderedDict()),
+    "Counter": lambda d, t: d.pairs(t["v"], Counter()),
+    "defaultdict": _Decoder.defaultdict,
+    "deque": _Decoder.deque,
+    "Namespace": lambda d, t: d.namespace(t["v"], argparse.Namespace()),
+    "SimpleNamespace": lambda d, t: d.namespace(t["v"], types.SimpleNamespace()),
+    "numpy": _Decoder.scalar,
+    "ndarray": _Decoder.array,
+    "dtype": lambda d, t: d.torch_dtype(t["v"]),
+    "Size": lambda d, t: d.size(t["v"]),
+    "device": lambda d, t: d.device(t["v"]),
+}

@@ -1,0 +1,171 @@
+"""Which checkpoints to keep: pure policies that compose by union, and ``plan``, which says what may be deleted.
+
+Nothing here touches a disk. Whatever the policies say, a pinned or protected checkpoint and the newest full one stay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar, runtime_checkable
+
+from asyncckpt.errors import InvalidOption
+
+
+class Candidate(Protocol):
+    """What a policy may know of a checkpoint. ``kind`` is ``full`` or ``weights``."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def pinned(self) -> bool: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A retention policy. Must be pure: the same candidates give the same answer, on every rank."""
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        """The steps to keep. ``candidates`` are of one kind, oldest step first."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the manifest's record of the configuration."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAll:
+    """Keep every checkpoint."""
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        return {candidate.step for candidate in candidates}
+
+    def describe(self) -> str:
+        return "KeepAll()"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLast:
+    """Keep the newest ``k``."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check_count("KeepLast: k", self.k)
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        return set(sorted({candidate.step for candidate in candidates})[-self.k :])
+
+    def describe(self) -> str:
+        return f"KeepLast({self.k})"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEvery:
+    """Keep the steps that ``n`` divides."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_count("KeepEvery: n", self.n)
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        return {candidate.step for candidate in candidates if candidate.step % self.n == 0}
+
+    def describe(self) -> str:
+        return f"KeepEvery({self.n})"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBest:
+    """Keep the ``n`` with the smallest (``mode="min"``) or largest (``"max"``) value of ``metric``.
+
+    A checkpoint without the metric, or where it is nan, is never among the best; of equals the later ones are kept.
+    """
+
+    metric: str
+    n: int = 1
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        if type(self.metric) is not str or not self.metric:
+            raise InvalidOption(f"KeepBest: metric must be the name of a metric, not {self.metric!r}")
+        _check_count("KeepBest: n", self.n)
+        if self.mode not in ("min", "max"):
+            raise InvalidOption(f"KeepBest: mode must be 'min' or 'max', not {self.mode!r}")
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        sign = 1 if self.mode == "min" else -1
+        ranked = sorted(
+            (sign * candidate.metrics[self.metric], -candidate.step)
+            for candidate in candidates
+            if not math.isnan(candidate.metrics.get(self.metric, math.nan))
+        )
+        return {-step for _, step in ranked[: self.n]}
+
+    def describe(self) -> str:
+        return f"KeepBest({self.metric!r}, n={self.n}, mode={self.mode!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSteps:
+    """Keep these steps: milestones."""
+
+    steps: Iterable[int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", _checked_steps(self.steps))
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        return {candidate.step for candidate in candidates}.intersection(self.steps)
+
+    def describe(self) -> str:
+        return f"KeepSteps({list(self.steps)})"
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collection[int] = ()) -> list[C]:
+    """The candidates to delete, oldest step first: those that no policy keeps. Pure.
+
+    Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, and the
+    newest full checkpoint are never among them; without policies nothing is. Raises ``InvalidOption`` for a policy that
+    is none.
+    """
+    for policy in policies:
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            raise InvalidOption(f"keep takes retention policies such as KeepLast(3), not {policy!r}")
+    if not policies:
+        return []
+    groups: dict[str, list[C]] = {}
+    for candidate in sorted(candidates, key=lambda candidate: candidate.step):
+        groups.setdefault(candidate.kind, []).append(candidate)
+    doomed: list[C] = []
+    for kind, group in groups.items():
+        kept = set(protected).union(*(policy.keep(tuple(group)) for policy in policies))
+        if kind == "full":
+            kept.add(group[-1].step)
+        doomed += [candidate for candidate in group if candidate.step not in kept and not candidate.pinned]
+    return sorted(doomed, key=lambda candidate: candidate.step)
+
+
+def _check_count(what: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise InvalidOption(f"{what} must be a whole number >= 1, not {value!r}")
+
+
+def _checked_steps(steps: Iterable[int]) -> tuple[int, ...]:
+    chosen = None if isinstance(steps, str | bytes) or not isinstance(steps, Iterable) else tuple(steps)
+    if not chosen or not all(type(step) is int and step >= 0 for step in chosen):
+        raise InvalidOption(f"KeepSteps: steps must be one or more whole numbers >= 0, not {steps!r}")
+    return tuple(sorted(set(chosen)))

@@ -1,0 +1,1 @@
+"""Benchmarks of the engine against the device and against its peers: ``python -m benchmarks --help``."""

@@ -1,0 +1,75 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import tempfile
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import environment, peers, report, runner
+from benchmarks.state import SIZES
+
+app = typer.Typer(add_completion=False, help="Measure the engine against the device and against its peers.")
+
+
+_PIPE_COLUMNS = 200
+
+
+class Suite(StrEnum):
+    engine = "engine"
+    peers = "peers"
+    restore = "restore"
+    drag = "drag"
+
+
+def _console() -> Console:
+    """On a pipe rich takes 80 columns, in which these tables cannot be read."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
+
+
+@app.command()
+def bench(
+    suite: Annotated[Suite, typer.Argument(help="engine: every bar; the others: a part of it")] = Suite.engine,
+    rounds: Annotated[int, typer.Option(min=1, help="fresh processes a peer, by turns")] = 3,
+    size: Annotated[str, typer.Option(help=f"the state: {', '.join(SIZES)}")] = "gpt2",
+    only: Annotated[str, typer.Option("--peers", help="comma-separated; all when not given")] = "",
+    directory: Annotated[str | None, typer.Option(help="where to write, on the file system to measure")] = None,
+    out: Annotated[str | None, typer.Option(help="folder for results.json and figures.md")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the results as JSON instead of tables")] = False,
+) -> None:
+    """Measure. Progress goes to stderr; exits with 1 when a job failed, with 2 on a wrong option.
+
+    The state, one checkpoint or two of it, and a raw file are on disk at a time: 6 GB for gpt2, and as much memory.
+    """
+    names = [name for name in only.split(",") if name] or list(peers.NAMES)
+    for name in names:
+        if name not in peers.NAMES:
+            raise typer.BadParameter(f"unknown peer {name!r}; known are {', '.join(peers.NAMES)}")
+    if size not in SIZES:
+        raise typer.BadParameter(f"unknown size {size!r}; known are {', '.join(SIZES)}")
+    target = directory or tempfile.gettempdir()
+    described = environment.describe(target)
+    progress = Console(stderr=True)
+    if described["filesystem"] == "tmpfs":
+        progress.print("[yellow]this is a RAM disk: choose a folder on a real one with --directory[/yellow]")
+    jobs = runner.plan(suite.value, names, rounds)
+    runs = runner.run(jobs, size, target, progress)
+    options = {"suite": suite.value, "rounds": rounds, "size": size, "peers": names}
+    text = report.as_json(runs, described, options)
+    if as_json:
+        typer.echo(text)
+    else:
+        report.show(runs, names, described, _console())
+    if out is not None:
+        command = f"python -m benchmarks {suite.value} --rounds {rounds} --size {size}"
+        for name, content in (
+            ("results.json", text),
+            ("figures.md", report.markdown(runs, names, described, command)),
+        ):
+            progress.print(f"wrote {report.write(out, name, content)}")
+    if any(run.error is not None for run in runs):
+        raise typer.Exit(1)

@@ -1,0 +1,23 @@
+"""``torch.distributed.checkpoint.save``. It fsyncs its files; the durable time adds the directories."""
+
+from __future__ import annotations
+
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from benchmarks.peers import Saved, Session, blocking
+from benchmarks.peers._dcp import DcpSession
+from benchmarks.state import State
+
+LABEL = "DCP save"
+
+
+class DcpSave(DcpSession):
+    def save(self, step: int) -> Saved:
+        def write() -> None:
+            save(self.state_dict(), storage_writer=self.writer(step))
+
+        return blocking(write, self.path(step))
+
+
+def setup(state: State, directory: str) -> Session:
+    return DcpSave(state, directory)

@@ -1,0 +1,115 @@
+"""One live run per directory, and no longer than the run lives."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from asyncckpt.errors import LeaseLost, RunLocked
+from asyncckpt.storage import lease as lease_module
+from asyncckpt.storage.lease import LEASE_FILE, Lease, LeaseOptions, read_holder
+
+FAST = LeaseOptions(beat_seconds=0.05, ttl_seconds=0.5)
+HOLD = """
+import sys, time
+from asyncckpt.storage.lease import Lease
+Lease_held = Lease.acquire(sys.argv[1]); print("held", flush=True); time.sleep(60)
+"""
+
+
+def _holder(path: Path) -> subprocess.Popen[str]:
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "held\n"
+    return child
+
+
+def test_a_second_run_is_refused_naming_the_first(tmp_path: Path) -> None:
+    child = _holder(tmp_path)
+    try:
+        with pytest.raises(RunLocked, match=rf"pid {child.pid}\).*takeover=True"):
+            Lease.acquire(str(tmp_path), options=FAST)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_two_checkpointers_of_one_process_are_refused_too(tmp_path: Path) -> None:
+    held = Lease.acquire(str(tmp_path))
+    with pytest.raises(RunLocked):
+        Lease.acquire(str(tmp_path))
+    held.release()
+    Lease.acquire(str(tmp_path)).release()
+
+
+def test_after_a_sigkill_the_directory_is_free_at_once(tmp_path: Path) -> None:
+    child = _holder(tmp_path)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    began = time.monotonic()
+    Lease.acquire(str(tmp_path)).release()
+    assert time.monotonic() - began < 5, "waited for a holder of this very boot, whose lock the kernel released"
+
+
+def test_a_forked_worker_does_not_keep_a_dead_trainers_lock(tmp_path: Path) -> None:
+    held = Lease.acquire(str(tmp_path))
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    worker.start()
+    try:
+        os.close(held._fd)  # what the kernel does when the trainer is killed
+        Lease.acquire(str(tmp_path)).release()
+    finally:
+        worker.kill()
+        worker.join()
+        held._finalizer.detach()
+
+
+def _from_another_host(path: Path, beat: int) -> None:
+    record = {"owner": "abc", "host": "node7", "boot": "node7:x", "pid": 4, "beat": beat, "released": False}
+    (path / LEASE_FILE).write_text(json.dumps(record))
+
+
+def test_a_silent_holder_on_another_host_is_taken_for_dead_only_after_its_ttl(tmp_path: Path) -> None:
+    _from_another_host(tmp_path, 1)
+    began = time.monotonic()
+    Lease.acquire(str(tmp_path), options=FAST).release()
+    assert time.monotonic() - began >= FAST.ttl_seconds
+
+
+def test_a_beating_holder_on_another_host_is_respected_even_where_locks_do_not_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _from_another_host(tmp_path, 1)
+    sleep, beats = time.sleep, iter(range(2, 1000))
+
+    def beating(seconds: float) -> None:
+        sleep(seconds)
+        _from_another_host(tmp_path, next(beats))
+
+    monkeypatch.setattr(lease_module.time, "sleep", beating)
+    with pytest.raises(RunLocked, match="host node7, pid 4"):
+        Lease.acquire(str(tmp_path), options=FAST)
+
+
+def test_a_run_that_was_taken_over_notices_before_it_publishes(tmp_path: Path) -> None:
+    first = Lease.acquire(str(tmp_path), options=FAST)
+    first.check()
+    second = Lease.acquire(str(tmp_path), takeover=True, options=FAST)
+    with pytest.raises(LeaseLost, match="taken over"):
+        first.check()
+    time.sleep(0.2)  # beats of the first must not overwrite the second's record
+    second.check()
+    first.release()
+    second.check()
+    second.release()
+    holder = read_holder(str(tmp_path))
+    assert holder is not None
+    assert holder.released
