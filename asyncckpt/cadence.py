@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from asyncckpt.errors import InvalidOption
 
@@ -25,7 +25,7 @@ class Cadence(Protocol):
 
 
 #: What ``every`` may be: nothing, a number of steps, a cadence, or several of those.
-Every: TypeAlias = "None | int | Cadence | Sequence[int | Cadence]"
+Every: TypeAlias = "int | Cadence | Sequence[int | Cadence] | None"
 
 
 class _Combinable:
@@ -135,6 +135,6 @@ def parse(every: Every) -> Cadence:
     )
 
 
-def _is_cadence(value: object) -> bool:
+def _is_cadence(value: object) -> TypeGuard[Cadence]:
     # a class that was not called has a ``due`` too
     return isinstance(value, Cadence) and not isinstance(value, type)

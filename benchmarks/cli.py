@@ -66,6 +66,7 @@ def bench(
         report.show(runs, names, described, _console())
     if out is not None:
         command = f"python -m benchmarks {suite.value} --rounds {rounds} --size {size}"
+        command += f" --peers {only}" if only else ""
         for name, content in (
             ("results.json", text),
             ("figures.md", report.markdown(runs, names, described, command)),

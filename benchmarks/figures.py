@@ -149,7 +149,7 @@ def _eager_stall(runs: Sequence[Run]) -> Row:
     figure, bar = "stall, eager / one warm memcpy", "<= 1.3 x"
     found = chosen(runs, "saves", "asyncckpt")
     ratio = spread(
-        save["stall_seconds"] / ((before + after) / 2)
+        save["stall_seconds"] / min(before, after)
         for run in found
         for save, before, after in _between(run, "copy")
         if save["number"] > 1

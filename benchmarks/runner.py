@@ -128,6 +128,8 @@ def _brief(event: Event) -> str:
         for name, value in event.items()
         if isinstance(value, float) and name.endswith("seconds")
     ]
+    if event["kind"] == "memory":
+        numbers = [f"{event['above_state_bytes'] / (1 << 20):.0f} MiB above the state"]
     return f"{event['kind']} {', '.join(numbers)}"
 
 

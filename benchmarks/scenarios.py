@@ -23,6 +23,7 @@ STAGING_BYTES = 256 << 20
 MANY = (20_480, 64 << 10)
 FEW = (20, 64 << 20)
 TIMEOUT_SECONDS = 300.0
+COPIES = 3
 
 
 def saves(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
@@ -157,7 +158,9 @@ def _describe(state: State) -> Event:
 
 
 def _raw(ceiling: Ceiling) -> Iterator[Event]:
-    yield {"kind": "copy", "seconds": ceiling.copy(), "nbytes": ceiling.nbytes}
+    # the best of some: a copy that something else disturbed is no ceiling, and would flatter what it is compared with
+    seconds = min(ceiling.copy() for _ in range(COPIES))
+    yield {"kind": "copy", "seconds": seconds, "nbytes": ceiling.nbytes}
     yield {"kind": "raw", "seconds": ceiling.write(), "nbytes": ceiling.nbytes}
 
 

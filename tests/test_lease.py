@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,8 +62,11 @@ def test_after_a_sigkill_the_directory_is_free_at_once(tmp_path: Path) -> None:
 
 def test_a_forked_worker_does_not_keep_a_dead_trainers_lock(tmp_path: Path) -> None:
     held = Lease.acquire(str(tmp_path))
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+    fork = multiprocessing.get_context("fork")
+    running = fork.Event()
+    worker = fork.Process(target=_say_and_sleep, args=(running,))
     worker.start()
+    assert running.wait(20)
     try:
         os.close(held._fd)  # what the kernel does when the trainer is killed
         Lease.acquire(str(tmp_path)).release()
@@ -70,6 +74,11 @@ def test_a_forked_worker_does_not_keep_a_dead_trainers_lock(tmp_path: Path) -> N
         worker.kill()
         worker.join()
         held._finalizer.detach()
+
+
+def _say_and_sleep(running: Any) -> None:
+    running.set()
+    time.sleep(60)
 
 
 def _from_another_host(path: Path, beat: int) -> None:

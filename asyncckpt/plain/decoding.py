@@ -38,14 +38,17 @@ class _Decoder:
         self.keys: list[str | int] = []
 
     def value(self, tree: JsonValue) -> Any:
-        kind = type(tree)
-        if kind is dict:
-            return self.tagged(tree) if "$" in tree else self.mapping(tree)
-        if kind is list:
+        if type(tree) is dict:
+            if "$" not in tree:
+                return self.mapping(tree)
+            tag = self.tag(tree)
+            build = _CONTAINERS.get(tag)
+            return build(self, self.items(tree["v"]), tree) if build else _LEAVES[tag](self, tree)
+        if type(tree) is list:
             return self.items(tree)
-        if tree is None or kind in (bool, int, float, str):
-            return tree
-        self.fail(f"a {kind.__name__} is not JSON")
+        if tree is not None and type(tree) not in (bool, int, float, str):
+            self.fail(f"a {type(tree).__name__} is not JSON")
+        return tree
 
     def fail(self, problem: str) -> NoReturn:
         raise CheckpointDamaged(f"plain values at [{']['.join(map(repr, self.keys))}]: {problem}; the tree is damaged")
@@ -55,14 +58,13 @@ class _Decoder:
             self.fail(f"nested over {MAX_DEPTH} deep")
         self.keys.append("")
 
-    def tagged(self, tree: dict[str, Any]) -> Any:
+    def tag(self, tree: dict[str, Any]) -> str:
         tag = tree["$"]
-        handler = _DECODERS.get(tag) if type(tag) is str else None
-        if handler is None:
+        if type(tag) is not str or (tag not in _CONTAINERS and tag not in _LEAVES):
             self.fail(f"the tag {tag!r:.40} is unknown")
         if tree.keys() != _MORE_FIELDS.get(tag, _FIELDS):
             self.fail(f"the fields of {tag!r} are not those it has")
-        return handler(self, tree)
+        return tag
 
     def mapping(self, tree: dict[str, Any]) -> dict[str, Any]:
         self.enter()
@@ -84,9 +86,8 @@ class _Decoder:
         keys.pop()
         return out
 
-    def pairs(self, tree: Any, into: Any) -> Any:
+    def pairs(self, flat: list[Any], into: Any) -> Any:
         """Fill ``into`` with key, value, key, value, and so on."""
-        flat = self.items(tree)
         if len(flat) % 2:
             self.fail("a key without a value")
         try:
@@ -98,8 +99,7 @@ class _Decoder:
             self.fail("a key appears twice")
         return into
 
-    def unordered(self, tree: Any, kind: type[set[Any]] | type[frozenset[Any]]) -> Any:
-        items = self.items(tree)
+    def unordered(self, items: list[Any], kind: type[set[Any] | frozenset[Any]]) -> Any:
         try:
             found = kind(items)
         except TypeError:
@@ -108,19 +108,19 @@ class _Decoder:
             self.fail("a set with an element twice")
         return found
 
-    def defaultdict(self, tree: dict[str, Any]) -> Any:
+    def defaultdict(self, flat: list[Any], tree: dict[str, Any]) -> Any:
         if type(tree["of"]) is not str or tree["of"] not in FACTORIES:
             self.fail(f"the default_factory {tree['of']!r:.40} is unknown")
-        return self.pairs(tree["v"], defaultdict(FACTORIES[tree["of"]]))
+        return self.pairs(flat, defaultdict(FACTORIES[tree["of"]]))
 
-    def deque(self, tree: dict[str, Any]) -> Any:
-        items, maxlen = self.items(tree["v"]), tree["maxlen"]
+    def deque(self, items: list[Any], tree: dict[str, Any]) -> Any:
+        maxlen = tree["maxlen"]
         if maxlen is not None and (type(maxlen) is not int or not len(items) <= maxlen < 1 << 63):
             self.fail("a deque with an impossible maxlen")
         return deque(items, maxlen)
 
-    def namespace(self, tree: Any, into: Any) -> Any:
-        attributes = self.pairs(tree, {})
+    def namespace(self, flat: list[Any], into: Any) -> Any:
+        attributes = self.pairs(flat, {})
         if not all(type(key) is str for key in attributes):
             self.fail("an attribute name that is no str")
         vars(into).update(attributes)
@@ -136,7 +136,7 @@ class _Decoder:
         return data
 
     def base64(self, text: Any, nbytes: int | None = None) -> bytes:
-        if type(text) is not str or nbytes is not None and len(text) != -(-nbytes // 3) * 4:
+        if type(text) is not str or (nbytes is not None and len(text) != -(-nbytes // 3) * 4):
             self.fail("base64 of the wrong length")
         try:
             data = binascii.a2b_base64(text, strict_mode=True)
@@ -205,8 +205,7 @@ class _Decoder:
             self.fail(f"the torch dtype {name!r:.40} is unknown")
         return TORCH_DTYPES[name]
 
-    def size(self, tree: Any) -> torch.Size:
-        sizes = self.items(tree)
+    def size(self, sizes: list[Any]) -> torch.Size:
         if not all(type(size) is int and -1 << 63 <= size < 1 << 63 for size in sizes):
             self.fail("a torch.Size of something else than sizes")
         return torch.Size(sizes)
@@ -222,7 +221,6 @@ class _Decoder:
             self.fail(f"the device {kind!r:.40} is unknown")
 
 
-_FromJson: TypeAlias = Callable[[_Decoder, dict[str, Any]], Any]
 _FIELDS: Final = frozenset({"$", "v"})
 _MORE_FIELDS: Final = {
     "defaultdict": _FIELDS | {"of"},
@@ -230,7 +228,8 @@ _MORE_FIELDS: Final = {
     "numpy": _FIELDS | {"dtype"},
     "ndarray": _FIELDS | {"dtype", "shape"},
 }
-_DECODERS: Final[dict[str, _FromJson]] = {
+_Leaf: TypeAlias = Callable[[_Decoder, dict[str, Any]], Any]
+_LEAVES: Final[dict[str, _Leaf]] = {
     "tensor": lambda d, t: d.tensor(t["v"]),
     "int": lambda d, t: d.integer(t["v"]),
     "float": lambda d, t: d.float(t["v"]),
@@ -238,19 +237,23 @@ _DECODERS: Final[dict[str, _FromJson]] = {
     "str": lambda d, t: d.text(t["v"]),
     "bytes": lambda d, t: d.base64(t["v"]),
     "bytearray": lambda d, t: bytearray(d.base64(t["v"])),
-    "tuple": lambda d, t: tuple(d.items(t["v"])),
-    "set": lambda d, t: d.unordered(t["v"], set),
-    "frozenset": lambda d, t: d.unordered(t["v"], frozenset),
-    "dict": lambda d, t: d.pairs(t["v"], {}),
-    "OrderedDict": lambda d, t: d.pairs(t["v"], OrderedDict()),
-    "Counter": lambda d, t: d.pairs(t["v"], Counter()),
-    "defaultdict": _Decoder.defaultdict,
-    "deque": _Decoder.deque,
-    "Namespace": lambda d, t: d.namespace(t["v"], argparse.Namespace()),
-    "SimpleNamespace": lambda d, t: d.namespace(t["v"], types.SimpleNamespace()),
     "numpy": _Decoder.scalar,
     "ndarray": _Decoder.array,
     "dtype": lambda d, t: d.torch_dtype(t["v"]),
-    "Size": lambda d, t: d.size(t["v"]),
     "device": lambda d, t: d.device(t["v"]),
+}
+#: These take their decoded members, and do not recurse themselves: two frames a level spare the caller's stack.
+_Container: TypeAlias = Callable[[_Decoder, list[Any], dict[str, Any]], Any]
+_CONTAINERS: Final[dict[str, _Container]] = {
+    "tuple": lambda d, items, t: tuple(items),
+    "set": lambda d, items, t: d.unordered(items, set),
+    "frozenset": lambda d, items, t: d.unordered(items, frozenset),
+    "dict": lambda d, flat, t: d.pairs(flat, {}),
+    "OrderedDict": lambda d, flat, t: d.pairs(flat, OrderedDict()),
+    "Counter": lambda d, flat, t: d.pairs(flat, Counter()),
+    "defaultdict": _Decoder.defaultdict,
+    "deque": _Decoder.deque,
+    "Size": lambda d, sizes, t: d.size(sizes),
+    "Namespace": lambda d, flat, t: d.namespace(flat, argparse.Namespace()),
+    "SimpleNamespace": lambda d, flat, t: d.namespace(flat, types.SimpleNamespace()),
 }

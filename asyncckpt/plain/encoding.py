@@ -41,7 +41,7 @@ _SAME_SIZE: Final = (
     np.uintc,
     np.longlong,
     np.ulonglong,
-)  # other names for a size above, or types of their own
+)  # on some platforms types of their own
 _INTS: Final = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 #: numpy dtypes that a shard can hold, in this machine's byte order.
 AS_TENSOR: Final[dict[str, torch.dtype]] = {
@@ -128,10 +128,10 @@ class _Encoder:
         keys, out = self.keys, []
         for index, (key, item) in enumerate(value.items()):
             keys[-1] = _Position(index)
-            out.append(self.value(key))
+            out.append(_ENCODERS.get(type(key), _other)(self, key))
             if type(key) is str or (type(key) is int and key.bit_length() <= _NATIVE_INT_BITS):
                 keys[-1] = key
-            out.append(self.value(item))
+            out.append(_ENCODERS.get(type(item), _other)(self, item))
         self.leave(owner)
         return out
 
@@ -191,9 +191,9 @@ def _base64(data: bytes | bytearray) -> str:
 
 
 def _other(encoder: _Encoder, value: Any) -> JsonValue:
-    if isinstance(value, torch.Tensor):  # whether a subclass can be stored is the sink's to say
-        return encoder.tensor(value)
-    encoder.refuse(value)
+    if not isinstance(value, torch.Tensor):
+        encoder.refuse(value)
+    return encoder.tensor(value)  # whether a subclass can be stored is the sink's to say
 
 
 def _int(_: _Encoder, value: int) -> JsonValue:

@@ -1,0 +1,99 @@
+"""Shared fixtures: small training states and a look at their exact bits."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from asyncckpt import Checkpointer
+
+
+class Tiny(nn.Module):
+    """Embedding tied to the head, a buffer that forward changes, a frozen layer."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.hidden = nn.Linear(width, width)
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.head = nn.Linear(width, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.embed(tokens))
+        return self.head(torch.nn.functional.dropout(self.frozen(self.hidden(x)).relu(), 0.1))
+
+
+def bits(value: Any) -> Any:
+    """A value in which tensors are replaced by their exact bytes, dtype and shape: equal means bit-equal."""
+    if isinstance(value, torch.Tensor):
+        dense = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        return (str(value.dtype), tuple(value.shape), dense.reshape(-1).view(torch.uint8).numpy().tobytes())
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [bits(item) for item in value]
+    if isinstance(value, nn.Module | torch.optim.Optimizer) or hasattr(value, "state_dict"):
+        return bits(value.state_dict())
+    return value
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> float:
+    """Real steps: forward changes the buffers, the optimizer changes parameters and its state."""
+    loss = torch.zeros(())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(torch.randint(0, 11, (8,))).logsumexp(-1).square().mean()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.fixture
+def tiny() -> tuple[Tiny, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Tiny()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    train(model, optimizer, 2)
+    return model, optimizer
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Checkpointer]:
+    checkpointer = Checkpointer(tmp_path / "run")
+    yield checkpointer
+    checkpointer.close()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test leaves descriptors open or threads of a closed checkpointer running."""
+    gc.collect()
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    if request.node.get_closest_marker("leaves_threads"):
+        return
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("asyncckpt-") and thread is not threading.current_thread():
+            thread.join(2.0)
+    gc.collect()
+    leaked = {fd: _target(fd) for fd in set(os.listdir("/proc/self/fd")) - before}
+    ours = {fd: target for fd, target in leaked.items() if str(request.node.funcargs.get("tmp_path", "\0")) in target}
+    assert not ours, f"descriptors left open: {ours}"
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
