@@ -1,7 +1,7 @@
 """The arena: reusable host memory that extents are staged in.
 
-It is a shared-memory file, mapped, faulted in and (for CUDA) pinned once, piece by piece, on a thread of its own:
-on fresh memory page faults cost more than ten times the copy (docs/design/001-arena.md). It has a byte budget.
+It is anonymous memory in huge pages, faulted in and (for CUDA) pinned once, piece by piece, on a thread of its own: on
+fresh memory page faults cost more than ten times the copy (docs/design/001-arena.md). It has a byte budget.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import bisect
 import ctypes
 import logging
 import mmap
-import os
 import threading
 import time
 import weakref
@@ -46,12 +45,7 @@ class Slot:
 
 class _Region:
     def __init__(self, nbytes: int) -> None:
-        fd = os.memfd_create("asyncckpt-arena", os.MFD_CLOEXEC)
-        try:
-            os.ftruncate(fd, nbytes)
-            self.memory = mmap.mmap(fd, nbytes)
-        finally:
-            os.close(fd)
+        self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # a fork must not copy or inherit gigabytes of staging memory (data loader workers)
         self.memory.madvise(mmap.MADV_DONTFORK)
         self.memory.madvise(mmap.MADV_HUGEPAGE)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from asyncckpt.errors import UnsupportedValue
-
 CODES: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -32,13 +30,3 @@ CODES: dict[torch.dtype, str] = {
 }
 DTYPES: dict[str, torch.dtype] = {code: dtype for dtype, code in CODES.items()}
 ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
-
-
-def code_of(tensor: torch.Tensor, where: str) -> str:
-    """The tensor's dtype code. Raises ``UnsupportedValue`` naming ``where`` for a dtype safetensors has no code for."""
-    code = CODES.get(tensor.dtype)
-    if code is None:
-        raise UnsupportedValue(
-            f"{where}: dtype {tensor.dtype} has no safetensors code; convert it (complex128: torch.view_as_real)"
-        )
-    return code

@@ -40,7 +40,8 @@ class TensorSpec:
 
 @dataclass(slots=True)
 class Piece:
-    """The contiguous part of a global tensor that this rank holds; ``offsets`` is its corner in the global shape."""
+    """The contiguous part of a global tensor that this rank holds; ``offsets`` is its corner in the global shape, empty
+    where the piece is the whole tensor."""
 
     spec: TensorSpec
     offsets: tuple[int, ...]

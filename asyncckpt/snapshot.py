@@ -6,6 +6,7 @@ parameter name, anything with ``state_dict``/``load_state_dict`` by those, a ten
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from asyncckpt import plain
-from asyncckpt.dtypes import code_of
+from asyncckpt.dtypes import CODES
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.names import canonical_names, parameter_names, same_memory
 from asyncckpt.protocols import ComponentSnapshot, JsonValue, Piece, Snapshot, Stateful, TensorSpec
@@ -161,18 +162,32 @@ def _sink(component: str, pieces: list[Piece]) -> Sink:
 
 def piece_of(component: str, name: str, tensor: torch.Tensor) -> Piece:
     """The whole tensor as one piece. Raises ``UnsupportedValue`` for what cannot be stored as dense bytes."""
-    where = f"state[{component!r}][{name!r}]"
+    if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
+        _check_storable(f"state[{component!r}][{name!r}]", tensor)
+    return Piece(_spec(component, name, tensor.dtype, tensor.shape), (), tensor)
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _spec(component: str, name: str, dtype: torch.dtype, shape: torch.Size) -> TensorSpec:
+    """Cached: a training state has the same names and shapes at every save, and this runs on the training thread."""
+    code = CODES.get(dtype)
+    if code is None:
+        raise UnsupportedValue(
+            f"state[{component!r}][{name!r}]: dtype {dtype} has no safetensors code; convert it (complex128: "
+            f"torch.view_as_real; quantized: store int_repr() and the scales)"
+        )
+    return TensorSpec(name, code, tuple(shape), shape.numel() * dtype.itemsize)
+
+
+def _check_storable(where: str, tensor: torch.Tensor) -> None:
     if tensor.layout is not torch.strided:
         raise UnsupportedValue(f"{where}: layout {tensor.layout} is not stored; call .to_dense() or store its parts")
-    if tensor.is_quantized:
-        raise UnsupportedValue(f"{where}: quantized tensors are not stored; store int_repr() and the scales")
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         raise UnsupportedValue(f"{where}: a tensor on the meta device has no values to save")
-    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
-        _check_subclass(tensor, where)
-    shape = tuple(tensor.shape)
-    spec = TensorSpec(name, code_of(tensor, where), shape, tensor.numel() * tensor.dtype.itemsize)
-    return Piece(spec, (0,) * len(shape), tensor)
+    _check_subclass(tensor, where)
+
+
+_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 
 
 def _check_subclass(tensor: torch.Tensor, where: str) -> None:
