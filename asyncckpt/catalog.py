@@ -117,8 +117,10 @@ class Catalog:
             manifest = manifests.load(reader)
             damage = check_files(reader, manifest)
             problem = str(damage[0]) if damage else None
+            if match and name != manifest.name and step != manifest.step:
+                problem = f"its manifest is that of step {manifest.step}: a stale copy, or the directory was renamed"
             return CheckpointInfo(
-                step=manifest.step,
+                step=step if problem else manifest.step,
                 name=name,
                 path=path,
                 kind=manifest.kind,

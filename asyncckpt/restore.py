@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,9 +121,14 @@ def load_tensors(
 
 
 def open_manifest(reader: Reader) -> Manifest:
-    """The checkpoint's manifest, its files present and of the right size. Raises ``CheckpointDamaged``."""
+    """The checkpoint's manifest, its files present and of the right size, the small ones (those without tensors)
+    verified. Raises ``CheckpointDamaged``."""
     manifest = manifests.load(reader)
     raise_damage(reader.path, check_files(reader, manifest))
+    shards = {tensor.file for component in manifest.components.values() for tensor in component.tensors.values()}
+    for record in manifest.files:
+        if record.name not in shards:
+            read_small_file(reader, manifest, record.name, MAX_STATE_BYTES)
     return manifest
 
 
@@ -146,6 +151,10 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
         if record.nbytes:
             ranges[record.file].append((record.begin, record.end))
             by_file[record.file].append((record, targets))
+    tensors = (t for c in manifest.components.values() for t in c.tensors.values())
+    for file, count in Counter(tensor.file for tensor in tensors if tensor.nbytes).items():
+        if count == len(set(ranges.get(file, ()))):  # the whole shard is wanted: its header is checked along with it
+            ranges[file].append((0, 1 << 62))
     chosen = extents_of(manifest, ranges)
     parts = _parts(chosen, by_file)
 

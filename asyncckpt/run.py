@@ -41,7 +41,10 @@ class Run:
         catalog = Catalog(self._store, self.path)
         entry = catalog.newest(None) if step is None else catalog.find(step)
         with contextlib.closing(self._store.open(entry.name)) as reader:
-            return verify(reader, progress=progress)
+            damage = verify(reader, progress=progress)
+        if entry.damage is not None and not damage:  # what only the directory's place in the run shows
+            damage = [Damage("manifest.json", 0, 0, entry.damage)]
+        return damage
 
     def restore(
         self,
@@ -109,11 +112,18 @@ class Run:
         self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
         return report
 
+    def _refuse(self, entry: CheckpointInfo) -> None:
+        with contextlib.closing(self._store.open(entry.name)) as reader:
+            restoring.open_manifest(reader)  # a newer format version is no damage, and says so itself
+        raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
+
     def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
         entries = Catalog(self._store, self.path).entries()
         reasons: list[str] = []
         for entry in reversed([entry for entry in entries if entry.kind == "full"]):
             try:
+                if entry.damage is not None:
+                    self._refuse(entry)
                 return self._restore(entry.name, state, options)
             except CheckpointNotFound:
                 continue  # retention took it meanwhile: a newer one is there
