@@ -18,7 +18,7 @@ import torch
 
 from asyncckpt.arena import Arena, Slot
 from asyncckpt.copying import copy_segments, write_header
-from asyncckpt.errors import SaveAbandoned
+from asyncckpt.errors import ArenaBusy, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentStaged, Staged
 from asyncckpt.protocols import Extent, Piece
 
@@ -142,6 +142,8 @@ class StagingJob:
                 self._working += 1
             try:
                 self._stage(work, deadline)
+            except ArenaBusy as error:
+                self.cancel(self._too_slow(error))
             except BaseException as error:
                 self.cancel(error)
             with self._lock:
@@ -157,9 +159,7 @@ class StagingJob:
         self.run(deadline)
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         if not self._done.wait(remaining):
-            self.cancel(
-                SaveAbandoned(f"step {self.step}: staging did not finish within its deadline; storage is too slow")
-            )
+            self.cancel(self._too_slow(None))
             self._done.wait()  # a copy that has begun is milliseconds from its end
         self._streams.make_current_wait()
 
@@ -178,6 +178,13 @@ class StagingJob:
                 self._error = error
         self._arena.wake()
         self._drop_queue()
+
+    def _too_slow(self, cause: BaseException | None) -> SaveAbandoned:
+        why = f" ({cause})" if cause is not None else ""
+        return SaveAbandoned(
+            f"step {self.step}: staging did not finish within its deadline{why}, so the save was given up and training "
+            f"goes on. Storage is too slow or hangs; look at it, or raise staging_bytes"
+        )
 
     def _is_cancelled(self) -> bool:
         return self._error is not None
