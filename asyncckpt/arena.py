@@ -86,11 +86,15 @@ class Arena:
         self._cold_bytes = 0
         self._closed = False
 
-    def grow(self, budget_bytes: int, *, pin: bool = False) -> None:
+    def grow(self, budget_bytes: int, *, largest_bytes: int = 0, pin: bool = False) -> None:
         """Raise the budget to at least ``budget_bytes``; returns at once, memory becomes available as it is ready.
+        Slots of ``largest_bytes`` will fit, whatever the budget was raised from (a slot lies in one region).
         ``pin``: register the new memory with CUDA, for copies that overlap with kernels."""
         with self._changed:
-            extra = -(-(budget_bytes - self.budget_bytes) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            extra = budget_bytes - self.budget_bytes
+            if max((region.nbytes for region in self._regions), default=0) < largest_bytes:
+                extra = max(extra, largest_bytes)
+            extra = -(-extra // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             if extra <= 0 or self._closed:
                 return
             self._regions.append(_Region(extra))

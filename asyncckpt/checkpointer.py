@@ -106,6 +106,7 @@ class Checkpointer(Run):
         self._layouts = LayoutCache(self._format, LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes))
         self._extent_bytes = extent_bytes
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
+        retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._committer = Committer(
             self._store, policies, self._writer_options, self.events, self._check_lease, self._damaged, max_in_flight
         )
@@ -338,10 +339,9 @@ class Checkpointer(Run):
         else:
             needed = sum(-(-extent.nbytes // 4096) * 4096 for extent in layout.extents())
             floor = 4 * self._extent_bytes
-            budget = min(max(needed, 4096), max(environment.available_memory_bytes() // 4, floor))
-            if budget <= self._arena.budget_bytes:
-                return
-        self._arena.grow(budget, pin=_on_cuda(state))
+            budget = min(needed, max(environment.available_memory_bytes() // 4, floor))
+        largest = max((extent.nbytes for extent in layout.extents()), default=0)
+        self._arena.grow(budget, largest_bytes=largest, pin=_on_cuda(state))
 
     def _before_change(self, where: str) -> None:
         """What watched optimizers own is about to change: whatever is not copied yet is copied now."""

@@ -78,7 +78,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
     live = module.state_dict()
     fqns = canonical_names(module, live)
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
-    extra_values = plain.decode(extras, lambda key: _no_tensor(name, key)) if extras else {}
+    extra_fill = Plan()
+    extra_values = _decode(name, extras, stored, extra_fill, opts) if extras else {}
     by_memory = _aliases(live, fqns)
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
@@ -91,6 +92,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
         if not isinstance(value, torch.Tensor):
             if fqns[raw] in extra_values:
                 later[raw] = extra_values[fqns[raw]]
+                plan.fill += extra_fill.fill
+                extra_fill.fill = []
             else:
                 plan.missing.append(qualified)
             continue
@@ -111,6 +114,7 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
         elif value.numel() and value.untyped_storage().data_ptr() not in own:
             later[raw] = value  # the module's state_dict gives copies (hooks, packed weights): it must take them back
         plan.fill.append((record, [target]))
+    wanted.update(f"{name}.{key}" for key in plain.tensor_names(extras))
     prefix = f"{name}."
     plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
     if meta:
@@ -168,7 +172,7 @@ def _optimizer(
     names = optimizer_names(name, optimizer, owners, state)
     index_of = {fqn: index for index, fqn in names.items()}
     parameters = _parameters(optimizer)
-    saved_groups = [plain.decode(group, _fresh(name, stored, plan, opts)) for group in group_trees]
+    saved_groups = [_decode(name, group, stored, plan, opts) for group in group_trees]
     saved_names = {fqn for group in saved_groups for fqn in group["params"]}
     plan.missing += [f"{name}.{fqn}" for fqn in index_of if fqn not in saved_names]
     plan.unexpected += [f"{name}.{fqn}" for fqn in saved_names if fqn not in index_of]
@@ -184,10 +188,11 @@ def _optimizer(
         index = index_of.get(key)
         if index is None:
             if key not in saved_names:  # state an optimizer keeps beside its parameters
-                values[key] = plain.decode(subtree, _fresh(name, stored, plan, opts))
+                values[key] = _decode(name, subtree, stored, plan, opts)
             continue
         live = optimizer.state.get(parameters[index], {})
-        values[index] = plain.decode(subtree, _state_tensors(name, parameters[index], live, stored, plan, opts))
+        tensors = _state_tensors(name, parameters[index], live, stored, plan, opts)
+        values[index] = plain.decode(subtree, tensors, _on_host(name, stored, plan))
     groups: list[dict[str, Any]] = []
     counted = 0
     for live_group in optimizer.param_groups:
@@ -199,7 +204,7 @@ def _optimizer(
         if source is not None and group_names.intersection(source["params"]):
             base.update({key: value for key, value in source.items() if key != "params"})
         groups.append({**base, "params": indexes})
-    others = {k: plain.decode(v, _fresh(name, stored, plan, opts)) for k, v in tree.items() if k not in _TORCH_KEYS}
+    others = {k: _decode(name, v, stored, plan, opts) for k, v in tree.items() if k not in _TORCH_KEYS}
     loaded = {**others, "state": values, "param_groups": groups}
     plan.finish.append(lambda: optimizer.load_state_dict(loaded))
     return plan
@@ -235,6 +240,16 @@ def _state_tensors(
         return found
 
     return get
+
+
+def _decode(component: str, tree: JsonValue, stored: Stored, plan: Plan, opts: Options) -> Any:
+    """A decoded tree with new tensors that ``plan`` fills; arrays lie in host memory, whatever the device."""
+    return plain.decode(tree, _fresh(component, stored, plan, opts), _on_host(component, stored, plan))
+
+
+def _on_host(component: str, stored: Stored, plan: Plan) -> Callable[[str], torch.Tensor]:
+    host = Options(device=torch.device("cpu"), dtype=None, selected=lambda _name: True)
+    return _fresh(component, stored, plan, host)
 
 
 def _fresh(component: str, stored: Stored, plan: Plan, opts: Options) -> Callable[[str], torch.Tensor]:
@@ -274,7 +289,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
         plan.fill.append((record, [found]))
         return found
 
-    decoded = plain.decode(tree, tensors)
+    decoded = plain.decode(tree, tensors, _on_host(name, stored, plan))
     if kind_of(value) == "stateful":
         plan.finish.append(lambda: value.load_state_dict(decoded))
     else:
@@ -310,10 +325,6 @@ def _lookup(component: str, key: str, stored: Stored) -> TensorRecord:
     if record is None:
         raise CheckpointDamaged(f"state.json refers to tensor {component}.{key}, which the manifest does not list")
     return record
-
-
-def _no_tensor(component: str, key: str) -> torch.Tensor:
-    raise CheckpointDamaged(f"component {component!r}: tensor {key!r} in extra state of a module is not supported")
 
 
 def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tuple[str, TensorRecord]]:

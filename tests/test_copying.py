@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,14 +48,14 @@ def test_any_layout_cut_anywhere_arrives_as_row_major_bytes(data: st.DataObject)
     arena.grow(1 << 16)
     slot = arena.acquire(1 << 16)
     piece = Piece(TensorSpec("t", "?", tuple(tensor.shape), count * item), (), tensor)
-    segments = [Segment(0, a * item, 64 + a * item, (b - a) * item) for a, b in zip(cuts, cuts[1:], strict=False)]
+    segments = [Segment(0, a * item, 64 + a * item, (b - a) * item) for a, b in itertools.pairwise(cuts)]
     copy_segments([piece], segments, slot)
     assert bytes(slot.view[64 : 64 + len(expected)]) == expected
 
     back = torch.zeros_like(tensor.resolve_conj()) if not tensor.is_conj() else torch.zeros(tensor.shape, dtype=dtype)
     if 0 in tensor.stride() and count:
         back = torch.zeros(tensor.shape, dtype=dtype)
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         raw = torch.frombuffer(bytearray(expected[a * item : b * item]) or bytearray(1), dtype=torch.uint8)
         if b > a:
             scatter(back, a * item, raw, dtype)

@@ -21,19 +21,19 @@ OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
     "SGD-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     "Adam-amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True),
-    "AdamW": lambda p: torch.optim.AdamW(p),
+    "AdamW": torch.optim.AdamW,
     "AdamW-foreach": lambda p: torch.optim.AdamW(p, foreach=True),
     "AdamW-fused": lambda p: torch.optim.AdamW(p, fused=True),
     "AdamW-tensor-lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3)),
-    "Adamax": lambda p: torch.optim.Adamax(p),
-    "NAdam": lambda p: torch.optim.NAdam(p),
-    "RAdam": lambda p: torch.optim.RAdam(p),
+    "Adamax": torch.optim.Adamax,
+    "NAdam": torch.optim.NAdam,
+    "RAdam": torch.optim.RAdam,
     "RMSprop": lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.5),
-    "Rprop": lambda p: torch.optim.Rprop(p),
-    "Adagrad": lambda p: torch.optim.Adagrad(p),
-    "Adadelta": lambda p: torch.optim.Adadelta(p),
-    "ASGD": lambda p: torch.optim.ASGD(p),
-    "Adafactor": lambda p: torch.optim.Adafactor(p),
+    "Rprop": torch.optim.Rprop,
+    "Adagrad": torch.optim.Adagrad,
+    "Adadelta": torch.optim.Adadelta,
+    "ASGD": torch.optim.ASGD,
+    "Adafactor": torch.optim.Adafactor,
 }
 
 
@@ -93,7 +93,7 @@ SCHEDULERS: dict[str, Any] = {
     "OneCycleLR": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=50),
     "CosineWarmRestarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 5),
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: 0.9**s),
-    "Plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o),
+    "Plateau": torch.optim.lr_scheduler.ReduceLROnPlateau,
     "Sequential": lambda o: torch.optim.lr_scheduler.SequentialLR(
         o, [torch.optim.lr_scheduler.LinearLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3]
     ),
@@ -319,7 +319,9 @@ def test_the_same_state_gives_the_same_data_bytes(tmp_path: Path, tiny: Any) -> 
     for number, one in enumerate((state, reordered)):
         with Checkpointer(tmp_path / f"run{number}", shard_bytes=2000) as run:
             path = Path(run.save(1, one).result().path)
-        seen.append({f.name: f.read_bytes() for f in path.iterdir() if f.name != "manifest.json" and "state" not in f.name})
+        seen.append(
+            {f.name: f.read_bytes() for f in path.iterdir() if f.name != "manifest.json" and "state" not in f.name}
+        )
     assert len(seen[0]) > 4
     assert seen[0] == seen[1]
 

@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Mapping
 
 from asyncckpt.errors import (
-    NotEnoughSpace,
     RunPathError,
     SaveFailed,
     StepExists,
@@ -243,7 +242,7 @@ class LocalShardWriter:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 self.abort()
-                raise NotEnoughSpace(f"{path}: no room for {nbytes} bytes ({error.strerror})") from error
+                raise
             # reserving is a courtesy: a file system without it (NFSv3, tmpfs variants) still writes
 
     def write_at(self, view: memoryview, nbytes: int, offset: int) -> None:

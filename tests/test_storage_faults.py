@@ -1,0 +1,295 @@
+"""Every system call of a save can fail; none of them may cost an acknowledged checkpoint or publish a torn one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from asyncckpt import Checkpointer, KeepLast, NotEnoughSpace, RunPathError, SaveFailed, StepExists
+from asyncckpt.storage.posix import PosixOps
+
+STATE = {"w": torch.arange(50_000, dtype=torch.float32), "plain": {"a": 1}}
+CALLS = ["open", "close", "pwrite", "truncate", "fsync", "fsync_directory", "write_file", "mkdir", "rename_noreplace"]
+
+
+class FaultyOps(PosixOps):
+    """Counts calls and fails the chosen one; ``log`` is the order in which they happened."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, str]] = []
+        self.fail: tuple[str, int, int] | None = None
+        self.short_writes = False
+        self.seen = 0
+
+    def _call(self, name: str, subject: Any) -> None:
+        self.log.append((name, os.path.basename(str(subject))))
+        if self.fail is not None and self.fail[0] == name:
+            self.seen += 1
+            if self.seen == self.fail[1]:
+                raise OSError(self.fail[2], os.strerror(self.fail[2]))
+
+    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
+        self._call("open", path)
+        return super().open(path, flags, mode)
+
+    def close(self, fd: int) -> None:
+        super().close(fd)
+        self._call("close", fd)
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        self._call("pwrite", fd)
+        return super().pwrite(fd, data[:4096] if self.short_writes else data, offset)
+
+    def truncate(self, fd: int, nbytes: int) -> None:
+        self._call("truncate", fd)
+        super().truncate(fd, nbytes)
+
+    def fsync(self, fd: int) -> None:
+        self._call("fsync", os.readlink(f"/proc/self/fd/{fd}"))
+        super().fsync(fd)
+
+    def fsync_directory(self, path: str) -> None:
+        self._call("fsync_directory", path)
+        super().fsync_directory(path)
+
+    async def write_file(self, path: str, data: bytes) -> None:
+        self._call("write_file", path)
+        await super().write_file(path, data)
+
+    def mkdir(self, path: str) -> None:
+        self._call("mkdir", path)
+        super().mkdir(path)
+
+    def rename_noreplace(self, source: str, target: str) -> None:
+        self._call("rename_noreplace", target)
+        super().rename_noreplace(source, target)
+
+
+def _with_ops(path: Path, **options: Any) -> tuple[Checkpointer, FaultyOps]:
+    run = Checkpointer(path, extent_bytes=64 << 10, **options)
+    run.prepare(STATE)
+    run.save(1, STATE).result()
+    run.wait()
+    ops = FaultyOps()
+    run._store.ops = ops
+    return run, ops
+
+
+FAULTS = [
+    (call, number, code)
+    for call in CALLS
+    for number in (1, 2, 3)
+    for code in (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE)
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f[0]}-{f[1]}-{errno.errorcode[f[2]]}")
+def test_a_failing_call_loses_nothing_and_publishes_nothing_torn(fault: Any, tmp_path: Path) -> None:
+    run, ops = _with_ops(tmp_path / "run")
+    ops.fail = fault
+    pending = run.save(2, STATE)
+    error = pending.exception(30)
+    hit = ops.seen >= fault[1]
+    if error is not None:
+        assert isinstance(error, SaveFailed | NotEnoughSpace), f"untyped: {error!r}"
+        assert "step 2" in str(error)
+        assert isinstance(error, NotEnoughSpace) == (fault[2] in (errno.ENOSPC, errno.EDQUOT))
+    else:
+        # the second open and close are those of the ``latest`` hint, written after the acknowledgement
+        hint = fault[0] in ("open", "close") and fault[1] > 1
+        assert not hit or hint, "an error of a data or directory call was swallowed"
+    ops.fail = None
+    for entry in run.ls():
+        assert entry.damage is None
+        assert run.verify(entry.step) == []
+    acknowledged = {1} | ({2} if error is None else set())
+    assert acknowledged <= {entry.step for entry in run.ls()}
+    if error is not None:
+        assert not [n for n in os.listdir(tmp_path / "run") if n.startswith(".tmp-")] or fault[0] == "fsync_directory"
+    run.save(3, STATE).result()  # the run goes on
+    run.close()
+
+
+def test_the_write_ordering_is_the_documented_one(tmp_path: Path) -> None:
+    run, ops = _with_ops(tmp_path / "run", keep=KeepLast(1))
+    run.save(2, STATE).result()
+    run.close()
+    log = [entry for entry in ops.log if entry[0] not in ("open", "close", "pwrite", "truncate")]
+    names = [f"{call} {name}" if not name.startswith(".t") else f"{call} {name[:5]}" for call, name in log]
+    assert names[0] == "mkdir .tmp-"
+    shard = names.index("fsync w-00001-of-00001.safetensors")
+    state = names.index("write_file state.json")
+    first_sync = names.index("fsync_directory .tmp-")
+    manifest = names.index("write_file manifest.json")
+    assert shard < first_sync < manifest
+    assert state < first_sync
+    rest = names[manifest:]
+    assert rest[:5] == [
+        "write_file manifest.json",
+        "fsync manifest.json",
+        "fsync_directory .tmp-",
+        "rename_noreplace step-00000002",
+        "fsync_directory run",
+    ], "manifest last and fsynced, its directory, the rename, the parent"
+    assert rest[5] == "rename_noreplace .tras", "retention acts only after the new checkpoint is durable"
+
+
+def test_short_writes_are_continued(tmp_path: Path) -> None:
+    run, ops = _with_ops(tmp_path / "run")
+    ops.short_writes = True
+    run.save(2, STATE).result()
+    assert sum(call == "pwrite" for call, _ in ops.log) > 40
+    assert run.verify(2) == []
+    run.close()
+
+
+def test_fsync_is_never_tried_twice(tmp_path: Path) -> None:
+    run, ops = _with_ops(tmp_path / "run")
+    ops.fail = ("fsync", 1, errno.EIO)
+    with pytest.raises(SaveFailed):
+        run.save(2, STATE).result()
+    synced = [name for call, name in ops.log if call == "fsync"]
+    assert len(synced) == len(set(synced))
+    run.close()
+
+
+def test_a_checkpoint_that_somebody_else_put_there_is_not_replaced(tmp_path: Path) -> None:
+    run, _ = _with_ops(tmp_path / "run")
+    (tmp_path / "run" / "step-00000002").mkdir()  # plain rename would silently replace an empty directory
+    with pytest.raises(StepExists, match="left as it is"):
+        run.save(2, STATE).result()
+    assert os.listdir(tmp_path / "run" / "step-00000002") == []
+    run.close()
+
+
+def test_a_file_system_without_noreplace_rename_still_never_replaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncckpt.storage.posix._renameat2", lambda *_: errno.EINVAL)
+    run, _ = _with_ops(tmp_path / "run")
+    run.save(2, STATE).result()
+    (tmp_path / "run" / "step-00000003").mkdir()
+    with pytest.raises(StepExists):
+        run.save(3, STATE).result()
+    run.close()
+
+
+def test_a_file_system_that_refuses_direct_io_is_written_through_the_cache(tmp_path: Path) -> None:
+    class NoDirect(PosixOps):
+        def pwrite(self, fd: int, data: Any, offset: int) -> int:
+            flags = int(Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0], 8)
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "no direct transfers here")
+            return super().pwrite(fd, data, offset)
+
+    run = Checkpointer(tmp_path / "run")
+    run._store.ops = NoDirect()
+    run.save(1, STATE).result()
+    assert run.verify(1) == []
+    run.close()
+
+
+def test_read_back_catches_a_device_that_lies(tmp_path: Path) -> None:
+    from asyncckpt import WriterOptions
+
+    class Liar(PosixOps):
+        def pwrite(self, fd: int, data: Any, offset: int) -> int:
+            bad = bytearray(data)
+            bad[100] ^= 4
+            view = memoryview(__import__("mmap").mmap(-1, len(bad)))
+            view[:] = bad
+            return super().pwrite(fd, view, offset)
+
+    run = Checkpointer(tmp_path / "run", writer=WriterOptions(read_back=True))
+    run.save(1, STATE).result()
+    run._store.ops = Liar()
+    with pytest.raises(SaveFailed, match="read back differs"):
+        run.save(2, STATE).result()
+    assert [entry.step for entry in run.ls()] == [1]
+    run.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "t", mount], check=False).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    yield mount
+    subprocess.run(["umount", "-l", mount], check=True)
+
+
+def test_a_full_disk_is_foreseen_and_older_checkpoints_stay(small_disk: Path) -> None:
+    state = {"w": torch.zeros(130_000)}  # 0.5 MB; small files are estimated at 4 MiB, more than this disk has
+    run = Checkpointer(small_disk / "run")
+    with pytest.raises(NotEnoughSpace, match=r"step 1: .* bytes free and the save needs .*free space"):
+        run.save(1, state).result()
+    assert not [name for name in os.listdir(small_disk / "run") if name.startswith(("step", ".tmp"))]
+    run.close()
+
+
+def test_a_disk_that_fills_up_during_the_save_removes_the_attempt(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Checkpointer(small_disk / "run")
+    monkeypatch.setattr(run._store, "free_bytes", lambda: 1 << 40)  # the estimate was wrong
+    run.save(1, {"w": torch.zeros(130_000)}).result()
+    with pytest.raises(NotEnoughSpace, match="step 2"):
+        run.save(2, {"w": torch.zeros(900_000)}).result()
+    assert [name for name in sorted(os.listdir(small_disk / "run")) if name.startswith(("step", ".tmp"))] == [
+        "step-00000001"
+    ]
+    assert run.verify(1) == []
+    run.save(3, {"w": torch.zeros(130_000)}).result()
+    run.close()
+
+
+def test_too_little_space_runs_retention_before_giving_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Checkpointer(tmp_path / "run")
+    for step in (1, 2, 3):
+        run.save(step, STATE).result()
+    run.wait()
+    run._committer.policies = (KeepLast(1),)
+    space = lambda: 1 << 30 if len(run.ls()) < 3 else 0  # noqa: E731
+    monkeypatch.setattr(run._store, "free_bytes", space)
+    run.save(4, STATE).result()
+    run.wait()
+    assert [entry.step for entry in run.ls()] == [4]
+    run.close()
+
+
+def test_paths_that_cannot_be_used_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunPathError, match=r"is a file.*another path"):
+        Checkpointer(tmp_path / "file").save(1, STATE)
+    with pytest.raises(RunPathError, match=r"does not exist.*create_parents=True"):
+        Checkpointer(tmp_path / "no" / "such" / "run").save(1, STATE)
+    with pytest.raises(RunPathError, match=r"part of the path is a file|does not exist"):
+        Checkpointer(tmp_path / "file" / "run").save(1, STATE)
+    with Checkpointer(tmp_path / "no" / "such" / "run", create_parents=True) as run:
+        run.save(1, STATE).result()
+
+
+def test_a_read_only_file_system_says_so(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(RunPathError, match="read-only"):
+        Checkpointer(small_disk / "run").save(1, STATE)
+
+
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with Checkpointer(tmp_path / "run") as run:
+            path = Path(run.save(1, STATE).result().path)
+    finally:
+        os.umask(old)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o750
