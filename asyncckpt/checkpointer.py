@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -121,6 +122,8 @@ class Checkpointer(Run):
         self._closed = False
         self._pid = os.getpid()
         drain_at_exit(self)
+        # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
+        weakref.finalize(self, _end_threads, self._stager, self._pool, self._committer)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -233,9 +236,7 @@ class Checkpointer(Run):
             self._watched.close()
             if self._signals is not None:
                 self._signals.close()
-            self._stager.close()
-            self._pool.close()
-            self._committer.close()
+            _end_threads(self._stager, self._pool, self._committer)
             self._arena.close()
             if self._lease is not None:
                 self._lease.release()
@@ -271,12 +272,12 @@ class Checkpointer(Run):
             self._grow_arena(layout, state)
             policy: OnBusy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
             self._committer.admit(step, layout.nbytes, self._arena, policy)
-            save = self._new_save(snapshot, layout, name, kind, values)
+            save = self._new_save(snapshot, layout, name, kind, values, began)
             deferred = bool(self._watched)
             self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             pieces = snapshot.pieces()
             eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
-            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events)
+            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events, began)
         except BaseException:
             self._ledger.release(step, kind)
             raise
@@ -303,7 +304,9 @@ class Checkpointer(Run):
         )
         return snapshot, layout
 
-    def _new_save(self, snapshot: Snapshot, layout: Layout, name: str, kind: str, metrics: dict[str, float]) -> Save:
+    def _new_save(
+        self, snapshot: Snapshot, layout: Layout, name: str, kind: str, metrics: dict[str, float], began: float
+    ) -> Save:
         draft = Manifest(
             step=snapshot.step,
             name=name,
@@ -330,7 +333,13 @@ class Checkpointer(Run):
         )
         make_room: Callable[[int], None] = lambda nbytes: self._committer.make_room(nbytes, snapshot.step)  # noqa: E731
         return Save(
-            contents, store=self._store, pool=self._pool, arena=self._arena, events=self.events, make_room=make_room
+            contents,
+            store=self._store,
+            pool=self._pool,
+            arena=self._arena,
+            events=self.events,
+            make_room=make_room,
+            started_seconds=began,
         )
 
     def _grow_arena(self, layout: Layout, state: Mapping[str, Any]) -> None:
@@ -401,6 +410,12 @@ class Checkpointer(Run):
             raise CheckpointerClosed(f"{self.path}: this Checkpointer is closed; make a new one")
         if os.getpid() != self._pid:
             raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
+
+
+def _end_threads(stager: Stager, pool: WriterPool, committer: Committer) -> None:
+    stager.close()
+    pool.close()
+    committer.close()
 
 
 def _no_tensors(name: str, _tensor: torch.Tensor) -> None:

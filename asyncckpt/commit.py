@@ -56,11 +56,11 @@ class Save:
         arena: Arena,
         events: EventBus,
         make_room: Callable[[int], None],
+        started_seconds: float,
     ) -> None:
         self.contents = contents
         self.step = contents.draft.step
-        self.started_seconds = time.perf_counter()
-        self.written_seconds = self.started_seconds
+        self.started_seconds = self.written_seconds = started_seconds
         self._store = store
         self._pool = pool
         self._arena = arena

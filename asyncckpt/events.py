@@ -75,7 +75,8 @@ class Written(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed(Event):
-    """The checkpoint is durable and visible. ``durable_seconds`` since ``save``; ``stall_seconds`` of training."""
+    """The checkpoint is durable and visible. ``nbytes`` is its size on disk, all files; in the events before it, the
+    shards' size. ``durable_seconds`` since ``save``; ``stall_seconds`` of training."""
 
     path: str
     nbytes: int

@@ -29,6 +29,7 @@ class NameTemplate:
             )
         self._template = template
         self._metrics = [name for name in fields if name != "step"]
+        self.name(0, "full", dict.fromkeys(self._metrics, 0.0))  # a name that cannot be used is refused now
 
     def name(self, step: int, kind: str, metrics: Mapping[str, float]) -> str:
         """The directory's name. Raises ``InvalidOption`` naming a metric that is needed and was not given."""

@@ -76,6 +76,7 @@ class StagingJob:
         arena: Arena,
         on_staged: OnStaged,
         events: EventBus,
+        started_seconds: float,
     ) -> None:
         self.step = step
         self.stall_seconds = 0.0
@@ -90,7 +91,7 @@ class StagingJob:
         self._working = 0
         self._error: BaseException | None = None
         self._done = threading.Event()
-        self._started_seconds = time.perf_counter()
+        self._started_seconds = started_seconds
         self._nbytes = sum(extent.nbytes for extent in extents)
         if not self._queue:
             self._done.set()
@@ -223,14 +224,17 @@ class StagingJob:
 
 
 class Stager:
-    """The background thread that works on deferred jobs, in the order given. Daemon; ``close`` ends it."""
+    """The background thread that works on deferred jobs, in the order given. Daemon; made by the first ``submit``,
+    ended by ``close``."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[StagingJob | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="asyncckpt-stager", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def submit(self, job: StagingJob) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="asyncckpt-stager", daemon=True)
+            self._thread.start()
         self._jobs.put(job)
 
     def close(self) -> None:

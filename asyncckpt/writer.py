@@ -132,15 +132,19 @@ class WriterPool:
         self._name = name
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._lock = threading.Lock()
+        self._start_lock = threading.Lock()
         self._busy_since: dict[int, float] = {}
         self._abandoned: set[int] = set()
+        self._wanted = threads
         self._threads = 0
         self._spawned = 0
-        for _ in range(threads):
-            self._spawn()
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run ``task`` on some thread; it must not raise."""
+        """Run ``task`` on some thread; it must not raise. The first call starts the threads."""
+        with self._start_lock:
+            while self._wanted:
+                self._wanted -= 1
+                self._spawn()
         self._tasks.put(task)
 
     def replace_stuck(self, stuck_seconds: float) -> int:

@@ -88,7 +88,7 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _open_below(path: str) -> list[str]:
-    return [target for target in map(_target, os.listdir("/proc/self/fd")) if target.startswith(path)]
+    return [target for target in map(_target, os.listdir("/proc/self/fd")) if target.startswith(path + "/")]
 
 
 def _target(fd: str) -> str:

@@ -68,7 +68,9 @@ class World:
 
     def backward(self) -> None:
         self.watched.zero_grad()
-        (self.model(torch.randint(0, 11, (8,))).square().mean() + self.late(torch.randn(2, 64)).square().mean()).backward()
+        (
+            self.model(torch.randint(0, 11, (8,))).square().mean() + self.late(torch.randn(2, 64)).square().mean()
+        ).backward()
 
     def forward_only(self) -> None:  # changes the batch norm's buffers and the RNG
         with torch.no_grad():
