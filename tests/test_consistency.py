@@ -134,19 +134,26 @@ def test_every_legal_change_at_every_legal_moment_leaves_the_checkpoint_alone(
 
 def test_without_the_hook_an_update_would_spoil_the_checkpoint(tmp_path: Path) -> None:
     """Shows that the property above can fail at all: the same loop with the hook taken off is torn."""
+    gate = threading.Event()
+
+    class Gated(PosixOps):
+        def pwrite(self, fd: int, data: Any, offset: int) -> int:
+            gate.wait(30)
+            return super().pwrite(fd, data, offset)
+
     world = World()
     with Checkpointer(tmp_path / "run", staging_bytes=1 << 20, extent_bytes=64 << 10) as run:
-        _slow(run)
+        run._store.ops = Gated()
         run.watch(world.watched)
-        before = bits(world.late)
+        before = bits([world.late, world.watched])
         run._watched._handles.pop(0).remove()
-        pending = run.save(1, world.state)
-        for _ in range(3):
-            world.update()
+        pending = run.save(1, {"late": world.late, "optimizer": world.watched, "model": world.model})
+        world.update()
+        gate.set()
         pending.result()
         fresh = World()
-        run.restore(fresh.state, 1)
-        assert bits(fresh.late) != before
+        run.restore({"late": fresh.late, "optimizer": fresh.watched, "model": fresh.model}, 1)
+        assert bits([fresh.late, fresh.watched]) != before
 
 
 def test_a_deferred_save_returns_before_the_copy_and_the_update_waits_for_it(tmp_path: Path) -> None:
