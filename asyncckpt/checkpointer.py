@@ -277,7 +277,8 @@ class Checkpointer(Run):
             self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             pieces = snapshot.pieces()
             eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
-            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events, began)
+            digest = save.digest if deferred else None  # an eager save's copies must not wait for digests
+            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events, began, digest)
         except BaseException:
             self._ledger.release(step, kind)
             raise
@@ -285,12 +286,12 @@ class Checkpointer(Run):
         flight = InFlight(save, job, PendingSave(step, job.wait))
         flight.pending.add_done_callback(lambda done: self._ledger.release(step, kind) if done.failed() else None)
         self._committer.submit(flight)
-        self._stager.submit(job)
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
-        if not deferred:
-            job.finish(deadline)
-        elif eager:
+        self._stager.submit(job)
+        if deferred:
             job.stage_now(eager, deadline)
+        else:
+            job.finish(deadline)
         if job.error is not None:
             save.fail(job.error)
         self._last_saved_seconds = time.monotonic()

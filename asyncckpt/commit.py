@@ -68,7 +68,7 @@ class Save:
         self._make_room = make_room
         #: Told of the first error, so that staging stops too. Set before the first extent is taken.
         self.on_error: Callable[[BaseException], None] = lambda _error: None
-        self._digest = get_digest(contents.draft.digest)
+        self.digest = get_digest(contents.draft.digest)
         self._extents = contents.layout.extents()
         shards = contents.layout.shards
         self._first = [0]
@@ -96,11 +96,11 @@ class Save:
             started = set(self._writers)
         return sum(shard.nbytes for number, shard in enumerate(self.contents.layout.shards) if number not in started)
 
-    def take(self, number: int, slot: Slot, ready: Ready) -> None:
-        """Accept a staged extent. Never blocks."""
+    def take(self, number: int, slot: Slot, ready: Ready, digest: str | None) -> None:
+        """Accept a staged extent, with its digest where it was taken already. Never blocks."""
         with self._lock:
             self._in_flight += 1
-        self._pool.submit(lambda: self._write(number, slot, ready))
+        self._pool.submit(lambda: self._write(number, slot, ready, digest))
 
     def fail(self, error: BaseException) -> None:
         """Poison the attempt: nothing of it will be published. The first error is kept. Idempotent."""
@@ -122,14 +122,15 @@ class Save:
         Raises what poisoned the attempt, as ``SaveFailed`` or another of this library's errors.
         """
         try:
-            self._wait_written(timeout_seconds)
             attempt = self._start()
+            small = self._write_small(attempt)  # while the shards are still being written
+            self._wait_written(timeout_seconds)
             now = self.written_seconds = time.perf_counter()
             nbytes = self.contents.layout.nbytes
             self._events.emit(
                 Written(step=self.step, at_seconds=now, nbytes=nbytes, seconds=now - self.started_seconds)
             )
-            written = self._write_manifest(attempt)
+            written = self._write_manifest(attempt, small)
             if read_back is not None:
                 read_back(attempt.path)
             if self._error is not None:
@@ -177,14 +178,14 @@ class Save:
                 writer = self._writers[number] = attempt.create_shard(shard.file, shard.nbytes)
             return writer
 
-    def _write(self, number: int, slot: Slot, ready: Ready) -> None:
+    def _write(self, number: int, slot: Slot, ready: Ready, digest: str | None) -> None:
         extent = self._extents[number]
         try:
             if self._error is None:
                 began = time.perf_counter()
                 ready()
                 # the digest is of the staged bytes, before anything below this line could spoil them
-                self._hexes[number] = self._digest(slot.view[: extent.nbytes])
+                self._hexes[number] = digest or self.digest(slot.view[: extent.nbytes])
                 writer = self._shard_writer(extent.shard)
                 writer.write_at(slot.view, extent.nbytes, extent.offset)
                 now = time.perf_counter()
@@ -228,7 +229,7 @@ class Save:
                     f"training goes on. Check the storage under {getattr(self._store, 'path', 'the run')}"
                 )
 
-    def _write_manifest(self, attempt: Attempt) -> Manifest:
+    def _write_small(self, attempt: Attempt) -> dict[str, bytes]:
         contents = self.contents
         small = {manifest.STATE_FILE: plain.dumps(contents.trees)}
         shard_format = formats.get(contents.draft.shard_format)
@@ -238,11 +239,15 @@ class Save:
             if index is not None:
                 small[index[0]] = index[1]
         asyncio.run(attempt.write_small(small))
+        return small
+
+    def _write_manifest(self, attempt: Attempt, small: Mapping[str, bytes]) -> Manifest:
+        contents = self.contents
         attempt.sync_directory()
         hexes = [self._hexes[a:b] for a, b in itertools.pairwise(self._first)]
         files = [
             *manifest.shard_records(contents.layout, hexes),
-            *(manifest.whole_file(name, data, self._digest) for name, data in small.items()),
+            *(manifest.whole_file(name, data, self.digest) for name, data in small.items()),
         ]
         draft = replace(contents.draft, files=tuple(files))
         data = manifest.encode(draft, components_json=self._components_json())

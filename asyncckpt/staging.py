@@ -20,7 +20,7 @@ from asyncckpt.arena import Arena, Slot
 from asyncckpt.copying import copy_segments, write_header
 from asyncckpt.errors import ArenaBusy, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentStaged, Staged
-from asyncckpt.protocols import Extent, Piece
+from asyncckpt.protocols import Digest, Extent, Piece
 
 #: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
 #: would otherwise make ``save`` wait for the whole arena.
@@ -28,7 +28,8 @@ _CLONE_BELOW_BYTES = 1 << 20
 _CLONE_TOTAL_BYTES = 16 << 20
 
 Ready = Callable[[], None]
-OnStaged = Callable[[int, Slot, Ready], None]
+#: Extent number, its slot, a wait for its bytes, and its digest where staging has taken it already.
+OnStaged = Callable[[int, Slot, Ready, str | None], None]
 
 
 def storages(tensors: Collection[torch.Tensor]) -> set[int]:
@@ -64,8 +65,10 @@ class _Work:
 class StagingJob:
     """The copies of one save. Thread-safe.
 
-    ``on_staged(number, slot, ready)`` is called for each extent as its copy is done or enqueued; ``ready()`` blocks
-    until the slot's bytes are there (CUDA copies run on a side stream).
+    ``on_staged(number, slot, ready, digest)`` is called for each extent as its copy is done or enqueued; ``ready()``
+    blocks until the slot's bytes are there (CUDA copies run on a side stream). With ``digest``, extents that the
+    background thread copies are digested at once, while their bytes are still in the processor's cache; the training
+    thread never spends time on that.
     """
 
     def __init__(
@@ -77,7 +80,9 @@ class StagingJob:
         on_staged: OnStaged,
         events: EventBus,
         started_seconds: float,
+        digest: Digest | None = None,
     ) -> None:
+        self._digest = digest
         self.step = step
         self.stall_seconds = 0.0
         self.staged_seconds = 0.0
@@ -121,7 +126,7 @@ class StagingJob:
             later = [work for work in self._queue if work.number not in chosen]
             self._queue.clear()  # in place: the stager may be working on this very queue
             self._queue.extend(later)
-        self._work(now, deadline)
+        self._work(now, deadline, None)
         with self._lock:  # after an error the rest goes back, to be dropped with everything else
             self._queue.extendleft(now)
         self._drop_queue()
@@ -131,10 +136,15 @@ class StagingJob:
 
     def run(self, deadline: float | None = None) -> None:
         """Work until nothing is left to start. Never raises: an error cancels the job."""
-        self._work(self._queue, deadline)
+        self._work(self._queue, deadline, None)
         self._drop_queue()
 
-    def _work(self, queue: deque[_Work], deadline: float | None) -> None:
+    def run_in_background(self) -> None:
+        """As ``run``, on a thread that training does not wait for."""
+        self._work(self._queue, None, None if self._streams else self._digest)
+        self._drop_queue()
+
+    def _work(self, queue: deque[_Work], deadline: float | None, digest: Digest | None) -> None:
         while True:
             with self._lock:
                 if not queue or self._error is not None:
@@ -142,7 +152,7 @@ class StagingJob:
                 work = queue.popleft()
                 self._working += 1
             try:
-                self._stage(work, deadline)
+                self._stage(work, deadline, digest)
             except ArenaBusy as error:
                 self.cancel(self._too_slow(error))
             except BaseException as error:
@@ -190,7 +200,7 @@ class StagingJob:
     def _is_cancelled(self) -> bool:
         return self._error is not None
 
-    def _stage(self, work: _Work, deadline: float | None) -> None:
+    def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
         slot = self._arena.acquire(work.extent.nbytes, deadline, self._is_cancelled)
         began = time.perf_counter()
         try:
@@ -199,12 +209,13 @@ class StagingJob:
                 ready = self._streams.ready()
             if work.extent.header:
                 write_header(slot, work.extent.header)
+            taken = digest(slot.view[: work.extent.nbytes]) if digest is not None else None
         except BaseException:
             self._arena.release(slot)
             raise
         now = time.perf_counter()
         self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=work.extent.nbytes, seconds=now - began))
-        self._on_staged(work.number, slot, ready)
+        self._on_staged(work.number, slot, ready, taken)
 
     def _drop_queue(self) -> None:
         if self._error is not None:
@@ -242,7 +253,7 @@ class Stager:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.run()
+            job.run_in_background()
             del job  # an idle thread must not keep a snapshot alive
 
 
