@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -17,8 +18,9 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest import ExtentRecord, FileRecord, Manifest
 from asyncckpt.protocols import ALIGNMENT_BYTES, Digest, Reader
 
-#: Enough to keep the device busy while others hash and copy; more only costs buffers.
-READ_THREADS = 4
+#: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
+#: fresh memory: on 2 cores, 2 threads restore 6 % faster than 4 (docs/design/004-reading.md).
+READ_THREADS = min(8, max(2, os.cpu_count() or 2))
 #: An extent larger than this is refused before its buffer is allocated.
 MAX_EXTENT_BYTES = 1 << 30
 
