@@ -140,7 +140,7 @@ class Save:
             return written
         except BaseException as error:
             self.fail(error)
-            self._discard()
+            self.discard(0.2)
             raise self._typed(error) from error
 
     def _typed(self, error: BaseException) -> BaseException:
@@ -265,11 +265,14 @@ class Save:
         text: str = cached[1]
         return text
 
-    def _discard(self) -> None:
-        """Remove the attempt once no write of it is in the kernel; a write that hangs keeps its files."""
+    def discard(self, timeout_seconds: float) -> None:
+        """Remove a failed attempt, once no write of it is in the kernel; given up after ``timeout_seconds`` (hung
+        storage), to be called again, or left to the next run. Idempotent; never raises."""
+        deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            self._changed.wait_for(lambda: self._in_flight == 0, timeout=5.0)
-        if self._start_lock.acquire(timeout=5.0):  # held for longer only by a call that hangs in the kernel
+            if not self._changed.wait_for(lambda: self._in_flight == 0, timeout_seconds):
+                return
+        if self._start_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             attempt = self._attempt  # nobody can create files from here on: the error is set
             self._start_lock.release()
             if attempt is not None:

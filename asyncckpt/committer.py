@@ -211,6 +211,8 @@ class Committer:
         if error is None:
             self._after(save, written.name)
         self._end(flight, error)
+        if error is not None:
+            save.discard(30.0)  # only where writes hung: the failure was not to wait for them
 
     def _before_publish(self, save: Save) -> Callable[[], None]:
         def check() -> None:

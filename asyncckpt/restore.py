@@ -104,7 +104,7 @@ def load_tensors(
         chosen = {}
         for name in names:
             found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
-            if not found:
+            if not found and name not in manifest.components:
                 raise UnknownName(
                     f"{reader.path}: no tensor or component {name!r}; components are "
                     f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"

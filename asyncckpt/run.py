@@ -39,8 +39,11 @@ class Run:
     def verify(self, step: int | None = None, *, progress: Progress | None = None) -> list[Damage]:
         """Read every byte of a checkpoint (default: the newest) past the page cache; empty means good."""
         catalog = Catalog(self._store, self.path)
-        entry = catalog.newest(None) if step is None else catalog.find(step)
-        with contextlib.closing(self._store.open(entry.name)) as reader:
+        return self.verify_entry(catalog.newest(None) if step is None else catalog.find(step), progress=progress)
+
+    def verify_entry(self, entry: CheckpointInfo, *, progress: Progress | None = None) -> list[Damage]:
+        """``verify`` for one row of ``ls``: a step can have a full and a weights-only checkpoint."""
+        with contextlib.closing(self.open_entry(entry)) as reader:
             damage = verify(reader, progress=progress)
         if entry.damage is not None and not damage:  # what only the directory's place in the run shows
             damage = [Damage("manifest.json", 0, 0, entry.damage)]
@@ -96,6 +99,10 @@ class Run:
         """An open checkpoint (default: the newest of any kind), protected from retention until its ``close``."""
         catalog = Catalog(self._store, self.path)
         entry = catalog.newest(None) if step is None else catalog.find(step)
+        return self.open_entry(entry)
+
+    def open_entry(self, entry: CheckpointInfo) -> Reader:
+        """As ``open``, for one row of ``ls``. Raises ``CheckpointNotFound`` where it was deleted meanwhile."""
         return self._store.open(entry.name)
 
     def pin(self, step: int) -> CheckpointInfo:

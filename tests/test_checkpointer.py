@@ -41,19 +41,9 @@ from asyncckpt import (
 )
 from asyncckpt.events import Busy, Committed, Event, Failed, Pruned, SaveStarted, Staged, Stalled, Written
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.testing import GatedOps
 
 STATE = {"w": torch.arange(1000.0), "meta": {"a": 1}}
-
-
-class GatedOps(PosixOps):
-    """Writes wait until the gate is opened: a save stays in flight for as long as a test needs it."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-
-    def pwrite(self, fd: int, data: Any, offset: int) -> int:
-        assert self.gate.wait(30)
-        return super().pwrite(fd, data, offset)
 
 
 def test_the_ten_line_loop(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,11 @@ from torch import nn
 
 from asyncckpt import Checkpointer, RngState, WriterOptions
 from asyncckpt.events import Event, SaveStarted, Stalled
-from asyncckpt.storage.posix import PosixOps
-
-
-class SlowOps(PosixOps):
-    """A device that takes its time: the arena stays full while training goes on."""
-
-    seconds = 0.002
-
-    def pwrite(self, fd: int, data: Any, offset: int) -> int:
-        time.sleep(self.seconds)
-        return super().pwrite(fd, data, offset)
+from asyncckpt.testing import GatedOps, SlowOps
 
 
 def _slow(run: Checkpointer) -> Checkpointer:
-    run._store.ops = SlowOps()
+    run._store.ops = SlowOps(0.002)
     return run
 
 
@@ -134,22 +123,15 @@ def test_every_legal_change_at_every_legal_moment_leaves_the_checkpoint_alone(
 
 def test_without_the_hook_an_update_would_spoil_the_checkpoint(tmp_path: Path) -> None:
     """Shows that the property above can fail at all: the same loop with the hook taken off is torn."""
-    gate = threading.Event()
-
-    class Gated(PosixOps):
-        def pwrite(self, fd: int, data: Any, offset: int) -> int:
-            gate.wait(30)
-            return super().pwrite(fd, data, offset)
-
     world = World()
     with Checkpointer(tmp_path / "run", staging_bytes=1 << 20, extent_bytes=64 << 10) as run:
-        run._store.ops = Gated()
+        ops = run._store.ops = GatedOps()
         run.watch(world.watched)
         before = bits([world.late, world.watched])
         run._watched._handles.pop(0).remove()
         pending = run.save(1, {"late": world.late, "optimizer": world.watched, "model": world.model})
         world.update()
-        gate.set()
+        ops.gate.set()
         pending.result()
         fresh = World()
         run.restore({"late": fresh.late, "optimizer": fresh.watched, "model": fresh.model}, 1)
@@ -192,22 +174,16 @@ def test_guard_covers_changes_outside_the_optimizer(tmp_path: Path) -> None:
 
 
 def test_hung_storage_does_not_hang_training(tmp_path: Path) -> None:
-    release = threading.Event()
-
-    class Hung(PosixOps):
-        def pwrite(self, fd: int, data: Any, offset: int) -> int:
-            release.wait(30)
-            return super().pwrite(fd, data, offset)
-
     model = nn.Linear(600, 600)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = WriterOptions(stall_timeout_seconds=0.3, durable_timeout_seconds=0.5)
     run = Checkpointer(tmp_path / "run", staging_bytes=1 << 20, writer=options)
+    hung = GatedOps()
     try:
         run.watch(optimizer)
         state = {"model": model, "optimizer": optimizer}
         run.save(1, state).result()
-        run._store.ops = Hung()
+        run._store.ops = hung
         pending = run.save(2, state)
         began = time.monotonic()
         train_step(model, optimizer)
@@ -216,7 +192,7 @@ def test_hung_storage_does_not_hang_training(tmp_path: Path) -> None:
             pending.result(10)
         train_step(model, optimizer)
     finally:
-        release.set()
+        hung.gate.set()
         run.close()
     assert [entry.step for entry in run.ls()] == [1]
     assert run.verify(1) == []

@@ -15,62 +15,10 @@ import torch
 
 from asyncckpt import Checkpointer, KeepLast, NotEnoughSpace, RunPathError, SaveFailed, StepExists
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.testing import FaultyOps
 
 STATE = {"w": torch.arange(50_000, dtype=torch.float32), "plain": {"a": 1}}
 CALLS = ["open", "close", "pwrite", "truncate", "fsync", "fsync_directory", "write_file", "mkdir", "rename_noreplace"]
-
-
-class FaultyOps(PosixOps):
-    """Counts calls and fails the chosen one; ``log`` is the order in which they happened."""
-
-    def __init__(self) -> None:
-        self.log: list[tuple[str, str]] = []
-        self.fail: tuple[str, int, int] | None = None
-        self.short_writes = False
-        self.seen = 0
-
-    def _call(self, name: str, subject: Any) -> None:
-        self.log.append((name, os.path.basename(str(subject))))
-        if self.fail is not None and self.fail[0] == name:
-            self.seen += 1
-            if self.seen == self.fail[1]:
-                raise OSError(self.fail[2], os.strerror(self.fail[2]))
-
-    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
-        self._call("open", path)
-        return super().open(path, flags, mode)
-
-    def close(self, fd: int) -> None:
-        super().close(fd)
-        self._call("close", fd)
-
-    def pwrite(self, fd: int, data: Any, offset: int) -> int:
-        self._call("pwrite", fd)
-        return super().pwrite(fd, data[:4096] if self.short_writes else data, offset)
-
-    def truncate(self, fd: int, nbytes: int) -> None:
-        self._call("truncate", fd)
-        super().truncate(fd, nbytes)
-
-    def fsync(self, fd: int) -> None:
-        self._call("fsync", os.readlink(f"/proc/self/fd/{fd}"))
-        super().fsync(fd)
-
-    def fsync_directory(self, path: str) -> None:
-        self._call("fsync_directory", path)
-        super().fsync_directory(path)
-
-    async def write_file(self, path: str, data: bytes) -> None:
-        self._call("write_file", path)
-        await super().write_file(path, data)
-
-    def mkdir(self, path: str) -> None:
-        self._call("mkdir", path)
-        super().mkdir(path)
-
-    def rename_noreplace(self, source: str, target: str) -> None:
-        self._call("rename_noreplace", target)
-        super().rename_noreplace(source, target)
 
 
 def _with_ops(path: Path, **options: Any) -> tuple[Checkpointer, FaultyOps]:

@@ -1,0 +1,49 @@
+"""``asyncckpt export``."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from asyncckpt import export as exporting
+from asyncckpt.cli.common import JsonOption, RunArgument, console, exits, find, open_run, print_json, size
+
+
+class DType(enum.StrEnum):
+    """Floating types to convert to."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
+
+
+def export(
+    run: RunArgument,
+    step: Annotated[str, typer.Argument(metavar="STEP", help="a step, or 'latest'")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="a name ending in .safetensors or .pt")],
+    every: Annotated[bool, typer.Option("--all", help="the whole training state, not only the weights")] = False,
+    component: Annotated[str | None, typer.Option(help="this component alone")] = None,
+    dtype: Annotated[DType | None, typer.Option(help="convert floating tensors")] = None,
+    force: Annotated[bool, typer.Option("--force", help="overwrite OUT")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a checkpoint to one file: weights for inference, or everything. Every byte is verified on the way."""
+    with exits():
+        opened = open_run(run)
+        entry = find(opened, step)
+        with contextlib.closing(opened.open_entry(entry)) as reader:
+            what = "all" if every else component or "weights"
+            target = _DTYPES[dtype] if dtype is not None else None
+            nbytes = exporting.export(reader, out, what=what, dtype=target, overwrite=force)
+        if json:
+            print_json({"step": entry.step, "out": str(out), "nbytes": nbytes, "what": what})
+        else:
+            console.print(f"step {entry.step} → {out}  {size(nbytes)}")

@@ -1,0 +1,32 @@
+"""``asyncckpt pin`` and ``asyncckpt unpin``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from asyncckpt.cli.common import JsonOption, RunArgument, as_json, console, exits, find, open_run, print_json
+
+Step = Annotated[str, typer.Argument(metavar="STEP", help="a step, or 'latest'")]
+
+
+def pin(run: RunArgument, step: Step, json: JsonOption = False) -> None:
+    """Protect a checkpoint from retention, in this run and every later one."""
+    _set(run, step, True, json)
+
+
+def unpin(run: RunArgument, step: Step, json: JsonOption = False) -> None:
+    """Let retention delete a checkpoint again."""
+    _set(run, step, False, json)
+
+
+def _set(path: str, step: str, pinned: bool, json: bool) -> None:
+    with exits():
+        run = open_run(path)
+        number = find(run, step).step
+        entry = run.pin(number) if pinned else run.unpin(number)
+        if json:
+            print_json(as_json(entry))
+        else:
+            console.print(f"{entry.path} is {'pinned' if pinned else 'not pinned any more'}")

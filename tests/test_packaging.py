@@ -1,0 +1,47 @@
+"""What is promised to importers: names, types, and a light core."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import asyncckpt
+from asyncckpt import errors
+
+
+def test_everything_exported_exists_and_nothing_twice() -> None:
+    assert len(asyncckpt.__all__) == len(set(asyncckpt.__all__))
+    for name in asyncckpt.__all__:
+        assert getattr(asyncckpt, name).__module__.startswith("asyncckpt")
+
+
+def test_every_error_is_exported_typed_and_a_builtin_too() -> None:
+    found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
+    for error in found:
+        assert issubclass(error, errors.AsyncCkptError)
+        assert error.__name__ in asyncckpt.__all__
+        assert f" {error.__name__} " in (errors.__doc__ or "").replace("\n", " \n") or error is errors.AsyncCkptError
+        if error is not errors.AsyncCkptError:
+            assert any(base.__module__ == "builtins" and base not in (Exception, BaseException, object)
+                       for base in error.__mro__), error  # fmt: skip
+
+
+def test_the_package_is_typed() -> None:
+    assert Path(asyncckpt.__file__).with_name("py.typed").exists()
+
+
+def test_importing_the_core_imports_no_extra() -> None:
+    script = "import sys, asyncckpt; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    extras = {"typer", "rich", "matplotlib", "zarr", "tensorboard", "prometheus_client", "wandb", "blake3"}
+    assert not extras & set(loaded)
+
+
+@pytest.mark.parametrize("name", ["blake3", "crc32c"])
+def test_a_missing_digest_package_names_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, {"crc32c": "google_crc32c"}.get(name, name), None)
+    with pytest.raises(asyncckpt.MissingExtra, match=r"asyncckpt\[hashes\]"):
+        asyncckpt.Checkpointer("unused", digest=name)
