@@ -283,7 +283,7 @@ class Checkpointer(Run):
             self._ledger.release(step, kind)
             raise
         save.on_error = job.cancel
-        flight = InFlight(save, job, PendingSave(step, job.wait))
+        flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire))
         flight.pending.add_done_callback(lambda done: self._ledger.release(step, kind) if done.failed() else None)
         self._committer.submit(flight)
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds

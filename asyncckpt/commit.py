@@ -141,7 +141,10 @@ class Save:
         except BaseException as error:
             self.fail(error)
             self.discard(0.2)
-            raise self._typed(error) from error
+            typed = self._typed(error)
+            if typed is error:
+                raise
+            raise typed from error
 
     def _typed(self, error: BaseException) -> BaseException:
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):

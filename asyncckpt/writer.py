@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
@@ -56,11 +56,14 @@ class PendingSave:
 
     step: int
 
-    def __init__(self, step: int, wait_staged: Callable[[float | None], bool]) -> None:
+    def __init__(
+        self, step: int, wait_staged: Callable[[float | None], bool], expire: Callable[[], None] = lambda: None
+    ) -> None:
         self.step = step
         self._future: Future[SaveReport] = Future()
         self._future.set_running_or_notify_cancel()
         self._wait_staged = wait_staged
+        self._expire = expire
         self._observed = False
 
     def staged(self, timeout: float | None = None) -> bool:
@@ -74,15 +77,17 @@ class PendingSave:
         Raises what made the save fail (``SaveFailed``, ``NotEnoughSpace``, …), or ``TimeoutError`` after ``timeout``
         seconds (the save goes on).
         """
+        self._wait(timeout)
         try:
-            return self._future.result(timeout)
+            return self._future.result(0)
         finally:
             self._observed = self._observed or self._future.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Block until durable or failed; the error, or None."""
+        self._wait(timeout)
         try:
-            return self._future.exception(timeout)
+            return self._future.exception(0)
         finally:
             self._observed = self._observed or self._future.done()
 
@@ -101,6 +106,16 @@ class PendingSave:
     def __await__(self) -> Generator[Any, None, SaveReport]:
         self._observed = True  # whoever awaits gets the error
         return asyncio.wrap_future(self._future).__await__()
+
+    def _wait(self, timeout: float | None) -> None:
+        """Until done, or for ``timeout`` seconds; now and then asks whether the committer itself hangs in the kernel."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not self._future.done():
+            remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+            if remaining <= 0:
+                return
+            wait([self._future], remaining)
+            self._expire()
 
     def __repr__(self) -> str:
         state = "in flight" if not self.done() else "failed" if self.failed() else "durable"

@@ -183,6 +183,7 @@ def test_hung_storage_does_not_hang_training(tmp_path: Path) -> None:
         run.watch(optimizer)
         state = {"model": model, "optimizer": optimizer}
         run.save(1, state).result()
+        run.wait()  # the hint of the first is written after its acknowledgement
         run._store.ops = hung
         pending = run.save(2, state)
         began = time.monotonic()
