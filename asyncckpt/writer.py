@@ -108,7 +108,7 @@ class PendingSave:
         return asyncio.wrap_future(self._future).__await__()
 
     def _wait(self, timeout: float | None) -> None:
-        """Until done, or for ``timeout`` seconds; now and then asks whether the committer itself hangs in the kernel."""
+        """Until done, or for ``timeout`` seconds; asks meanwhile whether the committer hangs in the kernel."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._future.done():
             remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
