@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
-import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ import torch
 from asyncckpt import cadence, digests, environment, formats, naming, plain, retention
 from asyncckpt.arena import Arena
 from asyncckpt.catalog import CheckpointInfo
-from asyncckpt.commit import Contents, Save
+from asyncckpt.commit import Save, contents_of
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.errors import (
     CheckpointerClosed,
@@ -29,7 +29,6 @@ from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
 from asyncckpt.layout import LayoutCache, LayoutOptions
 from asyncckpt.leaving import drain_at_exit
 from asyncckpt.ledger import Ledger, numbers
-from asyncckpt.manifest import Manifest
 from asyncckpt.protocols import Layout, Snapshot
 from asyncckpt.restore import RestoreReport
 from asyncckpt.run import Run
@@ -167,8 +166,7 @@ class Checkpointer(Run):
         """Plan the layout and begin to fault the arena in, in the background, so that the first save is as fast as
         the others. Returns at once; ``step`` and ``resume`` do it by themselves."""
         self._open()
-        _, layout = self._plan(state, 0, weights_only=False)
-        self._grow_arena(layout, state)
+        self._grow_arena(*self._plan(state, 0, weights_only=False))
         self._prepared = True
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -269,7 +267,7 @@ class Checkpointer(Run):
         name = self._ledger.claim(step, kind, values)
         try:
             snapshot, layout = self._plan(state, step, weights_only=kind == "weights")
-            self._grow_arena(layout, state)
+            self._grow_arena(snapshot, layout)
             policy: OnBusy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
             self._committer.admit(step, layout.nbytes, self._arena, policy)
             save = self._new_save(snapshot, layout, name, kind, values, began)
@@ -287,13 +285,15 @@ class Checkpointer(Run):
         flight.pending.add_done_callback(lambda done: self._ledger.release(step, kind) if done.failed() else None)
         self._committer.submit(flight)
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
-        self._stager.submit(job)
-        if deferred:
-            job.stage_now(eager, deadline)
-        else:
-            job.finish(deadline)
-        if job.error is not None:
-            save.fail(job.error)
+        try:
+            self._stager.submit(job)
+            if deferred:
+                job.stage_now(eager, deadline)
+            else:
+                job.finish(deadline)
+        finally:
+            if job.error is not None:
+                save.fail(job.error)
         self._last_saved_seconds = time.monotonic()
         self._note_stall(job, began, "save")
         return flight.pending
@@ -308,42 +308,28 @@ class Checkpointer(Run):
     def _new_save(
         self, snapshot: Snapshot, layout: Layout, name: str, kind: str, metrics: dict[str, float], began: float
     ) -> Save:
-        draft = Manifest(
-            step=snapshot.step,
+        contents = contents_of(
+            snapshot,
+            layout,
             name=name,
-            attempt=uuid.uuid4().hex,
             kind=kind,
-            created_unix_seconds=time.time(),
-            world_size=1,
+            metrics=metrics,
             shard_format=self._format.name,
             digest=self._digest,
-            layout=layout.fingerprint,
-            metrics=metrics,
             config=self._config,
-            environment=environment.record(),
-            files=(),
-            components={},
-        )
-        contents = Contents(
-            draft=draft,
-            layout=layout,
-            kinds={component.name: component.kind for component in snapshot.components},
-            aliases={component.name: component.aliases for component in snapshot.components},
-            trees={component.name: component.tree for component in snapshot.components},
             replace=self._overwrite,
         )
-        make_room: Callable[[int], None] = lambda nbytes: self._committer.make_room(nbytes, snapshot.step)  # noqa: E731
         return Save(
             contents,
             store=self._store,
             pool=self._pool,
             arena=self._arena,
             events=self.events,
-            make_room=make_room,
+            make_room=functools.partial(self._committer.make_room, step=snapshot.step),
             started_seconds=began,
         )
 
-    def _grow_arena(self, layout: Layout, state: Mapping[str, Any]) -> None:
+    def _grow_arena(self, snapshot: Snapshot, layout: Layout) -> None:
         if self._staging_bytes is not None:
             budget = self._staging_bytes
         else:
@@ -351,7 +337,7 @@ class Checkpointer(Run):
             floor = 4 * self._extent_bytes
             budget = min(needed, max(environment.available_memory_bytes() // 4, floor))
         largest = max((extent.nbytes for extent in layout.extents()), default=0)
-        self._arena.grow(budget, largest_bytes=largest, pin=_on_cuda(state))
+        self._arena.grow(budget, largest_bytes=largest, pin=any(p.tensor.is_cuda for p in snapshot.pieces()))
 
     def _before_change(self, where: str) -> None:
         """What watched optimizers own is about to change: whatever is not copied yet is copied now."""
@@ -389,11 +375,16 @@ class Checkpointer(Run):
             return
         self._check_usable()
         self._store.prepare(create_parents=self._create_parents)
-        self._lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
-        self._store.reclaim()
-        entries = self.ls()
+        lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
+        try:
+            self._store.reclaim()
+            entries = self.ls()
+        except BaseException:
+            lease.release()
+            raise
         self._damaged.update(entry.name for entry in entries if entry.damage is not None)
         self._ledger.learn(entries)
+        self._lease = lease
 
     def _check_lease(self) -> None:
         if self._lease is not None:
@@ -421,10 +412,3 @@ def _end_threads(stager: Stager, pool: WriterPool, committer: Committer) -> None
 
 def _no_tensors(name: str, _tensor: torch.Tensor) -> None:
     raise InvalidOption(f"{name} is a tensor; config takes plain values only")
-
-
-def _on_cuda(state: Mapping[str, Any]) -> bool:
-    modules = (value for value in state.values() if isinstance(value, torch.nn.Module))
-    return any(p.is_cuda for module in modules for p in module.parameters()) or any(
-        isinstance(value, torch.Tensor) and value.is_cuda for value in state.values()
-    )

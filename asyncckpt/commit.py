@@ -12,16 +12,18 @@ import itertools
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as replaced
 
-from asyncckpt import formats, manifest, plain
+from asyncckpt import environment, formats, manifest, plain
 from asyncckpt.arena import Arena, Slot
 from asyncckpt.digests import get as get_digest
 from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentWritten, Written
 from asyncckpt.manifest import Manifest
-from asyncckpt.protocols import Attempt, JsonValue, Layout, ShardWriter, Store
+from asyncckpt.protocols import Attempt, JsonValue, Layout, ShardWriter, Snapshot, Store
 from asyncckpt.staging import Ready
 from asyncckpt.writer import WriterPool
 
@@ -41,6 +43,45 @@ class Contents:
     aliases: Mapping[str, Mapping[str, str]]
     trees: Mapping[str, JsonValue]
     replace: bool
+
+
+def contents_of(
+    snapshot: Snapshot,
+    layout: Layout,
+    *,
+    name: str,
+    kind: str,
+    metrics: Mapping[str, float],
+    shard_format: str,
+    digest: str,
+    config: JsonValue,
+    replace: bool,
+) -> Contents:
+    """What a save of this snapshot records beside its tensors. Pure but for the time and a new attempt uuid."""
+    draft = Manifest(
+        step=snapshot.step,
+        name=name,
+        attempt=uuid.uuid4().hex,
+        kind=kind,
+        created_unix_seconds=time.time(),
+        world_size=1,
+        shard_format=shard_format,
+        digest=digest,
+        layout=layout.fingerprint,
+        metrics=metrics,
+        config=config,
+        environment=environment.record(),
+        files=(),
+        components={},
+    )
+    return Contents(
+        draft=draft,
+        layout=layout,
+        kinds={component.name: component.kind for component in snapshot.components},
+        aliases={component.name: component.aliases for component in snapshot.components},
+        trees={component.name: component.tree for component in snapshot.components},
+        replace=replace,
+    )
 
 
 class Save:
@@ -252,11 +293,11 @@ class Save:
             *manifest.shard_records(contents.layout, hexes),
             *(manifest.whole_file(name, data, self.digest) for name, data in small.items()),
         ]
-        draft = replace(contents.draft, files=tuple(files))
+        draft = replaced(contents.draft, files=tuple(files))
         data = manifest.encode(draft, components_json=self._components_json())
         asyncio.run(attempt.write_small({manifest.FILE_NAME: data}))
         attempt.sync_directory()
-        return replace(draft, size_bytes=len(data))
+        return replaced(draft, size_bytes=len(data))
 
     def _components_json(self) -> str:
         contents = self.contents

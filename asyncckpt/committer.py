@@ -248,6 +248,7 @@ class Committer:
         with self._changed:
             if flight in self._in_flight:
                 self._in_flight.remove(flight)
+                flight.job.forget()
                 if error is not None:
                     flight.pending.reject(error)
                     self._failed.append(flight.pending)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from asyncckpt import plain
 from asyncckpt.errors import InvalidOption, RunPathError
 from asyncckpt.manifest import Manifest
 from asyncckpt.protocols import Reader
 from asyncckpt.restore import load_tensors, open_manifest, read_trees
+from asyncckpt.storage.posix import PosixOps
 
 What = Literal["weights", "all"]
 
@@ -31,8 +34,10 @@ def export(
 
     ``what``: ``weights`` (the modules; names without the component where there is one module), ``all``, or one
     component's name. ``dtype`` converts floating tensors. Every byte read is verified, and the file appears whole or
-    not at all. A ``.pt`` of weights opens with ``weights_only=True``; of ``all`` it holds ``{component: state}`` with
-    plain values and the optimizer's state by parameter name. A ``.safetensors`` of ``all`` holds the tensors alone.
+    not at all, fsynced. A ``.pt`` of weights or of one module is a flat ``state_dict`` that opens with
+    ``weights_only=True``; of another component it is its state, the optimizer's by parameter name; of ``all`` it holds
+    ``{component: state}`` with ``step`` and ``metrics`` beside them, where no component has that name. A
+    ``.safetensors`` holds tensors alone, a tied one once.
 
     Raises ``InvalidOption``, ``RunPathError`` (the file exists, or cannot be written) and ``CheckpointDamaged``.
     Blocks; holds the exported tensors in memory.
@@ -40,16 +45,20 @@ def export(
     target = Path(out)
     if target.suffix not in (".safetensors", ".pt"):
         raise InvalidOption(f"{target}: export to a name that ends in .safetensors or .pt")
-    if target.exists() and not overwrite:
-        raise RunPathError(f"{target} exists; choose another name, or overwrite it on purpose")
+    if not target.parent.is_dir():
+        raise RunPathError(f"{target}: the directory {target.parent} does not exist; create it, or choose another path")
+    if target.is_dir() or (os.path.lexists(target) and not overwrite):
+        raise _exists(target)
     manifest = open_manifest(reader)
     components = _components(manifest, what, reader.path)
-    tensors = load_tensors(reader, components, dtype=dtype) if _has_tensors(manifest, components) else {}
     if target.suffix == ".pt":
-        content: Any = _objects(reader, manifest, components, tensors, what)
+        content: Any = _objects(reader, manifest, components, what, dtype)
     else:
+        tensors = _tensors(reader, manifest, components, dtype)
         content = _flat(manifest, components, tensors, drop_aliases=True)
-    return _write(target, content)
+        if not content:
+            raise InvalidOption(f"{reader.path}: {what!r} has no tensors; export it to a .pt")
+    return _write(target, content, overwrite)
 
 
 def _components(manifest: Manifest, what: str, path: str) -> list[str]:
@@ -64,8 +73,11 @@ def _components(manifest: Manifest, what: str, path: str) -> list[str]:
     return found
 
 
-def _has_tensors(manifest: Manifest, components: list[str]) -> bool:
-    return any(manifest.components[name].tensors for name in components)
+def _tensors(
+    reader: Reader, manifest: Manifest, components: list[str], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    wanted = [name for name in components if manifest.components[name].tensors]
+    return load_tensors(reader, wanted, dtype=dtype) if wanted else {}
 
 
 def _flat(
@@ -81,42 +93,65 @@ def _flat(
     return flat
 
 
-def _objects(
-    reader: Reader, manifest: Manifest, components: list[str], tensors: dict[str, torch.Tensor], what: str
-) -> Any:
-    if what == "weights":
+def _objects(reader: Reader, manifest: Manifest, components: list[str], what: str, dtype: torch.dtype | None) -> Any:
+    tensors = _tensors(reader, manifest, components, dtype)
+    kinds = {manifest.components[component].kind for component in components}
+    if what != "all" and kinds == {"module"}:
         return _flat(manifest, components, tensors, drop_aliases=False)
     trees = read_trees(reader, manifest)
-    objects: dict[str, Any] = {"step": manifest.step, "metrics": dict(manifest.metrics)} if what == "all" else {}
-    for component in components:
+
+    def state(component: str) -> Any:
         record = manifest.components[component]
         if record.kind == "module":
-            names = [*record.tensors, *record.aliases]
-            objects[component] = {name: tensors[f"{component}.{name}"] for name in names}
-        else:
-            by_name = {name: tensors[f"{component}.{name}"] for name in record.tensors}
-            objects[component] = plain.decode(trees[component], by_name.__getitem__)
-    return objects
+            return {name: tensors[f"{component}.{name}"] for name in (*record.tensors, *record.aliases)}
+
+        def array(name: str) -> torch.Tensor:  # numpy has not every dtype, and its arrays are data, not weights
+            return load_tensors(reader, [f"{component}.{name}"])[f"{component}.{name}"]
+
+        return plain.decode(trees[component], lambda name: tensors[f"{component}.{name}"], array)
+
+    if what != "all":
+        return state(components[0])
+    return {"step": manifest.step, "metrics": dict(manifest.metrics)} | {name: state(name) for name in components}
 
 
-def _write(target: Path, content: Any) -> int:
+def _exists(target: Path) -> RunPathError:
+    return RunPathError(f"{target} exists; choose another name, or overwrite it on purpose (--force, overwrite=True)")
+
+
+def _write(target: Path, content: Any, overwrite: bool) -> int:
     temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    ops = PosixOps()
     try:
-        if target.suffix == ".pt":
-            torch.save(content, temp)
-        else:
-            from safetensors.torch import save_file
-
-            save_file({name: tensor.contiguous() for name, tensor in content.items()}, temp, metadata={"format": "pt"})
-            umask = os.umask(0)
-            os.umask(umask)
-            temp.chmod(0o666 & ~umask)  # that library writes files nobody else can read
+        temp.touch()
+        mode = temp.stat().st_mode & 0o7777  # what the umask gives; safetensors makes files nobody else can read
+        _serialize(content, temp, torch_file=target.suffix == ".pt")
+        temp.chmod(mode)
         with temp.open("rb") as file:
             os.fsync(file.fileno())
         nbytes = temp.stat().st_size
-        temp.replace(target)
-    except OSError as error:
+        if overwrite:
+            ops.replace(str(temp), str(target))
+        else:
+            ops.rename_noreplace(str(temp), str(target))
+        ops.fsync_directory(str(target.parent))
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temp.unlink()
-        raise RunPathError(f"{target}: cannot write here ({error}); choose another path") from error
+        if isinstance(error, FileExistsError):
+            raise _exists(target) from error
+        if isinstance(error, OSError):
+            raise RunPathError(f"{target}: cannot write here ({error}); choose another path") from error
+        raise
     return nbytes
+
+
+def _serialize(content: Any, path: Path, *, torch_file: bool) -> None:
+    """Raises ``OSError`` for what the two libraries raise instead where the disk refuses."""
+    try:
+        if torch_file:
+            torch.save(content, path)
+        else:
+            save_file(content, path, metadata={"format": "pt"})
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error).partition("\n")[0]) from error

@@ -86,7 +86,7 @@ class StagingJob:
         self.step = step
         self.stall_seconds = 0.0
         self.staged_seconds = 0.0
-        self._pieces = pieces
+        self._pieces: Sequence[Piece] = pieces
         self._arena = arena
         self._on_staged = on_staged
         self._events = events
@@ -155,11 +155,15 @@ class StagingJob:
                 self._stage(work, deadline, digest)
             except ArenaBusy as error:
                 self.cancel(self._too_slow(error))
-            except BaseException as error:
+            except Exception as error:
                 self.cancel(error)
-            with self._lock:
-                self._working -= 1
-            self._settle()
+            except BaseException:  # Ctrl-C on the training thread goes on up; the save cannot
+                self.cancel(SaveAbandoned(f"step {self.step}: interrupted while the state was being copied"))
+                raise
+            finally:
+                with self._lock:
+                    self._working -= 1
+                self._settle()
 
     def finish(self, deadline: float | None) -> None:
         """Help, then block until every copy is done (CUDA: until the current streams wait for them).
@@ -181,6 +185,10 @@ class StagingJob:
     def synchronize(self) -> None:
         """Block until enqueued CUDA copies have run."""
         self._streams.synchronize()
+
+    def forget(self) -> None:
+        """Let go of the tensors, once every copy has run: whoever keeps a ``PendingSave`` must not keep them alive."""
+        self._pieces = ()
 
     def cancel(self, error: BaseException) -> None:
         """Give up what is not copied yet. The first error is kept. Idempotent."""

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,40 @@ def test_leaving_the_with_block_raises_what_failed_but_never_hides_the_bodys_err
         run.save(1, STATE)
         raise KeyError("mine")
     assert "background save failed too" in caught.value.__notes__[0]
+
+
+def test_an_interrupt_while_copying_reaches_the_user_and_publishes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncckpt import staging
+
+    def interrupted(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+
+    with Checkpointer(tmp_path / "run", extent_bytes=4096) as run:
+        monkeypatch.setattr(staging, "copy_segments", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(1, STATE)
+        monkeypatch.undo()
+        with pytest.raises(SaveFailed, match="step 1: interrupted"):
+            run.wait()
+        assert run.ls() == []
+        run.save(1, STATE).result()
+
+
+def test_a_kept_pending_save_keeps_no_tensors(tmp_path: Path) -> None:
+    tensor = torch.zeros(1000)
+    gone = weakref.ref(tensor)
+    with Checkpointer(tmp_path / "run") as run:
+        pending = run.save(1, {"w": tensor})
+        pending.result()
+        run.wait()
+        del tensor
+        gc.collect()
+        assert gone() is None
+        assert pending.done()
 
 
 def test_leaving_waits_for_what_is_in_flight(tmp_path: Path) -> None:

@@ -1,17 +1,21 @@
-"""What the verbs share: exit codes, one way to fail, one way to name a step, units for people."""
+"""What the verbs share: exit codes, one way to fail, one way to name and read a checkpoint, units for people."""
 
 from __future__ import annotations
 
 import contextlib
 import enum
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Iterator
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.errors import (
@@ -22,10 +26,20 @@ from asyncckpt.errors import (
     RunLocked,
     UnknownName,
 )
+from asyncckpt.protocols import Reader
+from asyncckpt.reading import Damage
 from asyncckpt.run import Run
 
-console = Console()
-errors = Console(stderr=True)
+# Names of checkpoints, metrics and tensors are other people's text: it is never markup. Where nobody looks at a screen,
+# a row is a line, so that grep finds whole names.
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+console = Console(width=None if sys.stdout.isatty() else 10_000, **_PLAIN)
+errors = Console(stderr=True, **_PLAIN)
+
+T = TypeVar("T")
+
+#: How often a checkpoint that a live run deletes under our hands is looked for again.
+_ATTEMPTS = 5
 
 
 class Exit(enum.IntEnum):
@@ -51,29 +65,83 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, and nothin
 
 def open_run(path: str) -> Run:
     """A run for reading. Raises ``CheckpointNotFound`` where there is no such directory."""
-    import os
-
     if not os.path.isdir(path):
         raise CheckpointNotFound(f"{path}: no such run directory")
     return Run(path)
 
 
+def checkpoints(run: Run) -> list[CheckpointInfo]:
+    """``run.ls()`` without what retention was deleting while it was read, which only looks damaged."""
+    return [entry for entry in run.ls() if entry.damage is None or os.path.lexists(entry.path)]
+
+
 def find(run: Run, step: str) -> CheckpointInfo:
     """The checkpoint a user named. Raises ``CheckpointNotFound`` and ``InvalidOption``."""
-    entries = run.ls()
+    return find_all(run, step)[0]
+
+
+def find_all(run: Run, step: str) -> list[CheckpointInfo]:
+    """The checkpoints a user named: a step can have a full one, which comes first, and a weights-only one.
+
+    Raises ``CheckpointNotFound`` and ``InvalidOption``.
+    """
+    entries = checkpoints(run)
     if step == "latest":
         usable = [entry for entry in entries if entry.damage is None and entry.kind == "full"]
         usable = usable or [entry for entry in entries if entry.damage is None]
         if not usable:
             raise CheckpointNotFound(f"{run.path}: no usable checkpoint here")
-        return usable[-1]
+        return usable[-1:]
     if not step.isdecimal():
         raise InvalidOption(f"{step!r} is no step: give a whole number or 'latest'")
     matches = [entry for entry in entries if entry.step == int(step)]
     if not matches:
         have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
         raise CheckpointNotFound(f"{run.path}: no checkpoint of step {step}; the newest steps there: {have}")
-    return min(matches, key=lambda entry: (entry.damage is not None, entry.kind != "full"))
+    return sorted(matches, key=lambda entry: (entry.damage is not None, entry.kind != "full"))
+
+
+def read(run: Run, step: str, use: Callable[[CheckpointInfo, Reader], T]) -> T:
+    """What ``use`` makes of the open checkpoint a user named.
+
+    A live run may delete or replace it between the listing and the reading, which looks like damage: it is then
+    looked for anew. Raises as ``find`` and ``use`` do.
+    """
+    for attempt in range(_ATTEMPTS):
+        entry = find(run, step)
+        before = _identity(entry.path)
+        try:
+            with contextlib.closing(run.open_entry(entry)) as reader:
+                return use(entry, reader)
+        except (CheckpointDamaged, FileNotFoundError):
+            if attempt == _ATTEMPTS - 1 or _identity(entry.path) == before is not None:
+                raise
+    raise AssertionError("unreachable")
+
+
+def verified(run: Run, entry: CheckpointInfo) -> list[Damage] | None:
+    """Every byte of it, with a progress bar on stderr: its damage, or None where a live run deleted it meanwhile."""
+    before = _identity(entry.path)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(clean(entry.name), total=entry.nbytes or None)
+        try:
+            damage = run.verify_entry(
+                entry, progress=lambda done, total: progress.update(task, completed=done, total=total)
+            )
+        except FileNotFoundError:
+            return None
+    gone = before is None or _identity(entry.path) != before
+    return None if damage and gone else damage
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Which directory bears this name now."""
+    try:
+        info = os.lstat(path)
+    except OSError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 @contextlib.contextmanager
@@ -81,6 +149,8 @@ def exits() -> Iterator[None]:
     """Turn this library's errors, and the system's, into one line on stderr and an exit code."""
     try:
         yield
+    except BrokenPipeError:  # `| head` has seen enough; the framework ends us quietly
+        raise
     except CheckpointDamaged as error:
         fail(error, Exit.DAMAGED_OR_DIFFERENT)
     except CheckpointNotFound as error:
@@ -95,14 +165,30 @@ def exits() -> Iterator[None]:
 
 def fail(error: object, code: Exit) -> NoReturn:
     """Leave with ``code`` and one line."""
-    errors.print(f"[red]error[/red]: {str(error).replace('[', chr(92) + '[')}", soft_wrap=True, highlight=False)
+    message = clean("; ".join(line.strip() for line in str(error).splitlines()))
+    errors.print(Text.assemble(("error", "red"), f": {message}"), soft_wrap=True)
     raise typer.Exit(int(code))
 
 
+def clean(text: object) -> str:
+    """Text that may come from a hostile directory, without the control characters that would move a cursor."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
+
+
 def print_json(value: Any) -> None:
-    """JSON for programs: nothing else goes to stdout then."""
-    json.dump(value, sys.stdout, indent=2, default=str)
+    """JSON for programs: nothing else goes to stdout then. Not-a-number and infinities are text, as in the manifest."""
+    json.dump(_strict(value), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(item) for item in value]
+    return value
 
 
 def size(nbytes: int) -> str:
@@ -131,9 +217,14 @@ def as_json(entry: CheckpointInfo) -> dict[str, Any]:
         "name": entry.name,
         "path": entry.path,
         "kind": entry.kind,
-        "metrics": {name: value if value == value else None for name, value in entry.metrics.items()},
+        "metrics": dict(entry.metrics),
         "nbytes": entry.nbytes,
         "created_unix_seconds": entry.created_unix_seconds,
         "pinned": entry.pinned,
         "damage": entry.damage,
     }
+
+
+def numbers(metrics: Mapping[str, float]) -> str:
+    """Metrics for people."""
+    return " ".join(f"{clean(name)}={value:.6g}" for name, value in metrics.items())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from asyncckpt.cli.common import exits
+from asyncckpt.cli.common import JsonOption, exits, print_json
 
 
 def demo(
@@ -15,10 +17,15 @@ def demo(
         "demo-run"
     ),
     steps: Annotated[int, typer.Option(help="training steps", min=12)] = 60,
+    json: JsonOption = False,
 ) -> None:
     """Train a small GPT on real text, kill it in mid-save, resume, and show that nothing was lost."""
     with exits():
         from asyncckpt import demo as story
 
-        code = story.run(out, steps=steps)
+        if not json:
+            raise typer.Exit(story.run(out, steps=steps))
+        with contextlib.redirect_stdout(sys.stderr):  # the story is for people; stdout is for the program
+            code = story.run(out, steps=steps)
+        print_json({"out": str(out), "steps": steps, "bit_equal": code == 0})
         raise typer.Exit(code)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
 
-from asyncckpt.cli.common import Exit, JsonOption, RunArgument, console, exits, find, open_run, print_json
-from asyncckpt.manifest import TensorRecord
+from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
+from asyncckpt.dtypes import DTYPES
+from asyncckpt.manifest import Manifest, TensorRecord
 from asyncckpt.protocols import JsonValue, Reader
-from asyncckpt.restore import load_tensors, open_manifest, read_trees
+from asyncckpt.restore import fill, open_manifest, read_trees
 from asyncckpt.targets import qualified_records
+
+#: Small tensors are read together: one by one, each would cost the whole extent it lies in.
+_BATCH_BYTES = 64 << 20
+#: Elements widened to float64 at a time.
+_CHUNK = 1 << 20
+#: Tags of ``state.json`` whose items are a list; of the second group, keys and values in turn (docs/format.md).
+_SEQUENCES = frozenset({"tuple", "deque", "Size"})
+_MAPPINGS = frozenset({"dict", "OrderedDict", "Counter", "defaultdict"})
+_DIFFERENCES = ("only_in_a", "only_in_b", "reshaped", "changed", "plain")
 
 
 def diff(
@@ -23,99 +33,157 @@ def diff(
     other: Annotated[str | None, typer.Option("--other", metavar="RUN", help="the run B is in, if another")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints: names, shapes, and for each tensor the largest absolute change and that change
-    relative to A's largest value. Exits with 1 where they differ."""
+    """Compare two checkpoints: names, shapes, and for each tensor max|A-B| and that relative to max|A|, in float64.
+
+    Bits are compared first: a tensor that is not equal to the bit is listed, with a change of 0 where only the sign of
+    a zero or the kind of a NaN differs. NaNs and infinities that stand in both at the same place count as equal; the
+    others are counted apart. Exits with 1 where the two differ."""
     with exits():
         run_a, run_b = open_run(run), open_run(other or run)
-        with (
-            contextlib.closing(run_a.open_entry(find(run_a, a))) as reader_a,
-            contextlib.closing(run_b.open_entry(find(run_b, b))) as reader_b,
-        ):
-            result = compare(reader_a, reader_b)
+        result = read(run_a, a, lambda _, one: read(run_b, b, lambda _, two: compare(one, two)))
         if json:
             print_json(result)
         else:
             _print(result)
-        if any(result[key] for key in ("only_in_a", "only_in_b", "reshaped", "changed", "plain")):
+        if any(result[key] for key in _DIFFERENCES):
             raise typer.Exit(int(Exit.DAMAGED_OR_DIFFERENT))
 
 
 def compare(a: Reader, b: Reader) -> dict[str, Any]:
-    """All differences as plain data. One tensor of each is in memory at a time. Raises ``CheckpointDamaged``."""
-    in_a, in_b = _stored(a), _stored(b)
+    """All differences as plain data. Memory: the largest tensor twice, or two batches. Raises ``CheckpointDamaged``."""
+    manifest_a, manifest_b = open_manifest(a), open_manifest(b)
+    in_a, in_b = (dict(qualified_records(manifest.components)) for manifest in (manifest_a, manifest_b))
     common = [name for name in in_a if name in in_b]
-    result: dict[str, Any] = {
+    reshaped = {
+        name: [f"{record.dtype}{list(record.shape)}" for record in (in_a[name], in_b[name])]
+        for name in common
+        if (in_a[name].dtype, in_a[name].shape) != (in_b[name].dtype, in_b[name].shape)
+    }
+    changed: dict[str, dict[str, float | int | None]] = {}
+    for batch in _batches([name for name in common if name not in reshaped], in_a):
+        old, new = _load(a, manifest_a, batch, in_a), _load(b, manifest_b, batch, in_b)
+        for name in batch:
+            change = change_of(old.pop(name), new.pop(name))
+            if change is not None:
+                changed[name] = change
+    return {
         "only_in_a": [name for name in in_a if name not in in_b],
         "only_in_b": [name for name in in_b if name not in in_a],
-        "reshaped": {},
-        "changed": {},
-        "unchanged": 0,
-        "plain": _plain_changes(a, b),
+        "reshaped": reshaped,
+        "changed": {name: changed[name] for name in common if name in changed},
+        "unchanged": len(common) - len(reshaped) - len(changed),
+        "plain": plain_changes(read_trees(a, manifest_a), read_trees(b, manifest_b)),
     }
-    for name in common:
-        one, two = in_a[name], in_b[name]
-        if (one.dtype, one.shape) != (two.dtype, two.shape):
-            result["reshaped"][name] = [f"{one.dtype}{list(one.shape)}", f"{two.dtype}{list(two.shape)}"]
-            continue
-        change = _change(load_tensors(a, [name])[name], load_tensors(b, [name])[name])
-        if change is None:
-            result["unchanged"] += 1
-        else:
-            result["changed"][name] = change
-    return result
 
 
-def _stored(reader: Reader) -> dict[str, TensorRecord]:
-    return dict(qualified_records(open_manifest(reader).components))
+def change_of(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | int | None] | None:
+    """How far two tensors of one shape and dtype are apart; None where they are equal to the bit.
 
-
-def _change(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | int | None] | None:
+    ``max_abs``: max|a-b| over what is finite, None where nothing is; ``relative``: that over max|a|, None where that
+    has no meaning; ``not_finite``: elements that differ by no finite number.
+    """
     if torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
         return None
     wide = torch.complex128 if a.is_complex() else torch.float64
-    first, second = a.to(wide), b.to(wide)
-    delta = (first - second).abs()
-    finite = delta[torch.isfinite(delta)]
-    largest = finite.max().item() if finite.numel() else None
-    scale = first.abs()[torch.isfinite(first.abs())]
-    base = scale.max().item() if scale.numel() else 0.0
-    return {
-        "max_abs": largest,
-        "relative": largest / base if largest is not None and base else None,
-        "not_finite": delta.numel() - finite.numel(),
-    }
+    largest: float | None = None
+    scale, not_finite = 0.0, 0
+    for one, two in zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True):
+        x, y = one.to(wide), two.to(wide)
+        same = (x == y) | (x.isnan() & y.isnan())
+        delta = torch.where(same, 0.0, (x - y).abs())
+        finite = delta.isfinite()
+        not_finite += int((~finite).sum())
+        comparable = delta[finite & x.isfinite()]
+        if comparable.numel():
+            largest = max(largest or 0.0, comparable.max().item())
+        sizes = x.abs()
+        scale = max(scale, torch.where(sizes.isfinite(), sizes, 0.0).max().item())
+    if largest is None:
+        relative = None
+    elif largest == 0:
+        relative = 0.0
+    else:
+        relative = largest / scale if scale else None
+    return {"max_abs": largest, "relative": relative, "not_finite": not_finite}
 
 
-def _plain_changes(a: Reader, b: Reader) -> list[str]:
-    trees_a, trees_b = read_trees(a, open_manifest(a)), read_trees(b, open_manifest(b))
-    return sorted(_paths(trees_a, trees_b, ""))
+def plain_changes(a: JsonValue, b: JsonValue) -> dict[str, dict[str, JsonValue]]:
+    """Path → ``{"a": …, "b": …}`` for every plain value that differs; a side that lacks it has no entry."""
+    return dict(sorted(_paths(a, b, "")))
 
 
-def _paths(a: JsonValue, b: JsonValue, path: str) -> list[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = [*a, *(key for key in b if key not in a)]
-        found: list[str] = []
-        for key in keys:
+def _batches(names: list[str], records: Mapping[str, TensorRecord]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    nbytes = 0
+    for name in sorted(names, key=lambda name: (records[name].file, records[name].begin)):
+        if batch and nbytes + records[name].nbytes > _BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(name)
+        nbytes += records[name].nbytes
+    if batch:
+        yield batch
+
+
+def _load(
+    reader: Reader, manifest: Manifest, names: list[str], records: Mapping[str, TensorRecord]
+) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.empty(records[name].shape, dtype=DTYPES[records[name].dtype]) for name in names}
+    fill(reader, manifest, [(records[name], [tensor]) for name, tensor in tensors.items()])
+    return tensors
+
+
+def _paths(a: JsonValue, b: JsonValue, path: str) -> Iterator[tuple[str, dict[str, JsonValue]]]:
+    one, two = _children(a), _children(b)
+    if one is not None and two is not None and _tag(a) == _tag(b):
+        for key in [*one, *(key for key in two if key not in one)]:
             where = f"{path}.{key}" if path else key
-            found += _paths(a[key], b[key], where) if key in a and key in b else [where]
-        return found
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [where for i, (x, y) in enumerate(zip(a, b, strict=True)) for where in _paths(x, y, f"{path}.{i}")]
-    return [] if a == b and type(a) is type(b) else [path]
+            if key in one and key in two:
+                yield from _paths(one[key], two[key], where)
+            else:
+                yield where, {"a": one[key]} if key in one else {"b": two[key]}
+    elif a != b or type(a) is not type(b):
+        yield path, {"a": a, "b": b}
+
+
+def _tag(tree: JsonValue) -> JsonValue:
+    return tree.get("$") if isinstance(tree, dict) else type(tree).__name__
+
+
+def _children(tree: JsonValue) -> dict[str, JsonValue] | None:
+    """What can be compared item by item, by name or index; None for a leaf."""
+    if isinstance(tree, list):
+        return {str(index): item for index, item in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return None
+    items = tree.get("v")
+    if "$" not in tree:
+        return tree
+    if tree["$"] in _SEQUENCES and isinstance(items, list):
+        return {str(index): item for index, item in enumerate(items)}
+    if tree["$"] in _MAPPINGS and isinstance(items, list):
+        keys = [key if isinstance(key, str) else repr(key) for key in items[::2]]
+        return dict(zip(keys, items[1::2], strict=False)) if len(set(keys)) == len(keys) else None
+    return None
 
 
 def _print(result: dict[str, Any]) -> None:
     for key, sign in (("only_in_a", "-"), ("only_in_b", "+")):
         for name in result[key]:
-            console.print(f"{sign} {name}")
+            console.print(f"{sign} {clean(name)}")
     for name, (one, two) in result["reshaped"].items():
-        console.print(f"~ {name}: {one} → {two}", highlight=False, markup=False)
+        console.print(f"~ {clean(name)}: {one} → {two}")
     if result["changed"]:
         table = Table("tensor", "max abs change", "relative", "not finite")
         for name, change in result["changed"].items():
             cells = ["" if change[key] is None else f"{change[key]:.3g}" for key in ("max_abs", "relative")]
-            table.add_row(name, *cells, str(change["not_finite"] or ""))
+            table.add_row(clean(name), *cells, str(change["not_finite"] or ""))
         console.print(table)
-    for path in result["plain"]:
-        console.print(f"≠ {path}", markup=False)
+    for path, sides in result["plain"].items():
+        console.print(f"≠ {clean(path)}: {_short(sides, 'a')} → {_short(sides, 'b')}", soft_wrap=True)
     console.print(f"{len(result['changed'])} tensors changed, {result['unchanged']} equal to the bit")
+
+
+def _short(sides: dict[str, JsonValue], side: str) -> str:
+    text = clean(repr(sides[side])) if side in sides else "(none)"
+    return text if len(text) <= 60 else f"{text[:57]}…"

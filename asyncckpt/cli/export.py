@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import enum
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,10 @@ import torch
 import typer
 
 from asyncckpt import export as exporting
-from asyncckpt.cli.common import JsonOption, RunArgument, console, exits, find, open_run, print_json, size
+from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json, read, size
+from asyncckpt.errors import InvalidOption
+from asyncckpt.protocols import Reader
 
 
 class DType(enum.StrEnum):
@@ -37,13 +39,16 @@ def export(
 ) -> None:
     """Write a checkpoint to one file: weights for inference, or everything. Every byte is verified on the way."""
     with exits():
-        opened = open_run(run)
-        entry = find(opened, step)
-        with contextlib.closing(opened.open_entry(entry)) as reader:
-            what = "all" if every else component or "weights"
-            target = _DTYPES[dtype] if dtype is not None else None
-            nbytes = exporting.export(reader, out, what=what, dtype=target, overwrite=force)
+        if every and component is not None:
+            raise InvalidOption("give --all or --component, not both")
+        what = "all" if every else component or "weights"
+        target = _DTYPES[dtype] if dtype is not None else None
+
+        def write(entry: CheckpointInfo, reader: Reader) -> tuple[int, int]:
+            return entry.step, exporting.export(reader, out, what=what, dtype=target, overwrite=force)
+
+        number, nbytes = read(open_run(run), step, write)
         if json:
-            print_json({"step": entry.step, "out": str(out), "nbytes": nbytes, "what": what})
+            print_json({"step": number, "out": str(out), "nbytes": nbytes, "what": what})
         else:
-            console.print(f"step {entry.step} → {out}  {size(nbytes)}")
+            console.print(f"step {number} → {clean(out)}  {size(nbytes)}")

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
-from asyncckpt.cli.common import JsonOption, RunArgument, age, as_json, console, exits, open_run, print_json, size
+from asyncckpt.cli.common import (
+    JsonOption,
+    RunArgument,
+    age,
+    as_json,
+    checkpoints,
+    clean,
+    console,
+    exits,
+    numbers,
+    open_run,
+    print_json,
+    size,
+)
 
 
 def ls(run: RunArgument, json: JsonOption = False) -> None:
     """List the checkpoints of a run, damaged ones included. Reads manifests and sizes, not data."""
     with exits():
-        entries = open_run(run).ls()
+        entries = checkpoints(open_run(run))
         if json:
             print_json([as_json(entry) for entry in entries])
             return
         table = Table("step", "name", "kind", "size", "saved", "metrics", "pin", "state")
         for entry in entries:
+            good = entry.damage is None
             table.add_row(
                 str(entry.step),
-                entry.name,
+                clean(entry.name),
                 entry.kind,
                 size(entry.nbytes),
                 age(entry.created_unix_seconds) if entry.created_unix_seconds else "",
-                " ".join(f"{name}={value:.6g}" for name, value in entry.metrics.items()),
+                numbers(entry.metrics),
                 "pinned" if entry.pinned else "",
-                "[green]ok[/green]" if entry.damage is None else f"[red]damaged[/red]: {entry.damage}",
+                Text("ok", "green") if good else Text.assemble(("damaged", "red"), f": {clean(entry.damage)}"),
             )
         console.print(table)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt.cli.common import JsonOption, RunArgument, as_json, console, exits, find, open_run, print_json
+from asyncckpt.cli.common import JsonOption, RunArgument, as_json, clean, console, exits, find, open_run, print_json
 
 Step = Annotated[str, typer.Argument(metavar="STEP", help="a step, or 'latest'")]
 
@@ -29,4 +29,4 @@ def _set(path: str, step: str, pinned: bool, json: bool) -> None:
         if json:
             print_json(as_json(entry))
         else:
-            console.print(f"{entry.path} is {'pinned' if pinned else 'not pinned any more'}")
+            console.print(f"{clean(entry.path)} is {'pinned' if pinned else 'not pinned any more'}")

@@ -3,67 +3,133 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from asyncckpt import retention
+from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.checkpointer import Checkpointer
-from asyncckpt.cli.common import JsonOption, RunArgument, as_json, console, exits, open_run, print_json, size
-from asyncckpt.errors import CheckpointDamaged, InvalidOption
+from asyncckpt.cli.common import (
+    JsonOption,
+    RunArgument,
+    as_json,
+    checkpoints,
+    clean,
+    console,
+    exits,
+    open_run,
+    print_json,
+    size,
+    verified,
+)
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, InvalidOption
+from asyncckpt.run import Run
 
 
 def prune(
     run: RunArgument,
-    keep_last: Annotated[int | None, typer.Option(help="keep the newest K")] = None,
-    keep_every: Annotated[int | None, typer.Option(help="keep steps divisible by N")] = None,
-    keep_best: Annotated[str | None, typer.Option(help="METRIC, METRIC:N or METRIC:N:max")] = None,
-    keep_step: Annotated[list[int] | None, typer.Option(help="keep this step (repeatable)")] = None,
+    keep_last: Annotated[int | None, typer.Option(help="keep the newest K", metavar="K")] = None,
+    keep_every: Annotated[int | None, typer.Option(help="keep steps divisible by N", metavar="N")] = None,
+    keep_best: Annotated[
+        str | None, typer.Option(help="keep the N with the best METRIC", metavar="METRIC[:N[:min|max]]")
+    ] = None,
+    keep_step: Annotated[list[int] | None, typer.Option(help="keep this step (repeatable)", metavar="S")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be deleted")] = False,
     json: JsonOption = False,
 ) -> None:
     """Delete checkpoints that no policy keeps. Pinned and damaged ones, those being read and the newest stay. The
     newest that stays is verified first: where it is damaged, nothing is deleted."""
     with exits():
-        policies = _policies(keep_last, keep_every, keep_best, keep_step or [])
         opened = open_run(run)
-        entries = [entry for entry in opened.ls() if entry.damage is None]
+        entries = [entry for entry in checkpoints(opened) if entry.damage is None]
+        policies = _policies(keep_last, keep_every, keep_best, keep_step or [], entries)
         doomed = retention.plan(entries, policies)
-        if doomed and not dry_run:
-            names = {entry.name for entry in doomed}
-            newest = [entry for entry in entries if entry.name not in names][-1]
-            damage = opened.verify_entry(newest)
-            if damage:
-                raise CheckpointDamaged(
-                    f"{newest.path} would be kept and is damaged ({damage[0]}); nothing was deleted. Look at the run "
-                    f"with `asyncckpt verify --all {run}`"
-                )
-            checkpointer = Checkpointer(run, keep=policies)
-            with contextlib.closing(checkpointer):
-                doomed = checkpointer.prune()
+        in_use: list[CheckpointInfo] = []
+        if doomed:
+            newest = _newest_kept(entries, doomed)
+            if not dry_run:
+                planned = doomed
+                doomed = _delete(opened, policies, newest)
+                names = {entry.name for entry in doomed}
+                in_use = [entry for entry in planned if entry.name not in names and os.path.lexists(entry.path)]
         if json:
-            print_json({"dry_run": dry_run, "deleted": [as_json(entry) for entry in doomed]})
+            lists = {"deleted": doomed, "in_use": in_use}
+            print_json({"dry_run": dry_run} | {key: [as_json(entry) for entry in rows] for key, rows in lists.items()})
             return
         word = "would delete" if dry_run else "deleted"
         for entry in doomed:
-            console.print(f"{word} {entry.path}  {size(entry.nbytes)}", highlight=False)
+            console.print(f"{word} {clean(entry.path)}  {size(entry.nbytes)}")
+        for entry in in_use:
+            console.print(f"kept {clean(entry.path)}: it was pinned, or is being read")
         console.print(f"{word} {len(doomed)} of {len(entries)}, {size(sum(entry.nbytes for entry in doomed))}")
 
 
-def _policies(last: int | None, every: int | None, best: str | None, steps: list[int]) -> list[retention.Policy]:
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """The checkpoint just verified stays, whatever another process publishes before this one holds the lease."""
+
+    step: int
+    kind: str
+
+    def keep(self, candidates: Sequence[retention.Candidate]) -> set[int]:
+        return {c.step for c in candidates if (c.step, c.kind) == (self.step, self.kind)}
+
+    def describe(self) -> str:
+        return f"Verified({self.step}, {self.kind!r})"
+
+
+def _newest_kept(entries: list[CheckpointInfo], doomed: list[CheckpointInfo]) -> CheckpointInfo:
+    """The newest full checkpoint that stays, or weights-only one in a run that has no other."""
+    names = {entry.name for entry in doomed}
+    kept = [entry for entry in entries if entry.name not in names]
+    if not kept:
+        raise InvalidOption("these policies keep none of the checkpoints; nothing was deleted. Add --keep-last 1")
+    return max(kept, key=lambda entry: (entry.kind == "full", entry.step))
+
+
+def _delete(run: Run, policies: list[retention.Policy], newest: CheckpointInfo) -> list[CheckpointInfo]:
+    damage = verified(run, newest)
+    if damage is None:
+        raise CheckpointNotFound(f"{newest.path} was deleted by another process meanwhile; nothing was deleted here")
+    if damage:
+        raise CheckpointDamaged(
+            f"{newest.path} would be kept and is damaged ({damage[0]}); nothing was deleted. Look at the run with "
+            f"`asyncckpt verify --all {run.path}`"
+        )
+    checkpointer = Checkpointer(run.path, keep=[*policies, _Verified(newest.step, newest.kind)])
+    with contextlib.closing(checkpointer):
+        return checkpointer.prune()
+
+
+def _policies(
+    last: int | None, every: int | None, best: str | None, steps: list[int], entries: list[CheckpointInfo]
+) -> list[retention.Policy]:
     policies: list[retention.Policy] = []
     if last is not None:
         policies.append(retention.KeepLast(last))
     if every is not None:
         policies.append(retention.KeepEvery(every))
     if best is not None:
-        metric, _, rest = best.partition(":")
-        count, _, mode = rest.partition(":")
-        if count and not count.isdecimal():
-            raise InvalidOption(f"--keep-best {best}: give METRIC, METRIC:N or METRIC:N:max")
-        policies.append(retention.KeepBest(metric, int(count or 1), mode or "min"))  # type: ignore[arg-type]
+        policies.append(_best(best, entries))
     if steps:
         policies.append(retention.KeepSteps(steps))
     if not policies:
         raise InvalidOption("give at least one --keep-… policy: without one everything is kept")
     return policies
+
+
+def _best(text: str, entries: list[CheckpointInfo]) -> retention.KeepBest:
+    metric, _, rest = text.partition(":")
+    count, _, mode = rest.partition(":")
+    if count and not count.isdecimal():
+        raise InvalidOption(f"--keep-best {text}: give METRIC, METRIC:N or METRIC:N:max")
+    known = sorted({name for entry in entries for name in entry.metrics})
+    if entries and metric not in known:  # a slip of the pen would otherwise delete the best ones
+        raise InvalidOption(
+            f"--keep-best {text}: no checkpoint has the metric; there are: {', '.join(known) or 'none'}"
+        )
+    return retention.KeepBest(metric, int(count or 1), mode or "min")  # type: ignore[arg-type]

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from asyncckpt.cli.common import JsonOption, RunArgument, StepArgument, as_json, console, exits, find, open_run
-from asyncckpt.cli.common import print_json as write_json
-from asyncckpt.cli.common import size as human
-from asyncckpt.manifest import ComponentRecord
+from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.cli.common import (
+    JsonOption,
+    RunArgument,
+    StepArgument,
+    age,
+    as_json,
+    clean,
+    console,
+    exits,
+    numbers,
+    open_run,
+    print_json,
+    read,
+    size,
+)
+from asyncckpt.manifest import ComponentRecord, Manifest
 from asyncckpt.restore import open_manifest
 
 
@@ -24,44 +37,61 @@ def show(
 ) -> None:
     """Show what one checkpoint holds and what it was made with."""
     with exits():
-        opened = open_run(run)
-        entry = find(opened, step)
-        with contextlib.closing(opened.open_entry(entry)) as reader:
-            manifest = open_manifest(reader)
+        entry, manifest = read(open_run(run), step, lambda entry, reader: (entry, open_manifest(reader)))
         if json:
-            write_json(
-                as_json(entry)
-                | {
-                    "attempt": manifest.attempt,
-                    "digest": manifest.digest,
-                    "world_size": manifest.world_size,
-                    "environment": dict(manifest.environment),
-                    "config": manifest.config,
-                    "files": {record.name: record.nbytes for record in manifest.files},
-                    "components": {name: _summary(c, tensors) for name, c in manifest.components.items()},
-                }
-            )
+            print_json(_as_json(entry, manifest, tensors))
             return
-        console.print(f"[bold]{entry.path}[/bold]  step {manifest.step}, {human(manifest.nbytes)}, {manifest.digest}")
-        if manifest.metrics:
-            console.print("metrics: " + " ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items()))
-        console.print("made with: " + ", ".join(f"{key} {value}" for key, value in manifest.environment.items()))
-        if manifest.config is not None:
-            console.print("config:", manifest.config)
-        table = Table("component", "kind", "tensors", "bytes", "dtypes")
-        for name, component in manifest.components.items():
-            summary = _summary(component, False)
-            dtypes = " ".join(f"{dtype}:{count}" for dtype, count in summary["dtypes"].items())
-            table.add_row(name, component.kind, str(summary["tensors"]), human(summary["nbytes"]), dtypes)
-        console.print(table)
+        _print_head(entry, manifest)
+        _print_components(manifest)
         if tensors:
-            listing = Table("tensor", "dtype", "shape", "file")
-            for name, component in manifest.components.items():
-                for tensor, record in component.tensors.items():
-                    listing.add_row(f"{name}.{tensor}", record.dtype, str(list(record.shape)), record.file)
-                for alias, target in component.aliases.items():
-                    listing.add_row(f"{name}.{alias}", "", f"= {target}", "")
-            console.print(listing)
+            _print_tensors(manifest)
+
+
+def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[str, Any]:
+    return as_json(entry) | {
+        "attempt": manifest.attempt,
+        "digest": manifest.digest,
+        "world_size": manifest.world_size,
+        "environment": dict(manifest.environment),
+        "config": manifest.config,
+        "files": {record.name: record.nbytes for record in manifest.files},
+        "components": {name: _summary(c, tensors) for name, c in manifest.components.items()},
+    }
+
+
+def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
+    pinned = ", pinned" if entry.pinned else ""
+    about = f"step {manifest.step}, {manifest.kind}, {size(manifest.nbytes)}, {age(manifest.created_unix_seconds)}"
+    console.print(Text.assemble((clean(entry.path), "bold"), f"  {about}{pinned}, digests {manifest.digest}"))
+    if manifest.metrics:
+        console.print(f"metrics: {numbers(manifest.metrics)}")
+    made_with = ", ".join(f"{key} {value}" for key, value in manifest.environment.items() if value is not None)
+    console.print(f"made with: {clean(made_with)}")
+    if manifest.config is not None:
+        console.print(f"config: {clean(manifest.config)}")
+
+
+def _print_components(manifest: Manifest) -> None:
+    table = Table("component", "kind", "tensors", "bytes", "dtypes")
+    for name, component in manifest.components.items():
+        summary = _summary(component, False)
+        dtypes = " ".join(f"{dtype}:{count}" for dtype, count in summary["dtypes"].items())
+        table.add_row(name, clean(component.kind), str(summary["tensors"]), size(summary["nbytes"]), dtypes)
+    console.print(table)
+    files = Table("file", "bytes")
+    for record in manifest.files:
+        files.add_row(record.name, size(record.nbytes))
+    console.print(files)
+
+
+def _print_tensors(manifest: Manifest) -> None:
+    listing = Table("tensor", "dtype", "shape", "file")
+    for name, component in manifest.components.items():
+        for tensor, record in component.tensors.items():
+            listing.add_row(f"{name}.{clean(tensor)}", record.dtype, str(list(record.shape)), record.file)
+        for alias, target in component.aliases.items():
+            listing.add_row(f"{name}.{clean(alias)}", "", f"= {clean(target)}", "")
+    console.print(listing)
 
 
 def _summary(component: ComponentRecord, every: bool) -> dict[str, Any]:

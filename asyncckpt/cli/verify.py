@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
 
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.cli.common import (
@@ -14,16 +14,17 @@ from asyncckpt.cli.common import (
     JsonOption,
     RunArgument,
     StepArgument,
+    checkpoints,
+    clean,
     console,
-    errors,
     exits,
-    find,
+    find_all,
     open_run,
     print_json,
     size,
+    verified,
 )
 from asyncckpt.errors import CheckpointNotFound
-from asyncckpt.reading import Damage
 from asyncckpt.run import Run
 
 
@@ -33,39 +34,38 @@ def verify(
     every: Annotated[bool, typer.Option("--all", help="verify every checkpoint of the run")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Read every byte of a checkpoint past the page cache and check it. Safe on a directory you do not trust."""
+    """Read every byte of a checkpoint past the page cache and check it. Safe on a directory you do not trust.
+
+    Exits with 1 where anything is damaged. 'latest' is the newest there is, damaged or not."""
     with exits():
         opened = open_run(run)
-        entries = opened.ls() if every else [_named(opened, step)]
-        if not entries:
+        entries = checkpoints(opened) if every else _named(opened, step)
+        found = [(entry, damage) for entry in entries if (damage := verified(opened, entry)) is not None]
+        if not found and not every:  # a live run deleted it under our hands: once more, what bears that name now
+            found = [
+                (entry, damage) for entry in _named(opened, step) if (damage := verified(opened, entry)) is not None
+            ]
+        if not found:
             raise CheckpointNotFound(f"{run}: no checkpoint here")
-        found = {entry.name: damage for entry in entries if (damage := _verify(opened, entry)) is not None}
         if json:
-            print_json([{"name": name, "damage": list(map(dataclasses.asdict, d))} for name, d in found.items()])
+            print_json(
+                [
+                    {"step": entry.step, "name": entry.name, "damage": [dataclasses.asdict(one) for one in damage]}
+                    for entry, damage in found
+                ]
+            )
         else:
-            for entry in entries:
-                if entry.name in found and not found[entry.name]:
-                    console.print(f"[green]good[/green]  {entry.path}  {size(entry.nbytes)}")
-                for one in found.get(entry.name, []):
-                    console.print(f"[red]damaged[/red]  {entry.path}/{one}", soft_wrap=True, highlight=False)
-        if any(found.values()):
+            for entry, damage in found:
+                if not damage:
+                    console.print(Text.assemble(("good", "green"), f"     {clean(entry.path)}  {size(entry.nbytes)}"))
+                for one in damage:
+                    line = Text.assemble(("damaged", "red"), f"  {clean(entry.path)}/{clean(one)}")
+                    console.print(line, soft_wrap=True)
+        if any(damage for _, damage in found):
             raise typer.Exit(int(Exit.DAMAGED_OR_DIFFERENT))
 
 
-def _named(run: Run, step: str) -> CheckpointInfo:
+def _named(run: Run, step: str) -> list[CheckpointInfo]:
     """``latest`` means the newest there is, damaged or not: that is the question asked."""
-    entries = run.ls()
-    return entries[-1] if step == "latest" and entries else find(run, step)
-
-
-def _verify(run: Run, entry: CheckpointInfo) -> list[Damage] | None:
-    """None where retention took the checkpoint while we looked."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task(entry.name, total=entry.nbytes or None)
-        try:
-            return run.verify_entry(
-                entry, progress=lambda done, total: progress.update(task, completed=done, total=total)
-            )
-        except CheckpointNotFound:
-            return None
+    entries = checkpoints(run)
+    return entries[-1:] if step == "latest" and entries else find_all(run, step)

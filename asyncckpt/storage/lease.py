@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from asyncckpt.errors import LeaseLost, RunLocked
+from asyncckpt.errors import LeaseLost, RunLocked, RunPathError
 
 LOCK_FILE = ".asyncckpt-lease.lock"
 LEASE_FILE = ".asyncckpt-lease.json"
@@ -117,9 +117,14 @@ class Lease:
             if not takeover:
                 _wait_until_dead(directory, options)
             return cls(directory, fd, options)
-        except BaseException:
+        except RunLocked:
             os.close(fd)
             raise
+        except OSError as error:
+            os.close(fd)
+            raise RunPathError(
+                f"{directory}: cannot write the lease ({error}); free space or repair the path"
+            ) from error
 
     def check(self) -> None:
         """Raises ``LeaseLost`` where another run has taken the directory over. Called right before a publish."""
@@ -153,7 +158,7 @@ class Lease:
         with self._write_lock:
             self._beat += 1
             holder = Holder(self.owner, socket.gethostname(), _boot_id(), self._pid, self._beat, released)
-            temp = os.path.join(self.directory, f"{LEASE_FILE}.{self.owner}")
+            temp = os.path.join(self.directory, f".tmp-lease-{self.owner}")
             Path(temp).write_text(json.dumps(asdict(holder)))
             os.replace(temp, os.path.join(self.directory, LEASE_FILE))
 

@@ -122,18 +122,23 @@ class LocalStore:
     def reclaim(self) -> list[str]:
         """Delete what dead attempts and interrupted deletions left behind; the names. Only while holding the run's
         lease: holding it means that whoever made them is gone or cut off."""
-        found = [
-            name
+        found = {
+            name: info
             for name, info in self.ops.scan(self.path).items()
-            if name.startswith((TEMP_PREFIX, TRASH_PREFIX)) and stat.S_ISDIR(info.st_mode)
-        ]
-        for name in found:
-            self.delete_tree(os.path.join(self.path, name))
-        return found
+            if name.startswith((TEMP_PREFIX, TRASH_PREFIX))
+        }
+        for name, info in found.items():
+            path = os.path.join(self.path, name)
+            if stat.S_ISDIR(info.st_mode):
+                self.delete_tree(path)
+            elif stat.S_ISREG(info.st_mode):
+                with contextlib.suppress(FileNotFoundError):
+                    self.ops.unlink(path)
+        return list(found)
 
     def write_hint(self, name: str, text: str) -> None:
         """Replace a small hint file such as ``latest``. Atomic; not fsynced: a hint is never truth."""
-        temp = os.path.join(self.path, f".{name}-{uuid.uuid4().hex}")
+        temp = os.path.join(self.path, f"{TEMP_PREFIX}{name}-{uuid.uuid4().hex}")
         fd = self.ops.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             self.ops.pwrite(fd, text.encode(), 0)
@@ -186,11 +191,9 @@ class LocalAttempt:
             if replace and os.path.lexists(target):
                 # the old checkpoint stays visible until the new one takes its name in the same instant
                 ops.exchange(self.path, target)
+                self._done = True  # from here on our directory's name holds the old one: not for ``discard``
                 ops.fsync_directory(self._store.path)
-                self._done = True
-                trash = os.path.join(self._store.path, f"{TRASH_PREFIX}{name}-{uuid.uuid4().hex}")
-                ops.rename_noreplace(self.path, trash)
-                self._store.delete_tree(trash)
+                self._store.delete_tree(self.path)
                 return
             ops.rename_noreplace(self.path, target)
         except FileExistsError as error:
