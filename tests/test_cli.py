@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny, bits, train
-from safetensors.torch import load_file
+from conftest import Tiny, train
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, Run
@@ -99,7 +98,7 @@ def test_diff_names_what_changed_and_by_how_much(saved: Any) -> None:
     assert change["max_abs"] == pytest.approx((first - last).abs().max().item())
     assert change["relative"] == pytest.approx(((first - last).abs().max() / first.abs().max()).item())
     assert "model.frozen.weight" not in result["changed"]
-    assert result["plain"] == ["progress.step"]
+    assert result["plain"] == {"progress.step": {"a": 10, "b": 30}}
     assert result["only_in_a"] == result["only_in_b"] == []
     assert as_json("diff", run, "30", "latest")["changed"] == {}
 
@@ -146,44 +145,6 @@ def test_prune_is_refused_while_another_run_writes_and_reading_is_not(saved: Any
             assert call(*verb).exit_code == 0
 
 
-def test_exported_weights_open_in_other_tools(saved: Any, tmp_path: Path) -> None:
-    run, model = saved
-    out = tmp_path / "weights.safetensors"
-    assert call("export", run, "latest", str(out)).exit_code == 0
-    flat = load_file(out)
-    assert flat.keys() == model.state_dict().keys() - {"head.weight"}
-    assert all(bits(model.state_dict()[name]) == bits(tensor) for name, tensor in flat.items())
-    pt = tmp_path / "weights.pt"
-    assert call("export", run, "30", str(pt), "--dtype", "bf16").exit_code == 0
-    fresh = Tiny().to(torch.bfloat16)
-    fresh.load_state_dict(torch.load(pt, weights_only=True))
-    assert bits(fresh.hidden.weight) == bits(model.hidden.weight.to(torch.bfloat16))
-
-
-def test_exporting_everything_gives_the_training_state(saved: Any, tmp_path: Path) -> None:
-    run, model = saved
-    out = tmp_path / "all.pt"
-    assert as_json("export", run, "30", str(out), "--all")["what"] == "all"
-    content = torch.load(out, weights_only=True)
-    assert content["step"] == 30
-    assert content["progress"] == {"step": 30}
-    assert set(content["model"]) == set(model.state_dict())
-    assert "exp_avg" in content["optimizer"]["state"]["hidden.weight"]
-    assert content["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
-
-
-def test_export_refuses_damage_and_never_overwrites_by_itself(saved: Any, tmp_path: Path) -> None:
-    run, _ = saved
-    out = tmp_path / "w.safetensors"
-    out.write_text("mine")
-    assert call("export", run, "10", str(out)).exit_code == 5
-    assert out.read_text() == "mine"
-    assert call("export", run, "10", str(out), "--force").exit_code == 0
-    _damage(run, 30)
-    assert call("export", run, "30", str(tmp_path / "x.pt")).exit_code == 1
-    assert sorted(os.listdir(tmp_path)) == ["run", "w.safetensors"], "half a file was left behind"
-
-
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -193,6 +154,15 @@ def test_export_refuses_damage_and_never_overwrites_by_itself(saved: Any, tmp_pa
         (["prune", "{run}"], 2, "--keep-"),
         (["export", "{run}", "10", "out.zip"], 2, ".safetensors or .pt"),
         (["export", "{run}", "10", "x.pt", "--component", "nope"], 2, "components are model"),
+        (["export", "{run}", "10", "x.pt", "--component", "model", "--all"], 2, "not both"),
+        (["export", "{run}", "10", "{run}-missing/x.pt"], 5, "does not exist"),
+        (["prune", "{run}", "--keep-best", "lose:1"], 2, "there are: loss"),
+        (["prune", "{run}", "--keep-best", "loss:one"], 2, "METRIC:N"),
+        (["prune", "{run}", "--keep-best", "loss:1:least"], 2, "min"),
+        (["prune", "{run}", "--keep-last", "0"], 2, ">= 1"),
+        (["diff", "{run}", "10"], 2, "Missing argument"),
+        (["pin", "{run}", "99"], 3, "no checkpoint of step 99"),
+        (["verify", "{run}", "99"], 3, "no checkpoint of step 99"),
         (["frobnicate"], 2, "No such command"),
     ],
 )
@@ -201,6 +171,51 @@ def test_mistakes_are_one_line_and_an_exit_code(saved: Any, arguments: list[str]
     assert result.exit_code == code
     assert text in result.stderr.replace("\n", " ")
     assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+def test_an_error_that_is_not_about_checkpoints_is_one_line_too(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_run: Run) -> Any:
+        raise PermissionError(13, "Permission denied", "a\nb")
+
+    monkeypatch.setattr(Run, "ls", refused)
+    result = call("ls", saved[0])
+    assert result.exit_code == 5
+    assert len(result.stderr.splitlines()) == 1
+    assert "Permission denied" in result.stderr
+
+
+def test_every_verb_documents_its_exit_codes_and_speaks_json() -> None:
+    for verb in ("ls", "show", "verify", "diff", "prune", "pin", "unpin", "export", "demo"):
+        text = " ".join(call(verb, "--help").stdout.split())
+        assert "Exit codes" in text, verb
+        assert "--json" in text, verb
+
+
+def test_json_of_metrics_that_json_lacks_still_parses(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run") as run:
+        run.save(1, {"w": torch.ones(1)}, metrics={"up": float("inf"), "none": float("nan")}).result()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for verb in ("ls", "show"):
+        parsed = json.loads(call(verb, str(tmp_path / "run"), "--json").stdout, parse_constant=refuse)
+        entry = parsed[0] if verb == "ls" else parsed
+        assert entry["metrics"] == {"up": "inf", "none": "nan"}
+
+
+def test_the_demos_story_stays_off_stdout_under_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import asyncckpt.demo
+
+    def story(out: Path, *, steps: int) -> int:
+        print(f"training {steps} steps in {out}")
+        return 1
+
+    monkeypatch.setattr(asyncckpt.demo, "run", story)
+    assert as_json("demo", "--out", str(tmp_path), "--steps", "12", code=1)["bit_equal"] is False
+    result = call("demo", "--out", str(tmp_path), "--steps", "12")
+    assert (result.exit_code, "training 12 steps" in result.stdout) == (1, True)
 
 
 def test_the_installed_command_runs_and_documents_its_exit_codes(saved: Any) -> None:

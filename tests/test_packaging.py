@@ -18,6 +18,21 @@ def test_everything_exported_exists_and_nothing_twice() -> None:
         assert getattr(asyncckpt, name).__module__.startswith("asyncckpt")
 
 
+def test_every_public_name_of_the_package_is_promised() -> None:
+    public = {
+        name
+        for name, value in vars(asyncckpt).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("asyncckpt.")
+    }
+    assert public - {"version"} == set(asyncckpt.__all__)
+
+
+def test_export_stays_importable_from_where_it_is_documented() -> None:
+    from asyncckpt.export import export
+
+    assert callable(export)
+
+
 def test_every_error_is_exported_typed_and_a_builtin_too() -> None:
     found = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
     for error in found:

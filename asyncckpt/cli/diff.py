@@ -87,8 +87,8 @@ def change_of(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | int | None]
     wide = torch.complex128 if a.is_complex() else torch.float64
     largest: float | None = None
     scale, not_finite = 0.0, 0
-    for one, two in zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True):
-        x, y = one.to(wide), two.to(wide)
+    for begin in range(0, a.numel(), _CHUNK):
+        x, y = (tensor.reshape(-1)[begin : begin + _CHUNK].to(wide) for tensor in (a, b))
         same = (x == y) | (x.isnan() & y.isnan())
         delta = torch.where(same, 0.0, (x - y).abs())
         finite = delta.isfinite()
