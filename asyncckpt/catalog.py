@@ -18,6 +18,10 @@ from asyncckpt.protocols import Store
 from asyncckpt.reading import check_files
 
 PINS = ".pins"
+#: The text file that names the newest full checkpoint: a hint, never truth.
+LATEST = "latest"
+#: How often a listing is repeated while another process publishes and deletes.
+_LOOKS = 20
 _STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 
 
@@ -48,12 +52,19 @@ class Catalog:
 
     def entries(self, *, fresh: bool = True) -> list[CheckpointInfo]:
         """All checkpoints, damaged ones included, oldest step first. ``fresh=False`` re-reads only new names."""
-        names = set(self._store.names())
-        known = {} if fresh else {name: entry for name, entry in self._known.items() if name in names}
-        for name in names - set(known):
-            entry = self._look(name)
-            if entry is not None:
-                known[name] = entry
+        known = self._known
+        for _ in range(_LOOKS):
+            names = set(self._store.names())
+            known = {} if fresh else {name: entry for name, entry in known.items() if name in names}
+            looked = {name: self._look(name) for name in names - set(known)}
+            known.update((name, entry) for name, entry in looked.items() if entry is not None)
+            # what vanished under our eyes was deleted because something newer is there: look for that too
+            vanished = any(
+                entry is None and not os.path.lexists(os.path.join(self._path, name)) for name, entry in looked.items()
+            )
+            hinted = not known and os.path.lexists(os.path.join(self._path, LATEST))
+            if not vanished and not hinted:
+                break
         self._known = known
         pins = self.pins()
         found = [replace(entry, pinned=entry.name in pins) for entry in known.values()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asyncckpt.arena import Arena
-from asyncckpt.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog import LATEST, Catalog, CheckpointInfo
 from asyncckpt.commit import Save
 from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughSpace, SaveAbandoned
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
@@ -23,7 +23,6 @@ from asyncckpt.writer import PendingSave, SaveReport, WriterOptions, WriterPool
 
 log = logging.getLogger("asyncckpt")
 
-LATEST = "latest"
 #: Beyond a save's own deadline, before a committer stuck in the kernel is given up.
 _GRACE_SECONDS = 10.0
 
