@@ -29,6 +29,7 @@ lint: $(STAMP)            ## style, types and the layer rule
 	$(BIN)/lint-imports
 
 bench: $(STAMP)           ## the table of the README, on this machine (about 20 minutes, 6 GB of disk)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[peers]'
 	$(BIN)/python -m benchmarks
 
 bench-micro: $(STAMP)     ## pytest-benchmark: hashes, copies, layout, manifest

@@ -133,6 +133,24 @@ def test_a_step_that_vanishes_is_not_found_rather_than_damaged_or_good(
     assert "10" in result.stderr
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(["10"], 3), (["--all"], 0)])
+def test_a_checkpoint_deleted_under_an_open_reader_is_not_called_damaged(
+    saved: str, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int
+) -> None:
+    open_entry = Run.open_entry
+
+    def lose(run: Run, entry: CheckpointInfo) -> Any:
+        reader = open_entry(run, entry)
+        if entry.step == 10:
+            shutil.rmtree(entry.path)
+        return reader
+
+    monkeypatch.setattr(Run, "open_entry", lose)
+    result = call("verify", saved, *arguments)
+    assert result.exit_code == code, result.output
+    assert "damaged" not in result.output
+
+
 def test_a_checkpoint_deleted_while_it_is_read_is_skipped_not_called_damaged(
     saved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
