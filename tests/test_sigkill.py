@@ -100,7 +100,7 @@ def test_the_next_run_reclaims_what_a_killed_one_left(tmp_path: Path) -> None:
     path = tmp_path / "run"
     rng = random.Random(5)
     while not any(name.startswith(".tmp-0") for name in (os.listdir(path) if path.exists() else [])):
-        _kill_once(path, len(os.listdir(path)) * 1000 if path.exists() else 1, rng)
+        _kill_once(path, max((entry.step for entry in Run(path).ls()), default=0) + 1, rng)
     with Checkpointer(path) as run:
         run.prepare(_state(1))
         assert not [name for name in os.listdir(path) if name.startswith(".tmp-")]
