@@ -113,6 +113,21 @@ class Catalog:
         return replace(entry, pinned=pinned)
 
     def _look(self, name: str) -> CheckpointInfo | None:
+        """What is there under this name, None where nothing is. Damage only counts in a directory that stayed: one
+        that is deleted or replaced while it is read looks damaged, and is not."""
+        path = os.path.join(self._path, name)
+        while True:
+            before = _inode(path)
+            entry = self._look_once(name)
+            if entry is None or entry.damage is None:
+                return entry
+            after = _inode(path)
+            if after is None:
+                return None
+            if after == before:
+                return entry
+
+    def _look_once(self, name: str) -> CheckpointInfo | None:
         path = os.path.join(self._path, name)
         match = _STEP_IN_NAME.search(name)
         step = int(match.group(1) or match.group(2)) if match else -1
@@ -156,3 +171,10 @@ class Catalog:
                 and (entry.name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", entry.name) is not None)
                 for entry in entries
             )
+
+
+def _inode(path: str) -> int | None:
+    try:
+        return os.lstat(path).st_ino
+    except FileNotFoundError:
+        return None

@@ -277,7 +277,8 @@ def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
 def _components(body: _Body, sizes: Mapping[str, int]) -> dict[str, ComponentRecord]:
     found: dict[str, ComponentRecord] = {}
     for name, entry in body.take("components", dict).items():
-        body.plain_name("component name", name)
+        if "." in body.plain_name("component name", name):
+            body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
         item = _Body(entry, body.where)
         tensors: dict[str, TensorRecord] = {}
         for tensor, row in item.take("tensors", dict).items():

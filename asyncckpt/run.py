@@ -135,6 +135,8 @@ class Run:
             except CheckpointNotFound:
                 continue  # retention took it meanwhile: a newer one is there
             except (CheckpointDamaged, OSError) as error:
+                if not os.path.lexists(entry.path):
+                    continue  # likewise, in the middle of reading it
                 self._damaged.add(entry.name)
                 reasons.append(f"{entry.path}: {error}")
                 warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=4)

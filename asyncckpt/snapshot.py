@@ -21,7 +21,8 @@ from asyncckpt.names import canonical_names, parameter_names, same_memory
 from asyncckpt.protocols import ComponentSnapshot, JsonValue, Piece, Snapshot, Stateful, TensorSpec
 
 #: Names of components become file names; see ``manifest.py``.
-_COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]{0,199}\Z")
+#: No dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must not meet ``a`` + ``b.c``.
+_COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+-]{0,199}\Z")
 _RESERVED = frozenset({"state", "manifest", "latest"})
 Sink = Callable[[str, torch.Tensor], None]
 
@@ -49,8 +50,8 @@ def check_state(state: Mapping[str, Any]) -> None:
     for name in state:
         if not isinstance(name, str) or not _COMPONENT_NAME.match(name) or name.casefold() in _RESERVED:
             raise InvalidOption(
-                f"component name {name!r} cannot be used: letters, digits and _.=+- only, not beginning with a dot or "
-                f"dash, and not one of {', '.join(sorted(_RESERVED))}"
+                f"component name {name!r} cannot be used: letters, digits and _=+- only, not beginning with a sign, "
+                f"and not one of {', '.join(sorted(_RESERVED))}"
             )
         if name.casefold() in folded:
             raise InvalidOption(f"component name {name!r} differs from another one only in case")

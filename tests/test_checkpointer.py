@@ -330,7 +330,9 @@ def test_options_that_make_no_sense_are_refused_early(options: Any, tmp_path: Pa
         run.save(1, STATE)
 
 
-@pytest.mark.parametrize("state", [{}, [], {"../x": 1}, {"": 1}, {"a": 1, "A": 2}, {"state": 1}, {3: 1}], ids=str)
+@pytest.mark.parametrize(
+    "state", [{}, [], {"../x": 1}, {"a.b": 1}, {"": 1}, {"a": 1, "A": 2}, {"state": 1}, {3: 1}], ids=str
+)
 def test_component_names_that_make_no_file_name_are_refused(state: Any, run: Checkpointer) -> None:
     with pytest.raises(InvalidOption, match=r"component|state must be"):
         run.save(1, state)

@@ -59,6 +59,22 @@ def test_sampled_bit_flips_in_every_file_are_all_detected(tmp_path: Path) -> Non
     assert _flip_every_bit(path, stride=97) > 700
 
 
+def test_a_checkpoint_deleted_while_it_is_listed_is_never_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _small(tmp_path / "run", (1, 2))
+    load = manifests.load
+
+    def vanish(reader: Any) -> Any:
+        found = load(reader)
+        if found.step == 1:
+            shutil.rmtree(reader.path)
+        return found
+
+    monkeypatch.setattr(manifests, "load", vanish)
+    assert [(entry.step, entry.damage) for entry in Run(tmp_path / "run").ls()] == [(2, None)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_every_single_bit_flip_in_every_file_is_detected(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ HOSTILE: dict[str, Any] = {
     "overlap": lambda b: b["components"]["t"]["tensors"].update(again=b["components"]["t"]["tensors"]["value"]),
     "alias to nothing": _set("components/t/aliases", {"x": "y"}),
     "component escapes": lambda b: b["components"].update({"../x": b["components"]["t"]}),
+    "component with a dot": lambda b: b["components"].update({"t.x": b["components"]["t"]}),
     "unknown kind": _set("kind", "executable"),
     "name escapes": _set("name", "../x"),
     "step is text": _set("step", "4"),
