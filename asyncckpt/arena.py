@@ -13,12 +13,13 @@ import mmap
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from asyncckpt.environment import available_memory_bytes
 from asyncckpt.errors import ArenaBusy, InvalidOption
 from asyncckpt.protocols import ALIGNMENT_BYTES
 
@@ -41,6 +42,13 @@ class Slot:
     address: int
     view: memoryview
     tensor: torch.Tensor
+
+
+def default_budget(extent_bytes: Sequence[int]) -> int:
+    """Room for one whole state, but no more than a quarter of the memory that is free now, and never less than four of
+    its extents: one is staged while others are written."""
+    needed = sum(-(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for nbytes in extent_bytes)
+    return min(needed, max(available_memory_bytes() // 4, 4 * max(extent_bytes, default=0)))
 
 
 class _Region:

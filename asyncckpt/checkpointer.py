@@ -13,10 +13,10 @@ from typing import Any, Self
 
 import torch
 
-from asyncckpt import cadence, digests, environment, formats, naming, plain, retention
-from asyncckpt.arena import Arena
+from asyncckpt import cadence, digests, formats, naming, retention
+from asyncckpt.arena import Arena, default_budget
 from asyncckpt.catalog import CheckpointInfo
-from asyncckpt.commit import Save, contents_of
+from asyncckpt.commit import Save, config_tree, contents_of
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.errors import (
     CheckpointerClosed,
@@ -94,7 +94,7 @@ class Checkpointer(Run):
         self._format = formats.get(format)
         self._digest = digest
         self._ledger = Ledger(self.path, naming.NameTemplate(name), self._damaged, overwrite=overwrite)
-        self._config = plain.encode(config, "config", _no_tensors, component="config")
+        self._config = config_tree(config)
         self._staging_bytes = staging_bytes
         self._on_busy = on_busy
         self._overwrite = overwrite
@@ -104,7 +104,6 @@ class Checkpointer(Run):
         if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
             extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
         self._layouts = LayoutCache(self._format, LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes))
-        self._extent_bytes = extent_bytes
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._committer = Committer(
@@ -330,14 +329,10 @@ class Checkpointer(Run):
         )
 
     def _grow_arena(self, snapshot: Snapshot, layout: Layout) -> None:
-        if self._staging_bytes is not None:
-            budget = self._staging_bytes
-        else:
-            needed = sum(-(-extent.nbytes // 4096) * 4096 for extent in layout.extents())
-            floor = 4 * self._extent_bytes
-            budget = min(needed, max(environment.available_memory_bytes() // 4, floor))
-        largest = max((extent.nbytes for extent in layout.extents()), default=0)
-        self._arena.grow(budget, largest_bytes=largest, pin=any(p.tensor.is_cuda for p in snapshot.pieces()))
+        sizes = [extent.nbytes for extent in layout.extents()]
+        budget = default_budget(sizes) if self._staging_bytes is None else self._staging_bytes
+        pin = any(piece.tensor.is_cuda for piece in snapshot.pieces())
+        self._arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
 
     def _before_change(self, where: str) -> None:
         """What watched optimizers own is about to change: whatever is not copied yet is copied now."""
@@ -408,7 +403,3 @@ def _end_threads(stager: Stager, pool: WriterPool, committer: Committer) -> None
     stager.close()
     pool.close()
     committer.close()
-
-
-def _no_tensors(name: str, _tensor: torch.Tensor) -> None:
-    raise InvalidOption(f"{name} is a tensor; config takes plain values only")

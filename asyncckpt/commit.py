@@ -16,11 +16,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replaced
+from typing import Any
 
 from asyncckpt import environment, formats, manifest, plain
 from asyncckpt.arena import Arena, Slot
 from asyncckpt.digests import get as get_digest
-from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
+from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentWritten, Written
 from asyncckpt.manifest import Manifest
 from asyncckpt.protocols import Attempt, JsonValue, Layout, ShardWriter, Snapshot, Store
@@ -43,6 +44,16 @@ class Contents:
     aliases: Mapping[str, Mapping[str, str]]
     trees: Mapping[str, JsonValue]
     replace: bool
+
+
+def config_tree(config: Any) -> JsonValue:
+    """The user's ``config`` as it goes into every manifest. Raises ``InvalidOption`` for a tensor in it and
+    ``UnsupportedValue`` for what is no plain value."""
+
+    def refuse(name: str, _tensor: object) -> None:
+        raise InvalidOption(f"{name} is a tensor; config takes plain values only")
+
+    return plain.encode(config, "config", refuse, component="config")
 
 
 def contents_of(

@@ -10,6 +10,7 @@ import importlib
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -39,20 +40,20 @@ class Saved:
     durable: Future[float]
 
 
-class Session:
+class Session(ABC):
     """One peer set up for one state. ``save`` is called again only after the last one is durable."""
 
     def __init__(self, state: State, directory: str) -> None:
         self.state = state
         self.directory = directory
 
+    @abstractmethod
     def save(self, step: int) -> Saved:
         """Save into ``self.path(step)`` as the peer's documentation advises; return as soon as training may go on."""
-        raise NotImplementedError
 
     def restore(self, step: int) -> None:
-        """Load that step back into the live state. Raises ``NotImplementedError`` where it is not measured."""
-        raise NotImplementedError
+        """Load that step back into the live state. Not every peer's restore is measured."""
+        raise LookupError(f"restore is not measured for {type(self).__name__}")
 
     def guard(self) -> AbstractContextManager[object]:
         """What the peer asks to be put round ``optimizer.step``."""
@@ -62,7 +63,7 @@ class Session:
         """Delete that step's checkpoint, between measurements; return when it is gone."""
         shutil.rmtree(self.path(step), ignore_errors=True)
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most peers have nothing to end
         """End threads and processes."""
 
     def path(self, step: int) -> str:
