@@ -51,6 +51,15 @@ def default_budget(extent_bytes: Sequence[int]) -> int:
     return min(needed, max(available_memory_bytes() // 4, 4 * max(extent_bytes, default=0)))
 
 
+def aligned_buffer(nbytes: int) -> mmap.mmap:
+    """Page-aligned memory for O_DIRECT, a multiple of 4096 bytes."""
+    size = max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
+    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= 2 << 20:
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
 class _Region:
     def __init__(self, nbytes: int) -> None:
         self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

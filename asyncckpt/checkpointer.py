@@ -13,11 +13,12 @@ from typing import Any, Self
 
 import torch
 
-from asyncckpt import cadence, digests, formats, naming, retention
+from asyncckpt import cadence, codecs, digests, formats, naming, retention
 from asyncckpt.arena import Arena, default_budget
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.commit import Save, config_tree, contents_of
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
+from asyncckpt.encoder import Encoder, slot_bytes
 from asyncckpt.errors import (
     CheckpointerClosed,
     CheckpointNotFound,
@@ -26,10 +27,10 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import EventBus, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
-from asyncckpt.layout import LayoutCache, LayoutOptions
+from asyncckpt.layout import LayoutCache
 from asyncckpt.leaving import drain_at_exit
 from asyncckpt.ledger import Ledger, numbers
-from asyncckpt.protocols import Layout, Snapshot
+from asyncckpt.protocols import Codec, Layout, LayoutOptions, Snapshot
 from asyncckpt.restore import RestoreReport
 from asyncckpt.run import Run
 from asyncckpt.snapshot import capture
@@ -38,6 +39,7 @@ from asyncckpt.storage.lease import Lease, LeaseOptions
 from asyncckpt.writer import PendingSave, WriterOptions, WriterPool
 
 _MIN_STAGING_BYTES = 1 << 20
+_ENCODING_NICENESS = 10
 
 
 class Checkpointer(Run):
@@ -45,11 +47,15 @@ class Checkpointer(Run):
 
     ``path``: the run directory (made if only its last part is missing; ``create_parents=True`` makes the rest).
     ``every``: when ``step`` saves: an int (steps), ``Steps``, ``Minutes``, ``Milestones``, several in a list, or None.
-    ``keep``: retention policies, a union; none keeps everything. ``staging_bytes``: the arena's budget; by default
-    the state's size, at most a quarter of the memory that is free. ``on_busy``: what a save that is due does while
-    earlier saves hold the arena: ``wait`` (default; training stalls), ``skip`` (``step`` returns None; an explicit
-    ``save`` waits), ``error`` (``ArenaBusy``). ``max_in_flight``: saves not yet durable at one time. ``name``: the
-    directories' template. ``config``: plain values recorded in every manifest. ``preempt``: save on SIGTERM and such.
+    ``keep``: retention policies, a union; none keeps everything. ``format``: ``safetensors`` or ``zarr``. ``codec``:
+    ``none``, ``auto``, ``planes``, ``lz4``, ``zstd``, ``blosc``, or one of ``asyncckpt.codecs`` with its options; all
+    lossless. ``incremental``: files whose bytes equal the previous checkpoint's are linked, not written (frozen
+    parameters get shards of their own); every checkpoint stays complete by itself. ``staging_bytes``: the arena's
+    budget; by default the state's size, at most a quarter of the memory that is free. ``on_busy``: what a save
+    that is due does while earlier saves hold the arena: ``wait`` (default; training stalls), ``skip`` (``step`` returns
+    None; an explicit ``save`` waits), ``error`` (``ArenaBusy``). ``max_in_flight``: saves not yet durable at one
+    time. ``name``: the directories' template. ``config``: plain values recorded in every manifest. ``preempt``: save on
+    SIGTERM and such.
     ``on_event``: called with every event. ``overwrite``: saving a step again replaces it. ``takeover``: cut off a run
     that holds the directory and cannot be reached.
 
@@ -66,6 +72,8 @@ class Checkpointer(Run):
         every: cadence.Every = None,
         keep: retention.Policy | Sequence[retention.Policy] = (),
         format: str = "safetensors",
+        codec: str | Codec = "none",
+        incremental: bool = True,
         staging_bytes: int | None = None,
         on_busy: OnBusy = "wait",
         max_in_flight: int = 2,
@@ -92,6 +100,8 @@ class Checkpointer(Run):
         super().__init__(path, direct=self._writer_options.direct, events=events)
         self._every = cadence.parse(every)
         self._format = formats.get(format)
+        self._codec = codecs.get(codec)
+        self._incremental = incremental
         self._digest = digest
         self._ledger = Ledger(self.path, naming.NameTemplate(name), self._damaged, overwrite=overwrite)
         self._config = config_tree(config)
@@ -103,7 +113,9 @@ class Checkpointer(Run):
         self._lease_options = lease
         if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
             extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
-        self._layouts = LayoutCache(self._format, LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes))
+        self._layouts = LayoutCache(
+            self._format, self._codec, LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes)
+        )
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._committer = Committer(
@@ -113,7 +125,10 @@ class Checkpointer(Run):
         self._signals = SignalWatch(preempt) if preempt is not None else None
         self._arena = Arena()
         self._stager = Stager()
-        self._pool = WriterPool(self._writer_options.threads)
+        threads = self._writer_options.threads
+        self._encoder = Encoder(self._codec, threads)
+        # encoding is work for the processor, which training may need more
+        self._pool = WriterPool(threads, niceness=_ENCODING_NICENESS if self._codec.name != "none" else 0)
         self._lease: Lease | None = None
         self._last_saved_seconds = time.monotonic()
         self._prepared = False
@@ -314,6 +329,7 @@ class Checkpointer(Run):
             kind=kind,
             metrics=metrics,
             shard_format=self._format.name,
+            codec=self._codec,
             digest=self._digest,
             config=self._config,
             replace=self._overwrite,
@@ -323,13 +339,15 @@ class Checkpointer(Run):
             store=self._store,
             pool=self._pool,
             arena=self._arena,
+            encoder=self._encoder,
+            previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
             events=self.events,
             make_room=functools.partial(self._committer.make_room, step=snapshot.step),
             started_seconds=began,
         )
 
     def _grow_arena(self, snapshot: Snapshot, layout: Layout) -> None:
-        sizes = [extent.nbytes for extent in layout.extents()]
+        sizes = [slot_bytes(extent) for extent in layout.extents()]
         budget = default_budget(sizes) if self._staging_bytes is None else self._staging_bytes
         pin = any(piece.tensor.is_cuda for piece in snapshot.pieces())
         self._arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)

@@ -8,7 +8,6 @@ from the staged bytes before they are written. Any error poisons the attempt; no
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 import time
@@ -21,12 +20,15 @@ from typing import Any
 from asyncckpt import environment, formats, manifest, plain
 from asyncckpt.arena import Arena, Slot
 from asyncckpt.digests import get as get_digest
+from asyncckpt.encoder import Encoder
 from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
-from asyncckpt.events import EventBus, ExtentWritten, Written
-from asyncckpt.manifest import Manifest
-from asyncckpt.protocols import Attempt, JsonValue, Layout, ShardWriter, Snapshot, Store
+from asyncckpt.events import EventBus, Written
+from asyncckpt.previous import Previous
+from asyncckpt.protocols import Attempt, Codec, JsonValue, Layout, Snapshot, Store
+from asyncckpt.records import Manifest
 from asyncckpt.staging import Ready
 from asyncckpt.writer import WriterPool
+from asyncckpt.writing import ShardsWriting
 
 log = logging.getLogger("asyncckpt")
 
@@ -64,6 +66,7 @@ def contents_of(
     kind: str,
     metrics: Mapping[str, float],
     shard_format: str,
+    codec: Codec,
     digest: str,
     config: JsonValue,
     replace: bool,
@@ -84,6 +87,8 @@ def contents_of(
         environment=environment.record(),
         files=(),
         components={},
+        codec=codec.name,
+        codec_options=codec.to_dict(),
     )
     return Contents(
         draft=draft,
@@ -106,6 +111,8 @@ class Save:
         store: Store,
         pool: WriterPool,
         arena: Arena,
+        encoder: Encoder,
+        previous: Callable[[], Previous | None],
         events: EventBus,
         make_room: Callable[[int], None],
         started_seconds: float,
@@ -114,45 +121,46 @@ class Save:
         self.step = contents.draft.step
         self.started_seconds = self.written_seconds = started_seconds
         self._store = store
-        self._pool = pool
-        self._arena = arena
         self._events = events
         self._make_room = make_room
+        self._codec = encoder.codec
         #: Told of the first error, so that staging stops too. Set before the first extent is taken.
         self.on_error: Callable[[BaseException], None] = lambda _error: None
         self.digest = get_digest(contents.draft.digest)
-        self._extents = contents.layout.extents()
-        shards = contents.layout.shards
-        self._first = [0]
-        for shard in shards:
-            self._first.append(self._first[-1] + len(shard.extents))
-        self._hexes: list[str] = [""] * len(self._extents)
-        self._missing = [len(shard.extents) for shard in shards]
-        self._unfinished = len(shards)
-        self._in_flight = 0
-        self._writers: dict[int, ShardWriter] = {}
         self._attempt: Attempt | None = None
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._start_lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._format = formats.get(contents.draft.shard_format)
+        self.shards = ShardsWriting(
+            contents.layout,
+            step=self.step,
+            shard_format=self._format,
+            digest=self.digest,
+            encoder=encoder,
+            previous=previous,
+            pool=pool,
+            arena=arena,
+            events=events,
+            start=self._start,
+            fail=self.fail,
+            failed=lambda: self._error is not None,
+            changed=self._notify,
+        )
 
     @property
     def error(self) -> BaseException | None:
         """What poisoned the attempt, or None."""
         return self._error
 
-    def unwritten_bytes(self) -> int:
-        """What this save will still take from the disk (0 where blocks are already reserved or written)."""
-        with self._lock:
-            started = set(self._writers)
-        return sum(shard.nbytes for number, shard in enumerate(self.contents.layout.shards) if number not in started)
-
     def take(self, number: int, slot: Slot, ready: Ready, digest: str | None) -> None:
-        """Accept a staged extent, with its digest where it was taken already. Never blocks."""
-        with self._lock:
-            self._in_flight += 1
-        self._pool.submit(lambda: self._write(number, slot, ready, digest))
+        """Accept a staged extent, with its content digest where it was taken already. Never blocks."""
+        self.shards.take(number, slot, ready, digest)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
         """Poison the attempt: nothing of it will be published. The first error is kept. Idempotent."""
@@ -161,6 +169,7 @@ class Save:
                 return
             self._error = error
             self._changed.notify_all()
+        self.shards.abandon()
         self.on_error(error)
 
     def commit(
@@ -218,67 +227,21 @@ class Save:
             if self._attempt is None:
                 if self._error is not None:
                     raise self._error
-                self._make_room(self.contents.layout.nbytes + _SMALL_FILES_BYTES)
+                self._make_room(self.shards.expected_bytes() + _SMALL_FILES_BYTES)
                 self._attempt = self._store.begin(self.step, self.contents.draft.attempt)
             return self._attempt
-
-    def _shard_writer(self, number: int) -> ShardWriter:
-        attempt = self._start()
-        with self._start_lock:
-            writer = self._writers.get(number)
-            if writer is None:
-                if self._error is not None:
-                    raise self._error
-                shard = self.contents.layout.shards[number]
-                writer = self._writers[number] = attempt.create_shard(shard.file, shard.nbytes)
-            return writer
-
-    def _write(self, number: int, slot: Slot, ready: Ready, digest: str | None) -> None:
-        extent = self._extents[number]
-        try:
-            if self._error is None:
-                began = time.perf_counter()
-                ready()
-                # the digest is of the staged bytes, before anything below this line could spoil them
-                self._hexes[number] = digest or self.digest(slot.view[: extent.nbytes])
-                writer = self._shard_writer(extent.shard)
-                writer.write_at(slot.view, extent.nbytes, extent.offset)
-                now = time.perf_counter()
-                self._events.emit(
-                    ExtentWritten(step=self.step, at_seconds=now, nbytes=extent.nbytes, seconds=now - began)
-                )
-        except BaseException as error:
-            self.fail(error)
-        finally:
-            self._arena.release(slot)
-        self._finish_extent(extent.shard)
-
-    def _finish_extent(self, shard: int) -> None:
-        with self._lock:
-            self._missing[shard] -= 1
-            complete = self._missing[shard] == 0 and self._error is None
-        if complete:
-            try:
-                self._writers[shard].finish()
-            except BaseException as error:
-                self.fail(error)
-        with self._changed:
-            self._in_flight -= 1
-            if complete:
-                self._unfinished -= 1
-            self._changed.notify_all()
 
     def _wait_written(self, timeout_seconds: float) -> None:
         deadline = self.started_seconds + timeout_seconds
         with self._changed:
-            while self._unfinished and self._error is None:
+            while self.shards.unfinished and self._error is None:
                 remaining = deadline - time.perf_counter()
                 if remaining <= 0:
                     break
                 self._changed.wait(remaining)
             if self._error is not None:
                 raise self._error
-            if self._unfinished:
+            if self.shards.unfinished:
                 raise SaveAbandoned(
                     f"step {self.step}: not durable after {timeout_seconds:.0f} s; the save was given up so that "
                     f"training goes on. Check the storage under {getattr(self._store, 'path', 'the run')}"
@@ -287,21 +250,18 @@ class Save:
     def _write_small(self, attempt: Attempt) -> dict[str, bytes]:
         contents = self.contents
         small = {manifest.STATE_FILE: plain.dumps(contents.trees)}
-        shard_format = formats.get(contents.draft.shard_format)
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
-            index = shard_format.index(component, shards) if shards else None
-            if index is not None:
-                small[index[0]] = index[1]
+            if shards:
+                small |= self._format.small_files(component, shards, self._codec)
         asyncio.run(attempt.write_small(small))
         return small
 
     def _write_manifest(self, attempt: Attempt, small: Mapping[str, bytes]) -> Manifest:
         contents = self.contents
         attempt.sync_directory()
-        hexes = [self._hexes[a:b] for a, b in itertools.pairwise(self._first)]
         files = [
-            *manifest.shard_records(contents.layout, hexes),
+            *self.shards.records(),
             *(manifest.whole_file(name, data, self.digest) for name, data in small.items()),
         ]
         draft = replaced(contents.draft, files=tuple(files))
@@ -312,10 +272,12 @@ class Save:
 
     def _components_json(self) -> str:
         contents = self.contents
-        key = plain.dumps({"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}})
+        orders = self.shards.orders()
+        names = {"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}}
+        key = plain.dumps(names), orders
         cached = contents.layout.cache.get("components")
         if cached is None or cached[0] != key:
-            body = manifest.components_of(contents.layout, contents.kinds, contents.aliases)
+            body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, orders)
             cached = contents.layout.cache["components"] = (key, plain.dumps(body).decode().rstrip("\n"))
         text: str = cached[1]
         return text
@@ -325,7 +287,7 @@ class Save:
         storage), to be called again, or left to the next run. Idempotent; never raises."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            if not self._changed.wait_for(lambda: self._in_flight == 0, timeout_seconds):
+            if not self._changed.wait_for(lambda: self.shards.in_flight == 0, timeout_seconds):
                 return
         if self._start_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             attempt = self._attempt  # nobody can create files from here on: the error is set

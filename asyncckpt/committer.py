@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncckpt import manifest as manifests
 from asyncckpt.arena import Arena
 from asyncckpt.catalog import LATEST, Catalog, CheckpointInfo
 from asyncckpt.commit import Save
-from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughSpace, SaveAbandoned
+from asyncckpt.errors import (
+    ArenaBusy,
+    AsyncCkptError,
+    CheckpointDamaged,
+    InvalidOption,
+    NotEnoughSpace,
+    SaveAbandoned,
+)
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
+from asyncckpt.previous import KnownFile, Previous, files_of
 from asyncckpt.reading import Damage
 from asyncckpt.retention import Policy, plan
 from asyncckpt.staging import StagingJob
@@ -71,6 +81,8 @@ class Committer:
         self._changed = threading.Condition()
         self._retention_lock = threading.Lock()
         self._damaged = damaged
+        #: By kind: the checkpoint that the next save may take files over from.
+        self._last: dict[str, tuple[str, Mapping[str, KnownFile]] | None] = {}
 
     def submit(self, flight: InFlight) -> None:
         """Follow this save to its end. Never blocks."""
@@ -141,13 +153,33 @@ class Committer:
                 self._end(flight, error)
                 self._pool.replace_stuck(_GRACE_SECONDS)
 
+    def previous(self, kind: str) -> Previous | None:
+        """The newest checkpoint of that kind, open, for a save to take unchanged files over from. Blocks on the disk
+        the first time. Never raises: without one, everything is written."""
+        try:
+            if kind not in self._last:
+                self._last[kind] = self._newest(kind)
+            last = self._last[kind]
+            return None if last is None else Previous(self._store.open(last[0]), last[1])
+        except (AsyncCkptError, OSError) as error:
+            log.warning("nothing is taken over from the checkpoint before: %s", error)
+            return None
+
+    def _newest(self, kind: str) -> tuple[str, Mapping[str, KnownFile]] | None:
+        usable = [e for e in self._catalog.entries(fresh=False) if e.kind == kind and e.damage is None]
+        usable = [entry for entry in usable if entry.name not in self._damaged]
+        if not usable:
+            return None
+        with contextlib.closing(self._store.open(usable[-1].name)) as reader:
+            return usable[-1].name, files_of(manifests.load(reader))
+
     def close(self) -> None:
         """End the thread after what was submitted."""
         self._pool.close()
 
     def make_room(self, nbytes: int, step: int) -> None:
         """Before anything is written: enough space, after a retention run if need be. Raises ``NotEnoughSpace``."""
-        reserved = sum(f.save.unwritten_bytes() for f in self.in_flight() if f.save.step != step)
+        reserved = sum(f.save.shards.unwritten_bytes() for f in self.in_flight() if f.save.step != step)
         if self._store.free_bytes() - reserved >= nbytes:
             return
         self.prune()
@@ -188,6 +220,7 @@ class Committer:
                 step=save.step,
                 path=f"{self._store.path}/{written.name}",
                 nbytes=written.nbytes,
+                written_bytes=written.nbytes - save.shards.linked()[1],
                 stall_seconds=flight.job.stall_seconds,
                 staged_seconds=flight.job.staged_seconds,
                 durable_seconds=now - save.started_seconds,
@@ -198,6 +231,7 @@ class Committer:
                     at_seconds=now,
                     path=report.path,
                     nbytes=report.nbytes,
+                    written_bytes=report.written_bytes,
                     durable_seconds=report.durable_seconds,
                     stall_seconds=report.stall_seconds,
                     commit_seconds=now - max(began, save.written_seconds),
@@ -207,8 +241,12 @@ class Committer:
         except BaseException as caught:
             error = caught
             flight.job.cancel(caught)
+        save.shards.close()
         if error is None:
+            self._last[written.kind] = written.name, save.shards.files()
             self._after(save, written.name)
+        elif isinstance(error, CheckpointDamaged):  # of the one before: write everything next time
+            self._last[save.contents.draft.kind] = None
         self._end(flight, error)
         if error is not None:
             save.discard(30.0)  # only where writes hung: the failure was not to wait for them

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from asyncckpt.arena import Slot
-from asyncckpt.protocols import Piece, Segment
+from asyncckpt.protocols import Extent, Piece, Segment
 
 _libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -54,6 +54,15 @@ def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Sl
             first = segment.source_offset // item
             _copy_strided(tensor, first, first + segment.nbytes // item, target.view(tensor.dtype))
     _flush(batch, slot, start, end)
+
+
+def fill_rest(slot: Slot, extent: Extent) -> None:
+    """Zeros after an extent's last segment: what a chunk at an array's edge is padded with. Done on return."""
+    if extent.segments:
+        last = extent.segments[-1]
+        end = last.extent_offset + last.nbytes
+        if end < extent.nbytes:
+            slot.tensor[end : extent.nbytes].zero_()
 
 
 def write_header(slot: Slot, header: bytes) -> None:

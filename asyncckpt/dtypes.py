@@ -30,3 +30,5 @@ CODES: dict[torch.dtype, str] = {
 }
 DTYPES: dict[str, torch.dtype] = {code: dtype for dtype, code in CODES.items()}
 ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
+#: Bytes of the numbers an item is made of, the ones whose planes are alike: a complex number is two floats.
+PLANE_BYTES: dict[str, int] = ITEM_BYTES | {"C64": 4}

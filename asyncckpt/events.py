@@ -80,6 +80,7 @@ class Committed(Event):
 
     path: str
     nbytes: int
+    written_bytes: int
     durable_seconds: float
     stall_seconds: float
     commit_seconds: float

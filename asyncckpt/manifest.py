@@ -11,97 +11,49 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
-from asyncckpt import digests
+from asyncckpt import codecs, digests
 from asyncckpt.dtypes import ITEM_BYTES
-from asyncckpt.errors import CheckpointDamaged, ManifestInvalid, VersionUnsupported
+from asyncckpt.errors import CheckpointDamaged, InvalidOption, ManifestInvalid, UnknownName, VersionUnsupported
 from asyncckpt.plain import loads
-from asyncckpt.protocols import JsonValue, Layout, Reader
+from asyncckpt.protocols import Chunking, JsonValue, Layout, Reader
+from asyncckpt.records import (
+    ChunkedRecord,
+    ComponentRecord,
+    ExtentRecord,
+    FileRecord,
+    Manifest,
+    PartRecord,
+    StoredTensor,
+    TensorRecord,
+)
 
 FORMAT_NAME: Final = "asyncckpt"
-FORMAT_VERSION: Final = 1
+#: What this version reads; a manifest says the oldest that can read it: 1 where no tensor is chunked.
+FORMAT_VERSION: Final = 2
 FILE_NAME: Final = "manifest.json"
 #: The plain values of every component.
 STATE_FILE: Final = "state.json"
 #: Room for ten million tensors; more is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
+#: A chunk is decoded into memory as a whole.
+MAX_CHUNK_BYTES: Final = 1 << 30
 _SELF_DIGEST: Final = "xxh3-128"
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,254}\Z")
+_NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
+#: Directories in a file's name.
+_MAX_DEPTH: Final = 3
 _LIMIT: Final = 1 << 62
 
 
-@dataclass(frozen=True, slots=True)
-class ExtentRecord:
-    """A digested byte range of a file."""
-
-    offset: int
-    nbytes: int
-    digest: str
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """A file of the checkpoint, covered from its first byte to its last by extents."""
-
-    name: str
-    nbytes: int
-    extents: tuple[ExtentRecord, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """Where a stored tensor lies."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    begin: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.begin
-
-
-@dataclass(frozen=True, slots=True)
-class ComponentRecord:
-    """One component: how it was captured, its stored tensors, and the other names of tied ones."""
-
-    kind: str
-    tensors: Mapping[str, TensorRecord]
-    aliases: Mapping[str, str]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """A whole checkpoint, as recorded. ``metrics`` and ``config`` are the user's; ``environment`` is recorded."""
-
-    step: int
-    name: str
-    attempt: str
-    kind: str
-    created_unix_seconds: float
-    world_size: int
-    shard_format: str
-    digest: str
-    layout: str
-    metrics: Mapping[str, float]
-    config: JsonValue
-    environment: Mapping[str, JsonValue]
-    files: tuple[FileRecord, ...]
-    components: Mapping[str, ComponentRecord]
-    size_bytes: int = field(default=0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files, the manifest's own included."""
-        return sum(record.nbytes for record in self.files) + self.size_bytes
-
-
-def components_of(layout: Layout, kinds: Mapping[str, str], aliases: Mapping[str, Mapping[str, str]]) -> Any:
-    """The manifest's ``components`` for a layout: ``{name: {kind, tensors, aliases}}`` as JSON."""
+def components_of(
+    layout: Layout,
+    kinds: Mapping[str, str],
+    aliases: Mapping[str, Mapping[str, str]],
+    orders: Mapping[str, Sequence[int]],
+) -> Any:
+    """The manifest's ``components`` for a layout: ``{name: {kind, tensors, aliases}}`` as JSON. ``orders[file]`` says
+    which of the file's extents each extent of the layout became."""
     body: dict[str, Any] = {
         name: {"kind": kind, "tensors": {}, "aliases": dict(aliases.get(name, {}))} for name, kind in kinds.items()
     }
@@ -110,15 +62,40 @@ def components_of(layout: Layout, kinds: Mapping[str, str], aliases: Mapping[str
         for placement in shard.placements:
             spec = placement.spec
             tensors[spec.name] = [spec.dtype, list(spec.shape), shard.file, placement.begin, placement.end]
+        for run in shard.runs:
+            row = tensors.setdefault(run.tensor.spec.name, _chunked_row(run.tensor))
+            if run.count:
+                chosen = orders[shard.file][run.first : run.first + run.count]
+                row["parts"].append(_part_row(PartRecord(shard.file, tuple(chosen))))
     return body
+
+
+def _chunked_row(tensor: Chunking | ChunkedRecord) -> dict[str, Any]:
+    spec = tensor.spec if isinstance(tensor, Chunking) else tensor
+    return {
+        "dtype": spec.dtype,
+        "shape": list(spec.shape),
+        "chunk": tensor.chunk_bytes,
+        "run": tensor.run_bytes,
+        "padded": tensor.padded,
+        "parts": [],
+    }
+
+
+def _part_row(part: PartRecord) -> list[Any]:
+    first, count = part.extents[0], len(part.extents)
+    if part.extents == tuple(range(first, first + count)):
+        return [part.file, first, count]
+    return [part.file, list(part.extents)]
 
 
 def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
     """The file's bytes. ``components_json`` spares re-encoding what did not change since the last save."""
     components = components_json if components_json is not None else json.dumps(_components_json(manifest.components))
+    plain = manifest.codec == "none" and '"parts":' not in components
     body: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if plain else FORMAT_VERSION,
         "step": manifest.step,
         "name": manifest.name,
         "attempt": manifest.attempt,
@@ -131,13 +108,21 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "metrics": {name: _metric_to_json(value) for name, value in manifest.metrics.items()},
         "config": manifest.config,
         "environment": dict(manifest.environment),
-        "files": [
-            {"name": f.name, "nbytes": f.nbytes, "extents": [[e.offset, e.nbytes, e.digest] for e in f.extents]}
-            for f in manifest.files
-        ],
+        "files": [_file_json(record) for record in manifest.files],
     }
+    if not plain:
+        body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
     text = json.dumps(body, allow_nan=False, separators=(",", ":"))
     return seal(f'{text[:-1]},"components":{components}'.encode())
+
+
+def _file_json(record: FileRecord) -> dict[str, Any]:
+    rows = [
+        [e.offset, e.nbytes, e.digest, e.content, e.stored] if e.content or e.stored else [e.offset, e.nbytes, e.digest]
+        for e in record.extents
+    ]
+    body = {"name": record.name, "nbytes": record.nbytes, "extents": rows}
+    return body | {"plan": record.plan} if record.plan else body
 
 
 def seal(body: bytes) -> bytes:
@@ -167,6 +152,7 @@ def decode(data: bytes, where: str) -> Manifest:
     if digest not in digests.names():
         body.fail(f"names the unknown digest algorithm {digest!r}")
     files = _files(body, digest)
+    codec, codec_options = _codec(body) if version > 1 else ("none", {})
     manifest = Manifest(
         step=body.whole("step"),
         name=body.plain_name("name", body.take("name", str)),
@@ -181,7 +167,9 @@ def decode(data: bytes, where: str) -> Manifest:
         config=body.take("config", object),
         environment=body.take("environment", dict),
         files=files,
-        components=_components(body, {record.name: record.nbytes for record in files}),
+        components=_components(body, {record.name: record for record in files}),
+        codec=codec,
+        codec_options=codec_options,
         size_bytes=len(data),
     )
     if manifest.kind not in ("full", "weights"):
@@ -245,44 +233,78 @@ class _Body:
             self.fail(f"has a {what!r} that is no plain file name: {value!r:.80}")
         return value
 
+    def file_name(self, value: Any) -> str:
+        """A plain name, or directories of plain names and one."""
+        parts = value.split("/") if isinstance(value, str) else [value]
+        if len(parts) > _MAX_DEPTH:
+            self.fail(f"has a file name that is too deep: {value!r:.80}")
+        for part in parts:
+            self.plain_name("file name", part)
+        return str(value)
+
+
+def _codec(body: _Body) -> tuple[str, dict[str, Any]]:
+    item = _Body(body.take("codec", dict), body.where)
+    name, options = item.take("name", str), item.take("options", dict)
+    try:
+        codecs.get(name, options)
+    except (UnknownName, InvalidOption) as error:
+        raise VersionUnsupported(
+            f"{body.where}: written with a codec this asyncckpt does not know ({error}). Upgrade: "
+            f"pip install -U asyncckpt"
+        ) from error
+    return name, options
+
 
 def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
     records: list[FileRecord] = []
     hex_digits = re.compile(rf"[0-9a-f]{{{digests.hex_length(digest)}}}\Z")
     for entry in body.take("files", list):
         item = _Body(entry, body.where)
-        name = item.plain_name("file name", item.take("name", str))
+        name = item.file_name(item.take("name", str))
         nbytes = item.whole("nbytes")
         extents: list[ExtentRecord] = []
         position = 0
         for row in item.take("extents", list):
-            if not isinstance(row, list) or len(row) != 3:
+            if not isinstance(row, list) or len(row) not in (3, 5):
                 body.fail(f"has a malformed extent of {name!r}")
             offset, length = body.size("offset", row[0]), body.size("nbytes", row[1])
             if offset != position or (length == 0 and nbytes) or offset + length > nbytes:
                 body.fail(f"has extents of {name!r} that overlap, leave a gap or pass its end")
             if not isinstance(row[2], str) or not hex_digits.match(row[2]):
                 body.fail(f"has a malformed digest of {name!r}")
-            extents.append(ExtentRecord(offset, length, row[2]))
+            content, stored = row[3:] or ("", 0)
+            if not isinstance(content, str) or (content and not hex_digits.match(content)):
+                body.fail(f"has a malformed content digest of {name!r}")
+            if body.size("stored", stored) > length:
+                body.fail(f"has an extent of {name!r} that holds more than its bytes")
+            extents.append(ExtentRecord(offset, length, row[2], content, stored))
             position += length
         if position != nbytes or not extents:
             body.fail(f"has extents that do not cover {name!r}")
-        records.append(FileRecord(name, nbytes, tuple(extents)))
+        plan = entry.get("plan", "")
+        if not isinstance(plan, str):
+            body.fail(f"has a malformed plan of {name!r}")
+        records.append(FileRecord(name, nbytes, tuple(extents), plan))
     folded = [record.name.casefold() for record in records] + [FILE_NAME]
     if len(set(folded)) != len(folded):
         body.fail("lists a file twice (or two names that differ only in case)")
+    folders = {name[:i] for name in folded for i, char in enumerate(name) if char == "/"}
+    if not folders.isdisjoint(folded):
+        body.fail("lists a name as a file and as a directory")
     return tuple(records)
 
 
-def _components(body: _Body, sizes: Mapping[str, int]) -> dict[str, ComponentRecord]:
+def _components(body: _Body, files: Mapping[str, FileRecord]) -> dict[str, ComponentRecord]:
     found: dict[str, ComponentRecord] = {}
     for name, entry in body.take("components", dict).items():
         if "." in body.plain_name("component name", name):
             body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
         item = _Body(entry, body.where)
-        tensors: dict[str, TensorRecord] = {}
+        tensors: dict[str, StoredTensor] = {}
         for tensor, row in item.take("tensors", dict).items():
-            tensors[tensor] = _tensor(body, tensor, row, sizes)
+            read = _chunked if isinstance(row, dict) else _tensor
+            tensors[tensor] = read(body, tensor, row, files)
         aliases = item.take("aliases", dict)
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in tensors or alias in tensors:
@@ -292,29 +314,83 @@ def _components(body: _Body, sizes: Mapping[str, int]) -> dict[str, ComponentRec
     return found
 
 
-def _tensor(body: _Body, name: str, row: Any, sizes: Mapping[str, int]) -> TensorRecord:
-    if not isinstance(row, list) or len(row) != 5 or not isinstance(row[1], list) or len(row[1]) > 64:
-        body.fail(f"has a malformed entry for tensor {name!r:.80}")
-    dtype, shape, file, begin, end = row
+def _dense(body: _Body, name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...], int]:
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         body.fail(f"gives tensor {name!r:.80} the unknown dtype {dtype!r:.20}")
+    if not isinstance(shape, list) or len(shape) > 64:
+        body.fail(f"gives tensor {name!r:.80} a malformed shape")
     nbytes = ITEM_BYTES[dtype]
     for size in shape:
         nbytes *= body.size(f"shape of {name:.80}", size)
-    if not isinstance(file, str) or file not in sizes:
+    return dtype, tuple(shape), nbytes
+
+
+def _tensor(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> TensorRecord:
+    if not isinstance(row, list) or len(row) != 5:
+        body.fail(f"has a malformed entry for tensor {name!r:.80}")
+    dtype, shape, nbytes = _dense(body, name, row[0], row[1])
+    file, begin, end = row[2:]
+    if not isinstance(file, str) or file not in files:
         body.fail(f"puts tensor {name!r:.80} into a file it does not list")
     begin, end = body.size("begin", begin), body.size("end", end)
-    if end > sizes[file] or end - begin != nbytes or begin % ITEM_BYTES[dtype]:
+    if end > files[file].nbytes or end - begin != nbytes or begin % ITEM_BYTES[dtype]:
         body.fail(f"gives tensor {name!r:.80} a byte range that does not fit its shape or its file")
-    return TensorRecord(dtype, tuple(shape), file, begin, end)
+    return TensorRecord(dtype, shape, file, begin, end)
+
+
+def _chunked(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> ChunkedRecord:
+    item = _Body(row, body.where)
+    dtype, shape, nbytes = _dense(body, name, item.take("dtype", str), item.take("shape", list))
+    chunk, run = item.whole("chunk"), item.whole("run")
+    if chunk > MAX_CHUNK_BYTES:
+        body.fail(f"gives tensor {name!r:.80} chunks of {chunk} bytes, over the limit of {MAX_CHUNK_BYTES}")
+    if nbytes and (not chunk or not run or nbytes % run or chunk % ITEM_BYTES[dtype] or run % ITEM_BYTES[dtype]):
+        body.fail(f"gives tensor {name!r:.80} chunks that do not fit its shape")
+    parts = [_part(body, name, part, files) for part in item.take("parts", list)]
+    count = nbytes // run * -(-run // chunk) if nbytes else 0
+    if sum(len(part.extents) for part in parts) != count:
+        body.fail(f"lacks chunks of tensor {name!r:.80}, or has more than it should")
+    record = ChunkedRecord(dtype, shape, nbytes, chunk, run, item.take("padded", bool), tuple(parts))
+    number = 0
+    for part in parts:
+        for extent in part.extents:
+            found = files[part.file].extents[extent]
+            expected = chunk if record.padded else record.span(number)[1]
+            if not found.content and (found.stored or found.nbytes) != expected:
+                body.fail(f"has a chunk of tensor {name!r:.80} of the wrong size")
+            number += 1
+    return record
+
+
+def _part(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> PartRecord:
+    if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str) or row[0] not in files:
+        body.fail(f"puts chunks of tensor {name!r:.80} into a file it does not list")
+    most = len(files[row[0]].extents)
+    numbers: Sequence[Any] = ()
+    if len(row) == 3:
+        first, count = body.size("extent", row[1]), body.size("count", row[2])
+        numbers = range(first, first + min(count, most + 1))
+    elif isinstance(row[1], list):
+        numbers = row[1]
+    if not numbers or len(numbers) > most or not all(body.size("extent", i) < most for i in numbers):
+        body.fail(f"has chunks of tensor {name!r:.80} in extents that are not there")
+    return PartRecord(row[0], tuple(numbers))
 
 
 def _check_overlaps(body: _Body, components: Mapping[str, ComponentRecord]) -> None:
     ranges: dict[str, list[tuple[int, int]]] = {}
+    taken: set[tuple[str, int]] = set()
     for component in components.values():
         for tensor in component.tensors.values():
-            if tensor.nbytes:
+            if isinstance(tensor, ChunkedRecord):
+                mine = [(part.file, extent) for part in tensor.parts for extent in part.extents]
+                if len(set(mine)) != len(mine) or not taken.isdisjoint(mine):
+                    body.fail("has an extent that is two chunks")
+                taken.update(mine)
+            elif tensor.nbytes:
                 ranges.setdefault(tensor.file, []).append((tensor.begin, tensor.end))
+    if not ranges.keys().isdisjoint(file for file, _ in taken):
+        body.fail("has a file with whole tensors and with chunks")
     for file, spans in ranges.items():
         spans.sort()
         if any(after[0] < before[1] for before, after in itertools.pairwise(spans)):
@@ -325,11 +401,17 @@ def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
     return {
         name: {
             "kind": component.kind,
-            "tensors": {n: [t.dtype, list(t.shape), t.file, t.begin, t.end] for n, t in component.tensors.items()},
+            "tensors": {n: _tensor_json(tensor) for n, tensor in component.tensors.items()},
             "aliases": dict(component.aliases),
         }
         for name, component in components.items()
     }
+
+
+def _tensor_json(tensor: StoredTensor) -> Any:
+    if isinstance(tensor, TensorRecord):
+        return [tensor.dtype, list(tensor.shape), tensor.file, tensor.begin, tensor.end]
+    return _chunked_row(tensor) | {"parts": [_part_row(part) for part in tensor.parts]}
 
 
 def _metric_to_json(value: float) -> JsonValue:
@@ -345,15 +427,3 @@ def _metric_from_json(value: Any, body: _Body) -> float:
 def whole_file(name: str, data: bytes, digest: Callable[[Any], str]) -> FileRecord:
     """The record of a small file: one extent from its first byte to its last."""
     return FileRecord(name, len(data), (ExtentRecord(0, len(data), digest(data)),))
-
-
-def shard_records(layout: Layout, found: Sequence[Sequence[str]]) -> list[FileRecord]:
-    """The records of a layout's shards; ``found[shard][extent]`` are the digests of the staged bytes."""
-    return [
-        FileRecord(
-            shard.file,
-            shard.nbytes,
-            tuple(ExtentRecord(e.offset, e.nbytes, d) for e, d in zip(shard.extents, hexes, strict=True)),
-        )
-        for shard, hexes in zip(layout.shards, found, strict=True)
-    ]

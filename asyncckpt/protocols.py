@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+
+from asyncckpt.errors import InvalidOption
 
 if TYPE_CHECKING:
     import mmap
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 Buffer: TypeAlias = "bytes | bytearray | memoryview | mmap.mmap"
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
+#: Room for a frame header before a chunk that is staged for a codec: stored as it is, it becomes a frame where it lies.
+LEAD_BYTES = 16
 #: File offsets, extent boundaries and memory handed to O_DIRECT are multiples of this many bytes.
 ALIGNMENT_BYTES = 4096
 
@@ -30,12 +34,14 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One global tensor: its name inside the component, the safetensors dtype code, and its global shape."""
+    """One global tensor: its name inside the component, the safetensors dtype code, and its global shape. ``frozen``:
+    training does not change it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    frozen: bool = False
 
 
 @dataclass(slots=True)
@@ -82,18 +88,26 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """An aligned byte range of a shard: staged, hashed and written as a unit. ``header`` are leading format bytes."""
+    """A byte range of a shard: staged, hashed and written as a unit. ``header`` are leading format bytes; what no
+    segment covers after the last one is zeros.
+
+    ``item_bytes`` over 0: a chunk that the codec encodes, of items of that size; its data begins ``LEAD_BYTES`` into
+    the staged bytes. ``stored`` are the bytes of it that mean something; in a shard that is placed while it is written
+    ``offset`` says only the order.
+    """
 
     shard: int
     offset: int
     nbytes: int
     header: bytes
     segments: tuple[Segment, ...]
+    item_bytes: int = 0
+    stored: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a tensor lies: byte range ``[begin, end)`` of the shard's file."""
+    """Where a whole tensor lies: byte range ``[begin, end)`` of the shard's file."""
 
     spec: TensorSpec
     begin: int
@@ -101,14 +115,57 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunking:
+    """How a tensor is cut into chunks: contiguous parts of its row-major bytes.
+
+    Its bytes are runs of ``run_bytes``; each run is cut into chunks of ``chunk_bytes``, the last one of a run shorter,
+    or, where ``padded``, filled up with zeros. ``grid`` and ``chunk_shape`` say the same as shapes (zarr).
+    """
+
+    spec: TensorSpec
+    chunk_bytes: int
+    run_bytes: int
+    padded: bool
+    chunk_shape: tuple[int, ...]
+    shard_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRun:
+    """Consecutive chunks of one tensor in one shard: ``count`` extents of it from number ``first``."""
+
+    tensor: Chunking
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of a checkpoint that holds tensors of one component."""
+    """One file of a checkpoint that holds tensors of one component: whole ones (``placements``) and chunked ones.
+
+    ``floating``: extents get their places as they are written, after ``reserved_bytes`` for the format's header;
+    ``nbytes`` is then the most the file can have. ``plan`` is a digest of all this, empty where the file's own bytes
+    say it.
+    """
 
     file: str
     component: str
     nbytes: int
     placements: tuple[Placement, ...]
     extents: tuple[Extent, ...]
+    runs: tuple[ChunkRun, ...] = ()
+    floating: bool = False
+    reserved_bytes: int = 0
+    plan: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where an extent of a floating shard came to lie: ``stored`` bytes of meaning, ``nbytes`` with padding."""
+
+    offset: int
+    nbytes: int
+    stored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +181,65 @@ class Layout:
         return [extent for shard in self.shards for extent in shard.extents]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayoutOptions:
+    """``shard_bytes``: data bytes after which a new shard begins. ``extent_bytes``: the unit of staging, hashing and
+    writing, a multiple of 4096."""
+
+    shard_bytes: int = 4 << 30
+    extent_bytes: int = 8 << 20
+
+    def __post_init__(self) -> None:
+        if type(self.shard_bytes) is not int or self.shard_bytes < 1:
+            raise InvalidOption(f"shard_bytes must be a whole number of bytes >= 1, not {self.shard_bytes!r}")
+        if type(self.extent_bytes) is not int or self.extent_bytes < 1 or self.extent_bytes % ALIGNMENT_BYTES:
+            raise InvalidOption(f"extent_bytes must be a positive multiple of {ALIGNMENT_BYTES}")
+
+
+class Codec(Protocol):
+    """Lossless: bytes of one chunk ↔ a frame. Stateless, thread-safe, and never holds the GIL for long."""
+
+    name: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its options, as they go into the manifest."""
+
+    def encode(self, data: Any, item_bytes: int, out: Any) -> int:
+        """Encode a uint8 array of items of ``item_bytes`` into another; the frame's size. Never more than the data
+        and ``codecs.FRAME_OVERHEAD_BYTES``."""
+
+    def attempt(self, data: Any, item_bytes: int, out: Any) -> int:
+        """As ``encode``; 0 where the data had better lie as it is in a frame of ``codecs.stored_frame``."""
+
+    def decode(self, frame: Any, out: Any) -> None:
+        """Decode a whole frame into exactly ``out``. Raises ``CheckpointDamaged``, before anything over ``out``'s
+        size is produced."""
+
+    def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
+        """The zarr v3 bytes-to-bytes codecs that read these frames."""
+
+
 class ShardFormat(Protocol):
     """What a shard's bytes are. Stateless and thread-safe."""
 
     name: str
-    suffix: str
 
-    def image(self, specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
-        """``(header, begins, nbytes)``: the leading bytes, each tensor's file offset, and the file's size."""
+    def shards(
+        self,
+        component: str,
+        specs: Sequence[TensorSpec],
+        first_piece: int,
+        first_shard: int,
+        codec: Codec,
+        options: LayoutOptions,
+    ) -> list[Shard]:
+        """One component's shards, numbered from ``first_shard``; ``specs[i]`` is piece ``first_piece + i``. Pure."""
 
-    def index(self, component: str, shards: Sequence[Shard]) -> tuple[str, bytes] | None:
-        """The component's index file, ``(name, content)``, for readers that look for one."""
+    def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
+        """The head (into ``reserved_bytes``) and tail of a floating shard whose extents are ``placed``."""
+
+    def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
+        """What readers of the format look for beside the shards: index files, metadata."""
 
 
 class ShardWriter(Protocol):
@@ -143,8 +248,8 @@ class ShardWriter(Protocol):
     def write_at(self, view: memoryview, nbytes: int, offset: int) -> None:
         """Write ``nbytes`` of ``view`` at ``offset``; the view is aligned and padded to ``ALIGNMENT_BYTES``."""
 
-    def finish(self) -> None:
-        """Cut the file to its size, fsync and close it."""
+    def finish(self, nbytes: int) -> None:
+        """Cut the file to ``nbytes``, fsync and close it."""
 
     def abort(self) -> None:
         """Close without syncing. Idempotent; never raises."""
@@ -156,7 +261,12 @@ class Attempt(Protocol):
     uuid: str
     path: str
 
-    def create_shard(self, file: str, nbytes: int) -> ShardWriter: ...
+    def create_shard(self, file: str, nbytes: int) -> ShardWriter:
+        """A new file of at most ``nbytes``; directories in its name are made."""
+
+    def link(self, source: Reader, file: str, nbytes: int) -> bool:
+        """Take over another checkpoint's file of that size without copying it; False where the file system cannot.
+        Raises ``CheckpointDamaged`` where the file is not what it was."""
 
     async def write_small(self, files: Mapping[str, bytes]) -> None:
         """Create, write and fsync small files, all at once."""
@@ -198,6 +308,9 @@ class Reader(Protocol):
 
     def files(self) -> dict[str, int]:
         """Regular files and their sizes. Raises ``CheckpointDamaged`` on anything that is no regular file."""
+
+    def files_nbytes(self, file: str) -> int:
+        """One file's size. Raises ``CheckpointDamaged`` where it is missing or no regular file."""
 
     def read_small(self, file: str, limit_bytes: int) -> bytes: ...
 

@@ -5,8 +5,6 @@ Several threads read ahead, each into an aligned buffer of its own; reading, has
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import threading
 from collections import deque
@@ -14,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import digests
+from asyncckpt.arena import aligned_buffer
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.manifest import ExtentRecord, FileRecord, Manifest
-from asyncckpt.protocols import ALIGNMENT_BYTES, Digest, Reader
+from asyncckpt.protocols import Digest, Reader
+from asyncckpt.records import ExtentRecord, FileRecord, Manifest
 
 #: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
 #: fresh memory: on 2 cores, 2 threads restore 6 % faster than 4 (docs/design/004-reading.md).
@@ -60,12 +59,17 @@ def read_small_file(reader: Reader, manifest: Manifest, name: str, limit_bytes: 
     record = next((record for record in manifest.files if record.name == name), None)
     if record is None:
         raise CheckpointDamaged(f"{reader.path}: the manifest does not list {name}")
-    data = reader.read_small(name, limit_bytes)
+    return read_record(reader, manifest, record, limit_bytes)
+
+
+def read_record(reader: Reader, manifest: Manifest, record: FileRecord, limit_bytes: int) -> bytes:
+    """As ``read_small_file``, for a file whose record is at hand."""
+    data = reader.read_small(record.name, limit_bytes)
     digest = digests.get(manifest.digest)
     if len(data) != record.nbytes or any(
         digest(data[e.offset : e.offset + e.nbytes]) != e.digest for e in record.extents
     ):
-        raise CheckpointDamaged(f"{reader.path}/{name}: the content does not match its digest")
+        raise CheckpointDamaged(f"{reader.path}/{record.name}: the content does not match its digest")
     return data
 
 
@@ -164,17 +168,3 @@ def extents_of(
             if at < len(spans) and spans[at][0] < extent.offset + extent.nbytes:
                 chosen.append((record, extent))
     return chosen
-
-
-def aligned_buffer(nbytes: int) -> mmap.mmap:
-    """Page-aligned memory for O_DIRECT, a multiple of 4096 bytes."""
-    size = max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
-    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= 2 << 20:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return buffer
-
-
-def address_of(view: memoryview) -> int:
-    """The memory address of a writable view."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,20 +12,20 @@ import torch
 
 from asyncckpt import manifest as manifests
 from asyncckpt import plain
-from asyncckpt.copying import scatter
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
-from asyncckpt.manifest import STATE_FILE, ExtentRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.filling import fill, raise_damage
+from asyncckpt.manifest import STATE_FILE
 from asyncckpt.protocols import JsonValue, Reader
-from asyncckpt.reading import Damage, check_files, extents_of, read_extents, read_small_file
+from asyncckpt.reading import check_files, read_record, read_small_file
+from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.snapshot import check_state
 from asyncckpt.targets import Options, Plan, plan_component, qualified_records
-from asyncckpt.verify import MAX_STATE_BYTES
+from asyncckpt.views import MAX_STATE_BYTES
 
 log = logging.getLogger("asyncckpt")
 
 Rename = Mapping[str, str] | Callable[[str], str | None]
-Fill = list[tuple[TensorRecord, list[torch.Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +109,7 @@ def load_tensors(
                     f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"
                 )
             chosen.update(found)
-    made: dict[TensorRecord, torch.Tensor] = {}
+    made: dict[StoredTensor, torch.Tensor] = {}
     for record in chosen.values():
         if record not in made:
             saved = DTYPES[record.dtype]
@@ -125,10 +124,10 @@ def open_manifest(reader: Reader) -> Manifest:
     verified. Raises ``CheckpointDamaged``."""
     manifest = manifests.load(reader)
     raise_damage(reader.path, check_files(reader, manifest))
-    shards = {tensor.file for component in manifest.components.values() for tensor in component.tensors.values()}
+    shards = {f for component in manifest.components.values() for t in component.tensors.values() for f in t.files}
     for record in manifest.files:
         if record.name not in shards:
-            read_small_file(reader, manifest, record.name, MAX_STATE_BYTES)
+            read_record(reader, manifest, record, MAX_STATE_BYTES)
     return manifest
 
 
@@ -138,68 +137,6 @@ def read_trees(reader: Reader, manifest: Manifest) -> dict[str, JsonValue]:
     if not isinstance(trees, dict):
         raise CheckpointDamaged(f"{reader.path}/{STATE_FILE} is no JSON object")
     return trees
-
-
-def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
-    """Read what ``wanted`` needs, verify it, and put it into the targets; bytes read.
-
-    Raises ``CheckpointDamaged``; targets may then hold a mix of old and new values, which the message says.
-    """
-    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    by_file: dict[str, list[tuple[TensorRecord, list[torch.Tensor]]]] = defaultdict(list)
-    for record, targets in wanted:
-        if record.nbytes:
-            ranges[record.file].append((record.begin, record.end))
-            by_file[record.file].append((record, targets))
-    tensors = (t for c in manifest.components.values() for t in c.tensors.values())
-    for file, count in Counter(tensor.file for tensor in tensors if tensor.nbytes).items():
-        if count == len(set(ranges.get(file, ()))):  # the whole shard is wanted: its header is checked along with it
-            ranges[file].append((0, 1 << 62))
-    chosen = extents_of(manifest, ranges)
-    parts = _parts(chosen, by_file)
-
-    def consume(file: FileRecord, extent: ExtentRecord, view: memoryview) -> None:
-        data = torch.frombuffer(view, dtype=torch.uint8)
-        for record, targets in parts[file.name, extent.offset]:
-            begin, end = max(record.begin, extent.offset), min(record.end, extent.offset + extent.nbytes)
-            piece = data[begin - extent.offset : end - extent.offset]
-            for target in targets:
-                scatter(target, begin - record.begin, piece, DTYPES[record.dtype])
-
-    with torch.no_grad():
-        damage = read_extents(reader, manifest.digest, chosen, consume)
-    raise_damage(reader.path, damage, " The live objects may be partly overwritten: restore another checkpoint.")
-    return sum(extent.nbytes for _, extent in chosen)
-
-
-def _parts(
-    chosen: Sequence[tuple[FileRecord, ExtentRecord]], by_file: Mapping[str, Fill]
-) -> dict[tuple[str, int], Fill]:
-    """Which targets take bytes from which extent; one sweep over both in file order."""
-    parts: dict[tuple[str, int], Fill] = {(file.name, extent.offset): [] for file, extent in chosen}
-    extents: dict[str, list[ExtentRecord]] = defaultdict(list)
-    for file, extent in chosen:
-        extents[file.name].append(extent)
-    for name, entries in by_file.items():
-        entries = sorted(entries, key=lambda entry: entry[0].begin)
-        first = 0
-        for extent in extents[name]:
-            while first < len(entries) and entries[first][0].end <= extent.offset:
-                first += 1
-            at = first
-            while at < len(entries) and entries[at][0].begin < extent.offset + extent.nbytes:
-                if entries[at][0].end > extent.offset:
-                    parts[name, extent.offset].append(entries[at])
-                at += 1
-    return parts
-
-
-def raise_damage(path: str, damage: Sequence[Damage], consequence: str = "") -> None:
-    """Raise ``CheckpointDamaged`` naming the first few damages; returns where there are none."""
-    if damage:
-        shown = "; ".join(str(entry) for entry in damage[:3])
-        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
-        raise CheckpointDamaged(f"{path}: {shown}{more}.{consequence}")
 
 
 def describe(where: str, plan: Plan) -> str:
@@ -217,10 +154,10 @@ def describe(where: str, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _renamed(stored: dict[str, TensorRecord], rename: Rename | None) -> dict[str, TensorRecord]:
+def _renamed(stored: dict[str, StoredTensor], rename: Rename | None) -> dict[str, StoredTensor]:
     if rename is None:
         return stored
-    renamed: dict[str, TensorRecord] = {}
+    renamed: dict[str, StoredTensor] = {}
     for name, record in stored.items():
         new = _rename_one(name, rename)
         if new is not None:

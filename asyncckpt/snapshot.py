@@ -137,6 +137,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     names = canonical_names(module, raw)
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
+    frozen = _frozen(module)
     for key, value in raw.items():
         fqn = names[key]
         if not isinstance(value, torch.Tensor):
@@ -149,9 +150,18 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
                 aliases[fqn] = twin
                 continue
             seen.append((fqn, value))
-        add(fqn, value)
+        pieces.append(piece_of(name, fqn, value, frozen=value.data_ptr() in frozen))
     tree: JsonValue = plain.encode(extras, "", add, component=name)
     return ComponentSnapshot(name, "module", pieces, aliases, tree)
+
+
+def _frozen(module: nn.Module) -> set[int]:
+    """Where the parameters lie that training does not change; one tied to a trained one is no such."""
+    parameters = [parameter for parameter in module.parameters() if parameter.numel() and not parameter.is_meta]
+    if all(parameter.requires_grad for parameter in parameters):
+        return set()
+    trained = {parameter.data_ptr() for parameter in parameters if parameter.requires_grad}
+    return {parameter.data_ptr() for parameter in parameters} - trained
 
 
 def _sink(component: str, pieces: list[Piece]) -> Sink:
@@ -161,15 +171,15 @@ def _sink(component: str, pieces: list[Piece]) -> Sink:
     return add
 
 
-def piece_of(component: str, name: str, tensor: torch.Tensor) -> Piece:
+def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = False) -> Piece:
     """The whole tensor as one piece. Raises ``UnsupportedValue`` for what cannot be stored as dense bytes."""
     if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
         _check_storable(f"state[{component!r}][{name!r}]", tensor)
-    return Piece(_spec(component, name, tensor.dtype, tensor.shape), (), tensor)
+    return Piece(_spec(component, name, tensor.dtype, tensor.shape, frozen), (), tensor)
 
 
 @functools.lru_cache(maxsize=1 << 20)
-def _spec(component: str, name: str, dtype: torch.dtype, shape: torch.Size) -> TensorSpec:
+def _spec(component: str, name: str, dtype: torch.dtype, shape: torch.Size, frozen: bool) -> TensorSpec:
     """Cached: a training state has the same names and shapes at every save, and this runs on the training thread."""
     code = CODES.get(dtype)
     if code is None:
@@ -177,7 +187,7 @@ def _spec(component: str, name: str, dtype: torch.dtype, shape: torch.Size) -> T
             f"state[{component!r}][{name!r}]: dtype {dtype} has no safetensors code; convert it (complex128: "
             f"torch.view_as_real; quantized: store int_repr() and the scales)"
         )
-    return TensorSpec(name, code, tuple(shape), shape.numel() * dtype.itemsize)
+    return TensorSpec(name, code, tuple(shape), shape.numel() * dtype.itemsize, frozen)
 
 
 def _check_storable(where: str, tensor: torch.Tensor) -> None:

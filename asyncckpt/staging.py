@@ -17,7 +17,8 @@ from queue import SimpleQueue
 import torch
 
 from asyncckpt.arena import Arena, Slot
-from asyncckpt.copying import copy_segments, write_header
+from asyncckpt.copying import copy_segments, fill_rest, write_header
+from asyncckpt.encoder import content, slot_bytes
 from asyncckpt.errors import ArenaBusy, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentStaged, Staged
 from asyncckpt.protocols import Digest, Extent, Piece
@@ -209,15 +210,16 @@ class StagingJob:
         return self._error is not None
 
     def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
-        slot = self._arena.acquire(work.extent.nbytes, deadline, self._is_cancelled)
+        slot = self._arena.acquire(slot_bytes(work.extent), deadline, self._is_cancelled)
         began = time.perf_counter()
         try:
             with self._streams.entered():
                 copy_segments(self._pieces, work.extent.segments, slot)
+                fill_rest(slot, work.extent)
                 ready = self._streams.ready()
             if work.extent.header:
                 write_header(slot, work.extent.header)
-            taken = digest(slot.view[: work.extent.nbytes]) if digest is not None else None
+            taken = digest(content(work.extent, slot)) if digest is not None else None
         except BaseException:
             self._arena.release(slot)
             raise

@@ -16,9 +16,9 @@ from torch import nn
 from asyncckpt import plain
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.manifest import ComponentRecord, TensorRecord
 from asyncckpt.names import canonical_names, parameter_names
 from asyncckpt.protocols import JsonValue
+from asyncckpt.records import ComponentRecord, StoredTensor
 from asyncckpt.snapshot import kind_of, optimizer_names
 
 
@@ -35,7 +35,7 @@ class Options:
 class Plan:
     """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled."""
 
-    fill: list[tuple[TensorRecord, list[torch.Tensor]]] = field(default_factory=list)
+    fill: list[tuple[StoredTensor, list[torch.Tensor]]] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Plan:
 
 
 #: Stored tensors by qualified live name (``model.wte.weight``), after the rename map.
-Stored = Mapping[str, TensorRecord]
+Stored = Mapping[str, StoredTensor]
 
 
 def plan_component(
@@ -307,7 +307,7 @@ def _replace_plain(name: str, state: Mapping[str, Any], live: Any, decoded: Any)
         state[name] = decoded
 
 
-def mismatch(name: str, record: TensorRecord, live: torch.Tensor, opts: Options) -> str | None:
+def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options) -> str | None:
     """Why the stored tensor cannot go into the live one, or None."""
     if record.shape != tuple(live.shape):
         return f"{name}: saved with shape {list(record.shape)}, live {list(live.shape)}"
@@ -320,14 +320,14 @@ def mismatch(name: str, record: TensorRecord, live: torch.Tensor, opts: Options)
     return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
 
 
-def _lookup(component: str, key: str, stored: Stored) -> TensorRecord:
+def _lookup(component: str, key: str, stored: Stored) -> StoredTensor:
     record = stored.get(f"{component}.{key}")
     if record is None:
         raise CheckpointDamaged(f"state.json refers to tensor {component}.{key}, which the manifest does not list")
     return record
 
 
-def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tuple[str, TensorRecord]]:
+def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tuple[str, StoredTensor]]:
     """Every stored tensor under each of its names (a tied tensor's aliases too), as ``component.fqn``."""
     for component, record in components.items():
         for fqn, tensor in record.tensors.items():

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from asyncckpt import manifest as manifests
-from asyncckpt import plain
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.formats.safetensors import MAX_HEADER_BYTES, header_length, parse_header
-from asyncckpt.manifest import FILE_NAME, STATE_FILE, ExtentRecord, FileRecord, Manifest
+from asyncckpt.manifest import FILE_NAME
 from asyncckpt.protocols import Reader
-from asyncckpt.reading import Damage, aligned_buffer, check_files, read_extents, read_small_file
-
-#: Plain values are small; a larger file is not one this library wrote.
-MAX_STATE_BYTES = 1 << 30
+from asyncckpt.reading import Damage, check_files, read_extents
+from asyncckpt.records import ExtentRecord, FileRecord
+from asyncckpt.views import check_views
 
 Progress = Callable[[int, int], None]
 
@@ -43,38 +40,5 @@ def verify(reader: Reader, *, progress: Progress | None = None) -> list[Damage]:
     wanted = [(r, extent) for r in manifest.files if r.name not in broken for extent in r.extents]
     damage += read_extents(reader, manifest.digest, wanted, consume, stop_at_damage=False)
     if not damage:
-        damage += _views(reader, manifest)
+        damage += check_views(reader, manifest)
     return sorted(damage, key=lambda entry: (entry.file, entry.offset))
-
-
-def _views(reader: Reader, manifest: Manifest) -> list[Damage]:
-    """What other tools read (headers, ``state.json``) says the same as the manifest."""
-    damage: list[Damage] = []
-    stored = {
-        (record.file, name): (record.dtype, record.shape, record.begin, record.end)
-        for component in manifest.components.values()
-        for name, record in component.tensors.items()
-    }
-    for record in manifest.files:
-        try:
-            if record.name == STATE_FILE:
-                plain.loads(read_small_file(reader, manifest, STATE_FILE, MAX_STATE_BYTES), STATE_FILE)
-            elif record.name.endswith(".safetensors"):
-                seen = {
-                    (record.name, p.spec.name): (p.spec.dtype, p.spec.shape, p.begin, p.end)
-                    for p in parse_header(_head(reader, record), record.nbytes, record.name)
-                }
-                if seen != {key: value for key, value in stored.items() if key[0] == record.name}:
-                    damage.append(Damage(record.name, 0, 0, "its header lists other tensors than the manifest"))
-        except ValueError as error:
-            damage.append(Damage(record.name, 0, record.nbytes, str(error)))
-    return damage
-
-
-def _head(reader: Reader, record: FileRecord) -> bytes:
-    first = aligned_buffer(4096)
-    reader.read_into(record.name, first, min(4096, record.nbytes), 0)
-    length = min(8 + header_length(bytes(first[:8]), record.nbytes, record.name), 8 + MAX_HEADER_BYTES)
-    head = aligned_buffer(length)
-    reader.read_into(record.name, head, length, 0)
-    return bytes(head[:length])

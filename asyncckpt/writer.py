@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -40,12 +42,14 @@ class WriterOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveReport:
-    """What a durable save was. ``stall_seconds`` is the training thread's time inside asyncckpt; ``staged_seconds``
-    and ``durable_seconds`` are counted from the call of ``save``."""
+    """What a durable save was. ``nbytes`` is the checkpoint's size, ``written_bytes`` what of it went to the disk: the
+    rest was taken over from the checkpoint before. ``stall_seconds`` is the training thread's time inside asyncckpt;
+    ``staged_seconds`` and ``durable_seconds`` are counted from the call of ``save``."""
 
     step: int
     path: str
     nbytes: int
+    written_bytes: int
     stall_seconds: float
     staged_seconds: float
     durable_seconds: float
@@ -141,10 +145,11 @@ class PendingSave:
 
 class WriterPool:
     """Threads that run tasks in order. A task that hangs in the kernel can be abandoned: its thread is replaced, and
-    ends when the kernel lets it go. Thread-safe."""
+    ends when the kernel lets it go. ``niceness``: how far the threads stand back for training (Linux). Thread-safe."""
 
-    def __init__(self, threads: int, name: str = "asyncckpt-writer") -> None:
+    def __init__(self, threads: int, name: str = "asyncckpt-writer", *, niceness: int = 0) -> None:
         self._name = name
+        self._niceness = niceness
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._start_lock = threading.Lock()
@@ -190,6 +195,9 @@ class WriterPool:
 
     def _run(self) -> None:
         ident = threading.get_ident()
+        if self._niceness and hasattr(os, "setpriority"):
+            with contextlib.suppress(OSError):  # a thread has a priority of its own on Linux
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
         while (task := self._tasks.get()) is not None:
             with self._lock:
                 self._busy_since[ident] = time.monotonic()

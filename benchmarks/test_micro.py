@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from asyncckpt import digests, formats, layout, manifest
-from asyncckpt.protocols import Layout, TensorSpec
+from asyncckpt import codecs, digests, formats, layout, manifest
+from asyncckpt.protocols import Layout, LayoutOptions, TensorSpec
+from asyncckpt.records import ComponentRecord, ExtentRecord, FileRecord, Manifest, TensorRecord
 
 pytestmark = pytest.mark.bench
 
@@ -65,7 +66,7 @@ def test_layout_planned_anew(benchmark: BenchmarkFixture) -> None:
 
 @pytest.mark.benchmark(group="layout of 100,000 tensors")
 def test_layout_from_the_cache(benchmark: BenchmarkFixture) -> None:
-    cache = layout.LayoutCache(formats.get("safetensors"), layout.LayoutOptions())
+    cache = layout.LayoutCache(formats.get("safetensors"), codecs.get("none"), LayoutOptions())
     first = cache.get(components())
     assert timed(benchmark, cache.get, components()) is first
 
@@ -90,17 +91,20 @@ def components() -> layout.Components:
 
 
 def planned_layout(parts: layout.Components) -> Layout:
-    return layout.plan(parts, formats.get("safetensors"), layout.LayoutOptions())
+    return layout.plan(parts, formats.get("safetensors"), codecs.get("none"), LayoutOptions())
 
 
-def drafted_manifest(planned: Layout) -> manifest.Manifest:
+def drafted_manifest(planned: Layout) -> Manifest:
     tensors = {
-        p.spec.name: manifest.TensorRecord(p.spec.dtype, p.spec.shape, shard.file, p.begin, p.end)
+        p.spec.name: TensorRecord(p.spec.dtype, p.spec.shape, shard.file, p.begin, p.end)
         for shard in planned.shards
         for p in shard.placements
     }
-    found = [["0" * 32 for _ in shard.extents] for shard in planned.shards]
-    return manifest.Manifest(
+    files = [
+        FileRecord(shard.file, shard.nbytes, tuple(ExtentRecord(e.offset, e.nbytes, "0" * 32) for e in shard.extents))
+        for shard in planned.shards
+    ]
+    return Manifest(
         step=1,
         name="step-00000001",
         attempt="0" * 32,
@@ -113,6 +117,6 @@ def drafted_manifest(planned: Layout) -> manifest.Manifest:
         metrics={},
         config=None,
         environment={},
-        files=tuple(manifest.shard_records(planned, found)),
-        components={"model": manifest.ComponentRecord("module", tensors, {})},
+        files=tuple(files),
+        components={"model": ComponentRecord("module", tensors, {})},
     )

@@ -42,7 +42,7 @@ def as_json(*arguments: str, code: int = 0) -> Any:
 
 
 def _damage(run: str, step: int) -> None:
-    file = Path(run, f"step-{step:08d}", "model-00001-of-00001.safetensors")
+    file = Path(run, f"step-{step:08d}", "model-00002-of-00002.safetensors")
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
@@ -66,7 +66,7 @@ def test_show_tells_what_is_inside(saved: Any) -> None:
     assert shown["components"]["model"]["list"]["hidden.weight"] == {
         "dtype": "F32",
         "shape": [16, 16],
-        "file": "model-00001-of-00001.safetensors",
+        "files": ["model-00002-of-00002.safetensors"],
     }
     assert shown["components"]["model"]["aliases"] == {"head.weight": "embed.weight"}
     assert shown["config"] == {"lr": 0.1}
@@ -80,7 +80,7 @@ def test_verify_is_good_until_a_byte_changes(saved: Any) -> None:
     _damage(run, 30)
     result = call("verify", run)
     assert result.exit_code == 1
-    assert "model-00001-of-00001.safetensors" in result.stdout
+    assert "model-00002-of-00002.safetensors" in result.stdout
     found = as_json("verify", run, "--all", code=1)
     assert {entry["name"]: len(entry["damage"]) for entry in found} == {
         "step-00000010": 0,

@@ -185,6 +185,7 @@ def test_hung_storage_does_not_hang_training(tmp_path: Path) -> None:
         run.save(1, state).result()
         run.wait()  # the hint of the first is written after its acknowledgement
         run._store.ops = hung
+        train_step(model, optimizer)  # or there would be nothing to write
         pending = run.save(2, state)
         began = time.monotonic()
         train_step(model, optimizer)

@@ -26,7 +26,7 @@ from asyncckpt import manifest as manifests
 def _small(path: Path, steps: tuple[int, ...] = (1,)) -> tuple[dict[str, Any], list[Path]]:
     state: dict[str, Any] = {"w": torch.arange(40, dtype=torch.float32), "n": torch.tensor(3), "plain": {"lr": 0.1}}
     paths = []
-    with Checkpointer(path) as run:
+    with Checkpointer(path, incremental=False) as run:
         for step in steps:
             state["w"] += step
             paths.append(Path(run.save(step, state).result().path))

@@ -103,7 +103,7 @@ def test_everything_is_there_and_arrays_keep_their_dtype(saved: Any, tmp_path: P
 
 def test_damage_is_refused_and_leaves_no_file(saved: Any, tmp_path: Path) -> None:
     run, _ = saved
-    shard = Path(run, "step-00000030", "model-00001-of-00001.safetensors")
+    shard = Path(run, "step-00000030", "model-00002-of-00002.safetensors")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt import formats
+from asyncckpt import codecs, formats
 from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import InvalidOption
-from asyncckpt.layout import LayoutCache, LayoutOptions, plan
-from asyncckpt.protocols import Layout, TensorSpec
+from asyncckpt.layout import LayoutCache, plan
+from asyncckpt.protocols import Layout, LayoutOptions, TensorSpec
 
 FORMAT = formats.get("safetensors")
+NONE = codecs.get("none")
 
 
 def _spec(name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
@@ -42,7 +43,7 @@ def test_every_byte_is_covered_once(
     one: list[TensorSpec], two: list[TensorSpec], shard_bytes: int, extents: int
 ) -> None:
     options = LayoutOptions(shard_bytes=shard_bytes, extent_bytes=4096 * extents)
-    layout = plan((("a", tuple(one)), ("b", tuple(two))), FORMAT, options)
+    layout = plan((("a", tuple(one)), ("b", tuple(two))), FORMAT, NONE, options)
     everything = [*one, *two]
     covered = [0] * len(everything)
     for shard in layout.shards:
@@ -76,23 +77,23 @@ def test_the_order_a_dict_was_built_in_does_not_matter(one: list[TensorSpec], se
     shuffled = one.copy()
     random.Random(seed).shuffle(shuffled)
     options = LayoutOptions(shard_bytes=500)
-    assert _files(plan((("a", tuple(one)),), FORMAT, options)) == _files(
-        plan((("a", tuple(shuffled)),), FORMAT, options)
+    assert _files(plan((("a", tuple(one)),), FORMAT, NONE, options)) == _files(
+        plan((("a", tuple(shuffled)),), FORMAT, NONE, options)
     )
 
 
 def test_a_tensor_larger_than_a_shard_has_its_own() -> None:
     big, small = _spec("big", "U8", (10_000,)), _spec("a", "U8", (10,))
-    layout = plan((("m", (small, big)),), FORMAT, LayoutOptions(shard_bytes=100))
+    layout = plan((("m", (small, big)),), FORMAT, NONE, LayoutOptions(shard_bytes=100))
     assert [s.file for s in layout.shards] == ["m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors"]
 
 
 def test_a_component_without_tensors_has_no_shard() -> None:
-    assert plan((("rng", ()),), FORMAT, LayoutOptions()).shards == ()
+    assert plan((("rng", ()),), FORMAT, NONE, LayoutOptions()).shards == ()
 
 
 def test_the_cache_returns_the_same_plan_and_notices_a_change() -> None:
-    cache = LayoutCache(FORMAT, LayoutOptions())
+    cache = LayoutCache(FORMAT, NONE, LayoutOptions())
     first = (("a", (_spec("x", "F32", (3,)),)),)
     same = (("a", (_spec("x", "F32", (3,)),)),)
     other = (("a", (_spec("x", "F32", (4,)),)),)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from asyncckpt import AsyncCkptError, Checkpointer, ManifestInvalid
 from asyncckpt import manifest as manifests
-from asyncckpt.formats.safetensors import SafetensorsFormat, header_length, parse_header
+from asyncckpt.formats.safetensors import header_length, image, parse_header
 from asyncckpt.protocols import TensorSpec
 
 
@@ -166,7 +166,7 @@ def test_a_hostile_safetensors_header_is_refused(head: bytes, size: int) -> None
 
 def test_our_header_is_parsed_to_what_was_laid_out() -> None:
     specs = [TensorSpec("a", "F32", (3,), 12), TensorSpec("é", "U8", (), 1), TensorSpec("z", "U8", (0,), 0)]
-    header, begins, nbytes = SafetensorsFormat().image(specs)
+    header, begins, nbytes = image(specs)
     assert len(header) % 4096 == 0
     assert header_length(header, nbytes, "x") == len(header) - 8
     found = {p.spec.name: (p.begin, p.end) for p in parse_header(header, nbytes, "x")}

@@ -22,7 +22,7 @@ CALLS = ["open", "close", "pwrite", "truncate", "fsync", "fsync_directory", "wri
 
 
 def _with_ops(path: Path, **options: Any) -> tuple[Checkpointer, FaultyOps]:
-    run = Checkpointer(path, extent_bytes=64 << 10, **options)
+    run = Checkpointer(path, extent_bytes=64 << 10, incremental=False, **options)
     run.prepare(STATE)
     run.save(1, STATE).result()
     run.wait()
@@ -156,7 +156,7 @@ def test_read_back_catches_a_device_that_lies(tmp_path: Path) -> None:
             view[:] = bad
             return super().pwrite(fd, view, offset)
 
-    run = Checkpointer(tmp_path / "run", writer=WriterOptions(read_back=True))
+    run = Checkpointer(tmp_path / "run", incremental=False, writer=WriterOptions(read_back=True))
     run.save(1, STATE).result()
     run._store.ops = Liar()
     with pytest.raises(SaveFailed, match="read back differs"):

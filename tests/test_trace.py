@@ -83,7 +83,9 @@ def test_a_failed_save_is_ended_and_an_unknown_one_is_not(tmp_path: Path) -> Non
     trace(SaveStarted(step=1, nbytes=1, deferred=True))
     trace(Failed(step=1, error=OSError("disk on fire")))
     trace(
-        Committed(step=2, path="x", nbytes=1, durable_seconds=0.1, stall_seconds=0.0, commit_seconds=0.1)
+        Committed(
+            step=2, path="x", nbytes=1, written_bytes=1, durable_seconds=0.1, stall_seconds=0.0, commit_seconds=0.1
+        )
     )  # began before this trace did
     trace.close()
     events = read(tmp_path / "trace.json")

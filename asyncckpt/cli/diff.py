@@ -11,9 +11,10 @@ from rich.table import Table
 
 from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
 from asyncckpt.dtypes import DTYPES
-from asyncckpt.manifest import Manifest, TensorRecord
+from asyncckpt.filling import fill
 from asyncckpt.protocols import JsonValue, Reader
-from asyncckpt.restore import fill, open_manifest, read_trees
+from asyncckpt.records import Manifest, StoredTensor
+from asyncckpt.restore import open_manifest, read_trees
 from asyncckpt.targets import qualified_records
 
 #: Small tensors are read together: one by one, each would cost the whole extent it lies in.
@@ -112,10 +113,10 @@ def plain_changes(a: JsonValue, b: JsonValue) -> dict[str, dict[str, JsonValue]]
     return dict(sorted(_paths(a, b, "")))
 
 
-def _batches(names: list[str], records: Mapping[str, TensorRecord]) -> Iterator[list[str]]:
+def _batches(names: list[str], records: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
     batch: list[str] = []
     nbytes = 0
-    for name in sorted(names, key=lambda name: (records[name].file, records[name].begin)):
+    for name in sorted(names, key=lambda name: (records[name].files, getattr(records[name], "begin", 0))):
         if batch and nbytes + records[name].nbytes > _BATCH_BYTES:
             yield batch
             batch, nbytes = [], 0
@@ -126,7 +127,7 @@ def _batches(names: list[str], records: Mapping[str, TensorRecord]) -> Iterator[
 
 
 def _load(
-    reader: Reader, manifest: Manifest, names: list[str], records: Mapping[str, TensorRecord]
+    reader: Reader, manifest: Manifest, names: list[str], records: Mapping[str, StoredTensor]
 ) -> dict[str, torch.Tensor]:
     tensors = {name: torch.empty(records[name].shape, dtype=DTYPES[records[name].dtype]) for name in names}
     fill(reader, manifest, [(records[name], [tensor]) for name, tensor in tensors.items()])

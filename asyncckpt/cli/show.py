@@ -25,7 +25,7 @@ from asyncckpt.cli.common import (
     read,
     size,
 )
-from asyncckpt.manifest import ComponentRecord, Manifest
+from asyncckpt.records import ComponentRecord, Manifest
 from asyncckpt.restore import open_manifest
 
 
@@ -88,7 +88,7 @@ def _print_tensors(manifest: Manifest) -> None:
     listing = Table("tensor", "dtype", "shape", "file")
     for name, component in manifest.components.items():
         for tensor, record in component.tensors.items():
-            listing.add_row(f"{name}.{clean(tensor)}", record.dtype, str(list(record.shape)), record.file)
+            listing.add_row(f"{name}.{clean(tensor)}", record.dtype, str(list(record.shape)), ", ".join(record.files))
         for alias, target in component.aliases.items():
             listing.add_row(f"{name}.{clean(alias)}", "", f"= {clean(target)}", "")
     console.print(listing)
@@ -105,7 +105,7 @@ def _summary(component: ComponentRecord, every: bool) -> dict[str, Any]:
     }
     if every:
         summary["list"] = {
-            name: {"dtype": record.dtype, "shape": list(record.shape), "file": record.file}
+            name: {"dtype": record.dtype, "shape": list(record.shape), "files": list(record.files)}
             for name, record in component.tensors.items()
         }
     return summary

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from asyncckpt.errors import UnknownName
 from asyncckpt.formats.safetensors import SafetensorsFormat
+from asyncckpt.formats.zarr import ZarrFormat
 from asyncckpt.protocols import ShardFormat
 
-_TABLE: dict[str, ShardFormat] = {"safetensors": SafetensorsFormat()}
+_TABLE: dict[str, ShardFormat] = {"safetensors": SafetensorsFormat(), "zarr": ZarrFormat()}
 
 
 def get(name: str) -> ShardFormat:

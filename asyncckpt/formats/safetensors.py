@@ -8,44 +8,206 @@ the official reader accepts that, and extents then start on aligned tensor bytes
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from asyncckpt.dtypes import ITEM_BYTES
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.errors import CheckpointDamaged, InvalidOption
+from asyncckpt.formats import chunks
 from asyncckpt.plain import loads
-from asyncckpt.protocols import ALIGNMENT_BYTES, Placement, Shard, TensorSpec
+from asyncckpt.protocols import (
+    ALIGNMENT_BYTES,
+    ChunkRun,
+    Codec,
+    Extent,
+    LayoutOptions,
+    Placed,
+    Placement,
+    Segment,
+    Shard,
+    TensorSpec,
+)
 
 #: The official reader refuses larger headers too.
 MAX_HEADER_BYTES = 100_000_000
 
 
+#: Smaller tensors are never encoded: they would gain a block of the file system at most.
+MIN_ENCODED_BYTES = 64 << 10
+#: What ``__metadata__["format"]`` of an encoded shard says; loaders that know only plain ones refuse it.
+ENCODED_FORMAT = "asyncckpt-chunks"
+_ENCODED_VERSION = 1
+
+
 class SafetensorsFormat:
-    """See the module's docstring."""
+    """See the module's docstring. With a codec, tensors of 64 KiB and more go into shards of their own: still valid
+    safetensors, one U8 tensor a chunk (``name#0``, ``name#1``, …), the rest in the header's ``__metadata__``."""
 
     name = "safetensors"
-    suffix = ".safetensors"
 
-    def image(self, specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
-        """``(header, begins, nbytes)`` for tensors in this order. Pure."""
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        begins: list[int] = []
-        position = 0
-        for spec in specs:
-            begins.append(position)
-            end = position + spec.nbytes
-            entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (position, end)}
-            position = end
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        padded = -(-(8 + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        header = (padded - 8).to_bytes(8, "little") + text.ljust(padded - 8)
-        return header, [padded + begin for begin in begins], padded + position
+    def shards(
+        self,
+        component: str,
+        specs: Sequence[TensorSpec],
+        first_piece: int,
+        first_shard: int,
+        codec: Codec,
+        options: LayoutOptions,
+    ) -> list[Shard]:
+        """Plain shards first, frozen tensors apart from live ones. Pure.
 
-    def index(self, component: str, shards: Sequence[Shard]) -> tuple[str, bytes]:
-        """The ``*.safetensors.index.json`` that Hugging Face loaders follow."""
+        Inside a shard tensors lie by descending item size, then by name: each then starts at a multiple of its item
+        size without padding (the format has no holes), and nothing depends on the order anyone built a dict in. A
+        tensor is never split over shards; one larger than ``shard_bytes`` has a shard of its own.
+        """
+        order = sorted(range(len(specs)), key=lambda i: (-ITEM_BYTES[specs[i].dtype], specs[i].name))
+
+        def encoded(index: int) -> bool:
+            return codec.name != "none" and specs[index].nbytes >= MIN_ENCODED_BYTES
+
+        groups: list[tuple[bool, list[int]]] = []
+        for encode in (False, True):
+            for frozen in (True, False):
+                chosen = [i for i in order if encoded(i) == encode and specs[i].frozen == frozen]
+                groups += [(encode, group) for group in _split(chosen, specs, options.shard_bytes)]
+        found: list[Shard] = []
+        for number, (encode, group) in enumerate(groups):
+            file = f"{component}-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+            members = [(first_piece + index, specs[index]) for index in group]
+            if encode:
+                found.append(_encoded(first_shard + number, file, component, members, codec, options))
+            else:
+                found.append(_plain(first_shard + number, file, component, members, options))
+        return found
+
+    def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
+        """The header of an encoded shard: the chunks' entries and how to read them. Nothing follows the data."""
+        return _encoded_header(shard, placed, codec), b""
+
+    def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
+        """The ``*.safetensors.index.json`` that Hugging Face loaders follow; none where tensors are encoded."""
+        if any(shard.floating for shard in shards):
+            return {}
         weight_map = {placement.spec.name: shard.file for shard in shards for placement in shard.placements}
         total = sum(placement.spec.nbytes for shard in shards for placement in shard.placements)
         body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        return f"{component}.safetensors.index.json", (json.dumps(body, indent=2) + "\n").encode()
+        return {f"{component}.safetensors.index.json": (json.dumps(body, indent=2) + "\n").encode()}
+
+
+def image(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
+    """``(header, begins, nbytes)`` of a plain file of these tensors in this order: the leading bytes, each tensor's
+    file offset, and the file's size. Pure."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins: list[int] = []
+    position = 0
+    for spec in specs:
+        begins.append(position)
+        end = position + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (position, end)}
+        position = end
+    header = _header(entries)
+    return header, [len(header) + begin for begin in begins], len(header) + position
+
+
+def _header(entries: Mapping[str, object], nbytes: int = 0) -> bytes:
+    """Padded with spaces to a multiple of 4096, and at least to ``nbytes``."""
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    padded = max(nbytes, -(-(8 + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
+    return (padded - 8).to_bytes(8, "little") + text.ljust(padded - 8)
+
+
+def _split(order: Sequence[int], specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    filled = 0
+    for index in order:
+        nbytes = specs[index].nbytes
+        if not groups or (filled + nbytes > shard_bytes and filled):
+            groups.append([])
+            filled = 0
+        groups[-1].append(index)
+        filled += nbytes
+    return groups
+
+
+def _plain(
+    number: int, file: str, component: str, members: Sequence[tuple[int, TensorSpec]], options: LayoutOptions
+) -> Shard:
+    header, begins, nbytes = image([spec for _, spec in members])
+    placements = tuple(
+        Placement(spec, begin, begin + spec.nbytes) for (_, spec), begin in zip(members, begins, strict=True)
+    )
+    size = options.extent_bytes
+    segments: list[list[Segment]] = [[] for _ in range(-(-nbytes // size))]
+    for (piece, _), placement in zip(members, placements, strict=True):
+        position = placement.begin
+        while position < placement.end:
+            extent = position // size
+            stop = min(placement.end, (extent + 1) * size)
+            segments[extent].append(
+                Segment(piece, position - placement.begin, position - extent * size, stop - position)
+            )
+            position = stop
+    extents = tuple(
+        Extent(number, i * size, min(size, nbytes - i * size), header[i * size : (i + 1) * size], tuple(segments[i]))
+        for i in range(len(segments))
+    )
+    return Shard(file, component, nbytes, placements, extents)
+
+
+def _encoded(
+    number: int,
+    file: str,
+    component: str,
+    members: Sequence[tuple[int, TensorSpec]],
+    codec: Codec,
+    options: LayoutOptions,
+) -> Shard:
+    names = {spec.name for _, spec in members}
+    found: list[Extent] = []
+    runs: list[ChunkRun] = []
+    for piece, spec in members:
+        tensor = chunks.flat(spec, options.extent_bytes)
+        count = chunks.chunk_count(tensor)
+        clash = next((entry for i in range(count) if (entry := entry_name(spec.name, i)) in names), None)
+        if clash is not None:
+            raise InvalidOption(f"tensor {clash!r} has the name of a chunk of {spec.name!r}; rename one, or use zarr")
+        runs.append(ChunkRun(tensor, len(found), count))
+        found += chunks.extents(tensor, piece, number, 0, count, codec)
+    most = sum(chunks.frame_bound(extent) for extent in found)
+    shard = Shard(file, component, most, (), tuple(found), tuple(runs), floating=True)
+    # digits of the largest numbers there can be: the real header is never longer
+    reserved = len(_encoded_header(shard, [Placed(most, most, most)] * len(found), codec))
+    shard = replace(shard, reserved_bytes=reserved, nbytes=reserved + most)
+    return replace(shard, plan=chunks.plan_digest(shard, codec))
+
+
+def _encoded_header(shard: Shard, placed: Sequence[Placed], codec: Codec) -> bytes:
+    base = shard.reserved_bytes
+    entries: dict[str, Any] = {}
+    described: dict[str, Any] = {}
+    for run in shard.runs:
+        spec = run.tensor.spec
+        mine = placed[run.first : run.first + run.count]
+        described[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": spec.shape,
+            "chunk_bytes": run.tensor.chunk_bytes,
+            "frames": [place.stored for place in mine],
+        }
+        for number, place in enumerate(mine):
+            entries[entry_name(spec.name, number)] = {
+                "dtype": "U8",
+                "shape": (place.nbytes,),
+                "data_offsets": (place.offset - base, place.offset - base + place.nbytes),
+            }
+    how = {"version": _ENCODED_VERSION, "codec": codec.name, "options": codec.to_dict(), "tensors": described}
+    text = json.dumps(how, separators=(",", ":"))
+    return _header({"__metadata__": {"format": ENCODED_FORMAT, "asyncckpt": text}, **entries}, base)
+
+
+def entry_name(tensor: str, chunk: int) -> str:
+    return f"{tensor}#{chunk}"
 
 
 def parse_header(head: bytes, file_nbytes: int, what: str) -> list[Placement]:

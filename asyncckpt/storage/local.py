@@ -18,12 +18,13 @@ import uuid
 from collections.abc import Mapping
 
 from asyncckpt.errors import (
+    CheckpointDamaged,
     RunPathError,
     SaveFailed,
     StepExists,
 )
 from asyncckpt.protocols import ALIGNMENT_BYTES, Attempt, Reader, ShardWriter
-from asyncckpt.storage.posix import NO_DIRECT, PosixOps
+from asyncckpt.storage.posix import NO_DIRECT, NO_LINK, NO_REFLINK, PosixOps
 from asyncckpt.storage.reader import MANIFEST_FILE, LocalReader
 
 log = logging.getLogger("asyncckpt")
@@ -31,6 +32,8 @@ log = logging.getLogger("asyncckpt")
 TEMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 DAMAGED_PREFIX = ".damaged-"
+#: Small files written at one time: each holds a descriptor and a thread.
+_SMALL_AT_ONCE = 64
 
 
 class LocalStore:
@@ -43,6 +46,8 @@ class LocalStore:
         self.path = path
         self.ops = ops or PosixOps()
         self.direct = direct and hasattr(os, "O_DIRECT")
+        #: Whether the file system shares blocks between files, and files between names: found out by trying.
+        self.reflinks = self.links = True
 
     def prepare(self, *, create_parents: bool = False) -> None:
         """Make the run directory usable for writing. Raises ``RunPathError`` with the way out."""
@@ -170,19 +175,85 @@ class LocalAttempt:
         self._store = store
         self._step = step
         self._writers: list[LocalShardWriter] = []
+        self._folders = {""}
+        self._unsynced = {""}
+        self._lock = threading.Lock()
         self._done = False
 
     def create_shard(self, file: str, nbytes: int) -> ShardWriter:
+        self._make_folder(file)
         writer = LocalShardWriter(self._store, os.path.join(self.path, file), nbytes)
-        self._writers.append(writer)
+        with self._lock:
+            self._writers.append(writer)
         return writer
 
+    def link(self, source: Reader, file: str, nbytes: int) -> bool:
+        """A reflink where the file system has them (a file of its own that shares the blocks), or else a hard link."""
+        store, ops = self._store, self._store.ops
+        old, new = os.path.join(source.path, file), os.path.join(self.path, file)
+        if source.files_nbytes(file) != nbytes:
+            raise CheckpointDamaged(f"{old} has changed since it was written. Save again: it will be written anew")
+        self._make_folder(file)
+        if store.reflinks:
+            try:
+                ops.reflink(old, new)
+                return True
+            except OSError as error:
+                if error.errno not in NO_REFLINK:
+                    raise
+                store.reflinks = False
+                with contextlib.suppress(FileNotFoundError):
+                    ops.unlink(new)
+        if store.links:
+            try:
+                ops.link(old, new)
+                return True
+            except OSError as error:
+                if error.errno not in NO_LINK:
+                    raise
+                store.links = error.errno == errno.EMLINK
+        return False
+
     async def write_small(self, files: Mapping[str, bytes]) -> None:
+        """Files of equal content are one file of several names, where the file system can: metadata of equal arrays."""
         ops = self._store.ops
-        await asyncio.gather(*(ops.write_file(os.path.join(self.path, name), data) for name, data in files.items()))
+        first: dict[bytes, str] = {}
+        twins: list[tuple[str, str]] = []
+        for name, data in files.items():
+            self._make_folder(name)
+            if (known := first.setdefault(data, name)) != name:
+                twins.append((known, name))
+        originals = [(os.path.join(self.path, name), data) for data, name in first.items()]
+        for start in range(0, len(originals), _SMALL_AT_ONCE):
+            await asyncio.gather(*(ops.write_file(*item) for item in originals[start : start + _SMALL_AT_ONCE]))
+        for known, name in twins:
+            target = os.path.join(self.path, name)
+            try:
+                ops.link(os.path.join(self.path, known), target)
+            except OSError as error:
+                if error.errno not in NO_LINK:
+                    raise
+                await ops.write_file(target, files[name])
 
     def sync_directory(self) -> None:
-        self._store.ops.fsync_directory(self.path)
+        with self._lock:
+            folders, self._unsynced = self._unsynced, set()
+        for folder in sorted(folders, reverse=True):  # children first
+            self._store.ops.fsync_directory(os.path.join(self.path, folder) if folder else self.path)
+
+    def _make_folder(self, file: str) -> None:
+        """The directories of a file's name; each is made once, by whichever thread comes first."""
+        folder = os.path.dirname(file)
+        with self._lock:
+            missing: list[str] = []
+            while folder not in self._folders:
+                missing.append(folder)
+                folder = os.path.dirname(folder)
+            for new in reversed(missing):
+                self._store.ops.mkdir(os.path.join(self.path, new))
+                self._folders.add(new)
+                self._unsynced.update((new, os.path.dirname(new)))
+            self._unsynced.add(os.path.dirname(file))
 
     def publish(self, name: str, *, replace: bool) -> None:
         ops = self._store.ops
@@ -222,7 +293,6 @@ class LocalShardWriter:
     def __init__(self, store: LocalStore, path: str, nbytes: int) -> None:
         self.path = path
         self._ops = store.ops
-        self._nbytes = nbytes
         self._lock = threading.Lock()
         self._in_flight = 0
         self._aborted = False
@@ -267,8 +337,8 @@ class LocalShardWriter:
         finally:
             self._end_write()
 
-    def finish(self) -> None:
-        self._ops.truncate(self._fd, self._nbytes)
+    def finish(self, nbytes: int) -> None:
+        self._ops.truncate(self._fd, nbytes)
         self._ops.fsync(self._fd)
         fd, self._fd = self._fd, -1
         self._ops.close(fd)

@@ -21,6 +21,15 @@ from asyncckpt.protocols import Buffer
 
 #: File systems that refuse O_DIRECT, at open or at the first transfer, answer with one of these.
 NO_DIRECT: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM})
+#: Answers that mean "no (more) hard links here": a file system without them, another device, too many links.
+NO_LINK: Final = frozenset(
+    {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK, errno.EACCES, errno.EINVAL}
+)
+#: Answers that mean "files cannot share blocks here".
+NO_REFLINK: Final = frozenset(
+    {errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS, errno.EPERM, errno.EBADF}
+)
+_FICLONE: Final = 0x40049409  # linux/fs.h
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
 _RENAME_EXCHANGE: Final = 2
@@ -101,6 +110,24 @@ class PosixOps:
     def replace(self, source: str, target: str) -> None:
         """Plain rename over a *file* (the ``latest`` hint, the lease): never used on a checkpoint."""
         os.replace(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        """A further name for a file. Raises ``OSError`` where the file system has none, and where the target exists."""
+        os.link(source, target, follow_symlinks=False)
+
+    def reflink(self, source: str, target: str) -> None:
+        """A new file that shares the source's blocks, fsynced. Raises ``OSError`` where the file system cannot; the
+        target may then be there, empty."""
+        old = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.ioctl(new, _FICLONE, old)
+                self.fsync(new)
+            finally:
+                os.close(new)
+        finally:
+            os.close(old)
 
     def unlink(self, path: str) -> None:
         os.unlink(path)

@@ -8,12 +8,26 @@ import fcntl
 import os
 import stat
 import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound
 from asyncckpt.protocols import ALIGNMENT_BYTES, Buffer
 from asyncckpt.storage.posix import NO_DIRECT, PosixOps
 
 MANIFEST_FILE = "manifest.json"
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: Directories a checkpoint's files may lie in; deeper ones are not ours.
+_MAX_FOLDERS = 2
+#: Idle files kept open.
+_MAX_OPEN = 16
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    fd: int
+    direct: bool
+    users: int = 0
 
 
 class LocalReader:
@@ -26,7 +40,7 @@ class LocalReader:
         self._ops = ops or PosixOps()
         self._direct = direct and hasattr(os, "O_DIRECT")
         self._lock = threading.Lock()
-        self._fds: dict[str, tuple[int, bool]] = {}
+        self._open: dict[str, _OpenFile] = {}
         self._guard = -1
         try:
             self._dir = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -40,14 +54,31 @@ class LocalReader:
 
     def files(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
-        for name in os.listdir(self._dir):
-            info = os.stat(name, dir_fd=self._dir, follow_symlinks=False)
+        self._list(self._dir, "", sizes)
+        return sizes
+
+    def files_nbytes(self, file: str) -> int:
+        fd = self._open_plain(file)
+        try:
+            return os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+
+    def _list(self, folder: int, prefix: str, sizes: dict[str, int]) -> None:
+        for name in os.listdir(folder):
+            info = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if name.startswith(".nfs"):
                 continue
+            if stat.S_ISDIR(info.st_mode) and prefix.count("/") < _MAX_FOLDERS:
+                child = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+                try:
+                    self._list(child, f"{prefix}{name}/", sizes)
+                finally:
+                    os.close(child)
+                continue
             if not stat.S_ISREG(info.st_mode):
-                raise CheckpointDamaged(f"{self.path}/{name} is no regular file")
-            sizes[name] = info.st_size
-        return sizes
+                raise CheckpointDamaged(f"{self.path}/{prefix}{name} is no regular file")
+            sizes[f"{prefix}{name}"] = info.st_size
 
     def read_small(self, file: str, limit_bytes: int) -> bytes:
         fd = self._open_plain(file)
@@ -65,9 +96,12 @@ class LocalReader:
             os.close(fd)
 
     def read_into(self, file: str, buffer: Buffer, nbytes: int, offset: int) -> int:
-        view = memoryview(buffer)
+        with self._data(file) as entry:
+            return self._read(entry, memoryview(buffer), nbytes, offset)
+
+    def _read(self, entry: _OpenFile, view: memoryview, nbytes: int, offset: int) -> int:
         padded = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        fd, direct = self._open_data(file)
+        fd, direct = entry.fd, entry.direct
         done = 0
         while done < nbytes:
             target = view[done:padded] if direct else view[done:nbytes]
@@ -77,7 +111,7 @@ class LocalReader:
                 if not direct or error.errno != errno.EINVAL:
                     raise
                 fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-                direct = False
+                entry.direct = direct = False
                 continue
             if got == 0:
                 break
@@ -88,8 +122,8 @@ class LocalReader:
 
     def close(self) -> None:
         with self._lock:
-            fds = [fd for fd, _ in self._fds.values()] + [self._guard, self._dir]
-            self._fds, self._guard, self._dir = {}, -1, -1
+            fds = [entry.fd for entry in self._open.values()] + [self._guard, self._dir]
+            self._open, self._guard, self._dir = {}, -1, -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)
@@ -97,30 +131,49 @@ class LocalReader:
     def _open_plain(self, file: str, extra_flags: int = 0) -> int:
         # O_NONBLOCK: opening a FIFO somebody planted must not hang
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | extra_flags
+        *folders, name = file.split("/")
+        folder = self._dir
         try:
-            fd = os.open(file, flags, dir_fd=self._dir)
+            for part in folders:  # one by one: no link on the way is followed
+                inside = os.open(part, _FOLDER_FLAGS, dir_fd=folder)
+                if folder != self._dir:
+                    os.close(folder)
+                folder = inside
+            fd = os.open(name, flags, dir_fd=folder)
         except FileNotFoundError as error:
             raise CheckpointDamaged(f"{self.path}/{file} is missing") from error
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.ENXIO):
+            if error.errno in (errno.ELOOP, errno.ENXIO, errno.ENOTDIR):
                 raise CheckpointDamaged(f"{self.path}/{file} is no regular file") from error
             raise
+        finally:
+            if folder != self._dir:
+                os.close(folder)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)
             raise CheckpointDamaged(f"{self.path}/{file} is no regular file")
         return fd
 
-    def _open_data(self, file: str) -> tuple[int, bool]:
+    @contextlib.contextmanager
+    def _data(self, file: str) -> Iterator[_OpenFile]:
+        """The file, open; the ones used last stay so."""
         with self._lock:
-            found = self._fds.get(file)
-            if found is None:
-                direct = self._direct
-                try:
-                    fd = self._open_plain(file, os.O_DIRECT if direct else 0)
-                except OSError as error:
-                    if not direct or error.errno not in NO_DIRECT:
-                        raise
-                    direct = False
-                    fd = self._open_plain(file)
-                found = self._fds[file] = (fd, direct)
-        return found
+            entry = self._open.pop(file, None) or self._open_data(file)
+            self._open[file] = entry
+            entry.users += 1
+            for name in [name for name, other in self._open.items() if not other.users][: -_MAX_OPEN or None]:
+                os.close(self._open.pop(name).fd)
+        try:
+            yield entry
+        finally:
+            with self._lock:
+                entry.users -= 1
+
+    def _open_data(self, file: str) -> _OpenFile:
+        direct = self._direct
+        try:
+            return _OpenFile(self._open_plain(file, os.O_DIRECT if direct else 0), direct)
+        except OSError as error:
+            if not direct or error.errno not in NO_DIRECT:
+                raise
+        return _OpenFile(self._open_plain(file), False)

@@ -1,0 +1,162 @@
+"""Stored bytes → tensors: which extents are needed, and what each verified one gives to which targets."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from asyncckpt import codecs, digests
+from asyncckpt.arena import aligned_buffer
+from asyncckpt.copying import is_plain, scatter
+from asyncckpt.dtypes import DTYPES
+from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.protocols import Codec, Digest, Reader
+from asyncckpt.reading import Damage, extents_of, read_extents
+from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, StoredTensor, TensorRecord
+
+Fill = Sequence[tuple[StoredTensor, list[torch.Tensor]]]
+#: Takes an extent's verified bytes.
+Use = Callable[[memoryview], None]
+_Plain = list[tuple[TensorRecord, list[torch.Tensor]]]
+
+
+def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
+    """Read what ``wanted`` needs, verify it, and put it into the targets; bytes read.
+
+    Raises ``CheckpointDamaged``; targets may then hold a mix of old and new values, which the message says.
+    """
+    files = {record.name: record for record in manifest.files}
+    ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    plain: dict[str, _Plain] = defaultdict(list)
+    uses: dict[tuple[str, int], list[Use]] = defaultdict(list)
+    decoder = _Decoder(manifest)
+    for tensor, targets in wanted:
+        if isinstance(tensor, ChunkedRecord):
+            for file, extent, chunk in _chunks(tensor, files):
+                ranges[file].append((extent.offset, extent.offset + extent.nbytes))
+                uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, targets))
+        elif tensor.nbytes:
+            ranges[tensor.file].append((tensor.begin, tensor.end))
+            plain[tensor.file].append((tensor, targets))
+    _want_whole_files(manifest, wanted, ranges)
+    chosen = extents_of(manifest, ranges)
+    for place, entries in _parts(chosen, plain).items():
+        uses[place].append(functools.partial(_give_plain, entries, place[1]))
+
+    def consume(file: FileRecord, extent: ExtentRecord, view: memoryview) -> None:
+        for use in uses.get((file.name, extent.offset), ()):
+            use(view)
+
+    with torch.no_grad():
+        damage = read_extents(reader, manifest.digest, chosen, consume)
+    raise_damage(reader.path, damage, " The live objects may be partly overwritten: restore another checkpoint.")
+    return sum(extent.nbytes for _, extent in chosen)
+
+
+def _want_whole_files(manifest: Manifest, wanted: Fill, ranges: dict[str, list[tuple[int, int]]]) -> None:
+    """Where every tensor of a shard is wanted, what is in it beside them (its header) is checked along with them."""
+    all_tensors = (tensor for component in manifest.components.values() for tensor in component.tensors.values())
+    there = Counter(file for tensor in all_tensors if tensor.nbytes for file in tensor.files)
+    mine = Counter(file for tensor in {tensor for tensor, _ in wanted} if tensor.nbytes for file in tensor.files)
+    for file, count in mine.items():
+        if count == there[file]:
+            ranges[file].append((0, 1 << 62))
+
+
+def _chunks(tensor: ChunkedRecord, files: Mapping[str, FileRecord]) -> Iterable[tuple[str, ExtentRecord, int]]:
+    """``(file, extent, number)`` of every chunk."""
+    number = 0
+    for part in tensor.parts:
+        extents = files[part.file].extents
+        for index in part.extents:
+            yield part.file, extents[index], number
+            number += 1
+
+
+def _give_plain(entries: _Plain, offset: int, view: memoryview) -> None:
+    data = torch.frombuffer(view, dtype=torch.uint8)
+    for record, targets in entries:
+        begin, end = max(record.begin, offset), min(record.end, offset + len(view))
+        piece = data[begin - offset : end - offset]
+        for target in targets:
+            scatter(target, begin - record.begin, piece, DTYPES[record.dtype])
+
+
+class _Decoder:
+    """Chunks → targets. Thread-safe: each reader thread has a buffer of its own."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._codec: Codec = codecs.get(manifest.codec, manifest.codec_options)
+        self._digest: Digest = digests.get(manifest.digest)
+        self._local = threading.local()
+
+    def give(
+        self, tensor: ChunkedRecord, chunk: int, extent: ExtentRecord, targets: list[torch.Tensor], view: memoryview
+    ) -> None:
+        """Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
+        begin, nbytes = tensor.span(chunk)
+        decoded = tensor.chunk_bytes if tensor.padded else nbytes
+        dtype = DTYPES[tensor.dtype]
+        if not extent.content:
+            data = torch.frombuffer(view, dtype=torch.uint8)[:nbytes]
+        else:
+            direct = len(targets) == 1 and decoded == nbytes and _takes_bytes(targets[0], dtype)
+            if direct:
+                out = targets[0].detach().reshape(-1).view(torch.uint8)[begin : begin + nbytes]
+            else:
+                out = self._buffer(decoded)
+            self._codec.decode(np.frombuffer(view, np.uint8)[: extent.stored], out.numpy())
+            if self._digest(out.numpy().data) != extent.content:
+                raise CheckpointDamaged("the chunk decodes to other bytes than were saved")
+            if direct:
+                return
+            data = out[:nbytes]
+        for target in targets:
+            scatter(target, begin, data, dtype)
+
+    def _buffer(self, nbytes: int) -> torch.Tensor:
+        kept: torch.Tensor | None = getattr(self._local, "buffer", None)
+        if kept is None or kept.numel() < nbytes:
+            kept = self._local.buffer = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
+        return kept[:nbytes]
+
+
+def _takes_bytes(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    return target.dtype == dtype and target.device.type == "cpu" and is_plain(target)
+
+
+def _parts(
+    chosen: Sequence[tuple[FileRecord, ExtentRecord]], by_file: Mapping[str, _Plain]
+) -> dict[tuple[str, int], _Plain]:
+    """Which targets take bytes from which extent; one sweep over both in file order."""
+    extents: dict[str, list[ExtentRecord]] = defaultdict(list)
+    for file, extent in chosen:
+        extents[file.name].append(extent)
+    parts: dict[tuple[str, int], _Plain] = {}
+    for name, entries in by_file.items():
+        entries = sorted(entries, key=lambda entry: entry[0].begin)
+        first = 0
+        for extent in extents[name]:
+            while first < len(entries) and entries[first][0].end <= extent.offset:
+                first += 1
+            at = first
+            mine: _Plain = []
+            while at < len(entries) and entries[at][0].begin < extent.offset + extent.nbytes:
+                if entries[at][0].end > extent.offset:
+                    mine.append(entries[at])
+                at += 1
+            parts[name, extent.offset] = mine
+    return parts
+
+
+def raise_damage(path: str, damage: Sequence[Damage], consequence: str = "") -> None:
+    """Raise ``CheckpointDamaged`` naming the first few damages; returns where there are none."""
+    if damage:
+        shown = "; ".join(str(entry) for entry in damage[:3])
+        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
+        raise CheckpointDamaged(f"{path}: {shown}{more}.{consequence}")

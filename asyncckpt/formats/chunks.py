@@ -1,0 +1,139 @@
+"""Cutting tensors into chunks that are contiguous in row-major order, and chunks into extents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from asyncckpt.codecs import FRAME_OVERHEAD_BYTES
+from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
+from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Chunking, Codec, Extent, Segment, Shard, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCut:
+    """One shard of a chunked tensor: its place in the shard grid and the chunks ``[first, last)`` that it holds."""
+
+    coordinates: tuple[int, ...]
+    first: int
+    last: int
+
+
+def flat(spec: TensorSpec, chunk_bytes: int) -> Chunking:
+    """The tensor's bytes cut without regard to its shape; the last chunk may be short."""
+    return Chunking(spec, chunk_bytes, spec.nbytes, False, (), ())
+
+
+def grid(spec: TensorSpec, chunk_bytes: int, shard_bytes: int) -> Chunking:
+    """A regular grid (zarr's kind) whose chunks are contiguous: whole trailing axes, part of one axis, and one of each
+    axis before it. Chunks at an edge are padded; that axis is cut evenly, so that there is little to pad."""
+    item = ITEM_BYTES[spec.dtype]
+    shape = spec.shape
+    axis, chunk = _block(shape, item, chunk_bytes)
+    inner = item * math.prod(shape[axis + 1 :])
+    chunk_nbytes = inner * chunk[axis] if shape else item
+    run = inner * shape[axis] if shape else item
+    shard_axis, shard = _block(shape, item, max(shard_bytes, chunk_nbytes))
+    if shape:
+        whole = -(-shape[axis] // chunk[axis]) * chunk[axis]
+        if shard_axis == axis:  # the shard cuts the axis that the chunks cut: a whole number of chunks
+            most = max(1, shard_bytes // chunk_nbytes) * chunk[axis]
+            shard = (*shard[:axis], min(whole, most), *shard[axis + 1 :])
+        elif shard_axis < axis:
+            shard = (*shard[:axis], whole, *shard[axis + 1 :])
+    return Chunking(spec, chunk_nbytes, run, True, chunk, shard)
+
+
+def chunk_count(tensor: Chunking) -> int:
+    """How many chunks the tensor has; 0 where it has no elements."""
+    if not tensor.spec.nbytes:
+        return 0
+    return tensor.spec.nbytes // tensor.run_bytes * -(-tensor.run_bytes // tensor.chunk_bytes)
+
+
+def cuts(tensor: Chunking) -> Iterator[ShardCut]:
+    """The shards of a grid, in row-major order. Each holds consecutive chunks, which come first in its own index."""
+    total = chunk_count(tensor)
+    shape, shard = tensor.spec.shape, tensor.shard_shape
+    if not total:
+        return
+    counts = [-(-size // part) for size, part in zip(shape, shard, strict=True)]
+    # axes before this one are cut into ones, axes after it are whole
+    axis = next((axis for axis, part in enumerate(shard) if part > 1), max(0, len(shard) - 1))
+    leading = math.prod(shape[:axis])
+    per_leading, per_shard = total // leading, inner_count(tensor)
+    for number in range(math.prod(counts)):
+        lead, part = divmod(number, counts[axis] if counts else 1)
+        first = lead * per_leading + part * per_shard
+        yield ShardCut(_coordinates(number, counts), first, min(first + per_shard, (lead + 1) * per_leading))
+
+
+def inner_count(tensor: Chunking) -> int:
+    """Entries of a shard's index: chunks of the whole shard shape, those past the array's edge included."""
+    return math.prod(part // size for part, size in zip(tensor.shard_shape, tensor.chunk_shape, strict=True))
+
+
+def extents(tensor: Chunking, piece: int, shard: int, first: int, last: int, codec: Codec) -> list[Extent]:
+    """The chunks ``[first, last)`` as extents: for a codec, or to be written as they are at aligned places."""
+    encoded = codec.name != "none"
+    lead = LEAD_BYTES if encoded else 0
+    alone = last - first == 1 and chunk_count(tensor) == 1
+    found: list[Extent] = []
+    per_run = -(-tensor.run_bytes // tensor.chunk_bytes)
+    position = 0
+    for index in range(first, last):
+        run, within = divmod(index, per_run)
+        begin = within * tensor.chunk_bytes
+        nbytes = min(tensor.chunk_bytes, tensor.run_bytes - begin)
+        decoded = tensor.chunk_bytes if tensor.padded else nbytes
+        segments = (Segment(piece, run * tensor.run_bytes + begin, lead, nbytes),)
+        if encoded:
+            item = PLANE_BYTES[tensor.spec.dtype]
+            found.append(Extent(shard, position, LEAD_BYTES + decoded, b"", segments, item, LEAD_BYTES + decoded))
+            position += 1
+        else:
+            padded = decoded if alone else -(-decoded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            found.append(Extent(shard, position, padded, b"", segments, 0, decoded))
+            position += padded
+    return found
+
+
+def frame_bound(extent: Extent) -> int:
+    """The most bytes an encoded extent takes in its file."""
+    return -(-(extent.stored + FRAME_OVERHEAD_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def plan_digest(shard: Shard, codec: Codec) -> str:
+    """What decides a floating shard's content beside the tensors' bytes: equal plans and equal chunks, equal files."""
+    parts = [
+        (run.tensor.spec.name, run.tensor.spec.dtype, run.tensor.spec.shape, run.tensor.chunk_bytes, run.count)
+        for run in shard.runs
+    ]
+    text = repr((shard.file, codec.name, sorted(codec.to_dict().items()), parts))
+    return xxhash.xxh3_128(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _block(shape: Sequence[int], item: int, limit: int) -> tuple[int, tuple[int, ...]]:
+    """The largest contiguous block of at most ``limit`` bytes, and the axis it cuts (0 where it cuts none)."""
+    block = [max(1, size) for size in shape]
+    inner = item
+    for axis in reversed(range(len(block))):
+        if inner * block[axis] > limit:
+            most = max(1, limit // inner)
+            pieces = -(-block[axis] // most)
+            block[axis] = -(-block[axis] // pieces)
+            block[:axis] = [1] * axis
+            return axis, tuple(block)
+        inner *= block[axis]
+    return 0, tuple(block)
+
+
+def _coordinates(number: int, counts: Sequence[int]) -> tuple[int, ...]:
+    found: list[int] = []
+    for count in reversed(counts):
+        number, index = divmod(number, count)
+        found.append(index)
+    return tuple(reversed(found))

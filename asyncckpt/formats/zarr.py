@@ -1,0 +1,262 @@
+"""Zarr v3: one group a component, one array a tensor, shards that this library writes itself.
+
+zarr-python makes the metadata and reads it; it does not write the data, because its write path is several times slower
+than the disk. A tensor of one chunk is one chunk file; a larger one has shards (``sharding_indexed``), whose chunks
+begin at multiples of 4096 and whose index, with its crc32c, is the file's last bytes.
+Source: https://zarr-specs.readthedocs.io/en/latest/v3/ (core 3.1; codecs/sharding-indexed 1.0).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import google_crc32c
+
+from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
+from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.formats import chunks
+from asyncckpt.plain import loads
+from asyncckpt.protocols import (
+    Chunking,
+    ChunkRun,
+    Codec,
+    Extent,
+    LayoutOptions,
+    Placed,
+    Shard,
+    TensorSpec,
+)
+
+METADATA_FILE: Final = "zarr.json"
+#: Index entries of chunks that are not there: past the array's edge.
+_ABSENT: Final = (1 << 64) - 1
+_CRC_BYTES: Final = 4
+#: zarr's names; the 16- and 8-bit floats are those of tensorstore (``integrations/zarr_dtypes.py``).
+DATA_TYPES: Final[Mapping[str, str]] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}\Z")
+
+
+class ZarrFormat:
+    """See the module's docstring."""
+
+    name = "zarr"
+
+    def shards(
+        self,
+        component: str,
+        specs: Sequence[TensorSpec],
+        first_piece: int,
+        first_shard: int,
+        codec: Codec,
+        options: LayoutOptions,
+    ) -> list[Shard]:
+        """One file for each shard of each tensor, tensors by name. Pure."""
+        paths = node_names(spec.name for spec in specs)
+        found: list[Shard] = []
+        for index in sorted(range(len(specs)), key=lambda i: specs[i].name):
+            spec = specs[index]
+            tensor = chunks.grid(spec, options.extent_bytes, options.shard_bytes)
+            if not spec.nbytes:  # an array without chunks, so without a file
+                found.append(
+                    Shard(f"{component}/{paths[spec.name]}/c", component, 0, (), (), (ChunkRun(tensor, 0, 0),))
+                )
+            for cut in chunks.cuts(tensor):
+                number = first_shard + len(found)
+                key = ".".join(["c", *map(str, cut.coordinates)])
+                file = f"{component}/{paths[spec.name]}/{key}"
+                extents = chunks.extents(tensor, first_piece + index, number, cut.first, cut.last, codec)
+                run = ChunkRun(tensor, 0, len(extents))
+                found.append(_shard(file, component, run, number, extents, codec))
+        return found
+
+    def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
+        """Nothing before the data; the index after it, where there is one."""
+        tensor = shard.runs[0].tensor
+        if chunks.chunk_count(tensor) == 1:
+            return b"", b""
+        return b"", encode_index([(place.offset, place.stored) for place in placed], chunks.inner_count(tensor))
+
+    def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
+        """``zarr.json`` of the component's group, of its arrays and of the checkpoint's root."""
+        files = {METADATA_FILE: group_metadata(), f"{component}/{METADATA_FILE}": group_metadata()}
+        for shard in shards:
+            tensor = shard.runs[0].tensor
+            folder = shard.file.rpartition("/")[0]
+            files.setdefault(f"{folder}/{METADATA_FILE}", array_metadata(tensor, codec, folder))
+        return files
+
+
+def _shard(file: str, component: str, run: ChunkRun, number: int, extents: list[Extent], codec: Codec) -> Shard:
+    index_bytes = 16 * chunks.inner_count(run.tensor) + _CRC_BYTES if chunks.chunk_count(run.tensor) > 1 else 0
+    if codec.name != "none":
+        most = sum(chunks.frame_bound(extent) for extent in extents) + index_bytes
+        shard = Shard(file, component, most, (), tuple(extents), (run,), floating=True)
+        return replace(shard, plan=chunks.plan_digest(shard, codec))
+    size = extents[-1].offset + extents[-1].nbytes
+    if index_bytes:
+        places = [(extent.offset, extent.stored) for extent in extents]
+        index = encode_index(places, chunks.inner_count(run.tensor))
+        extents.append(Extent(number, size, len(index), index, ()))
+    return Shard(file, component, size + index_bytes, (), tuple(extents), (run,))
+
+
+def encode_index(places: Sequence[tuple[int, int]], entries: int) -> bytes:
+    """The shard index: (offset, nbytes) of each chunk, little-endian uint64, then its crc32c."""
+    numbers = [number for place in places for number in place] + [_ABSENT] * (2 * (entries - len(places)))
+    body = struct.pack(f"<{2 * entries}Q", *numbers)
+    return body + struct.pack("<I", google_crc32c.value(body))
+
+
+def decode_index(data: bytes, entries: int, what: str) -> list[tuple[int, int] | None]:
+    """The other way. Raises ``CheckpointDamaged``."""
+    if len(data) != 16 * entries + _CRC_BYTES:
+        raise CheckpointDamaged(f"{what}: a shard index of {len(data)} bytes cannot have {entries} entries")
+    body = data[:-_CRC_BYTES]
+    if struct.pack("<I", google_crc32c.value(body)) != data[-_CRC_BYTES:]:
+        raise CheckpointDamaged(f"{what}: the shard index does not match its crc32c")
+    numbers = struct.unpack(f"<{2 * entries}Q", body)
+    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+    return [None if pair == (_ABSENT, _ABSENT) else pair for pair in pairs]
+
+
+def node_names(names: Iterable[str]) -> dict[str, str]:
+    """Tensor name → its array's directory name: the name itself where every file system and zarr take it, and where no
+    other differs from it only in case; otherwise with ``=XX`` (UTF-8 bytes in hex) for the offending characters."""
+    chosen = sorted(names)
+    folded: dict[str, int] = {}
+    for name in chosen:
+        folded[name.casefold()] = folded.get(name.casefold(), 0) + 1
+    return {name: _node_name(name, unique=folded[name.casefold()] == 1) for name in chosen}
+
+
+def _node_name(name: str, *, unique: bool) -> str:
+    if unique and _PLAIN_NAME.match(name) and name.casefold() != METADATA_FILE:
+        return name
+    # always escape the first character: escaped names never meet plain ones, nor zarr's own `__…` and `.…`
+    safe = "" if unique else "abcdefghijklmnopqrstuvwxyz"
+    text = "".join(
+        char if i and (char in safe if not unique else re.match(r"[A-Za-z0-9._+-]", char)) else _escaped(char)
+        for i, char in enumerate(name)
+    )
+    if len(text) > 200:
+        return f"{text[:120].rpartition('=')[0]}={_short_hash(name)}"
+    return text or "=00"
+
+
+def _escaped(char: str) -> str:
+    return "".join(f"={byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
+
+
+def _short_hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:40]
+
+
+def array_metadata(tensor: Chunking, codec: Codec, folder: str) -> bytes:
+    """``zarr.json`` of a tensor's array. Arrays of equal shape, dtype and codec have equal metadata."""
+    spec = tensor.spec
+    sharded = chunks.chunk_count(tensor) > 1
+    plane = PLANE_BYTES[spec.dtype]
+    codecs = json.dumps(codec.zarr(plane))
+    shard_shape = tensor.shard_shape if sharded else None
+    named = None if folder.endswith(f"/{spec.name}") else spec.name
+    return _array_json(spec.dtype, spec.shape, tensor.chunk_shape, shard_shape, codecs, named)
+
+
+@functools.lru_cache(maxsize=4096)
+def _array_json(
+    dtype: str,
+    shape: tuple[int, ...],
+    chunk_shape: tuple[int, ...],
+    shard_shape: tuple[int, ...] | None,
+    codecs: str,
+    name: str | None,
+) -> bytes:
+    data = copy.deepcopy(_template(dtype, len(shape), shard_shape is not None))
+    data["shape"] = list(shape)
+    data["chunk_grid"]["configuration"]["chunk_shape"] = list(shard_shape or chunk_shape)
+    inner = data["codecs"]
+    if shard_shape is not None:
+        data["codecs"][0]["configuration"]["chunk_shape"] = list(chunk_shape)
+        inner = data["codecs"][0]["configuration"]["codecs"]
+    inner += json.loads(codecs)
+    if name is not None:
+        data["attributes"] = {"asyncckpt_name": name}
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+@functools.lru_cache(maxsize=256)
+def _template(dtype: str, dimensions: int, sharded: bool) -> Any:
+    """What zarr-python writes for an array of that dtype and rank, without compression. For a dtype that numpy lacks,
+    an unsigned integer of its size stands in: only the name and the fill value differ."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    name = DATA_TYPES[dtype]
+    stand_in = f"uint{ITEM_BYTES[dtype] * 8}" if name.startswith(("bfloat", "float8")) else name
+    store: dict[str, Any] = {}
+    ones = (1,) * dimensions
+    zarr.create_array(
+        store=MemoryStore(store),
+        shape=ones,
+        chunks=ones,
+        shards=ones if sharded else None,
+        dtype=stand_in,
+        compressors=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        zarr_format=3,
+    )
+    data = json.loads(store[METADATA_FILE].to_bytes())
+    if name != stand_in:
+        data["data_type"], data["fill_value"] = name, 0.0
+    return data
+
+
+@functools.cache
+def group_metadata() -> bytes:
+    """``zarr.json`` of a group."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    store: dict[str, Any] = {}
+    zarr.create_group(store=MemoryStore(store), zarr_format=3)
+    content: bytes = store[METADATA_FILE].to_bytes()
+    return content
+
+
+def parse_array(data: bytes, what: str) -> tuple[str, tuple[int, ...]]:
+    """``(dtype code, shape)`` of an array's ``zarr.json``. Raises ``CheckpointDamaged``."""
+    body = loads(data, what)
+    if not isinstance(body, dict) or body.get("node_type") != "array":
+        raise CheckpointDamaged(f"{what}: no metadata of a zarr array")
+    codes = [code for code, name in DATA_TYPES.items() if name == body.get("data_type")]
+    shape = body.get("shape")
+    if not codes or not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        raise CheckpointDamaged(f"{what}: an array of unknown dtype or shape")
+    return codes[0], tuple(size for size in shape if type(size) is int)
