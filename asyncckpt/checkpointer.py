@@ -127,8 +127,9 @@ class Checkpointer(Run):
         self._stager = Stager()
         threads = self._writer_options.threads
         self._encoder = Encoder(self._codec, threads)
-        # encoding is work for the processor, which training may need more
-        self._pool = WriterPool(threads, niceness=_ENCODING_NICENESS if self._codec.name != "none" else 0)
+        self._pool = WriterPool(threads)
+        # encoding is work for the processor, which training may need more; its threads start where there is some
+        self._encoding_pool = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
         self._lease: Lease | None = None
         self._last_saved_seconds = time.monotonic()
         self._prepared = False
@@ -136,7 +137,7 @@ class Checkpointer(Run):
         self._pid = os.getpid()
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        weakref.finalize(self, _end_threads, self._stager, self._pool, self._committer)
+        weakref.finalize(self, _end_threads, self._stager, self._pool, self._encoding_pool, self._committer)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -248,7 +249,7 @@ class Checkpointer(Run):
             self._watched.close()
             if self._signals is not None:
                 self._signals.close()
-            _end_threads(self._stager, self._pool, self._committer)
+            _end_threads(self._stager, self._pool, self._encoding_pool, self._committer)
             self._arena.close()
             if self._lease is not None:
                 self._lease.release()
@@ -338,6 +339,7 @@ class Checkpointer(Run):
             contents,
             store=self._store,
             pool=self._pool,
+            encoding_pool=self._encoding_pool,
             arena=self._arena,
             encoder=self._encoder,
             previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
@@ -417,7 +419,6 @@ class Checkpointer(Run):
             raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
 
 
-def _end_threads(stager: Stager, pool: WriterPool, committer: Committer) -> None:
-    stager.close()
-    pool.close()
-    committer.close()
+def _end_threads(*threads: Stager | WriterPool | Committer) -> None:
+    for ended in threads:
+        ended.close()

@@ -7,9 +7,10 @@ the figures). blake3 is cryptographic; crc32c is what object stores and zarr's s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import xxhash
 
@@ -20,12 +21,16 @@ DEFAULT = "xxh3-128"
 
 
 def _xxh3() -> Digest:
-    hexdigest: Callable[[Any], str] = xxhash.xxh3_128_hexdigest
-    return hexdigest
+    def digest(*parts: Buffer) -> str:
+        if len(parts) == 1:
+            return str(xxhash.xxh3_128_hexdigest(parts[0]))
+        return _updated(xxhash.xxh3_128(), parts)
+
+    return digest
 
 
 def _sha256() -> Digest:
-    return lambda data: hashlib.sha256(data).hexdigest()
+    return lambda *parts: _updated(hashlib.sha256(), parts)
 
 
 def _blake3() -> Digest:
@@ -33,18 +38,22 @@ def _blake3() -> Digest:
         from blake3 import blake3
     except ImportError as error:
         raise _missing("blake3") from error
-    return lambda data: str(blake3(data).hexdigest())
+    return lambda *parts: _updated(blake3(), parts)
+
+
+def _updated(hasher: Any, parts: Iterable[Buffer]) -> str:
+    for part in parts:
+        hasher.update(part)
+    return str(hasher.hexdigest())
 
 
 def _crc32c() -> Digest:
-    try:
-        import google_crc32c
-    except ImportError as error:
-        raise _missing("crc32c") from error
-
-    def digest(data: Buffer, /) -> str:
-        # the library refuses memoryviews; an ndarray over the same memory is taken and hashed without the GIL
-        return f"{google_crc32c.value(np.frombuffer(data, dtype=np.uint8)):08x}"
+    def digest(*parts: Buffer) -> str:
+        value = 0
+        for part in parts:
+            # the library refuses memoryviews; an ndarray over the same memory is taken and hashed without the GIL
+            value = google_crc32c.extend(value, np.frombuffer(part, dtype=np.uint8))
+        return f"{value:08x}"
 
     return digest
 

@@ -35,19 +35,33 @@ def slot_bytes(extent: Extent) -> int:
     return extent.nbytes + FRAME_OVERHEAD_BYTES if extent.item_bytes else extent.nbytes
 
 
+def finish_image(extent: Extent, slot: Slot) -> None:
+    """Make of a staged chunk, with what lies before and after it, the frame that it would be if stored as it is."""
+    if extent.item_bytes:
+        header: Array = np.frombuffer(slot.view, np.uint8)[:BLOSC_HEADER_BYTES]
+        stored = stored_frame(header, extent.nbytes - LEAD_BYTES, extent.item_bytes)
+        slot.view[stored : padded(stored)] = bytes(padded(stored) - stored)
+
+
 def content(extent: Extent, slot: Slot) -> memoryview:
-    """The staged bytes that an extent's content digest covers: those that came from tensors (and their padding)."""
-    return slot.view[LEAD_BYTES : extent.nbytes] if extent.item_bytes else slot.view[: extent.nbytes]
+    """The staged bytes that an extent's content digest covers. A chunk stored as it is has them in its file."""
+    return slot.view[: padded(extent.nbytes)] if extent.item_bytes else slot.view[: extent.nbytes]
 
 
 @dataclass(slots=True)
 class Frame:
     """An encoded chunk: the first ``stored`` bytes of ``view``, which is zeros up to a multiple of 4096 and lies in the
-    staging slot or in a buffer of the encoder's."""
+    staging slot or in a buffer of the encoder's. ``unchanged``: it is the staged image."""
 
     view: memoryview
     stored: int
     buffer: memoryview | None
+    unchanged: bool = False
+
+
+def as_it_is(extent: Extent, slot: Slot) -> Frame:
+    """A staged chunk as a frame, without a codec: where it lies."""
+    return Frame(slot.view, extent.nbytes, None, unchanged=True)
 
 
 class Balance:
@@ -123,14 +137,18 @@ class Encoder:
     def __init__(self, codec: Codec, threads: int) -> None:
         self.codec = codec
         self.balance = Balance(threads)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._buffers: list[memoryview] = []
+        #: Buffers there may still be: one for each thread that encodes and some more for frames that wait for the disk.
+        self._left = threads + 3
+
+    def wanted(self) -> bool:
+        """Whether the next chunk should be encoded at all."""
+        return not isinstance(self.codec, Auto) or self.balance.worth()
 
     def encode(self, extent: Extent, slot: Slot) -> Frame:
         """The frame of a staged chunk. Give its buffer back with ``release`` once it is written."""
         data: Array = np.frombuffer(slot.view, np.uint8)[LEAD_BYTES : extent.nbytes]
-        if isinstance(self.codec, Auto) and not self.balance.worth():
-            return self._as_it_is(extent, slot)
         buffer = self._acquire(padded(slot_bytes(extent)))
         try:
             began = time.perf_counter()
@@ -141,7 +159,7 @@ class Encoder:
             raise
         if not stored:
             self.release(buffer)
-            return self._as_it_is(extent, slot)
+            return as_it_is(extent, slot)
         buffer[stored : padded(stored)] = bytes(padded(stored) - stored)
         return Frame(buffer, stored, buffer)
 
@@ -154,22 +172,21 @@ class Encoder:
             frame.view, frame.buffer = slot.view, None
 
     def release(self, buffer: memoryview | None) -> None:
-        """Give a frame's buffer back. Idempotent for None."""
+        """Give a frame's buffer back."""
         if buffer is not None:
-            with self._lock:
+            with self._changed:
                 self._buffers.append(buffer)
-
-    def _as_it_is(self, extent: Extent, slot: Slot) -> Frame:
-        header: Array = np.frombuffer(slot.view, np.uint8)[:BLOSC_HEADER_BYTES]
-        stored = stored_frame(header, extent.nbytes - LEAD_BYTES, extent.item_bytes)
-        slot.view[stored : padded(stored)] = bytes(padded(stored) - stored)
-        return Frame(slot.view, stored, None)
+                self._changed.notify()
 
     def _acquire(self, nbytes: int) -> memoryview:
-        with self._lock:
+        """Blocks while the disk is behind: whoever writes never waits for whoever encodes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._buffers or self._left)
             for number, buffer in enumerate(self._buffers):
                 if buffer.nbytes >= nbytes:
                     return self._buffers.pop(number)
             if self._buffers:
-                self._buffers.pop()  # too small for this layout: let it go
+                self._buffers.pop()  # too small for this layout: a larger one takes its place
+            else:
+                self._left -= 1
         return memoryview(aligned_buffer(nbytes))

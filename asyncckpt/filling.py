@@ -13,9 +13,9 @@ import torch
 from asyncckpt import codecs, digests
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.copying import is_plain, scatter
-from asyncckpt.dtypes import DTYPES
+from asyncckpt.dtypes import DTYPES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.protocols import Codec, Digest, Reader
+from asyncckpt.protocols import ALIGNMENT_BYTES, Codec, Digest, Reader
 from asyncckpt.reading import Damage, extents_of, read_extents
 from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, StoredTensor, TensorRecord
 
@@ -111,7 +111,10 @@ class _Decoder:
             else:
                 out = self._buffer(decoded)
             self._codec.decode(np.frombuffer(view, np.uint8)[: extent.stored], out.numpy())
-            if self._digest(out.numpy().data) != extent.content:
+            header = np.empty(codecs.BLOSC_HEADER_BYTES, np.uint8)
+            codecs.stored_frame(header, decoded, PLANE_BYTES[tensor.dtype])
+            rest = bytes(-(len(header) + decoded) % ALIGNMENT_BYTES)
+            if self._digest(header.data, out.numpy().data, rest) != extent.content:
                 raise CheckpointDamaged("the chunk decodes to other bytes than were saved")
             if direct:
                 return

@@ -321,6 +321,6 @@ class Reader(Protocol):
 
 
 class Digest(Protocol):
-    """A digest over one buffer: bytes in, lowercase hex out. Releases the GIL; thread-safe."""
+    """A digest over buffers, one after the other: bytes in, lowercase hex out. Releases the GIL; thread-safe."""
 
-    def __call__(self, data: Buffer, /) -> str: ...
+    def __call__(self, *parts: Buffer) -> str: ...

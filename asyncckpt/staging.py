@@ -18,7 +18,7 @@ import torch
 
 from asyncckpt.arena import Arena, Slot
 from asyncckpt.copying import copy_segments, fill_rest, write_header
-from asyncckpt.encoder import content, slot_bytes
+from asyncckpt.encoder import content, finish_image, slot_bytes
 from asyncckpt.errors import ArenaBusy, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentStaged, Staged
 from asyncckpt.protocols import Digest, Extent, Piece
@@ -219,6 +219,7 @@ class StagingJob:
                 ready = self._streams.ready()
             if work.extent.header:
                 write_header(slot, work.extent.header)
+            finish_image(work.extent, slot)
             taken = digest(content(work.extent, slot)) if digest is not None else None
         except BaseException:
             self._arena.release(slot)

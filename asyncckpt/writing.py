@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from asyncckpt.arena import Arena, Slot, aligned_buffer
-from asyncckpt.encoder import Encoder, Frame, content, padded
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.encoder import Encoder, Frame, as_it_is, content, padded
+from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.formats import chunks
 from asyncckpt.previous import KnownFile, Previous
@@ -77,6 +77,7 @@ class ShardsWriting:
         encoder: Encoder,
         previous: Callable[[], Previous | None],
         pool: WriterPool,
+        encoding_pool: WriterPool,
         arena: Arena,
         events: EventBus,
         start: Callable[[], Attempt],
@@ -92,6 +93,7 @@ class ShardsWriting:
         self._previous: Previous | None = None
         self._begun = False
         self._pool = pool
+        self._encoding_pool = encoding_pool
         self._arena = arena
         self._events = events
         self._start = start
@@ -159,9 +161,8 @@ class ShardsWriting:
             for progress in self._shards:
                 progress.parked.clear()
             self._parked_bytes = 0
-        for slot in (item.slot for item in waiting):
-            if slot is not None:
-                self._arena.release(slot)
+        for item in waiting:
+            self._let_go(item)
 
     def records(self) -> list[FileRecord]:
         """The files as written; to be asked once nothing is unfinished."""
@@ -209,10 +210,10 @@ class ShardsWriting:
         """Accept a staged extent, with its content digest where it was taken already. Never blocks."""
         self._submit(lambda: self._handle(number, slot, ready, digest))
 
-    def _submit(self, work: Callable[[], None]) -> None:
+    def _submit(self, work: Callable[[], None], pool: WriterPool | None = None) -> None:
         with self._lock:
             self._in_flight += 1
-        self._pool.submit(lambda: self._run(work))
+        (pool or self._pool).submit(lambda: self._run(work))
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -268,33 +269,54 @@ class ShardsWriting:
             stored = extent.stored if extent.stored != extent.nbytes else 0
             self._write(progress, slot.view, ExtentRecord(extent.offset, extent.nbytes, found, "", stored), number)
             return False
-        frame = self._encoder.encode(extent, slot)
-        return self._place(progress, _Parked(number, slot, frame, found))
+        if self._encoder.wanted():
+            work = functools.partial(self._encode, progress, number, extent, slot, found)
+            self._submit(work, self._encoding_pool)
+        else:
+            for item, offset in self._place(progress, _Parked(number, slot, as_it_is(extent, slot), found)):
+                self._write_placed(progress, item, offset)
+        return True
 
-    def _place(self, progress: _Progress, item: _Parked) -> bool:
-        """Give a frame its place, in the layout's order, and write it; one whose turn has not come is parked in its
-        slot (True). So that parked slots can never keep the others from being staged, order is given up where they hold
-        much of the arena: the manifest says where everything is."""
+    def _encode(self, progress: _Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
+        try:
+            if self._failed():
+                raise SaveAbandoned(f"step {self._step}: given up before all of it was encoded")
+            frame = self._encoder.encode(extent, slot)
+        except BaseException:
+            self._arena.release(slot)
+            raise
+        for item, offset in self._place(progress, _Parked(number, slot, frame, found)):
+            self._submit(functools.partial(self._write_placed, progress, item, offset))
+
+    def _place(self, progress: _Progress, item: _Parked) -> list[tuple[_Parked, int]]:
+        """What can be written now, and where: frames get their places in the layout's order, and one whose turn has not
+        come is parked in its slot. So that parked slots can never keep the others from being staged, order is given up
+        where they hold much of the arena: the manifest says where everything is."""
         with self._lock:
-            if self._abandoned:
-                self._encoder.release(item.frame.buffer)
-                return False
             slot = item.slot
+            if self._abandoned:
+                self._let_go(item)
+                return []
             room = slot is not None and self._parked_bytes + slot.nbytes <= self._arena.budget_bytes // 4
             if slot is not None and room and item.number != progress.turn:
                 self._encoder.park(item.frame, slot)
                 progress.parked[item.number] = item
                 self._parked_bytes += slot.nbytes
-                return True
-            offset = self._advance(progress, item)
-            following: list[tuple[_Parked, int]] = []
+                return []
+            placed = [(item, self._advance(progress, item))]
             while (after := progress.parked.pop(progress.turn, None)) is not None:
                 self._parked_bytes -= after.slot.nbytes if after.slot is not None else 0
-                following.append((after, self._advance(progress, after)))
-        for parked, place in following:
-            self._submit(functools.partial(self._write_parked, progress, parked, place))
-        self._write_frame(progress, item, offset)
-        return False
+                placed.append((after, self._advance(progress, after)))
+        if item.frame.buffer is not None and slot is not None:  # what was staged is in the buffer now
+            item.slot = None
+            self._arena.release(slot)
+        return placed
+
+    def _let_go(self, item: _Parked) -> None:
+        """Give back the memory a frame lies in."""
+        self._encoder.release(item.frame.buffer)
+        if item.slot is not None:
+            self._arena.release(item.slot)
 
     def _advance(self, progress: _Progress, item: _Parked) -> int:
         offset = progress.cursor
@@ -306,24 +328,20 @@ class ShardsWriting:
         progress.records[item.number] = ExtentRecord(offset, 0, "")
         return offset
 
-    def _write_parked(self, progress: _Progress, item: _Parked, offset: int) -> None:
-        try:
-            if not self._failed():
-                self._write_frame(progress, item, offset)
-        finally:
-            if item.slot is not None:
-                self._arena.release(item.slot)
-
-    def _write_frame(self, progress: _Progress, item: _Parked, offset: int) -> None:
+    def _write_placed(self, progress: _Progress, item: _Parked, offset: int) -> None:
         frame = item.frame
         try:
+            if self._failed():
+                return
             alone = len(progress.shard.extents) == 1 and not self._has_edges(progress.shard)
             nbytes = frame.stored if alone else padded(frame.stored)
-            digest = self._digest(frame.view[:nbytes])
+            # a chunk stored as it is has been digested already
+            known = frame.unchanged and nbytes == padded(frame.stored)
+            digest = item.content if known else self._digest(frame.view[:nbytes])
             record = ExtentRecord(offset, nbytes, digest, item.content, frame.stored)
             self._write(progress, frame.view, record, item.number)
         finally:
-            self._encoder.release(frame.buffer)
+            self._let_go(item)
 
     @staticmethod
     def _has_edges(shard: Shard) -> bool:
@@ -361,7 +379,9 @@ class ShardsWriting:
             self._write(progress, buffer, old, number)
             return
         buffer[old.nbytes :] = bytes(buffer.nbytes - old.nbytes)
-        self._place(progress, _Parked(number, None, Frame(buffer, old.stored, None), old.content))
+        copied = _Parked(number, None, Frame(buffer, old.stored, None), old.content)
+        for item, offset in self._place(progress, copied):
+            self._write_placed(progress, item, offset)
 
     # -- shards ------------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ log = logging.getLogger("asyncckpt")
 TEMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 DAMAGED_PREFIX = ".damaged-"
+#: Shards up to this size go through the page cache.
+_SMALL_BYTES = 256 << 10
 #: Small files written at one time: each holds a descriptor and a thread.
 _SMALL_AT_ONCE = 64
 
@@ -245,15 +247,17 @@ class LocalAttempt:
         """The directories of a file's name; each is made once, by whichever thread comes first."""
         folder = os.path.dirname(file)
         with self._lock:
+            self._unsynced.add(folder)
             missing: list[str] = []
             while folder not in self._folders:
                 missing.append(folder)
                 folder = os.path.dirname(folder)
-            for new in reversed(missing):
+        for new in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another thread came first: the attempt is ours alone
                 self._store.ops.mkdir(os.path.join(self.path, new))
+            with self._lock:
                 self._folders.add(new)
                 self._unsynced.update((new, os.path.dirname(new)))
-            self._unsynced.add(os.path.dirname(file))
 
     def publish(self, name: str, *, replace: bool) -> None:
         ops = self._store.ops
@@ -296,7 +300,10 @@ class LocalShardWriter:
         self._lock = threading.Lock()
         self._in_flight = 0
         self._aborted = False
-        self._direct = store.direct
+        self._end = 0
+        # a small file is one buffered write and its fsync: everything else costs more than its bytes
+        self._small = nbytes <= _SMALL_BYTES
+        self._direct = store.direct and not self._small
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         self._fd = -1
         if self._direct:
@@ -310,6 +317,8 @@ class LocalShardWriter:
                     self._ops.unlink(path)  # some file systems create the name before they refuse the flag
         if self._fd < 0:
             self._fd = self._ops.open(path, flags)
+        if self._small:
+            return
         try:
             self._ops.reserve(self._fd, nbytes)
         except OSError as error:
@@ -338,7 +347,8 @@ class LocalShardWriter:
             self._end_write()
 
     def finish(self, nbytes: int) -> None:
-        self._ops.truncate(self._fd, nbytes)
+        if not self._small or self._end != nbytes:
+            self._ops.truncate(self._fd, nbytes)
         self._ops.fsync(self._fd)
         fd, self._fd = self._fd, -1
         self._ops.close(fd)
@@ -368,6 +378,8 @@ class LocalShardWriter:
             if written <= 0:
                 raise SaveFailed(errno.EIO, f"{self.path}: a write of {len(view)} bytes made no progress")
             view, offset = view[written:], offset + written
+        with self._lock:
+            self._end = max(self._end, offset)
 
     def _leave_direct(self) -> None:
         """The file system took the flag and refuses the transfer: go on through the page cache."""
