@@ -27,6 +27,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import EventBus, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
+from asyncckpt.layers import Delta
 from asyncckpt.layout import LayoutCache
 from asyncckpt.leaving import drain_at_exit
 from asyncckpt.ledger import Ledger, numbers
@@ -50,7 +51,8 @@ class Checkpointer(Run):
     ``keep``: retention policies, a union; none keeps everything. ``format``: ``safetensors`` or ``zarr``. ``codec``:
     ``none``, ``auto``, ``planes``, ``lz4``, ``zstd``, ``blosc``, or one of ``asyncckpt.codecs`` with its options; all
     lossless. ``incremental``: files whose bytes equal the previous checkpoint's are linked, not written (frozen
-    parameters get shards of their own); every checkpoint stays complete by itself. ``staging_bytes``: the arena's
+    parameters get shards of their own); every checkpoint stays complete by itself. ``delta``:
+    ``Delta(chain=4)`` saves differences to the checkpoint before; off by default. ``staging_bytes``: the arena's
     budget; by default the state's size, at most a quarter of the memory that is free. ``on_busy``: what a save
     that is due does while earlier saves hold the arena: ``wait`` (default; training stalls), ``skip`` (``step`` returns
     None; an explicit ``save`` waits), ``error`` (``ArenaBusy``). ``max_in_flight``: saves not yet durable at one
@@ -74,6 +76,7 @@ class Checkpointer(Run):
         format: str = "safetensors",
         codec: str | Codec = "none",
         incremental: bool = True,
+        delta: Delta | None = None,
         staging_bytes: int | None = None,
         on_busy: OnBusy = "wait",
         max_in_flight: int = 2,
@@ -102,6 +105,7 @@ class Checkpointer(Run):
         self._format = formats.get(format)
         self._codec = codecs.get(codec)
         self._incremental = incremental
+        self._chain = _chain(delta, format, self._codec.name, incremental)
         self._digest = digest
         self._ledger = Ledger(self.path, naming.NameTemplate(name), self._damaged, overwrite=overwrite)
         self._config = config_tree(config)
@@ -343,6 +347,7 @@ class Checkpointer(Run):
             arena=self._arena,
             encoder=self._encoder,
             previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
+            chain=self._chain,
             events=self.events,
             make_room=functools.partial(self._committer.make_room, step=snapshot.step),
             started_seconds=began,
@@ -417,6 +422,17 @@ class Checkpointer(Run):
             raise CheckpointerClosed(f"{self.path}: this Checkpointer is closed; make a new one")
         if os.getpid() != self._pid:
             raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
+
+
+def _chain(delta: Delta | None, shard_format: str, codec: str, incremental: bool) -> int:
+    if delta is None:
+        return 0
+    if shard_format != "safetensors" or codec == "none" or not incremental:
+        raise InvalidOption(
+            "delta needs format='safetensors' (zarr readers would take differences for values), a codec, such as "
+            "'planes', and incremental=True"
+        )
+    return delta.chain
 
 
 def _end_threads(*threads: Stager | WriterPool | Committer) -> None:

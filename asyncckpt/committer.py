@@ -220,7 +220,7 @@ class Committer:
                 step=save.step,
                 path=f"{self._store.path}/{written.name}",
                 nbytes=written.nbytes,
-                written_bytes=written.nbytes - save.shards.linked()[1],
+                written_bytes=written.nbytes - save.shards.linked_bytes(),
                 stall_seconds=flight.job.stall_seconds,
                 staged_seconds=flight.job.staged_seconds,
                 durable_seconds=now - save.started_seconds,

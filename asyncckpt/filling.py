@@ -15,6 +15,7 @@ from asyncckpt.arena import aligned_buffer
 from asyncckpt.copying import is_plain, scatter
 from asyncckpt.dtypes import DTYPES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.layers import LayerReader
 from asyncckpt.protocols import ALIGNMENT_BYTES, Codec, Digest, Reader
 from asyncckpt.reading import Damage, extents_of, read_extents
 from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, StoredTensor, TensorRecord
@@ -34,12 +35,15 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
     plain: dict[str, _Plain] = defaultdict(list)
     uses: dict[tuple[str, int], list[Use]] = defaultdict(list)
-    decoder = _Decoder(manifest)
+    decoder = _Decoder(reader, manifest)
     for tensor, targets in wanted:
         if isinstance(tensor, ChunkedRecord):
-            for file, extent, chunk in _chunks(tensor, files):
+            for file, number, chunk in _chunks(tensor):
+                extent = files[file].extents[number]
                 ranges[file].append((extent.offset, extent.offset + extent.nbytes))
-                uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, targets))
+                record = files[file]
+                below = [files[base] for base in record.bases], record.number_of(number) if record.bases else 0
+                uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, below, targets))
         elif tensor.nbytes:
             ranges[tensor.file].append((tensor.begin, tensor.end))
             plain[tensor.file].append((tensor, targets))
@@ -68,14 +72,13 @@ def _want_whole_files(manifest: Manifest, wanted: Fill, ranges: dict[str, list[t
             ranges[file].append((0, 1 << 62))
 
 
-def _chunks(tensor: ChunkedRecord, files: Mapping[str, FileRecord]) -> Iterable[tuple[str, ExtentRecord, int]]:
-    """``(file, extent, number)`` of every chunk."""
-    number = 0
+def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
+    """``(file, number of the extent, number of the chunk)`` of every chunk."""
+    chunk = 0
     for part in tensor.parts:
-        extents = files[part.file].extents
-        for index in part.extents:
-            yield part.file, extents[index], number
-            number += 1
+        for number in part.extents:
+            yield part.file, number, chunk
+            chunk += 1
 
 
 def _give_plain(entries: _Plain, offset: int, view: memoryview) -> None:
@@ -90,13 +93,20 @@ def _give_plain(entries: _Plain, offset: int, view: memoryview) -> None:
 class _Decoder:
     """Chunks → targets. Thread-safe: each reader thread has a buffer of its own."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, reader: Reader, manifest: Manifest) -> None:
         self._codec: Codec = codecs.get(manifest.codec, manifest.codec_options)
         self._digest: Digest = digests.get(manifest.digest)
+        self._layers = LayerReader(reader, self._codec, self._digest)
         self._local = threading.local()
 
     def give(
-        self, tensor: ChunkedRecord, chunk: int, extent: ExtentRecord, targets: list[torch.Tensor], view: memoryview
+        self,
+        tensor: ChunkedRecord,
+        chunk: int,
+        extent: ExtentRecord,
+        below: tuple[Sequence[FileRecord], int],
+        targets: list[torch.Tensor],
+        view: memoryview,
     ) -> None:
         """Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
         begin, nbytes = tensor.span(chunk)
@@ -111,6 +121,7 @@ class _Decoder:
             else:
                 out = self._buffer(decoded)
             self._codec.decode(np.frombuffer(view, np.uint8)[: extent.stored], out.numpy())
+            self._layers.add(*below, out.numpy())
             header = np.empty(codecs.BLOSC_HEADER_BYTES, np.uint8)
             codecs.stored_frame(header, decoded, PLANE_BYTES[tensor.dtype])
             rest = bytes(-(len(header) + decoded) % ALIGNMENT_BYTES)

@@ -121,8 +121,14 @@ def _file_json(record: FileRecord) -> dict[str, Any]:
         [e.offset, e.nbytes, e.digest, e.content, e.stored] if e.content or e.stored else [e.offset, e.nbytes, e.digest]
         for e in record.extents
     ]
-    body = {"name": record.name, "nbytes": record.nbytes, "extents": rows}
-    return body | {"plan": record.plan} if record.plan else body
+    body: dict[str, Any] = {"name": record.name, "nbytes": record.nbytes, "extents": rows}
+    if record.plan:
+        body["plan"] = record.plan
+    if record.bases:
+        body["bases"] = list(record.bases)
+    if record.order:
+        body["order"] = list(record.order)
+    return body
 
 
 def seal(body: bytes) -> bytes:
@@ -285,7 +291,15 @@ def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
         plan = entry.get("plan", "")
         if not isinstance(plan, str):
             body.fail(f"has a malformed plan of {name!r}")
-        records.append(FileRecord(name, nbytes, tuple(extents), plan))
+        bases = entry.get("bases", [])
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            body.fail(f"has malformed bases of {name!r}")
+        order = entry.get("order", [])
+        known = range(1, len(extents))
+        if not isinstance(order, list) or (order and sorted(order, key=repr) != sorted(known, key=repr)):
+            body.fail(f"has a malformed order of {name!r}")
+        records.append(FileRecord(name, nbytes, tuple(extents), plan, tuple(bases), tuple(order)))
+    _check_bases(body, records)
     folded = [record.name.casefold() for record in records] + [FILE_NAME]
     if len(set(folded)) != len(folded):
         body.fail("lists a file twice (or two names that differ only in case)")
@@ -293,6 +307,19 @@ def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
     if not folders.isdisjoint(folded):
         body.fail("lists a name as a file and as a directory")
     return tuple(records)
+
+
+def _check_bases(body: _Body, records: Sequence[FileRecord]) -> None:
+    files = {record.name: record for record in records}
+    for record in records:
+        for name in record.bases:
+            base = files.get(name)
+            if base is None:
+                body.fail(f"has a file {record.name!r} whose base {name!r} it does not list")
+            if base.plan != record.plan or not record.plan or len(base.extents) != len(record.extents) or base.bases:
+                body.fail(f"has a file {record.name!r} whose base {name!r} does not fit it")
+        if len(set(record.bases)) != len(record.bases):
+            body.fail(f"has a file {record.name!r} with a base twice")
 
 
 def _components(body: _Body, files: Mapping[str, FileRecord]) -> dict[str, ComponentRecord]:

@@ -16,6 +16,12 @@ class KnownFile:
 
     record: FileRecord
     ordered: tuple[ExtentRecord, ...]
+    bases: tuple[FileRecord, ...] = ()
+
+    @property
+    def layers(self) -> tuple[FileRecord, ...]:
+        """The files that together give its data."""
+        return (*self.bases, self.record)
 
     def fits(self, shard: Shard) -> bool:
         """Whether it could be this shard, contents apart."""
@@ -53,6 +59,10 @@ def files_of(manifest: Manifest) -> dict[str, KnownFile]:
                 ordered.setdefault(part.file, []).extend(extents[i] for i in part.extents)
     return {
         # where places are fixed, what the format adds is an extent of the layout too
-        name: KnownFile(record, tuple(ordered[name]) if record.plan and name in ordered else record.extents)
+        name: KnownFile(
+            record,
+            tuple(ordered[name]) if record.plan and name in ordered else record.extents,
+            tuple(files[base] for base in record.bases),
+        )
         for name, record in files.items()
     }

@@ -264,9 +264,9 @@ class Attempt(Protocol):
     def create_shard(self, file: str, nbytes: int) -> ShardWriter:
         """A new file of at most ``nbytes``; directories in its name are made."""
 
-    def link(self, source: Reader, file: str, nbytes: int) -> bool:
-        """Take over another checkpoint's file of that size without copying it; False where the file system cannot.
-        Raises ``CheckpointDamaged`` where the file is not what it was."""
+    def link(self, source: Reader, file: str, nbytes: int, name: str) -> bool:
+        """Take over another checkpoint's file of that size as ``name``, without copying it; False where the file system
+        cannot. Raises ``CheckpointDamaged`` where the file is not what it was."""
 
     async def write_small(self, files: Mapping[str, bytes]) -> None:
         """Create, write and fsync small files, all at once."""

@@ -23,12 +23,24 @@ class ExtentRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of the checkpoint, covered from its first byte to its last by extents. ``plan``: see ``Shard.plan``."""
+    """A file of the checkpoint, covered from its first byte to its last by extents. ``plan``: see ``Shard.plan``.
+    ``bases``: the files, oldest first, whose chunks have to be XORed to this one's to give the data; ``order``: which
+    extent each chunk is, empty where chunk ``n`` is extent ``n + 1``, after the header."""
 
     name: str
     nbytes: int
     extents: tuple[ExtentRecord, ...]
     plan: str = ""
+    bases: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+
+    def chunk(self, number: int) -> ExtentRecord:
+        """The extent that chunk ``number`` of the file is."""
+        return self.extents[self.order[number] if self.order else number + 1]
+
+    def number_of(self, extent: int) -> int:
+        """Which chunk of the file an extent is."""
+        return self.order.index(extent) if self.order else extent - 1
 
 
 @dataclass(frozen=True, slots=True)

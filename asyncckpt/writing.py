@@ -10,59 +10,31 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
 
 from asyncckpt.arena import Arena, Slot, aligned_buffer
-from asyncckpt.encoder import Encoder, Frame, as_it_is, content, padded
+from asyncckpt.codecs import Array
+from asyncckpt.encoder import Encoder, Frame, as_it_is, content, finish_image, padded, slot_bytes
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
-from asyncckpt.formats import chunks
+from asyncckpt.layers import LayerReader, layer_name
 from asyncckpt.previous import KnownFile, Previous
-from asyncckpt.protocols import Attempt, Digest, Extent, Layout, Placed, Shard, ShardFormat, ShardWriter, TensorSpec
+from asyncckpt.progress import Parked, Progress
+from asyncckpt.protocols import LEAD_BYTES, Attempt, Digest, Extent, Layout, Placed, ShardFormat, ShardWriter
 from asyncckpt.records import ExtentRecord, FileRecord
 from asyncckpt.staging import Ready
 from asyncckpt.writer import WriterPool
-
-
-@dataclass(slots=True)
-class _Parked:
-    number: int
-    slot: Slot | None
-    frame: Frame
-    content: str
-
-
-@dataclass(slots=True)
-class _Progress:
-    """One shard. ``records`` are its extents by number, ``places`` likewise where they were placed while written."""
-
-    shard: Shard
-    first: int
-    missing: int
-    cursor: int
-    old: KnownFile | None = None
-    writer: ShardWriter | None = None
-    matched: list[int] = field(default_factory=list)
-    matching: bool = False
-    linked: bool = False
-    finished: bool = False
-    turn: int = 0
-    parked: dict[int, _Parked] = field(default_factory=dict)
-    records: dict[int, ExtentRecord] = field(default_factory=dict)
-    edges: list[ExtentRecord] = field(default_factory=list)
-    nbytes: int = 0
-
-
-def specs_of(shard: Shard) -> list[TensorSpec]:
-    """The tensors that a shard holds, whole or in part."""
-    return [placement.spec for placement in shard.placements] + [run.tensor.spec for run in shard.runs]
 
 
 class ShardsWriting:
     """Takes staged extents from any thread and writes them on the pool's threads. Thread-safe.
 
     ``previous`` opens the checkpoint that this one may take files over from; asked for once, on a thread of the pool.
+    ``chain``: how often in a row a file may be saved as differences to that checkpoint's.
     ``start`` gives the attempt, made by whichever thread comes first; ``fail`` poisons the save; ``failed`` says that
     it is poisoned; ``changed`` is called when a shard is done. All errors end in ``fail``.
     """
@@ -76,6 +48,7 @@ class ShardsWriting:
         digest: Digest,
         encoder: Encoder,
         previous: Callable[[], Previous | None],
+        chain: int,
         pool: WriterPool,
         encoding_pool: WriterPool,
         arena: Arena,
@@ -90,6 +63,9 @@ class ShardsWriting:
         self._digest = digest
         self._encoder = encoder
         self._open_previous = previous
+        self._chain = chain
+        self._layer_reader: LayerReader | None = None
+        self._unused: list[FileRecord] = []
         self._previous: Previous | None = None
         self._begun = False
         self._pool = pool
@@ -109,10 +85,10 @@ class ShardsWriting:
         self.written_bytes = 0
         #: Shards that are not durable yet.
         self.unfinished = sum(bool(shard.extents) for shard in layout.shards)
-        self._shards: list[_Progress] = []
+        self._shards: list[Progress] = []
         first = 0
         for shard in layout.shards:
-            progress = _Progress(shard, first, len(shard.extents), shard.reserved_bytes)
+            progress = Progress(shard, first, len(shard.extents), shard.reserved_bytes)
             progress.finished = not shard.extents
             self._shards.append(progress)
             first += len(shard.extents)
@@ -125,6 +101,7 @@ class ShardsWriting:
             if self._failed() or (previous := self._open_previous()) is None:
                 return
             self._previous = previous
+            self._layer_reader = LayerReader(previous.reader, self._encoder.codec, self._digest)
             for progress in self._shards:
                 progress.old = previous.candidate(progress.shard) if progress.shard.extents else None
                 progress.matching = progress.old is not None
@@ -147,11 +124,7 @@ class ShardsWriting:
     def expected_bytes(self) -> int:
         """What the disk must have room for: frozen tensors that the previous checkpoint holds are taken to be equal."""
         self._begin()
-        return sum(
-            progress.shard.nbytes
-            for progress in self._shards
-            if progress.old is None or not all(spec.frozen for spec in specs_of(progress.shard))
-        )
+        return sum(progress.shard.nbytes for progress in self._shards if progress.old is None or not progress.frozen)
 
     def abandon(self) -> None:
         """The save is poisoned: give back what waits for its turn. Idempotent."""
@@ -165,28 +138,24 @@ class ShardsWriting:
             self._let_go(item)
 
     def records(self) -> list[FileRecord]:
-        """The files as written; to be asked once nothing is unfinished."""
-        return [
-            FileRecord(progress.shard.file, progress.nbytes, self._extents_of(progress), progress.shard.plan)
-            for progress in self._shards
-            if progress.shard.extents
-        ]
+        """The files as written, those they build on included; to be asked once nothing is unfinished."""
+        written = [progress.record() for progress in self._shards if progress.shard.extents]
+        return written + [layer for progress in self._shards for layer in progress.layers or ()] + self._unused
 
     def files(self) -> dict[str, KnownFile]:
         """The same, for the next save to compare with."""
         return {
-            record.name: KnownFile(record, tuple(progress.records[n] for n in range(len(progress.shard.extents))))
-            for progress, record in zip((p for p in self._shards if p.shard.extents), self.records(), strict=True)
+            progress.shard.file: KnownFile(progress.record(), progress.ordered(), progress.layers or ())
+            for progress in self._shards
+            if progress.shard.extents
         }
 
     def orders(self) -> Mapping[str, list[int]]:
         """For each file: the position, among its record's extents, of each of its layout's extents."""
         found: dict[str, list[int]] = {}
         for progress in self._shards:
-            index = {extent.offset: at for at, extent in enumerate(self._extents_of(progress))}
-            found[progress.shard.file] = [
-                index[progress.records[number].offset] for number in range(len(progress.shard.extents))
-            ]
+            index = {extent.offset: at for at, extent in enumerate(progress.extents())}
+            found[progress.shard.file] = [index[extent.offset] for extent in progress.ordered()]
         return found
 
     def close(self) -> None:
@@ -195,14 +164,11 @@ class ShardsWriting:
         if previous is not None:
             previous.reader.close()
 
-    def linked(self) -> tuple[int, int]:
-        """``(files, bytes)`` taken over from the previous checkpoint without writing."""
-        chosen = [progress for progress in self._shards if progress.linked]
-        return len(chosen), sum(progress.nbytes for progress in chosen)
-
-    @staticmethod
-    def _extents_of(progress: _Progress) -> tuple[ExtentRecord, ...]:
-        return tuple(sorted([*progress.records.values(), *progress.edges], key=lambda extent: extent.offset))
+    def linked_bytes(self) -> int:
+        """Bytes of the checkpoint that were taken over without writing them."""
+        whole = sum(progress.nbytes for progress in self._shards if progress.linked)
+        layers = [layer for progress in self._shards for layer in progress.layers or ()]
+        return whole + sum(layer.nbytes for layer in (*layers, *self._unused))
 
     # -- extents -----------------------------------------------------------------------------------------------------
 
@@ -228,20 +194,28 @@ class ShardsWriting:
     def _handle(self, number: int, slot: Slot, ready: Ready, digest: str | None) -> None:
         extent = self._extents[number]
         progress = self._shards[extent.shard]
-        kept = False
+        owned = True
         try:
             if not self._failed():
                 self._begin()
                 ready()
                 # the digest is of the staged bytes, before anything below this line could spoil them
                 found = digest or self._digest(content(extent, slot))
-                if not self._matches(progress, number - progress.first, found):
-                    kept = self._store(progress, number - progress.first, extent, slot, found)
+                number -= progress.first
+                if self._matches(progress, number, found):
+                    return
+                if progress.shard.floating:
+                    owned = False
+                    self._store_chunk(progress, number, extent, slot, found)
+                else:
+                    stored = extent.stored if extent.stored != extent.nbytes else 0
+                    record = ExtentRecord(extent.offset, extent.nbytes, found, "", stored)
+                    self._write(progress, slot.view, record, number)
         finally:
-            if not kept:
+            if owned:
                 self._arena.release(slot)
 
-    def _matches(self, progress: _Progress, number: int, found: str) -> bool:
+    def _matches(self, progress: Progress, number: int, found: str) -> bool:
         """Whether nothing has to be written for now, because the previous checkpoint has these bytes."""
         old = progress.old
         if old is None:
@@ -259,36 +233,60 @@ class ShardsWriting:
                 copies, progress.matched = progress.matched, []
         if complete and self._link(progress, old):
             return True
+        progress.matching = False
         for copied in copies:
             self._submit(functools.partial(self._copy, progress, copied))
         return False
 
-    def _store(self, progress: _Progress, number: int, extent: Extent, slot: Slot, found: str) -> bool:
-        """Write an extent; True where the slot is needed on and will be released later."""
-        if not progress.shard.floating:
-            stored = extent.stored if extent.stored != extent.nbytes else 0
-            self._write(progress, slot.view, ExtentRecord(extent.offset, extent.nbytes, found, "", stored), number)
-            return False
-        if self._encoder.wanted():
+    def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
+        """Encode a chunk, or not, and write it; the slot is released on the way."""
+        if self._chain or self._encoder.wanted():
             work = functools.partial(self._encode, progress, number, extent, slot, found)
             self._submit(work, self._encoding_pool)
         else:
-            for item, offset in self._place(progress, _Parked(number, slot, as_it_is(extent, slot), found)):
-                self._write_placed(progress, item, offset)
-        return True
+            self._write_all(progress, self._place(progress, Parked(number, slot, as_it_is(extent, slot), found)))
 
-    def _encode(self, progress: _Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
+    def _encode(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
         try:
             if self._failed():
                 raise SaveAbandoned(f"step {self._step}: given up before all of it was encoded")
-            frame = self._encoder.encode(extent, slot)
+            frame = self._frame(progress, number, extent, slot)
         except BaseException:
             self._arena.release(slot)
             raise
-        for item, offset in self._place(progress, _Parked(number, slot, frame, found)):
-            self._submit(functools.partial(self._write_placed, progress, item, offset))
+        for placed in self._place(progress, Parked(number, slot, frame, found)):
+            self._submit(functools.partial(self._write_placed, progress, *placed))
 
-    def _place(self, progress: _Progress, item: _Parked) -> list[tuple[_Parked, int]]:
+    def _frame(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> Frame:
+        layers = self._layers_of(progress)
+        if layers and self._layer_reader is not None and progress.old is not None:
+            data: Array = np.frombuffer(slot.view, np.uint8)[LEAD_BYTES : extent.nbytes]
+            self._layer_reader.add(progress.old.layers, number, data)
+        frame = self._encoder.encode(extent, slot)
+        frame.unchanged = frame.unchanged and not layers
+        return frame
+
+    def _layers_of(self, progress: Progress) -> tuple[FileRecord, ...]:
+        """The files that this shard's chunks are saved as differences to; they are linked into the checkpoint first."""
+        with progress.lock:
+            if progress.layers is not None:
+                return progress.layers
+            progress.layers = ()
+            old, previous = progress.old, self._previous
+            if old is None or previous is None or len(old.layers) > self._chain:
+                return ()
+            layers = [replace(layer, name=layer_name(layer, previous.reader), bases=()) for layer in old.layers]
+            linked = [
+                self._start().link(previous.reader, layer.name, layer.nbytes, new.name)
+                for layer, new in zip(old.layers, layers, strict=True)
+            ]
+            if all(linked):
+                progress.layers = tuple(layers)
+            else:  # no differences, then; what is linked already stays, listed like everything else
+                self._unused += [layer for layer, there in zip(layers, linked, strict=True) if there]
+            return progress.layers
+
+    def _place(self, progress: Progress, item: Parked) -> list[tuple[Parked, int]]:
         """What can be written now, and where: frames get their places in the layout's order, and one whose turn has not
         come is parked in its slot. So that parked slots can never keep the others from being staged, order is given up
         where they hold much of the arena: the manifest says where everything is."""
@@ -303,38 +301,34 @@ class ShardsWriting:
                 progress.parked[item.number] = item
                 self._parked_bytes += slot.nbytes
                 return []
-            placed = [(item, self._advance(progress, item))]
+            placed = [(item, progress.place(item))]
             while (after := progress.parked.pop(progress.turn, None)) is not None:
                 self._parked_bytes -= after.slot.nbytes if after.slot is not None else 0
-                placed.append((after, self._advance(progress, after)))
+                placed.append((after, progress.place(after)))
         if item.frame.buffer is not None and slot is not None:  # what was staged is in the buffer now
             item.slot = None
             self._arena.release(slot)
         return placed
 
-    def _let_go(self, item: _Parked) -> None:
+    def _let_go(self, item: Parked) -> None:
         """Give back the memory a frame lies in."""
         self._encoder.release(item.frame.buffer)
         if item.slot is not None:
             self._arena.release(item.slot)
 
-    def _advance(self, progress: _Progress, item: _Parked) -> int:
-        offset = progress.cursor
-        progress.cursor += padded(item.frame.stored)
-        if item.number == progress.turn:
-            progress.turn += 1
-            while progress.turn in progress.records:  # placed out of turn before
-                progress.turn += 1
-        progress.records[item.number] = ExtentRecord(offset, 0, "")
-        return offset
+    def _write_all(self, progress: Progress, placed: Sequence[tuple[Parked, int]]) -> None:
+        """The first on this thread, the others on any."""
+        for later in placed[1:]:
+            self._submit(functools.partial(self._write_placed, progress, *later))
+        for item, offset in placed[:1]:
+            self._write_placed(progress, item, offset)
 
-    def _write_placed(self, progress: _Progress, item: _Parked, offset: int) -> None:
+    def _write_placed(self, progress: Progress, item: Parked, offset: int) -> None:
         frame = item.frame
         try:
             if self._failed():
                 return
-            alone = len(progress.shard.extents) == 1 and not self._has_edges(progress.shard)
-            nbytes = frame.stored if alone else padded(frame.stored)
+            nbytes = frame.stored if progress.alone else padded(frame.stored)
             # a chunk stored as it is has been digested already
             known = frame.unchanged and nbytes == padded(frame.stored)
             digest = item.content if known else self._digest(frame.view[:nbytes])
@@ -343,11 +337,7 @@ class ShardsWriting:
         finally:
             self._let_go(item)
 
-    @staticmethod
-    def _has_edges(shard: Shard) -> bool:
-        return shard.reserved_bytes > 0 or chunks.chunk_count(shard.runs[0].tensor) > 1
-
-    def _write(self, progress: _Progress, view: memoryview, record: ExtentRecord, number: int) -> None:
+    def _write(self, progress: Progress, view: memoryview, record: ExtentRecord, number: int) -> None:
         began = time.perf_counter()
         writer = self._writer(progress)
         with self._encoder.balance.writing(record.nbytes):
@@ -362,43 +352,58 @@ class ShardsWriting:
         if complete and not self._failed():
             self._finish(progress)
 
-    def _copy(self, progress: _Progress, number: int) -> None:
+    def _copy(self, progress: Progress, number: int) -> None:
         """An extent that matched, of a shard that did not: out of the previous checkpoint, verified."""
-        if self._failed() or self._previous is None or progress.old is None:
+        known, previous = progress.old, self._previous
+        if self._failed() or previous is None or known is None:
             return
-        old = progress.old.ordered[number]
-        name = progress.old.record.name
-        buffer = memoryview(aligned_buffer(old.nbytes))
-        got = self._previous.reader.read_into(name, buffer, old.nbytes, old.offset)
-        if got != old.nbytes or self._digest(buffer[: old.nbytes]) != old.digest:
+        try:
+            if self._chain and progress.shard.floating:
+                self._copy_image(progress, number, known)
+                return
+            old = known.ordered[number]
+            buffer = memoryview(aligned_buffer(old.nbytes))
+            got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
+            if got != old.nbytes or self._digest(buffer[: old.nbytes]) != old.digest:
+                where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
+                raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
+        except CheckpointDamaged as error:
             raise CheckpointDamaged(
-                f"{self._previous.reader.path}/{name} [{old.offset}:{old.offset + old.nbytes}]: damaged "
-                f"since it was written, and wanted for step {self._step}. Save again: it will be written anew"
-            )
+                f"step {self._step}: wanted to take over what has not changed, but it is damaged since it was written: "
+                f"{error}. Save again: everything will be written anew"
+            ) from error
         if not progress.shard.floating:
             self._write(progress, buffer, old, number)
             return
-        buffer[old.nbytes :] = bytes(buffer.nbytes - old.nbytes)
-        copied = _Parked(number, None, Frame(buffer, old.stored, None), old.content)
-        for item, offset in self._place(progress, copied):
-            self._write_placed(progress, item, offset)
+        item = Parked(number, None, Frame(buffer, old.stored, None), old.content)
+        self._write_all(progress, self._place(progress, item))
+
+    def _copy_image(self, progress: Progress, number: int, known: KnownFile) -> None:
+        """Likewise, of a chunk that is stored in layers: decoded, and encoded again on the layers it has now."""
+        extent = progress.shard.extents[number]
+        buffer = memoryview(aligned_buffer(slot_bytes(extent)))
+        slot = Slot(-1, 0, len(buffer), 0, buffer, torch.frombuffer(buffer, dtype=torch.uint8))
+        if self._layer_reader is not None:
+            self._layer_reader.add(known.layers, number, np.frombuffer(buffer, np.uint8)[LEAD_BYTES : extent.nbytes])
+        finish_image(extent, slot)
+        item = Parked(number, None, self._frame(progress, number, extent, slot), known.ordered[number].content)
+        self._write_all(progress, self._place(progress, item))
 
     # -- shards ------------------------------------------------------------------------------------------------------
 
-    def _writer(self, progress: _Progress) -> ShardWriter:
+    def _writer(self, progress: Progress) -> ShardWriter:
         attempt = self._start()
         with self._open_lock:
             if progress.writer is None:
                 progress.writer = attempt.create_shard(progress.shard.file, progress.shard.nbytes)
             return progress.writer
 
-    def _finish(self, progress: _Progress) -> None:
+    def _finish(self, progress: Progress) -> None:
         """Head, tail, and everything on the disk."""
         writer = self._writer(progress)
         end = progress.shard.nbytes
         if progress.shard.floating:
-            ordered = [progress.records[number] for number in range(len(progress.shard.extents))]
-            placed = [Placed(record.offset, record.nbytes, record.stored) for record in ordered]
+            placed = [Placed(record.offset, record.nbytes, record.stored) for record in progress.ordered()]
             head, tail = self._format.seal(progress.shard, placed, self._encoder.codec)
             end = max(place.offset + place.nbytes for place in placed)
             for offset, data in ((0, head), (end, tail)):
@@ -412,23 +417,25 @@ class ShardsWriting:
         progress.nbytes = end
         self._done(progress)
 
-    def _link(self, progress: _Progress, old: KnownFile) -> bool:
+    def _link(self, progress: Progress, old: KnownFile) -> bool:
         """Take the whole file over; False where the file system cannot (its extents are then copied)."""
         previous = self._previous
-        if previous is None or not self._start().link(previous.reader, old.record.name, old.record.nbytes):
-            progress.matching = False
+        if previous is None or not all(
+            self._start().link(previous.reader, layer.name, layer.nbytes, layer.name) for layer in old.layers
+        ):
             return False
         with self._lock:
             progress.records = dict(enumerate(old.ordered))
             known = {record.offset for record in old.ordered}
             progress.edges = [extent for extent in old.record.extents if extent.offset not in known]
+            progress.layers = old.bases
             progress.nbytes = old.record.nbytes
             progress.linked = True
             progress.missing = 0
         self._done(progress)
         return True
 
-    def _done(self, progress: _Progress) -> None:
+    def _done(self, progress: Progress) -> None:
         with self._lock:
             progress.finished = True
             self.unfinished -= 1

@@ -189,13 +189,13 @@ class LocalAttempt:
             self._writers.append(writer)
         return writer
 
-    def link(self, source: Reader, file: str, nbytes: int) -> bool:
+    def link(self, source: Reader, file: str, nbytes: int, name: str) -> bool:
         """A reflink where the file system has them (a file of its own that shares the blocks), or else a hard link."""
         store, ops = self._store, self._store.ops
-        old, new = os.path.join(source.path, file), os.path.join(self.path, file)
+        old, new = os.path.join(source.path, file), os.path.join(self.path, name)
         if source.files_nbytes(file) != nbytes:
             raise CheckpointDamaged(f"{old} has changed since it was written. Save again: it will be written anew")
-        self._make_folder(file)
+        self._make_folder(name)
         if store.reflinks:
             try:
                 ops.reflink(old, new)

@@ -1,0 +1,160 @@
+"""A checkpoint as a read-only zarr store that checks what it hands out: any zarr code, no unverified byte.
+
+Opening the directory itself with zarr works too and is unsafe in two ways: nothing is verified, and a chunk that is
+missing reads as zeros. Here both are errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterable
+from typing import NoReturn
+
+from asyncckpt import digests
+from asyncckpt import manifest as manifests
+from asyncckpt.arena import aligned_buffer
+from asyncckpt.errors import CheckpointDamaged, InvalidOption, MissingExtra
+from asyncckpt.formats.zarr import METADATA_FILE
+from asyncckpt.protocols import Reader
+from asyncckpt.reading import check_files, extents_of
+from asyncckpt.records import FileRecord
+from asyncckpt.storage.local import LocalStore
+
+try:
+    import zarr
+    from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
+    from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
+
+    from asyncckpt.integrations import zarr_dtypes
+except ImportError as error:
+    raise MissingExtra("reading with zarr needs zarr 3.1 or newer: pip install 'asyncckpt[zarr]'") from error
+
+
+def open_group(checkpoint: str | os.PathLike[str] | Reader) -> zarr.Group:
+    """The checkpoint's root group (``group["model"]["blocks.0.weight"][:]``), read-only, every byte verified.
+
+    ``checkpoint``: a checkpoint's directory, or what ``Run.open`` gives (the caller closes that). Raises
+    ``CheckpointNotFound``, ``CheckpointDamaged``, and ``InvalidOption`` for a checkpoint of another format.
+    """
+    zarr_dtypes.register()
+    return zarr.open_group(CheckpointStore(checkpoint), mode="r")
+
+
+class CheckpointStore(Store):
+    """zarr's ``Store`` over a published checkpoint. Reads block on a thread; thread-safe."""
+
+    def __init__(self, checkpoint: str | os.PathLike[str] | Reader) -> None:
+        super().__init__(read_only=True)
+        self._owned = isinstance(checkpoint, str | os.PathLike)
+        if isinstance(checkpoint, str | os.PathLike):
+            parent, name = os.path.split(os.path.abspath(os.fspath(checkpoint)))
+            self._reader: Reader = LocalStore(parent).open(name)
+        else:
+            self._reader = checkpoint
+        try:
+            self._manifest = manifests.load(self._reader)
+            if self._manifest.shard_format != "zarr":
+                raise InvalidOption(f"{self._reader.path} is a checkpoint of format {self._manifest.shard_format}")
+            damage = check_files(self._reader, self._manifest)
+            if damage:
+                raise CheckpointDamaged(f"{self._reader.path}: {damage[0]}")
+        except BaseException:
+            self.close()
+            raise
+        self._digest = digests.get(self._manifest.digest)
+        self._files = {record.name: record for record in self._manifest.files}
+        self._arrays = {
+            name.rpartition("/")[0]
+            for component in self._manifest.components.values()
+            for tensor in component.tensors.values()
+            for name in tensor.files
+        }
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CheckpointStore) and other._reader.path == self._reader.path
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"CheckpointStore({self._reader.path!r})"
+
+    def close(self) -> None:
+        if self._owned:
+            self._reader.close()
+
+    async def get(
+        self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
+    ) -> Buffer | None:
+        """Raises ``CheckpointDamaged`` for bytes that are not what was saved, and for a chunk that is not there."""
+        record = self._files.get(key)
+        if record is None:
+            if key.rpartition("/")[0] in self._arrays and key.rpartition("/")[2].startswith("c"):
+                raise CheckpointDamaged(f"{self._reader.path}/{key}: the manifest has no such chunk")
+            return None
+        data = await asyncio.to_thread(self._read, record, *_span(byte_range, record.nbytes))
+        return (prototype or default_buffer_prototype()).buffer.from_bytes(data)
+
+    async def get_partial_values(
+        self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
+    ) -> list[Buffer | None]:
+        return list(await asyncio.gather(*(self.get(key, prototype, wanted) for key, wanted in key_ranges)))
+
+    async def exists(self, key: str) -> bool:
+        return key in self._files
+
+    async def list(self) -> AsyncIterator[str]:
+        for name in self._files:
+            yield name
+
+    async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
+        for name in self._files:
+            if name.startswith(prefix):
+                yield name
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        folder = f"{prefix.rstrip('/')}/" if prefix.strip("/") else ""
+        for child in dict.fromkeys(
+            name[len(folder) :].partition("/")[0] for name in self._files if name.startswith(folder)
+        ):
+            # what is no part of the zarr hierarchy (the manifest's own files) has no zarr.json and is not shown
+            if folder or child == METADATA_FILE or f"{child}/{METADATA_FILE}" in self._files:
+                yield child
+
+    supports_writes = False
+    supports_deletes = False
+    supports_listing = True
+
+    async def set(self, key: str, value: Buffer) -> NoReturn:
+        self._refuse(key)
+
+    async def delete(self, key: str) -> NoReturn:
+        self._refuse(key)
+
+    def _refuse(self, key: str) -> NoReturn:
+        raise InvalidOption(f"{self._reader.path}/{key}: a checkpoint is never changed; copy what you want to edit")
+
+    def _read(self, record: FileRecord, begin: int, end: int) -> bytes:
+        chosen = extents_of(self._manifest, {record.name: [(begin, max(end, begin + 1))]})
+        parts: list[bytes] = []
+        for _, extent in chosen:
+            buffer = memoryview(aligned_buffer(extent.nbytes))
+            got = self._reader.read_into(record.name, buffer, extent.nbytes, extent.offset)
+            if got != extent.nbytes or self._digest(buffer[: extent.nbytes]) != extent.digest:
+                where = f"{self._reader.path}/{record.name} [{extent.offset}:{extent.offset + extent.nbytes}]"
+                raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
+            parts.append(bytes(buffer[max(0, begin - extent.offset) : max(0, min(end - extent.offset, extent.nbytes))]))
+        return b"".join(parts)
+
+
+def _span(wanted: ByteRequest | None, nbytes: int) -> tuple[int, int]:
+    match wanted:
+        case None:
+            return 0, nbytes
+        case RangeByteRequest():
+            return min(wanted.start, nbytes), min(wanted.end, nbytes)
+        case OffsetByteRequest():
+            return min(wanted.offset, nbytes), nbytes
+        case SuffixByteRequest():
+            return max(0, nbytes - wanted.suffix), nbytes
+    raise InvalidOption(f"an unknown kind of byte range: {wanted!r}")
