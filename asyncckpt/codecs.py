@@ -34,7 +34,7 @@ _ZSTD_VERSION: Final = 1
 #: Decoders before c-blosc 1.21 take a block for split only where a plane has this many bytes.
 _MIN_PLANE_BYTES: Final = 128
 #: Below this a chunk is stored as it is: a file system block is 4 KiB, and the calls would cost more than the bytes.
-_MIN_PLANES_CHUNK_BYTES: Final = 16 << 10
+MIN_PLANES_CHUNK_BYTES: Final = 16 << 10
 _SAMPLES: Final = 4
 _SAMPLE_BYTES: Final = 8 << 10
 #: A plane is compressed where its sample shrinks at least this much.
@@ -178,7 +178,7 @@ class Planes:
 
     def attempt(self, data: Array, item_bytes: int, out: Array) -> int:
         count = data.nbytes // item_bytes
-        if data.nbytes < _MIN_PLANES_CHUNK_BYTES or count * item_bytes != data.nbytes or count < _MIN_PLANE_BYTES:
+        if data.nbytes < MIN_PLANES_CHUNK_BYTES or count * item_bytes != data.nbytes or count < _MIN_PLANE_BYTES:
             return 0
         items = data.reshape(count, item_bytes)
         paying = [plane for plane in range(item_bytes) if _pays(items[:, plane])]

@@ -157,9 +157,9 @@ class Committer:
         """The newest checkpoint of that kind, open, for a save to take unchanged files over from. Blocks on the disk
         the first time. Never raises: without one, everything is written."""
         try:
-            if kind not in self._last:
-                self._last[kind] = self._newest(kind)
-            last = self._last[kind]
+            last = self._last.get(kind)
+            if kind not in self._last or (last is not None and last[0] in self._damaged):
+                last = self._last[kind] = self._newest(kind)
             return None if last is None else Previous(self._store.open(last[0]), last[1])
         except (AsyncCkptError, OSError) as error:
             log.warning("nothing is taken over from the checkpoint before: %s", error)
@@ -237,13 +237,13 @@ class Committer:
                     commit_seconds=now - max(began, save.written_seconds),
                 )
             )
+            self._last[written.kind] = written.name, save.shards.files()
             flight.pending.resolve(report)
         except BaseException as caught:
             error = caught
             flight.job.cancel(caught)
         save.shards.close()
         if error is None:
-            self._last[written.kind] = written.name, save.shards.files()
             self._after(save, written.name)
         elif isinstance(error, CheckpointDamaged):  # of the one before: write everything next time
             self._last[save.contents.draft.kind] = None

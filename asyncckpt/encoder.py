@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from asyncckpt.arena import Slot, aligned_buffer
-from asyncckpt.codecs import BLOSC_HEADER_BYTES, FRAME_OVERHEAD_BYTES, Array, Auto, stored_frame
+from asyncckpt.codecs import (
+    BLOSC_HEADER_BYTES,
+    FRAME_OVERHEAD_BYTES,
+    MIN_PLANES_CHUNK_BYTES,
+    Array,
+    Auto,
+    Planes,
+    stored_frame,
+)
 from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Codec, Extent
 
 #: The rate of the disk is taken anew after this many bytes.
@@ -142,8 +150,10 @@ class Encoder:
         #: Buffers there may still be: one for each thread that encodes and some more for frames that wait for the disk.
         self._left = threads + 3
 
-    def wanted(self) -> bool:
-        """Whether the next chunk should be encoded at all."""
+    def wanted(self, extent: Extent) -> bool:
+        """Whether this chunk, the next one, should be encoded at all."""
+        if isinstance(self.codec, Auto | Planes) and extent.nbytes < MIN_PLANES_CHUNK_BYTES:
+            return False
         return not isinstance(self.codec, Auto) or self.balance.worth()
 
     def encode(self, extent: Extent, slot: Slot) -> Frame:

@@ -91,3 +91,21 @@ class FaultyOps(PosixOps):
     def rename_noreplace(self, source: str, target: str) -> None:
         self._call("rename_noreplace", target)
         super().rename_noreplace(source, target)
+
+
+class ThrottledOps(PosixOps):
+    """A device that takes ``bytes_per_second``, all writers together: a network file system, a cheap cloud disk."""
+
+    def __init__(self, bytes_per_second: float) -> None:
+        self.bytes_per_second = bytes_per_second
+        self._lock = threading.Lock()
+        self._free_seconds = 0.0
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
+        nbytes = memoryview(data).nbytes
+        with self._lock:
+            self._free_seconds = max(self._free_seconds, time.monotonic()) + nbytes / self.bytes_per_second
+            until = self._free_seconds
+        written = super().pwrite(fd, data, offset)
+        time.sleep(max(0.0, until - time.monotonic()))
+        return written

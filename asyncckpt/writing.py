@@ -184,6 +184,9 @@ class ShardsWriting:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
+        except CheckpointDamaged as error:  # only the previous checkpoint is read here
+            why = f"step {self._step}: what has not changed was to be taken over, but is damaged since it was written"
+            self._fail(CheckpointDamaged(f"{why}: {error}. Save again: everything will be written anew"))
         except BaseException as error:
             self._fail(error)
         finally:
@@ -240,7 +243,7 @@ class ShardsWriting:
 
     def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
         """Encode a chunk, or not, and write it; the slot is released on the way."""
-        if self._chain or self._encoder.wanted():
+        if self._chain or self._encoder.wanted(extent):
             work = functools.partial(self._encode, progress, number, extent, slot, found)
             self._submit(work, self._encoding_pool)
         else:
@@ -357,21 +360,15 @@ class ShardsWriting:
         known, previous = progress.old, self._previous
         if self._failed() or previous is None or known is None:
             return
-        try:
-            if self._chain and progress.shard.floating:
-                self._copy_image(progress, number, known)
-                return
-            old = known.ordered[number]
-            buffer = memoryview(aligned_buffer(old.nbytes))
-            got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
-            if got != old.nbytes or self._digest(buffer[: old.nbytes]) != old.digest:
-                where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
-                raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
-        except CheckpointDamaged as error:
-            raise CheckpointDamaged(
-                f"step {self._step}: wanted to take over what has not changed, but it is damaged since it was written: "
-                f"{error}. Save again: everything will be written anew"
-            ) from error
+        if self._chain and progress.shard.floating:
+            self._copy_image(progress, number, known)
+            return
+        old = known.ordered[number]
+        buffer = memoryview(aligned_buffer(old.nbytes))
+        got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
+        if got != old.nbytes or self._digest(buffer[: old.nbytes]) != old.digest:
+            where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
+            raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
         if not progress.shard.floating:
             self._write(progress, buffer, old, number)
             return

@@ -194,7 +194,7 @@ class LocalAttempt:
         store, ops = self._store, self._store.ops
         old, new = os.path.join(source.path, file), os.path.join(self.path, name)
         if source.files_nbytes(file) != nbytes:
-            raise CheckpointDamaged(f"{old} has changed since it was written. Save again: it will be written anew")
+            raise CheckpointDamaged(f"{old} has another size than the {nbytes} bytes it was written with")
         self._make_folder(name)
         if store.reflinks:
             try:
