@@ -31,6 +31,7 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.hooks import Preempted, Preemption
+from asyncckpt.layers import Delta
 from asyncckpt.reading import Damage
 from asyncckpt.restore import RestoreReport
 from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
@@ -51,6 +52,7 @@ __all__ = [
     "CheckpointInfo",
     "Damage",
     "RngState",
+    "Delta",
     # when to save, what to keep
     "Steps",
     "Minutes",

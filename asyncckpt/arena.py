@@ -34,7 +34,8 @@ _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A piece of the arena. ``view`` is writable and aligned, its length a multiple of 4096."""
+    """A piece of the arena. ``view`` is writable and aligned, its length a multiple of 4096. ``split``: what is staged
+    in it is a chunk whose bytes the device has split into planes."""
 
     region: int
     offset: int
@@ -42,6 +43,7 @@ class Slot:
     address: int
     view: memoryview
     tensor: torch.Tensor
+    split: bool = False
 
 
 def default_budget(extent_bytes: Sequence[int]) -> int:

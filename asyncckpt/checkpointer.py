@@ -295,7 +295,8 @@ class Checkpointer(Run):
             pieces = snapshot.pieces()
             eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
             digest = save.digest if deferred else None  # an eager save's copies must not wait for digests
-            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events, began, digest)
+            splits = self._encoder.splits and not self._chain  # differences are taken of whole items
+            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events, began, digest, splits)
         except BaseException:
             self._ledger.release(step, kind)
             raise

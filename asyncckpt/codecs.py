@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
@@ -20,6 +20,8 @@ from numcodecs import blosc
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, UnknownName
 from asyncckpt.protocols import Codec
 
+#: Begins the content digest of a chunk whose staged image was split into planes: the same data has another image then.
+SPLIT_MARK: Final = "planes:"
 #: What a frame may add to its data: Blosc's header, block start and one length a plane, or zstd's headers.
 FRAME_OVERHEAD_BYTES: Final = 512
 #: The Blosc 1 frame header: format version, inner codec's version, flags, typesize, nbytes, blocksize, cbytes.
@@ -181,28 +183,28 @@ class Planes:
         if data.nbytes < MIN_PLANES_CHUNK_BYTES or count * item_bytes != data.nbytes or count < _MIN_PLANE_BYTES:
             return 0
         items = data.reshape(count, item_bytes)
-        paying = [plane for plane in range(item_bytes) if _pays(items[:, plane])]
+        return self.attempt_split([items[:, plane] for plane in range(item_bytes)], out)
+
+    def attempt_split(self, planes: Sequence[Array], out: Array) -> int:
+        """As ``attempt``, for data that is split into its planes already."""
+        item_bytes, count = len(planes), len(planes[0])
+        paying = [number for number, plane in enumerate(planes) if _pays(plane)]
         if not paying:
             return 0
-        scratch = _scratch(count)
         position = BLOSC_HEADER_BYTES + 4  # the start of the one block follows the header
-        for plane in range(item_bytes):
-            if plane in paying:
-                np.copyto(scratch, items[:, plane])
-                packed = _literals().compress(_view(scratch))
+        for number, plane in enumerate(planes):
+            if number in paying:
+                packed = _literals().compress(_view(_contiguous(plane)))
                 if len(packed) < count:
                     position = _put_length(out, position, len(packed))
                     position = _put(out, position, packed)
                     continue
             position = _put_length(out, position, count)
-            np.copyto(out[position : position + count], items[:, plane])
+            np.copyto(out[position : position + count], plane)
             position += count
-        if position >= data.nbytes + BLOSC_HEADER_BYTES:
+        if position >= count * item_bytes + BLOSC_HEADER_BYTES:
             return 0
-        flags = _SHUFFLED | _ZSTD_INSIDE
-        header = _BLOSC_HEADER.pack(_BLOSC_FORMAT, _ZSTD_VERSION, flags, item_bytes, data.nbytes, data.nbytes, position)
-        _put(out, 0, header)
-        _put_length(out, BLOSC_HEADER_BYTES, BLOSC_HEADER_BYTES + 4)
+        _put_header(out, item_bytes, count * item_bytes, position)
         return position
 
     def decode(self, frame: Array, out: Array) -> None:
@@ -227,6 +229,9 @@ class Auto:
 
     def attempt(self, data: Array, item_bytes: int, out: Array) -> int:
         return _PLANES.attempt(data, item_bytes, out)
+
+    def attempt_split(self, planes: Sequence[Array], out: Array) -> int:
+        return _PLANES.attempt_split(planes, out)
 
     def decode(self, frame: Array, out: Array) -> None:
         _blosc_into(frame, out)
@@ -270,6 +275,37 @@ def stored_frame(header: Array, nbytes: int, item_bytes: int) -> int:
     flags = _SHUFFLED | _COPIED | _ZSTD_INSIDE
     _put(header, 0, _BLOSC_HEADER.pack(_BLOSC_FORMAT, _ZSTD_VERSION, flags, item_bytes, nbytes, nbytes, total))
     return total
+
+
+def split_places(nbytes: int, item_bytes: int) -> list[int]:
+    """Where each plane of a chunk lies in a Blosc frame that holds it split and otherwise as it is."""
+    count = nbytes // item_bytes
+    return [BLOSC_HEADER_BYTES + 4 + 4 + plane * (4 + count) for plane in range(item_bytes)]
+
+
+def split_frame(image: Array, nbytes: int, item_bytes: int) -> int:
+    """Make an image whose planes lie at ``split_places`` such a frame; the frame's size."""
+    count = nbytes // item_bytes
+    for place in split_places(nbytes, item_bytes):
+        _put_length(image, place - 4, count)
+    total = split_places(nbytes, item_bytes)[-1] + count
+    _put_header(image, item_bytes, nbytes, total)
+    return total
+
+
+def _put_header(out: Array, item_bytes: int, nbytes: int, total: int) -> None:
+    """Of a frame of one split block."""
+    flags = _SHUFFLED | _ZSTD_INSIDE
+    _put(out, 0, _BLOSC_HEADER.pack(_BLOSC_FORMAT, _ZSTD_VERSION, flags, item_bytes, nbytes, nbytes, total))
+    _put_length(out, BLOSC_HEADER_BYTES, BLOSC_HEADER_BYTES + 4)
+
+
+def _contiguous(plane: Array) -> Array:
+    if plane.flags.c_contiguous:
+        return plane
+    scratch = _scratch(len(plane))
+    np.copyto(scratch, plane)
+    return scratch
 
 
 def _copied(data: Array, item_bytes: int, out: Array) -> int:

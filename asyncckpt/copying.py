@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from asyncckpt.arena import Slot
-from asyncckpt.protocols import Extent, Piece, Segment
+from asyncckpt.codecs import MIN_PLANES_CHUNK_BYTES, split_places
+from asyncckpt.protocols import LEAD_BYTES, Extent, Piece, Segment
 
 _libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
@@ -54,6 +55,28 @@ def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Sl
             first = segment.source_offset // item
             _copy_strided(tensor, first, first + segment.nbytes // item, target.view(tensor.dtype))
     _flush(batch, slot, start, end)
+
+
+def can_split(pieces: Sequence[Piece], extent: Extent) -> bool:
+    """Whether a chunk can be split into planes where its tensor is."""
+    nbytes = extent.nbytes - LEAD_BYTES
+    if extent.item_bytes < 2 or nbytes < MIN_PLANES_CHUNK_BYTES or nbytes % extent.item_bytes:
+        return False
+    if len(extent.segments) != 1:
+        return False
+    return is_plain(pieces[extent.segments[0].piece].tensor)
+
+
+def copy_planes(pieces: Sequence[Piece], extent: Extent, slot: Slot) -> None:
+    """Split a chunk into its byte planes on its device, and copy each to its place in the frame; see
+    ``copy_segments``."""
+    segment, item = extent.segments[0], extent.item_bytes
+    flat = _flat_bytes(pieces[segment.piece].tensor.detach())
+    planes = flat[segment.source_offset : segment.source_offset + segment.nbytes].view(-1, item).t().contiguous()
+    nbytes = extent.nbytes - LEAD_BYTES
+    for plane, place in zip(planes, split_places(nbytes, item), strict=True):
+        slot.tensor[place : place + len(plane)].copy_(plane, non_blocking=True)
+        slot.tensor[place + len(plane) : place + nbytes // item].zero_()  # an array's edge
 
 
 def fill_rest(slot: Slot, extent: Extent) -> None:

@@ -13,15 +13,17 @@ import numpy as np
 
 from asyncckpt.arena import Slot, aligned_buffer
 from asyncckpt.codecs import (
-    BLOSC_HEADER_BYTES,
     FRAME_OVERHEAD_BYTES,
     MIN_PLANES_CHUNK_BYTES,
+    SPLIT_MARK,
     Array,
     Auto,
     Planes,
+    split_frame,
+    split_places,
     stored_frame,
 )
-from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Codec, Extent
+from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Codec, Digest, Extent
 
 #: The rate of the disk is taken anew after this many bytes.
 _WINDOW_BYTES = 32 << 20
@@ -43,17 +45,30 @@ def slot_bytes(extent: Extent) -> int:
     return extent.nbytes + FRAME_OVERHEAD_BYTES if extent.item_bytes else extent.nbytes
 
 
+def image_bytes(extent: Extent, slot: Slot) -> int:
+    """The size of what is staged of a chunk, header included: a frame that holds it as it is."""
+    if not slot.split:
+        return extent.nbytes
+    nbytes = extent.nbytes - LEAD_BYTES
+    return split_places(nbytes, extent.item_bytes)[-1] + nbytes // extent.item_bytes
+
+
 def finish_image(extent: Extent, slot: Slot) -> None:
     """Make of a staged chunk, with what lies before and after it, the frame that it would be if stored as it is."""
     if extent.item_bytes:
-        header: Array = np.frombuffer(slot.view, np.uint8)[:BLOSC_HEADER_BYTES]
-        stored = stored_frame(header, extent.nbytes - LEAD_BYTES, extent.item_bytes)
-        slot.view[stored : padded(stored)] = bytes(padded(stored) - stored)
+        image: Array = np.frombuffer(slot.view, np.uint8)
+        nbytes = extent.nbytes - LEAD_BYTES
+        make = split_frame if slot.split else stored_frame
+        stored = make(image, nbytes, extent.item_bytes)
+        image[stored : padded(stored)] = 0
 
 
-def content(extent: Extent, slot: Slot) -> memoryview:
-    """The staged bytes that an extent's content digest covers. A chunk stored as it is has them in its file."""
-    return slot.view[: padded(extent.nbytes)] if extent.item_bytes else slot.view[: extent.nbytes]
+def content_digest(digest: Digest, extent: Extent, slot: Slot) -> str:
+    """The digest of what is staged. A chunk stored as it is has just these bytes in its file."""
+    if not extent.item_bytes:
+        return digest(slot.view[: extent.nbytes])
+    found = digest(slot.view[: padded(image_bytes(extent, slot))])
+    return f"{SPLIT_MARK}{found}" if slot.split else found
 
 
 @dataclass(slots=True)
@@ -69,7 +84,7 @@ class Frame:
 
 def as_it_is(extent: Extent, slot: Slot) -> Frame:
     """A staged chunk as a frame, without a codec: where it lies."""
-    return Frame(slot.view, extent.nbytes, None, unchanged=True)
+    return Frame(slot.view, image_bytes(extent, slot), None, unchanged=True)
 
 
 class Balance:
@@ -150,6 +165,11 @@ class Encoder:
         #: Buffers there may still be: one for each thread that encodes and some more for frames that wait for the disk.
         self._left = threads + 3
 
+    @property
+    def splits(self) -> bool:
+        """Whether chunks may be staged as planes."""
+        return isinstance(self.codec, Auto | Planes)
+
     def wanted(self, extent: Extent) -> bool:
         """Whether this chunk, the next one, should be encoded at all."""
         if isinstance(self.codec, Auto | Planes) and extent.nbytes < MIN_PLANES_CHUNK_BYTES:
@@ -158,12 +178,19 @@ class Encoder:
 
     def encode(self, extent: Extent, slot: Slot) -> Frame:
         """The frame of a staged chunk. Give its buffer back with ``release`` once it is written."""
-        data: Array = np.frombuffer(slot.view, np.uint8)[LEAD_BYTES : extent.nbytes]
+        image: Array = np.frombuffer(slot.view, np.uint8)
+        nbytes = extent.nbytes - LEAD_BYTES
         buffer = self._acquire(padded(slot_bytes(extent)))
+        out: Array = np.frombuffer(buffer, np.uint8)
         try:
             began = time.perf_counter()
-            stored = self.codec.attempt(data, extent.item_bytes, np.frombuffer(buffer, np.uint8))
-            self.balance.encoded(data.nbytes, stored or data.nbytes, time.perf_counter() - began)
+            if slot.split and isinstance(self.codec, Auto | Planes):
+                count = nbytes // extent.item_bytes
+                places = split_places(nbytes, extent.item_bytes)
+                stored = self.codec.attempt_split([image[place : place + count] for place in places], out)
+            else:
+                stored = self.codec.attempt(image[LEAD_BYTES : extent.nbytes], extent.item_bytes, out)
+            self.balance.encoded(nbytes, stored or nbytes, time.perf_counter() - began)
         except BaseException:
             self.release(buffer)
             raise

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from asyncckpt import codecs, digests
+from asyncckpt.codecs import SPLIT_MARK
 from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, ManifestInvalid, UnknownName, VersionUnsupported
 from asyncckpt.plain import loads
@@ -280,7 +281,7 @@ def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
             if not isinstance(row[2], str) or not hex_digits.match(row[2]):
                 body.fail(f"has a malformed digest of {name!r}")
             content, stored = row[3:] or ("", 0)
-            if not isinstance(content, str) or (content and not hex_digits.match(content)):
+            if not isinstance(content, str) or (content and not hex_digits.match(content.removeprefix(SPLIT_MARK))):
                 body.fail(f"has a malformed content digest of {name!r}")
             if body.size("stored", stored) > length:
                 body.fail(f"has an extent of {name!r} that holds more than its bytes")

@@ -11,14 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import torch
 
 from asyncckpt.arena import Arena, Slot
-from asyncckpt.copying import copy_segments, fill_rest, write_header
-from asyncckpt.encoder import content, finish_image, slot_bytes
+from asyncckpt.copying import can_split, copy_planes, copy_segments, fill_rest, write_header
+from asyncckpt.encoder import content_digest, finish_image, slot_bytes
 from asyncckpt.errors import ArenaBusy, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentStaged, Staged
 from asyncckpt.protocols import Digest, Extent, Piece
@@ -27,6 +27,8 @@ from asyncckpt.protocols import Digest, Extent, Piece
 #: would otherwise make ``save`` wait for the whole arena.
 _CLONE_BELOW_BYTES = 1 << 20
 _CLONE_TOTAL_BYTES = 16 << 20
+#: Where splitting chunks into planes before the copy is next to free.
+_DEVICES = {"cuda"}
 
 Ready = Callable[[], None]
 #: Extent number, its slot, a wait for its bytes, and its digest where staging has taken it already.
@@ -69,7 +71,7 @@ class StagingJob:
     ``on_staged(number, slot, ready, digest)`` is called for each extent as its copy is done or enqueued; ``ready()``
     blocks until the slot's bytes are there (CUDA copies run on a side stream). With ``digest``, extents that the
     background thread copies are digested at once, while their bytes are still in the processor's cache; the training
-    thread never spends time on that.
+    thread never spends time on that. ``splits_on_device``: the codec takes chunks that were split into planes.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class StagingJob:
         events: EventBus,
         started_seconds: float,
         digest: Digest | None = None,
+        splits_on_device: bool = False,
     ) -> None:
         self._digest = digest
+        self._splits_on_device = splits_on_device
         self.step = step
         self.stall_seconds = 0.0
         self.staged_seconds = 0.0
@@ -212,15 +216,20 @@ class StagingJob:
     def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
         slot = self._arena.acquire(slot_bytes(work.extent), deadline, self._is_cancelled)
         began = time.perf_counter()
+        on_device = any(self._pieces[segment.piece].tensor.device.type in _DEVICES for segment in work.extent.segments)
         try:
             with self._streams.entered():
-                copy_segments(self._pieces, work.extent.segments, slot)
-                fill_rest(slot, work.extent)
+                if self._splits_on_device and on_device and can_split(self._pieces, work.extent):
+                    slot = replace(slot, split=True)
+                    copy_planes(self._pieces, work.extent, slot)
+                else:
+                    copy_segments(self._pieces, work.extent.segments, slot)
+                    fill_rest(slot, work.extent)
                 ready = self._streams.ready()
             if work.extent.header:
                 write_header(slot, work.extent.header)
             finish_image(work.extent, slot)
-            taken = digest(content(work.extent, slot)) if digest is not None else None
+            taken = content_digest(digest, work.extent, slot) if digest is not None else None
         except BaseException:
             self._arena.release(slot)
             raise

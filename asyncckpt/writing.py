@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from asyncckpt.arena import Arena, Slot, aligned_buffer
-from asyncckpt.codecs import Array
-from asyncckpt.encoder import Encoder, Frame, as_it_is, content, finish_image, padded, slot_bytes
+from asyncckpt.codecs import SPLIT_MARK, Array
+from asyncckpt.encoder import Encoder, Frame, as_it_is, content_digest, finish_image, padded, slot_bytes
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.layers import LayerReader, layer_name
@@ -203,7 +203,7 @@ class ShardsWriting:
                 self._begin()
                 ready()
                 # the digest is of the staged bytes, before anything below this line could spoil them
-                found = digest or self._digest(content(extent, slot))
+                found = digest or content_digest(self._digest, extent, slot)
                 number -= progress.first
                 if self._matches(progress, number, found):
                     return
@@ -334,7 +334,7 @@ class ShardsWriting:
             nbytes = frame.stored if progress.alone else padded(frame.stored)
             # a chunk stored as it is has been digested already
             known = frame.unchanged and nbytes == padded(frame.stored)
-            digest = item.content if known else self._digest(frame.view[:nbytes])
+            digest = item.content.removeprefix(SPLIT_MARK) if known else self._digest(frame.view[:nbytes])
             record = ExtentRecord(offset, nbytes, digest, item.content, frame.stored)
             self._write(progress, frame.view, record, item.number)
         finally:
