@@ -37,6 +37,8 @@ _ZSTD_VERSION: Final = 1
 _MIN_PLANE_BYTES: Final = 128
 #: Below this a chunk is stored as it is: a file system block is 4 KiB, and the calls would cost more than the bytes.
 MIN_PLANES_CHUNK_BYTES: Final = 16 << 10
+#: Far below what Blosc itself takes; a decoder needs three times as much memory.
+_MAX_BLOCK_BYTES: Final = 64 << 20
 _SAMPLES: Final = 4
 _SAMPLE_BYTES: Final = 8 << 10
 #: A plane is compressed where its sample shrinks at least this much.
@@ -115,8 +117,8 @@ class Blosc:
             raise InvalidOption(f"Blosc: shuffle must be one of {', '.join(_SHUFFLES)}, not {self.shuffle!r}")
         if type(self.clevel) is not int or not 1 <= self.clevel <= 9:
             raise InvalidOption(f"Blosc: clevel must be a whole number from 1 to 9, not {self.clevel!r}")
-        if type(self.blocksize) is not int or self.blocksize < 0:
-            raise InvalidOption(f"Blosc: blocksize must be a number of bytes >= 0, not {self.blocksize!r}")
+        if type(self.blocksize) is not int or not 0 <= self.blocksize <= _MAX_BLOCK_BYTES:
+            raise InvalidOption(f"Blosc: blocksize must be from 0 to {_MAX_BLOCK_BYTES} bytes, not {self.blocksize!r}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -32,18 +32,21 @@ def grid(spec: TensorSpec, chunk_bytes: int, shard_bytes: int) -> Chunking:
     axis before it. Chunks at an edge are padded; that axis is cut evenly, so that there is little to pad."""
     item = ITEM_BYTES[spec.dtype]
     shape = spec.shape
+    if not spec.nbytes:
+        whole = tuple(max(1, size) for size in shape)
+        return Chunking(spec, 0, 0, True, whole, whole)
     axis, chunk = _block(shape, item, chunk_bytes)
     inner = item * math.prod(shape[axis + 1 :])
     chunk_nbytes = inner * chunk[axis] if shape else item
     run = inner * shape[axis] if shape else item
     shard_axis, shard = _block(shape, item, max(shard_bytes, chunk_nbytes))
     if shape:
-        whole = -(-shape[axis] // chunk[axis]) * chunk[axis]
+        rounded = -(-shape[axis] // chunk[axis]) * chunk[axis]
         if shard_axis == axis:  # the shard cuts the axis that the chunks cut: a whole number of chunks
             most = max(1, shard_bytes // chunk_nbytes) * chunk[axis]
-            shard = (*shard[:axis], min(whole, most), *shard[axis + 1 :])
+            shard = (*shard[:axis], min(rounded, most), *shard[axis + 1 :])
         elif shard_axis < axis:
-            shard = (*shard[:axis], whole, *shard[axis + 1 :])
+            shard = (*shard[:axis], rounded, *shard[axis + 1 :])
     return Chunking(spec, chunk_nbytes, run, True, chunk, shard)
 
 

@@ -167,7 +167,7 @@ def _node_name(name: str, *, unique: bool) -> str:
     )
     if len(text) > 200:
         return f"{text[:120].rpartition('=')[0]}={_short_hash(name)}"
-    return text or "=00"
+    return text or "="
 
 
 def _escaped(char: str) -> str:
