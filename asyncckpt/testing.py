@@ -88,6 +88,14 @@ class FaultyOps(PosixOps):
         self._call("mkdir", path)
         super().mkdir(path)
 
+    def link(self, source: str, target: str) -> None:
+        self._call("link", target)
+        super().link(source, target)
+
+    def reflink(self, source: str, target: str) -> None:
+        self._call("reflink", target)
+        super().reflink(source, target)
+
     def rename_noreplace(self, source: str, target: str) -> None:
         self._call("rename_noreplace", target)
         super().rename_noreplace(source, target)

