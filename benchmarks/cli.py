@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from benchmarks import environment, peers, report, runner
+from benchmarks import environment, peers, report, runner, whole_saves
+from benchmarks.codecs import command
 from benchmarks.state import SIZES
 
 app = typer.Typer(add_completion=False, help="Measure the engine against the device and against its peers.")
@@ -23,6 +25,7 @@ class Suite(StrEnum):
     peers = "peers"
     restore = "restore"
     drag = "drag"
+    codecs = "codecs"
 
 
 def _console() -> Console:
@@ -31,9 +34,18 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
 
 
+def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> None:
+    progress = Console(stderr=True)
+    extra = whole_saves.rows(directory, rounds, lambda name: progress.print(f"whole saves: {name}"))
+    command.run(directory, rounds, out, as_json, extra, _console())
+
+
 @app.command()
 def bench(
-    suite: Annotated[Suite, typer.Argument(help="engine: every bar; the others: a part of it")] = Suite.engine,
+    suite: Annotated[
+        Suite,
+        typer.Argument(help="engine: its bars; codecs: theirs; the others: a part of engine"),
+    ] = Suite.engine,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes a peer, by turns")] = 3,
     size: Annotated[str, typer.Option(help=f"the state: {', '.join(SIZES)}")] = "gpt2",
     only: Annotated[str, typer.Option("--peers", help="comma-separated; all when not given")] = "",
@@ -52,6 +64,9 @@ def bench(
     if size not in SIZES:
         raise typer.BadParameter(f"unknown size {size!r}; known are {', '.join(SIZES)}")
     target = directory or tempfile.gettempdir()
+    if suite is Suite.codecs:
+        _codecs(Path(target), rounds, Path(out) if out is not None else None, as_json)
+        return
     described = environment.describe(target)
     progress = Console(stderr=True)
     if described["filesystem"] == "tmpfs":
@@ -65,11 +80,11 @@ def bench(
     else:
         report.show(runs, names, described, _console())
     if out is not None:
-        command = f"python -m benchmarks {suite.value} --rounds {rounds} --size {size}"
-        command += f" --peers {only}" if only else ""
+        asked = f"python -m benchmarks {suite.value} --rounds {rounds} --size {size}"
+        asked += f" --peers {only}" if only else ""
         for name, content in (
             ("results.json", text),
-            ("figures.md", report.markdown(runs, names, described, command)),
+            ("figures.md", report.markdown(runs, names, described, asked)),
         ):
             progress.print(f"wrote {report.write(out, name, content)}")
     if any(run.error is not None for run in runs):

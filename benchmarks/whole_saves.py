@@ -40,7 +40,8 @@ class Row:
 
 def rows(directory: Path, rounds: int, report: Callable[[str], None]) -> list[Row]:
     """Everything, one part after the other; takes several minutes and 6 GB of disk. ``report`` is told what runs."""
-    parts: list[tuple[str, Callable[[Path, int], list[Row]]]] = [
+    trained_run(directory)
+    parts: list[tuple[str, Callable[[Path, Path, int], list[Row]]]] = [
         ("zarr against safetensors, auto against none", _formats),
         ("a throttled device", _throttled),
         ("LoRA", _lora),
@@ -51,13 +52,12 @@ def rows(directory: Path, rounds: int, report: Callable[[str], None]) -> list[Ro
     for name, part in parts:
         report(name)
         with tempfile.TemporaryDirectory(prefix="asyncckpt-bench-", dir=directory) as folder:
-            shutil.copytree(directory / "trained-gpt", Path(folder) / "trained-gpt")
-            found += part(Path(folder), rounds)
+            found += part(Path(folder), directory, rounds)
         gc.collect()
     return found
 
 
-def _formats(directory: Path, rounds: int) -> list[Row]:
+def _formats(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
     found: list[Row] = []
     for label, state in (
         ("20 tensors of 64 MiB", plain_state(20, 64 << 20)),
@@ -97,8 +97,8 @@ def _formats(directory: Path, rounds: int) -> list[Row]:
     return found
 
 
-def _throttled(directory: Path, rounds: int) -> list[Row]:
-    state = _trained_state(directory, "late")
+def _throttled(directory: Path, trained_in: Path, rounds: int) -> list[Row]:
+    state = {name: _trained(trained_in, "late", name) for name in ("model", "optimizer")}
     kinds = {name: {"format": "zarr", "codec": name} for name in ("none", "planes", "auto")}
     ops = ThrottledOps(THROTTLED_BYTES_PER_SECOND)
     seconds = _durable(state, kinds, directory, rounds + 2, ops)
@@ -128,7 +128,7 @@ class _Lora(nn.Module):
         return result
 
 
-def _lora(directory: Path, _rounds: int) -> list[Row]:
+def _lora(directory: Path, _trained_in: Path, _rounds: int) -> list[Row]:
     model = GPT(SIZES["gpt2"]).requires_grad_(False)
     for block in model.blocks:
         for name in ("attention", "attention_out", "up", "down"):
@@ -158,11 +158,11 @@ def _lora(directory: Path, _rounds: int) -> list[Row]:
     return found
 
 
-def _delta(directory: Path, _rounds: int) -> list[Row]:
+def _delta(directory: Path, trained_in: Path, _rounds: int) -> list[Row]:
     found: list[Row] = []
     for dtype, label in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         states = [
-            {"weights": {name: tensor.to(dtype) for name, tensor in _trained(directory, stage, "model").items()}}
+            {"weights": {name: tensor.to(dtype) for name, tensor in _trained(trained_in, stage, "model").items()}}
             for stage in ("late", "later")
         ]
         nbytes = sum(tensor.nbytes for tensor in states[0]["weights"].values())
@@ -182,7 +182,7 @@ def _delta(directory: Path, _rounds: int) -> list[Row]:
     return found
 
 
-def _drag(directory: Path, rounds: int) -> list[Row]:
+def _drag(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
     """One thread trains; a window of iterations with one save in it, by codecs and without a save, by turns."""
     torch.set_num_threads(1)
     state = training_state("gpt2")
@@ -226,7 +226,7 @@ def _drag(directory: Path, rounds: int) -> list[Row]:
         extra = [1e3 * (statistics.median(times[name][1:]) - quiet) for name in (codec, "none")]
         found.append(
             Row(
-                f"training time round a save, {codec} / none; {_WINDOW_ITERATIONS} iterations of {quiet / _WINDOW_ITERATIONS:.2f} s",
+                f"training time round a save, {codec} / none; {_WINDOW_ITERATIONS} iterations, {quiet:.1f} s without",
                 "<= 1.1 x",
                 f"{_show(ratio)}; drag {extra[0]:.0f} and {extra[1]:.0f} ms",
                 _median(ratio) <= 1.1,
@@ -280,10 +280,6 @@ def _tensors(state: State) -> list[torch.Tensor]:
 
 def _trained(directory: Path, stage: str, component: str) -> dict[str, torch.Tensor]:
     return trained_run(directory).load_tensors(STEPS[stage], [component])
-
-
-def _trained_state(directory: Path, stage: str) -> State:
-    return {name: _trained(directory, stage, name) for name in ("model", "optimizer")}
 
 
 def _ratio(times: list[float], base: list[float]) -> list[float]:

@@ -1,0 +1,117 @@
+"""The measurements as rich tables, as Markdown, as JSON, and as a picture."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+from asyncckpt.errors import MissingExtra
+from benchmarks.codecs.contenders import PACKAGES
+from benchmarks.codecs.groups import NAMES, STAGES
+from benchmarks.codecs.measure import GroupResult, Results
+from benchmarks.environment import sentence
+from benchmarks.report import Cells
+from benchmarks.whole_saves import Row
+
+BARS_TITLE: Final = "Bars; ratios and speeds are those late in training"
+_MET: Final = {True: "yes", False: "no", None: "-"}
+_GROUP_HEAD: Final[Cells] = ("codec", "ratio", "encode, MB/s a core", "decode, MB/s a core")
+_BARS_HEAD: Final[Cells] = ("figure", "bar", "measured: median (min..max)", "met")
+
+
+def tables(results: Results, bars: Sequence[Row]) -> list[tuple[str, Cells, list[Cells]]]:
+    """Title, header and rows: a table for each group, and the bars."""
+    found: list[tuple[str, Cells, list[Cells]]] = []
+    for name in NAMES:
+        stages = [results.of(name, stage) for stage in STAGES]
+        title = f"{name}, {stages[-1].nbytes / 1e6:.1f} MB: {' / '.join(STAGES)} in training"
+        found.append((title, _GROUP_HEAD, _group_rows(stages)))
+    cells: list[Cells] = [(row.figure, row.bar or "-", row.measured, _MET[row.met]) for row in bars]
+    return [*found, (BARS_TITLE, _BARS_HEAD, cells)]
+
+
+def show(results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], console: Console) -> None:
+    for title, head, rows in tables(results, bars):
+        table = Table(title=title, title_justify="left")
+        for column in head:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            style = {"yes": "green", "no": "red"}.get(row[-1]) if title == BARS_TITLE else None
+            table.add_row(*row, style=style)
+        console.print(table)
+    console.print(_footer(results, environment), highlight=False)
+
+
+def markdown(results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], command: str) -> str:
+    """The tables for a README, with the command that made them."""
+    parts: list[str] = []
+    for title, head, rows in tables(results, bars):
+        lines = [f"**{title}**", "", _pipe(head), _pipe(["---"] * len(head)), *(_pipe(row) for row in rows)]
+        parts.append("\n".join(lines))
+    parts.append(f"`{command}`: {_footer(results, environment)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(
+    results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], options: Mapping[str, object]
+) -> str:
+    """Everything that was measured. Rates are bytes of data per second."""
+    body = {
+        "environment": {**environment, **_versions()},
+        "options": dict(options),
+        "bars": [asdict(row) for row in bars],
+        **asdict(results),
+    }
+    return json.dumps(body, indent=1)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Speed against ratio, a panel a group, late in training. Raises ``MissingExtra`` without matplotlib."""
+    try:
+        from benchmarks.codecs import picture
+    except ImportError as error:
+        raise MissingExtra("the picture needs matplotlib: pip install 'asyncckpt[demo]'") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.draw(results, path)
+
+
+def _group_rows(stages: Sequence[GroupResult]) -> list[Cells]:
+    rows: list[Cells] = []
+    for label in (found.label for found in stages[-1].measured):
+        found = [stage.of(label) for stage in stages]
+        rows.append(
+            (
+                label,
+                " / ".join(f"{one.ratio:.3f}" for one in found),
+                " / ".join(f"{one.encode.median / 1e6:.0f}" for one in found),
+                " / ".join(f"{one.decode.median / 1e6:.0f}" for one in found),
+            )
+        )
+    return [*rows, ("order-0 bound of the byte planes", " / ".join(f"{stage.bound:.3f}" for stage in stages), "", "")]
+
+
+def _footer(results: Results, environment: Mapping[str, str | int]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in _versions().items())
+    notes = "".join(f" {note}." for note in results.notes)
+    return f"Speed of a core: over CPU time. {sentence(dict(environment))}, {versions}.{notes}"
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _pipe(cells: Cells) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
