@@ -84,8 +84,9 @@ def fill_rest(slot: Slot, extent: Extent) -> None:
     if extent.segments:
         last = extent.segments[-1]
         end = last.extent_offset + last.nbytes
-        if end < extent.nbytes:
-            slot.tensor[end : extent.nbytes].zero_()
+        stop = extent.lead + extent.nbytes
+        if end < stop:
+            slot.tensor[end:stop].zero_()
 
 
 def write_header(slot: Slot, header: bytes) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from asyncckpt.codecs import (
     stored_frame,
 )
 from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Codec, Digest, Extent
+from asyncckpt.records import DIGEST_SEPARATOR
 
 #: The rate of the disk is taken anew after this many bytes.
 _WINDOW_BYTES = 32 << 20
@@ -42,7 +44,7 @@ def padded(nbytes: int) -> int:
 
 def slot_bytes(extent: Extent) -> int:
     """What an extent needs of the arena: its staged bytes, or its frame, if that is larger."""
-    return extent.nbytes + FRAME_OVERHEAD_BYTES if extent.item_bytes else extent.nbytes
+    return extent.nbytes + FRAME_OVERHEAD_BYTES if extent.item_bytes else extent.lead + extent.nbytes
 
 
 def image_bytes(extent: Extent, slot: Slot) -> int:
@@ -64,11 +66,20 @@ def finish_image(extent: Extent, slot: Slot) -> None:
 
 
 def content_digest(digest: Digest, extent: Extent, slot: Slot) -> str:
-    """The digest of what is staged. A chunk stored as it is has just these bytes in its file."""
+    """The digest of what is staged. A chunk stored as it is has just these bytes in its file; an extent with cuts has
+    several, one after the other."""
     if not extent.item_bytes:
-        return digest(slot.view[: extent.nbytes])
+        return cut_digest(digest, slot.view[extent.lead : extent.lead + extent.nbytes], extent.cuts)
     found = digest(slot.view[: padded(image_bytes(extent, slot))])
     return f"{SPLIT_MARK}{found}" if slot.split else found
+
+
+def cut_digest(digest: Digest, view: memoryview, cuts: Sequence[int]) -> str:
+    """The digests of the parts of ``view``, joined; see ``records.split_record``."""
+    if not cuts:
+        return digest(view)
+    edges = (0, *cuts, len(view))
+    return DIGEST_SEPARATOR.join(digest(view[begin:end]) for begin, end in itertools.pairwise(edges))
 
 
 @dataclass(slots=True)

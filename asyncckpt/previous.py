@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from asyncckpt.protocols import Reader, Shard
-from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest
+from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, join_records
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
     """A file of the previous checkpoint; ``ordered`` are its extents in the order of the layout that it was made by
-    (what a format adds around them is only in the record)."""
+    (what a format adds around them is only in the record), each part of one a record of its own until ``fitted``."""
 
     record: FileRecord
     ordered: tuple[ExtentRecord, ...]
@@ -23,16 +23,16 @@ class KnownFile:
         """The files that together give its data."""
         return (*self.bases, self.record)
 
-    def fits(self, shard: Shard) -> bool:
-        """Whether it could be this shard, contents apart."""
-        if self.record.plan != shard.plan or len(self.ordered) != len(shard.extents):
-            return False
+    def fitted(self, shard: Shard) -> KnownFile | None:
+        """This file with its extents as the shard has them; None where it could not be that shard, contents apart."""
+        if self.record.plan != shard.plan or shard.shared:
+            return None
         if shard.floating:
-            return all(extent.content for extent in self.ordered)
-        return all(
-            (old.offset, old.nbytes) == (new.offset, new.nbytes)
-            for old, new in zip(self.ordered, shard.extents, strict=True)
-        )
+            equal = len(self.ordered) == len(shard.extents) and all(extent.content for extent in self.ordered)
+            return self if equal else None
+        # placed by a format that may add to it (zarr), the record has more extents than the layout
+        joined = join_records(self.ordered, shard.extents)
+        return None if joined is None else replace(self, ordered=joined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Previous:
     def candidate(self, shard: Shard) -> KnownFile | None:
         """The file that could be this shard."""
         known = self.files.get(shard.file)
-        return known if known is not None and known.fits(shard) else None
+        return known.fitted(shard) if known is not None else None
 
 
 def files_of(manifest: Manifest) -> dict[str, KnownFile]:

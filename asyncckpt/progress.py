@@ -11,7 +11,7 @@ from asyncckpt.formats import chunks
 from asyncckpt.layers import order_of
 from asyncckpt.previous import KnownFile
 from asyncckpt.protocols import Shard, ShardWriter, TensorSpec
-from asyncckpt.records import ExtentRecord, FileRecord
+from asyncckpt.records import ExtentRecord, FileRecord, split_record
 
 
 @dataclass(slots=True)
@@ -70,7 +70,15 @@ class Progress:
 
     def extents(self) -> tuple[ExtentRecord, ...]:
         """Everything in the file, in file order."""
-        return tuple(sorted([*self.records.values(), *self.edges], key=lambda extent: extent.offset))
+        return tuple(sorted([*self.parts(), *self.edges], key=lambda extent: extent.offset))
+
+    def parts(self) -> list[ExtentRecord]:
+        """The layout's extents, each part of one a record of its own, in its order."""
+        return [
+            part
+            for number, extent in enumerate(self.shard.extents)
+            for part in split_record(self.records[number], extent.cuts)
+        ]
 
     def ordered(self) -> tuple[ExtentRecord, ...]:
         """The layout's extents, in its order."""

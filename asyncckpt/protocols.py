@@ -44,14 +44,26 @@ class TensorSpec:
     frozen: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """How the rows of a global tensor are spread over ranks: ``[bounds[i], bounds[i + 1])`` lie on each of
+    ``holders[i]``. Empty parts are left out; a scalar counts as one row."""
+
+    bounds: tuple[int, ...]
+    holders: tuple[tuple[int, ...], ...]
+
+
 @dataclass(slots=True)
 class Piece:
-    """The contiguous part of a global tensor that this rank holds; ``offsets`` is its corner in the global shape, empty
-    where the piece is the whole tensor."""
+    """The contiguous part of a global tensor that this rank holds: its row-major bytes from ``begin`` on. ``rows``: how
+    the others hold the rest; None where every rank that knows the name holds the whole tensor. ``private``: nobody
+    else can change it."""
 
     spec: TensorSpec
-    offsets: tuple[int, ...]
     tensor: torch.Tensor
+    begin: int = 0
+    rows: Rows | None = None
+    private: bool = False
 
 
 @dataclass(slots=True)
@@ -91,6 +103,10 @@ class Extent:
     """A byte range of a shard: staged, hashed and written as a unit. ``header`` are leading format bytes; what no
     segment covers after the last one is zeros.
 
+    The bytes are staged ``lead`` bytes into the slot, so that an extent that begins in the middle of a block can be
+    written past the page cache from the next block on. ``cuts``: where in it one digest ends and the next begins, so
+    that a reader who needs a part does not have to read it all.
+
     ``item_bytes`` over 0: a chunk that the codec encodes, of items of that size; its data begins ``LEAD_BYTES`` into
     the staged bytes. ``stored`` are the bytes of it that mean something; in a shard that is placed while it is written
     ``offset`` says only the order.
@@ -103,6 +119,8 @@ class Extent:
     segments: tuple[Segment, ...]
     item_bytes: int = 0
     stored: int = 0
+    lead: int = 0
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +163,7 @@ class Shard:
 
     ``floating``: extents get their places as they are written, after ``reserved_bytes`` for the format's header;
     ``nbytes`` is then the most the file can have. ``plan`` is a digest of all this, empty where the file's own bytes
-    say it.
+    say it. ``shared``: several ranks write into the file, and ``extents`` are only those of this one.
     """
 
     file: str
@@ -157,6 +175,7 @@ class Shard:
     floating: bool = False
     reserved_bytes: int = 0
     plan: str = ""
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +265,8 @@ class ShardWriter(Protocol):
     """One shard file being written. ``write_at`` is thread-safe and blocks; an error in any call is final."""
 
     def write_at(self, view: memoryview, nbytes: int, offset: int) -> None:
-        """Write ``nbytes`` of ``view`` at ``offset``; the view is aligned and padded to ``ALIGNMENT_BYTES``."""
+        """Write ``nbytes`` of ``view`` at ``offset``; the view begins as far into a block of ``ALIGNMENT_BYTES`` of
+        memory as the offset into one of the file, and is padded to the end of its last block."""
 
     def finish(self, nbytes: int) -> None:
         """Cut the file to ``nbytes``, fsync and close it."""
@@ -261,8 +281,9 @@ class Attempt(Protocol):
     uuid: str
     path: str
 
-    def create_shard(self, file: str, nbytes: int) -> ShardWriter:
-        """A new file of at most ``nbytes``; directories in its name are made."""
+    def create_shard(self, file: str, nbytes: int, *, shared: bool = False) -> ShardWriter:
+        """A new file of at most ``nbytes``; directories in its name are made. ``shared``: other ranks write into it
+        too, so it may be there already, and not a byte but those asked for is touched."""
 
     def link(self, source: Reader, file: str, nbytes: int, name: str) -> bool:
         """Take over another checkpoint's file of that size as ``name``, without copying it; False where the file system
@@ -284,7 +305,8 @@ class Attempt(Protocol):
 class Store(Protocol):
     """Where a run's checkpoints live. Thread-safe; every call may block on the device."""
 
-    def begin(self, step: int, attempt: str) -> Attempt: ...
+    def begin(self, step: int, attempt: str, *, shared: bool = False) -> Attempt:
+        """A new attempt's directory; ``shared``: another rank may have made it already."""
 
     def free_bytes(self) -> int: ...
 

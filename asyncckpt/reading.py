@@ -8,18 +8,20 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from asyncckpt import digests
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.protocols import Digest, Reader
+from asyncckpt.protocols import ALIGNMENT_BYTES, Digest, Reader
 from asyncckpt.records import ExtentRecord, FileRecord, Manifest
 
 #: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
 #: fresh memory: on 2 cores, 2 threads restore 6 % faster than 4 (docs/design/004-reading.md).
 READ_THREADS = min(8, max(2, os.cpu_count() or 2))
+#: Small extents that lie side by side are read together, up to this many bytes.
+_READ_BYTES = 8 << 20
 #: An extent larger than this is refused before its buffer is allocated.
 MAX_EXTENT_BYTES = 1 << 30
 
@@ -87,10 +89,10 @@ def read_extents(
     Bytes are handed on from the very buffer that was verified. Blocks until done. With ``stop_at_damage`` the first
     damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here.
     """
-    jobs = deque(wanted)
+    jobs = deque(_together(wanted))
     if not jobs:
         return []
-    largest = max(extent.nbytes for _, extent in jobs)
+    largest = max(job.end - job.begin for job in jobs)
     if largest > MAX_EXTENT_BYTES:
         raise CheckpointDamaged(f"{reader.path}: an extent of {largest} bytes is over the limit")
     run = _Run(reader, digests.get(algorithm), jobs, consume, stop_at_damage)
@@ -107,12 +109,45 @@ def read_extents(
     return sorted(run.damage, key=lambda d: (d.file, d.offset))
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Extents of a file that lie side by side: one read. ``begin`` is aligned."""
+
+    file: FileRecord
+    begin: int
+    end: int
+    extents: list[ExtentRecord]
+
+
+def _together(wanted: Iterable[tuple[FileRecord, ExtentRecord]]) -> Iterator[_Job]:
+    """Neighbours that were asked for one after the other, as long as they make no read larger than a usual one."""
+    group: list[ExtentRecord] = []
+    file: FileRecord | None = None
+    for record, extent in wanted:
+        if group and (
+            record is not file
+            or extent.offset != group[-1].offset + group[-1].nbytes
+            or extent.offset + extent.nbytes - group[0].offset > _READ_BYTES
+        ):
+            yield _job(file or record, group)
+            group = []
+        file = record
+        group.append(extent)
+    if group and file is not None:
+        yield _job(file, group)
+
+
+def _job(file: FileRecord, extents: list[ExtentRecord]) -> _Job:
+    begin = extents[0].offset // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+    return _Job(file, begin, extents[-1].offset + extents[-1].nbytes, extents)
+
+
 class _Run:
     def __init__(
         self,
         reader: Reader,
         digest: Digest,
-        jobs: deque[tuple[FileRecord, ExtentRecord]],
+        jobs: deque[_Job],
         consume: Consume,
         stop_at_damage: bool,
     ) -> None:
@@ -128,29 +163,40 @@ class _Run:
         buffer = memoryview(aligned_buffer(largest))
         while self.error is None and not (self.damage and self._stop_at_damage):
             try:
-                file, extent = self._jobs.popleft()
+                job = self._jobs.popleft()
             except IndexError:
                 return
             try:
-                problem = self._one(file, extent, buffer)
-            except CheckpointDamaged as error:
-                problem = str(error)
+                got: int | OSError = self._reader.read_into(job.file.name, buffer, job.end - job.begin, job.begin)
             except OSError as error:
-                problem = f"reading failed: {error.strerror or error}"
-            except BaseException as error:
-                self.error = error
-                return
-            if problem:
-                self.damage.append(Damage(file.name, extent.offset, extent.nbytes, problem))
+                got = error
+                if len(job.extents) > 1:  # it may be only one of them that cannot be read
+                    self._jobs.extendleft(_job(job.file, [extent]) for extent in reversed(job.extents))
+                    continue
+            except CheckpointDamaged as error:
+                self.damage += [Damage(job.file.name, e.offset, e.nbytes, str(error)) for e in job.extents]
+                continue
+            for extent in job.extents:
+                try:
+                    problem = self._one(job, extent, buffer, got)
+                except CheckpointDamaged as error:
+                    problem = str(error)
+                except BaseException as error:
+                    self.error = error
+                    return
+                if problem:
+                    self.damage.append(Damage(job.file.name, extent.offset, extent.nbytes, problem))
 
-    def _one(self, file: FileRecord, extent: ExtentRecord, buffer: memoryview) -> str | None:
-        got = self._reader.read_into(file.name, buffer, extent.nbytes, extent.offset)
-        if got != extent.nbytes:
-            return f"the file ends after {extent.offset + got} bytes"
-        data = buffer[: extent.nbytes]
+    def _one(self, job: _Job, extent: ExtentRecord, buffer: memoryview, got: int | OSError) -> str | None:
+        if isinstance(got, OSError):
+            return f"reading failed: {got.strerror or got}"
+        place = extent.offset - job.begin
+        if place + extent.nbytes > got:
+            return f"the file ends after {job.begin + got} bytes"
+        data = buffer[place : place + extent.nbytes]
         if self._digest(data) != extent.digest:
             return "the bytes do not match their digest"
-        self._consume(file, extent, data)
+        self._consume(job.file, extent, data)
         return None
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from asyncckpt.protocols import JsonValue
+from asyncckpt.protocols import Extent, JsonValue
+
+#: Between the digests of an extent's parts, while it is one record.
+DIGEST_SEPARATOR = ","
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,36 @@ class ExtentRecord:
     digest: str
     content: str = ""
     stored: int = 0
+
+
+def split_record(record: ExtentRecord, cuts: Sequence[int]) -> list[ExtentRecord]:
+    """One record for each part of an extent: what the manifest lists."""
+    if not cuts:
+        return [record]
+    edges = itertools.pairwise((0, *cuts, record.nbytes))
+    found = record.digest.split(DIGEST_SEPARATOR)
+    return [
+        ExtentRecord(record.offset + begin, end - begin, digest)
+        for (begin, end), digest in zip(edges, found, strict=True)
+    ]
+
+
+def join_records(records: Sequence[ExtentRecord], extents: Sequence[Extent]) -> tuple[ExtentRecord, ...] | None:
+    """The other way round: one record for each of a file's extents; None where they were cut differently."""
+    found: list[ExtentRecord] = []
+    at = 0
+    for extent in extents:
+        size = len(extent.cuts) + 1
+        parts, at = records[at : at + size], at + size
+        edges = (extent.offset, *(extent.offset + cut for cut in extent.cuts), extent.offset + extent.nbytes)
+        if [(part.offset, part.offset + part.nbytes) for part in parts] != list(itertools.pairwise(edges)):
+            return None
+        if size == 1:
+            found += parts
+        else:
+            joined = DIGEST_SEPARATOR.join(part.digest for part in parts)
+            found.append(ExtentRecord(extent.offset, extent.nbytes, joined))
+    return tuple(found) if at == len(records) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,7 @@ def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = 
     """The whole tensor as one piece. Raises ``UnsupportedValue`` for what cannot be stored as dense bytes."""
     if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
         _check_storable(f"state[{component!r}][{name!r}]", tensor)
-    return Piece(_spec(component, name, tensor.dtype, tensor.shape, frozen), (), tensor)
+    return Piece(_spec(component, name, tensor.dtype, tensor.shape, frozen), tensor)
 
 
 @functools.lru_cache(maxsize=1 << 20)

@@ -18,7 +18,7 @@ import torch
 
 from asyncckpt.arena import Arena, Slot, aligned_buffer
 from asyncckpt.codecs import SPLIT_MARK, Array
-from asyncckpt.encoder import Encoder, Frame, as_it_is, content_digest, finish_image, padded, slot_bytes
+from asyncckpt.encoder import Encoder, Frame, as_it_is, content_digest, cut_digest, finish_image, padded, slot_bytes
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.layers import LayerReader, layer_name
@@ -145,7 +145,7 @@ class ShardsWriting:
     def files(self) -> dict[str, KnownFile]:
         """The same, for the next save to compare with."""
         return {
-            progress.shard.file: KnownFile(progress.record(), progress.ordered(), progress.layers or ())
+            progress.shard.file: KnownFile(progress.record(), tuple(progress.parts()), progress.layers or ())
             for progress in self._shards
             if progress.shard.extents
         }
@@ -213,7 +213,7 @@ class ShardsWriting:
                 else:
                     stored = extent.stored if extent.stored != extent.nbytes else 0
                     record = ExtentRecord(extent.offset, extent.nbytes, found, "", stored)
-                    self._write(progress, slot.view, record, number)
+                    self._write(progress, slot.view[extent.lead :], record, number)
         finally:
             if owned:
                 self._arena.release(slot)
@@ -366,7 +366,8 @@ class ShardsWriting:
         old = known.ordered[number]
         buffer = memoryview(aligned_buffer(old.nbytes))
         got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
-        if got != old.nbytes or self._digest(buffer[: old.nbytes]) != old.digest:
+        cuts = progress.shard.extents[number].cuts
+        if got != old.nbytes or cut_digest(self._digest, buffer[: old.nbytes], cuts) != old.digest:
             where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
             raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
         if not progress.shard.floating:
@@ -392,7 +393,9 @@ class ShardsWriting:
         attempt = self._start()
         with self._open_lock:
             if progress.writer is None:
-                progress.writer = attempt.create_shard(progress.shard.file, progress.shard.nbytes)
+                progress.writer = attempt.create_shard(
+                    progress.shard.file, progress.shard.nbytes, shared=progress.shard.shared
+                )
             return progress.writer
 
     def _finish(self, progress: Progress) -> None:
@@ -423,7 +426,7 @@ class ShardsWriting:
             return False
         with self._lock:
             progress.records = dict(enumerate(old.ordered))
-            known = {record.offset for record in old.ordered}
+            known = {record.offset for record in progress.parts()}
             progress.edges = [extent for extent in old.record.extents if extent.offset not in known]
             progress.layers = old.bases
             progress.nbytes = old.record.nbytes

@@ -14,7 +14,7 @@ from typing import Any
 
 from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
-from asyncckpt.formats import chunks
+from asyncckpt.formats import chunks, parts
 from asyncckpt.plain import loads
 from asyncckpt.protocols import (
     ALIGNMENT_BYTES,
@@ -139,6 +139,7 @@ def _plain(
     )
     size = options.extent_bytes
     segments: list[list[Segment]] = [[] for _ in range(-(-nbytes // size))]
+    cuts: list[list[int]] = [[] for _ in segments]
     for (piece, _), placement in zip(members, placements, strict=True):
         position = placement.begin
         while position < placement.end:
@@ -148,8 +149,19 @@ def _plain(
                 Segment(piece, position - placement.begin, position - extent * size, stop - position)
             )
             position = stop
+        for cut in parts.cuts(placement.spec):
+            extent, within = divmod(placement.begin + cut, size)
+            if within:
+                cuts[extent].append(within)
     extents = tuple(
-        Extent(number, i * size, min(size, nbytes - i * size), header[i * size : (i + 1) * size], tuple(segments[i]))
+        Extent(
+            number,
+            i * size,
+            min(size, nbytes - i * size),
+            header[i * size : (i + 1) * size],
+            tuple(segments[i]),
+            cuts=tuple(cuts[i]),
+        )
         for i in range(len(segments))
     )
     return Shard(file, component, nbytes, placements, extents)

@@ -82,9 +82,11 @@ class LocalStore:
             }.get(error.errno or 0, "choose another path, or repair this one")
             raise RunPathError(f"{self.path}: cannot write here ({error}): {hint}") from error
 
-    def begin(self, step: int, attempt: str) -> Attempt:
+    def begin(self, step: int, attempt: str, *, shared: bool = False) -> Attempt:
         path = os.path.join(self.path, f"{TEMP_PREFIX}{step:08d}-{attempt}")
-        self.ops.mkdir(path)  # fails where it exists: an attempt's directory is never reused
+        # fails where it exists: an attempt's directory is never reused, but by the ranks of that very attempt
+        with contextlib.suppress(*((FileExistsError,) if shared else ())):
+            self.ops.mkdir(path)
         return LocalAttempt(self, path, step, attempt)
 
     def free_bytes(self) -> int:
@@ -182,9 +184,9 @@ class LocalAttempt:
         self._lock = threading.Lock()
         self._done = False
 
-    def create_shard(self, file: str, nbytes: int) -> ShardWriter:
+    def create_shard(self, file: str, nbytes: int, *, shared: bool = False) -> ShardWriter:
         self._make_folder(file)
-        writer = LocalShardWriter(self._store, os.path.join(self.path, file), nbytes)
+        writer = LocalShardWriter(self._store, os.path.join(self.path, file), nbytes, shared=shared)
         with self._lock:
             self._writers.append(writer)
         return writer
@@ -292,9 +294,13 @@ class LocalAttempt:
 
 
 class LocalShardWriter:
-    """A shard file. Aligned extents go past the page cache; an unaligned tail is padded and cut off again."""
+    """A shard file. Aligned extents go past the page cache; an unaligned tail is padded and cut off again.
 
-    def __init__(self, store: LocalStore, path: str, nbytes: int) -> None:
+    ``shared``: others write into the file too. Blocks that may be theirs in part go through the page cache, byte for
+    byte, by a descriptor of their own; the whole blocks between go past it.
+    """
+
+    def __init__(self, store: LocalStore, path: str, nbytes: int, *, shared: bool = False) -> None:
         self.path = path
         self._ops = store.ops
         self._lock = threading.Lock()
@@ -304,7 +310,9 @@ class LocalShardWriter:
         # a small file is one buffered write and its fsync: everything else costs more than its bytes
         self._small = nbytes <= _SMALL_BYTES
         self._direct = store.direct and not self._small
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        self._shared = shared
+        self._edges_fd = -1
+        flags = os.O_WRONLY | os.O_CREAT | (0 if shared else os.O_EXCL)
         self._fd = -1
         if self._direct:
             try:
@@ -313,8 +321,9 @@ class LocalShardWriter:
                 if error.errno not in NO_DIRECT:
                     raise
                 store.direct = self._direct = False
-                with contextlib.suppress(FileNotFoundError):
-                    self._ops.unlink(path)  # some file systems create the name before they refuse the flag
+                if not shared:
+                    with contextlib.suppress(FileNotFoundError):
+                        self._ops.unlink(path)  # some file systems create the name before they refuse the flag
         if self._fd < 0:
             self._fd = self._ops.open(path, flags)
         if self._small:
@@ -333,25 +342,26 @@ class LocalShardWriter:
                 raise SaveFailed(f"{self.path}: written to after the attempt was given up")
             self._in_flight += 1
         try:
+            if self._shared and self._direct:
+                self._write_exactly(view[:nbytes], offset)
+                return
             if self._direct:
                 padded = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-                try:
-                    self._write(view[:padded], offset)
+                if self._write_direct(view[:padded], offset):
                     return
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                self._leave_direct()
-            self._write(view[:nbytes], offset)
+            self._write(self._fd, view[:nbytes], offset)
         finally:
             self._end_write()
 
     def finish(self, nbytes: int) -> None:
-        if not self._small or self._end != nbytes:
+        # a shared file has its size by the writes to its end
+        if not self._shared and (not self._small or self._end != nbytes):
             self._ops.truncate(self._fd, nbytes)
         self._ops.fsync(self._fd)
-        fd, self._fd = self._fd, -1
-        self._ops.close(fd)
+        fds, self._fd, self._edges_fd = (self._edges_fd, self._fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                self._ops.close(fd)
 
     def abort(self) -> None:
         # A descriptor closed under a write that is still in the kernel could be reused by another file, and the rest
@@ -366,15 +376,45 @@ class LocalShardWriter:
             self._in_flight -= 1
             if not self._aborted or self._in_flight or self._fd < 0:
                 return
-            fd, self._fd = self._fd, -1
-        with contextlib.suppress(OSError):
-            self._ops.close(fd)
+            fds, self._fd, self._edges_fd = (self._edges_fd, self._fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                with contextlib.suppress(OSError):
+                    self._ops.close(fd)
 
-    def _write(self, view: memoryview, offset: int) -> None:
+    def _write_exactly(self, view: memoryview, offset: int) -> None:
+        """First and last block through the page cache where they are not whole, what is between past it."""
+        head = min(-offset % ALIGNMENT_BYTES, len(view))
+        body = (len(view) - head) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        edges = [(0, head), (head + body, len(view))]
+        if body and not self._write_direct(view[head : head + body], offset + head):
+            edges = [(0, len(view))]
+        for begin, end in edges:
+            if begin < end:
+                self._write(self._edges(), view[begin:end], offset + begin)
+
+    def _edges(self) -> int:
+        with self._lock:
+            if self._edges_fd < 0:
+                self._edges_fd = self._ops.open(self.path, os.O_WRONLY)
+            return self._edges_fd
+
+    def _write_direct(self, view: memoryview, offset: int) -> bool:
+        """False where the file system took the flag and refuses the transfer: then it goes on through the cache."""
+        try:
+            self._write(self._fd, view, offset)
+            return True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        self._leave_direct()
+        return False
+
+    def _write(self, fd: int, view: memoryview, offset: int) -> None:
         while view:
             if self._aborted:
                 raise SaveFailed(f"{self.path}: the attempt was given up")
-            written = self._ops.pwrite(self._fd, view, offset)
+            written = self._ops.pwrite(fd, view, offset)
             if written <= 0:
                 raise SaveFailed(errno.EIO, f"{self.path}: a write of {len(view)} bytes made no progress")
             view, offset = view[written:], offset + written
@@ -382,7 +422,6 @@ class LocalShardWriter:
             self._end = max(self._end, offset)
 
     def _leave_direct(self) -> None:
-        """The file system took the flag and refuses the transfer: go on through the page cache."""
         with self._lock:
             if self._direct:
                 flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
