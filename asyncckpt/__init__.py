@@ -7,6 +7,7 @@ from asyncckpt.cadence import Milestones, Minutes, Steps
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.environment import version
+from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
     ArenaBusy,
     AsyncCkptError,
@@ -37,6 +38,8 @@ from asyncckpt.restore import RestoreReport
 from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.rng import RngState
 from asyncckpt.run import Run
+from asyncckpt.sharded import Shard
+from asyncckpt.snapshot import Replicated
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.writer import PendingSave, SaveReport, WriterOptions
 
@@ -53,6 +56,10 @@ __all__ = [
     "Damage",
     "RngState",
     "Delta",
+    # many ranks
+    "Shard",
+    "Replicated",
+    "RankOptions",
     # when to save, what to keep
     "Steps",
     "Minutes",
@@ -80,6 +87,9 @@ __all__ = [
     "MissingExtra",
     "NoUsableCheckpoint",
     "NotEnoughSpace",
+    "PlanChanged",
+    "RankLost",
+    "RanksDisagree",
     "RunLocked",
     "RunPathError",
     "SaveAbandoned",

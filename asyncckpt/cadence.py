@@ -138,3 +138,12 @@ def parse(every: Every) -> Cadence:
 def _is_cadence(value: object) -> TypeGuard[Cadence]:
     # a class that was not called has a ``due`` too
     return isinstance(value, Cadence) and not isinstance(value, type)
+
+
+def by_step_and_by_clock(cadence: Cadence) -> tuple[Cadence, Cadence]:
+    """The parts of a cadence that all ranks of a job answer alike, and those that they might not: what looks at a
+    clock, and what is not known."""
+    parts = cadence.cadences if isinstance(cadence, AnyOf) else (cadence,)
+    alike = [part for part in parts if isinstance(part, Steps | Milestones | Never)]
+    others = [part for part in parts if part not in alike]
+    return AnyOf(*alike) if alike else Never(), AnyOf(*others) if others else Never()

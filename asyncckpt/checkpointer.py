@@ -7,7 +7,7 @@ import functools
 import os
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,11 +18,13 @@ from asyncckpt.arena import Arena, default_budget
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.commit import Save, config_tree, contents_of
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
+from asyncckpt.distributed import RankOptions
 from asyncckpt.encoder import Encoder, slot_bytes
 from asyncckpt.errors import (
-    CheckpointerClosed,
+    ArenaBusy,
     CheckpointNotFound,
     InvalidOption,
+    PlanChanged,
     SaveAbandoned,
 )
 from asyncckpt.events import EventBus, Preempting, SaveStarted, Stalled, Subscriber
@@ -31,19 +33,21 @@ from asyncckpt.layers import Delta
 from asyncckpt.layout import LayoutCache
 from asyncckpt.leaving import drain_at_exit
 from asyncckpt.ledger import Ledger, numbers
-from asyncckpt.protocols import Codec, Layout, LayoutOptions, Snapshot
+from asyncckpt.planning import Planned, alone
+from asyncckpt.protocols import Codec, LayoutOptions
 from asyncckpt.restore import RestoreReport
-from asyncckpt.run import Run
+from asyncckpt.session import Session
 from asyncckpt.snapshot import capture
 from asyncckpt.staging import Stager, StagingJob, split_eager
-from asyncckpt.storage.lease import Lease, LeaseOptions
+from asyncckpt.storage.lease import LeaseOptions
+from asyncckpt.together import LeadSave, PartSave, Party
 from asyncckpt.writer import PendingSave, WriterOptions, WriterPool
 
 _MIN_STAGING_BYTES = 1 << 20
 _ENCODING_NICENESS = 10
 
 
-class Checkpointer(Run):
+class Checkpointer(Session):
     """Saves and restores the training state of one run in one directory.
 
     ``path``: the run directory (made if only its last part is missing; ``create_parents=True`` makes the rest).
@@ -60,6 +64,10 @@ class Checkpointer(Run):
     SIGTERM and such.
     ``on_event``: called with every event. ``overwrite``: saving a step again replaces it. ``takeover``: cut off a run
     that holds the directory and cannot be reached.
+
+    Where ``torch.distributed`` is initialised, all its ranks write each checkpoint together: every rank makes the same
+    checkpointer and the same calls (docs/parallelism.md). ``ranks``: how long they wait for each other;
+    ``distributed=False``: this process is alone all the same.
 
     Call ``save``, ``step``, ``watch``, ``guard`` and ``resume`` from the training thread; everything else from any
     thread. Errors of background saves are raised by the next ``step``, ``save``, ``wait`` or ``close``, unless
@@ -92,6 +100,8 @@ class Checkpointer(Run):
         takeover: bool = False,
         writer: WriterOptions | None = None,
         lease: LeaseOptions | None = None,
+        distributed: bool = True,
+        ranks: RankOptions | None = None,
     ) -> None:
         if on_busy not in ("wait", "skip", "error"):
             raise InvalidOption(f"on_busy must be 'wait', 'skip' or 'error', not {on_busy!r}")
@@ -100,8 +110,16 @@ class Checkpointer(Run):
         digests.get(digest)
         self._writer_options = writer or WriterOptions()
         events = EventBus(tuple(on_event) if isinstance(on_event, Sequence) else (on_event,))
-        super().__init__(path, direct=self._writer_options.direct, events=events)
-        self._every = cadence.parse(every)
+        super().__init__(
+            path,
+            direct=self._writer_options.direct,
+            events=events,
+            create_parents=create_parents,
+            takeover=takeover,
+            lease=lease,
+            ranks=(ranks or RankOptions()) if distributed else None,
+        )
+        self._every, self._every_by_clock = cadence.by_step_and_by_clock(cadence.parse(every))
         self._format = formats.get(format)
         self._codec = codecs.get(codec)
         self._incremental = incremental
@@ -112,14 +130,10 @@ class Checkpointer(Run):
         self._staging_bytes = staging_bytes
         self._on_busy = on_busy
         self._overwrite = overwrite
-        self._create_parents = create_parents
-        self._takeover = takeover
-        self._lease_options = lease
         if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
             extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
-        self._layouts = LayoutCache(
-            self._format, self._codec, LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes)
-        )
+        self._layout_options = LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes)
+        self._layouts = LayoutCache(self._format, self._codec, self._layout_options)
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._committer = Committer(
@@ -134,11 +148,8 @@ class Checkpointer(Run):
         self._pool = WriterPool(threads)
         # encoding is work for the processor, which training may need more; its threads start where there is some
         self._encoding_pool = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
-        self._lease: Lease | None = None
         self._last_saved_seconds = time.monotonic()
-        self._prepared = False
-        self._closed = False
-        self._pid = os.getpid()
+        self._prepared = self._plan_anew = False
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
         weakref.finalize(self, _end_threads, self._stager, self._pool, self._encoding_pool, self._committer)
@@ -154,9 +165,9 @@ class Checkpointer(Run):
         self._surface()
         if not self._prepared:
             self.prepare(state)
-        if self._signals is not None and self._signals.received is not None:
+        if self._signals is not None and self._is_leaving(step, self._signals):
             self._leave(step, state, metrics, self._signals)
-        if not self._every.due(step, time.monotonic(), self._ledger.last(), self._last_saved_seconds):
+        if not self._is_due(step):
             return None
         try:
             return self._save(step, state, metrics, kind="full", may_skip=True)
@@ -185,7 +196,8 @@ class Checkpointer(Run):
         """Plan the layout and begin to fault the arena in, in the background, so that the first save is as fast as
         the others. Returns at once; ``step`` and ``resume`` do it by themselves."""
         self._open()
-        self._grow_arena(*self._plan(state, 0, weights_only=False))
+        self._committer.follows = self._job is not None and not self._job.leads
+        self._grow_arena(self._plan(state, 0, weights_only=False, call="prepare"))
         self._prepared = True
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -282,17 +294,38 @@ class Checkpointer(Run):
     ) -> PendingSave:
         began = time.perf_counter()
         self._open()
+        self._committer.follows = self._job is not None and not self._job.leads
+        number = self._job.next_save() if self._job is not None else 0
+        try:
+            return self._save_number(number, step, state, metrics, kind, may_skip, began)
+        except Skipped:
+            raise
+        except BaseException as error:
+            if self._job is not None:
+                self._job.give_up(number, error)
+            raise
+
+    def _save_number(
+        self,
+        number: int,
+        step: int,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        kind: str,
+        may_skip: bool,
+        began: float,
+    ) -> PendingSave:
         values = numbers(metrics)
         name = self._ledger.claim(step, kind, values)
         try:
-            snapshot, layout = self._plan(state, step, weights_only=kind == "weights")
-            self._grow_arena(snapshot, layout)
+            planned = self._plan(state, step, weights_only=kind == "weights", call=f"save/{number}", number=number)
+            layout, pieces = planned.layout, planned.pieces
+            self._grow_arena(planned)
             policy: OnBusy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
-            self._committer.admit(step, layout.nbytes, self._arena, policy)
-            save = self._new_save(snapshot, layout, name, kind, values, began)
+            self._admit(step, sum(extent.nbytes for extent in layout.extents()), policy)
+            save = self._new_save(planned, number, name, kind, values, began)
             deferred = bool(self._watched)
             self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
-            pieces = snapshot.pieces()
             eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
             digest = save.digest if deferred else None  # an eager save's copies must not wait for digests
             splits = self._encoder.splits and not self._chain  # differences are taken of whole items
@@ -302,7 +335,7 @@ class Checkpointer(Run):
             raise
         save.on_error = job.cancel
         flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire))
-        flight.pending.add_done_callback(lambda done: self._ledger.release(step, kind) if done.failed() else None)
+        flight.pending.add_done_callback(functools.partial(self._ended, step, kind))
         self._committer.submit(flight)
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
         try:
@@ -318,19 +351,64 @@ class Checkpointer(Run):
         self._note_stall(job, began, "save")
         return flight.pending
 
-    def _plan(self, state: Mapping[str, Any], step: int, *, weights_only: bool) -> tuple[Snapshot, Layout]:
+    def _ended(self, step: int, kind: str, done: PendingSave) -> None:
+        if done.failed():
+            self._ledger.release(step, kind)
+            self._plan_anew = self._plan_anew or isinstance(done.failure(), PlanChanged)
+
+    def _admit(self, step: int, nbytes: int, policy: OnBusy) -> None:
+        """As the committer says; where that is not to wait, what one rank cannot do, all do not."""
+        if self._job is None or policy == "wait":
+            self._committer.admit(step, nbytes, self._arena, policy)
+            return
+        busy: BaseException | None = None
+        try:
+            self._committer.admit(step, nbytes, self._arena, policy)
+        except (Skipped, ArenaBusy) as error:
+            busy = error
+        if self._job.any_rank("busy", busy is not None):
+            raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
+
+    def _is_due(self, step: int) -> bool:
+        last, now = self._ledger.last(), time.monotonic()
+        by_clock = self._every_by_clock.due(step, now, last, self._last_saved_seconds)
+        if self._job is not None and not isinstance(self._every_by_clock, cadence.Never):
+            by_clock = self._job.settled("due", step, by_clock)
+        return by_clock or self._every.due(step, now, last, self._last_saved_seconds)
+
+    def _is_leaving(self, step: int, signals: SignalWatch) -> bool:
+        here = signals.received is not None
+        if self._job is None:
+            return here
+        if not self._job.settled("leave", step, self._job.raised_anywhere("leave", here)):
+            return False
+        signals.notice()
+        return True
+
+    def _plan(
+        self, state: Mapping[str, Any], step: int, *, weights_only: bool, call: str, number: int | None = None
+    ) -> Planned:
+        """``call`` tells this planning from others, ``number`` the save that it is for."""
         snapshot = capture(state, step, weights_only=weights_only)
-        layout = self._layouts.get(
-            tuple((component.name, tuple(p.spec for p in component.pieces)) for component in snapshot.components)
-        )
-        return snapshot, layout
+        if self._job is not None:
+            planner = self._job.planner
+            if self._plan_anew:
+                self._plan_anew = False
+                planner.forget()
+            ask = number is not None and not planner.known(snapshot)
+            unless = self._job.replan(number) if ask and number is not None else None
+            return planner.plan(snapshot, call, unless, gather=number is not None)
+        components = tuple((one.name, tuple(p.spec for p in one.pieces)) for one in snapshot.components)
+        return alone(snapshot, self._layouts.get(components))
 
     def _new_save(
-        self, snapshot: Snapshot, layout: Layout, name: str, kind: str, metrics: dict[str, float], began: float
+        self, planned: Planned, number: int, name: str, kind: str, metrics: dict[str, float], began: float
     ) -> Save:
+        job = self._job
         contents = contents_of(
-            snapshot,
-            layout,
+            planned.components,
+            planned.layout,
+            step=planned.step,
             name=name,
             kind=kind,
             metrics=metrics,
@@ -339,8 +417,10 @@ class Checkpointer(Run):
             digest=self._digest,
             config=self._config,
             replace=self._overwrite,
+            attempt=job.attempt(number) if job is not None else None,
+            world_size=job.ranks.size if job is not None else 1,
         )
-        return Save(
+        return self._kind_of_save(planned, number)(
             contents,
             store=self._store,
             pool=self._pool,
@@ -350,14 +430,20 @@ class Checkpointer(Run):
             previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
             chain=self._chain,
             events=self.events,
-            make_room=functools.partial(self._committer.make_room, step=snapshot.step),
+            make_room=functools.partial(self._committer.make_room, step=planned.step),
             started_seconds=began,
         )
 
-    def _grow_arena(self, snapshot: Snapshot, layout: Layout) -> None:
-        sizes = [slot_bytes(extent) for extent in layout.extents()]
+    def _kind_of_save(self, planned: Planned, number: int) -> Callable[..., Save]:
+        if self._job is None:
+            return Save
+        party = Party(self._job.ranks, number, planned.own, planned.leads)
+        return functools.partial(LeadSave if self._job.leads else PartSave, party=party)
+
+    def _grow_arena(self, planned: Planned) -> None:
+        sizes = [slot_bytes(extent) for extent in planned.layout.extents()]
         budget = default_budget(sizes) if self._staging_bytes is None else self._staging_bytes
-        pin = any(piece.tensor.is_cuda for piece in snapshot.pieces())
+        pin = any(piece.tensor.is_cuda for piece in planned.pieces)
         self._arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
 
     def _before_change(self, where: str) -> None:
@@ -390,39 +476,12 @@ class Checkpointer(Run):
         self.close()
         raise Preempted(signals.exit_code(), step)
 
-    def _open(self) -> None:
-        """Become the directory's one writer, once; learn what is there."""
-        if self._lease is not None:
-            return
-        self._check_usable()
-        self._store.prepare(create_parents=self._create_parents)
-        lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
-        try:
-            self._store.reclaim()
-            entries = self.ls()
-        except BaseException:
-            lease.release()
-            raise
-        self._damaged.update(entry.name for entry in entries if entry.damage is not None)
-        self._ledger.learn(entries)
-        self._lease = lease
-
-    def _check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
-
     def _surface(self) -> None:
         self._check_usable()
         self._committer.expire()
         error = self._committer.take_error()
         if error is not None:
             raise error
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise CheckpointerClosed(f"{self.path}: this Checkpointer is closed; make a new one")
-        if os.getpid() != self._pid:
-            raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
 
 
 def _chain(delta: Delta | None, shard_format: str, codec: str, incremental: bool) -> int:

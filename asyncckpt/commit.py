@@ -12,8 +12,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from dataclasses import replace as replaced
 from typing import Any
 
@@ -24,8 +24,8 @@ from asyncckpt.encoder import Encoder
 from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
 from asyncckpt.previous import Previous
-from asyncckpt.protocols import Attempt, Codec, JsonValue, Layout, Snapshot, Store
-from asyncckpt.records import Manifest
+from asyncckpt.protocols import Attempt, Codec, ComponentSnapshot, JsonValue, Layout, Store
+from asyncckpt.records import FileRecord, Manifest
 from asyncckpt.staging import Ready
 from asyncckpt.writer import WriterPool
 from asyncckpt.writing import ShardsWriting
@@ -46,6 +46,8 @@ class Contents:
     aliases: Mapping[str, Mapping[str, str]]
     trees: Mapping[str, JsonValue]
     replace: bool
+    #: Entries of the manifest's components that other ranks' own components have.
+    others: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 def config_tree(config: Any) -> JsonValue:
@@ -59,9 +61,10 @@ def config_tree(config: Any) -> JsonValue:
 
 
 def contents_of(
-    snapshot: Snapshot,
+    components: Sequence[ComponentSnapshot],
     layout: Layout,
     *,
+    step: int,
     name: str,
     kind: str,
     metrics: Mapping[str, float],
@@ -70,15 +73,18 @@ def contents_of(
     digest: str,
     config: JsonValue,
     replace: bool,
+    attempt: str | None = None,
+    world_size: int = 1,
 ) -> Contents:
-    """What a save of this snapshot records beside its tensors. Pure but for the time and a new attempt uuid."""
+    """What a save of these components records beside their tensors. Pure but for the time and, where ``attempt`` is not
+    given, a new attempt uuid."""
     draft = Manifest(
-        step=snapshot.step,
+        step=step,
         name=name,
-        attempt=uuid.uuid4().hex,
+        attempt=attempt or uuid.uuid4().hex,
         kind=kind,
         created_unix_seconds=time.time(),
-        world_size=1,
+        world_size=world_size,
         shard_format=shard_format,
         digest=digest,
         layout=layout.fingerprint,
@@ -93,9 +99,9 @@ def contents_of(
     return Contents(
         draft=draft,
         layout=layout,
-        kinds={component.name: component.kind for component in snapshot.components},
-        aliases={component.name: component.aliases for component in snapshot.components},
-        trees={component.name: component.tree for component in snapshot.components},
+        kinds={component.name: component.kind for component in components},
+        aliases={component.name: component.aliases for component in components},
+        trees={component.name: component.tree for component in components},
         replace=replace,
     )
 
@@ -162,6 +168,10 @@ class Save:
         """Accept a staged extent, with its content digest where it was taken already. Never blocks."""
         self.shards.take(number, slot, ready, digest)
 
+    def written_bytes(self, written: Manifest) -> int:
+        """What went to the disk of a durable checkpoint; in a job, from this rank."""
+        return written.nbytes - self.shards.linked_bytes()
+
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
@@ -188,21 +198,14 @@ class Save:
         """
         try:
             attempt = self._start()
-            small = self._write_small(attempt)  # while the shards are still being written
+            early = self._meanwhile(attempt)
             self._wait_written(timeout_seconds)
             now = self.written_seconds = time.perf_counter()
             nbytes = self.contents.layout.nbytes
             self._events.emit(
                 Written(step=self.step, at_seconds=now, nbytes=nbytes, seconds=now - self.started_seconds)
             )
-            written = self._write_manifest(attempt, small)
-            if read_back is not None:
-                read_back(attempt.path)
-            if self._error is not None:
-                raise self._error
-            check_lease()
-            attempt.publish(written.name, replace=self.contents.replace)
-            return written
+            return self._conclude(attempt, early, check_lease, read_back)
         except BaseException as error:
             self.fail(error)
             self.discard(0.2)
@@ -210,6 +213,41 @@ class Save:
             if typed is error:
                 raise
             raise typed from error
+
+    def _meanwhile(self, attempt: Attempt) -> dict[str, bytes]:
+        """What can be done while the shards are still being written: the small files."""
+        return self._write_small(attempt, self.contents)
+
+    def _conclude(
+        self,
+        attempt: Attempt,
+        small: Mapping[str, bytes],
+        check_lease: Callable[[], None],
+        read_back: Callable[[str], None] | None,
+    ) -> Manifest:
+        """All data is on the disk: manifest and publication."""
+        return self._publish(
+            attempt, self.contents, self.shards.records(), self.shards.orders(), small, check_lease, read_back
+        )
+
+    def _publish(
+        self,
+        attempt: Attempt,
+        contents: Contents,
+        records: Sequence[FileRecord],
+        orders: Mapping[str, Sequence[int]],
+        small: Mapping[str, bytes],
+        check_lease: Callable[[], None],
+        read_back: Callable[[str], None] | None,
+    ) -> Manifest:
+        written = self._write_manifest(attempt, contents, records, orders, small)
+        if read_back is not None:
+            read_back(attempt.path)
+        if self._error is not None:
+            raise self._error
+        check_lease()
+        attempt.publish(written.name, replace=contents.replace)
+        return written
 
     def _typed(self, error: BaseException) -> BaseException:
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
@@ -231,9 +269,14 @@ class Save:
             if self._attempt is None:
                 if self._error is not None:
                     raise self._error
-                self._make_room(self.shards.expected_bytes() + _SMALL_FILES_BYTES)
-                self._attempt = self._store.begin(self.step, self.contents.draft.attempt)
+                self._make_room(self._needed_bytes() + _SMALL_FILES_BYTES)
+                self._attempt = self._store.begin(
+                    self.step, self.contents.draft.attempt, shared=self.contents.draft.world_size > 1
+                )
             return self._attempt
+
+    def _needed_bytes(self) -> int:
+        return self.shards.expected_bytes()
 
     def _wait_written(self, timeout_seconds: float) -> None:
         deadline = self.started_seconds + timeout_seconds
@@ -251,9 +294,8 @@ class Save:
                     f"training goes on. Check the storage under {getattr(self._store, 'path', 'the run')}"
                 )
 
-    def _write_small(self, attempt: Attempt) -> dict[str, bytes]:
-        contents = self.contents
-        small = {manifest.STATE_FILE: plain.dumps(contents.trees)}
+    def _write_small(self, attempt: Attempt, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
+        small = {manifest.STATE_FILE: plain.dumps(contents.trees)} if state else {}
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:
@@ -261,34 +303,29 @@ class Save:
         asyncio.run(attempt.write_small(small))
         return small
 
-    def _write_manifest(self, attempt: Attempt, small: Mapping[str, bytes]) -> Manifest:
-        contents = self.contents
+    def _write_manifest(
+        self,
+        attempt: Attempt,
+        contents: Contents,
+        records: Sequence[FileRecord],
+        orders: Mapping[str, Sequence[int]],
+        small: Mapping[str, bytes],
+    ) -> Manifest:
         attempt.sync_directory()
         files = [
-            *self.shards.records(),
+            *records,
             *(manifest.whole_file(name, data, self.digest) for name, data in small.items()),
         ]
         draft = replaced(contents.draft, files=tuple(files))
-        data = manifest.encode(draft, components_json=self._components_json())
+        data = manifest.encode(draft, components_json=_components_json(contents, orders))
         asyncio.run(attempt.write_small({manifest.FILE_NAME: data}))
         attempt.sync_directory()
         return replaced(draft, size_bytes=len(data))
 
-    def _components_json(self) -> str:
-        contents = self.contents
-        orders = self.shards.orders()
-        names = {"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}}
-        key = plain.dumps(names), orders
-        cached = contents.layout.cache.get("components")
-        if cached is None or cached[0] != key:
-            body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, orders)
-            cached = contents.layout.cache["components"] = (key, plain.dumps(body).decode().rstrip("\n"))
-        text: str = cached[1]
-        return text
-
-    def discard(self, timeout_seconds: float) -> None:
+    def discard(self, timeout_seconds: float, *, keep: bool = False) -> None:
         """Remove a failed attempt, once no write of it is in the kernel; given up after ``timeout_seconds`` (hung
-        storage), to be called again, or left to the next run. Idempotent; never raises."""
+        storage), to be called again, or left to the next run. ``keep``: only close its files. Idempotent; never
+        raises."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             if not self._changed.wait_for(lambda: self.shards.in_flight == 0, timeout_seconds):
@@ -296,5 +333,19 @@ class Save:
         if self._start_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             attempt = self._attempt  # nobody can create files from here on: the error is set
             self._start_lock.release()
-            if attempt is not None:
+            if attempt is not None and keep:
+                attempt.close()
+            elif attempt is not None:
                 attempt.discard()
+
+
+def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> str:
+    """Kept beside the layout: it is the same for save after save."""
+    names = {"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}}
+    key = plain.dumps(names), orders, contents.others
+    cached = contents.layout.cache.get("components")
+    if cached is None or cached[0] != key:
+        body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, orders) | contents.others
+        cached = contents.layout.cache["components"] = (key, plain.dumps(body).decode().rstrip("\n"))
+    text: str = cached[1]
+    return text

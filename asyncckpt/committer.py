@@ -20,6 +20,7 @@ from asyncckpt.errors import (
     CheckpointDamaged,
     InvalidOption,
     NotEnoughSpace,
+    PlanChanged,
     SaveAbandoned,
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
@@ -81,6 +82,8 @@ class Committer:
         self._changed = threading.Condition()
         self._retention_lock = threading.Lock()
         self._damaged = damaged
+        #: Another rank of the job publishes, and looks after the directory.
+        self.follows = False
         #: By kind: the checkpoint that the next save may take files over from.
         self._last: dict[str, tuple[str, Mapping[str, KnownFile]] | None] = {}
 
@@ -179,6 +182,8 @@ class Committer:
 
     def make_room(self, nbytes: int, step: int) -> None:
         """Before anything is written: enough space, after a retention run if need be. Raises ``NotEnoughSpace``."""
+        if self.follows:
+            return
         reserved = sum(f.save.shards.unwritten_bytes() for f in self.in_flight() if f.save.step != step)
         if self._store.free_bytes() - reserved >= nbytes:
             return
@@ -192,6 +197,8 @@ class Committer:
 
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply the policies now; what was deleted (or would be). Unusable checkpoints are evidence and stay."""
+        if self.follows:
+            return []
         with self._retention_lock:
             entries = [
                 e for e in self._catalog.entries(fresh=False) if e.damage is None and e.name not in self._damaged
@@ -220,7 +227,7 @@ class Committer:
                 step=save.step,
                 path=f"{self._store.path}/{written.name}",
                 nbytes=written.nbytes,
-                written_bytes=written.nbytes - save.shards.linked_bytes(),
+                written_bytes=save.written_bytes(written),
                 stall_seconds=flight.job.stall_seconds,
                 staged_seconds=flight.job.staged_seconds,
                 durable_seconds=now - save.started_seconds,
@@ -265,6 +272,8 @@ class Committer:
         """Nothing here can undo the acknowledgement: trouble is logged and comes up again at the next save."""
         try:
             self._catalog.forget(name)
+            if self.follows:
+                return
             if save.contents.draft.kind == "full":
                 self._store.write_hint(LATEST, f"{name}\n")
             if self.policies:
@@ -288,7 +297,8 @@ class Committer:
                 flight.job.forget()
                 if error is not None:
                     flight.pending.reject(error)
-                    self._failed.append(flight.pending)
+                    if not isinstance(error, PlanChanged):  # nothing is wrong: the next save makes up for it
+                        self._failed.append(flight.pending)
             self._changed.notify_all()
         if error is not None:
             self._events.emit(Failed(step=flight.save.step, error=error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,6 +19,14 @@ _libc.memcpy.restype = ctypes.c_void_p
 #: Below this, neighbours are copied in one call: every call that gives the GIL up may wait for it afterwards, and
 #: twenty thousand such waits would cost more than the copies.
 _BATCH_BELOW_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A live tensor that takes a part of a stored one: its elements from ``first`` on, in row-major order."""
+
+    tensor: torch.Tensor
+    first: int = 0
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

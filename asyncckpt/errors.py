@@ -10,7 +10,10 @@
     ├── LeaseLost             (OSError)            another run took the directory over while this one was writing
     ├── NotEnoughSpace        (OSError)            the disk cannot hold the save
     ├── SaveFailed            (OSError)            a background save failed; nothing was published
-    │   └── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
+    │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
+    │   │   └── RankLost                           a rank of the job did not answer in time
+    │   └── PlanChanged                            the state changed on some ranks only; the next save plans anew
+    ├── RanksDisagree         (RuntimeError)       ranks of one job save different steps, or states that do not fit
     ├── ArenaBusy             (BlockingIOError)    a save was due while an earlier one held the arena
     ├── CheckpointerClosed    (RuntimeError)       use after close, or in a forked child
     ├── CheckpointNotFound    (FileNotFoundError)  no such step, or no checkpoint at all
@@ -80,6 +83,18 @@ class SaveFailed(AsyncCkptError, OSError):
 
 class SaveAbandoned(SaveFailed, TimeoutError):
     """A save did not finish within its deadline and was given up, so that training goes on."""
+
+
+class RankLost(SaveAbandoned):
+    """A rank of the job died, stopped or never made the call that the others made; the message names it."""
+
+
+class PlanChanged(SaveFailed):
+    """Names or shapes changed on some ranks and not on others. Only this save is lost; the next one plans anew."""
+
+
+class RanksDisagree(AsyncCkptError, RuntimeError):
+    """The ranks of one job do not save the same thing; the message names the odd ones."""
 
 
 class ArenaBusy(AsyncCkptError, BlockingIOError):

@@ -6,14 +6,15 @@ import functools
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from asyncckpt import codecs, digests
 from asyncckpt.arena import aligned_buffer
-from asyncckpt.copying import is_plain, scatter
-from asyncckpt.dtypes import DTYPES, PLANE_BYTES
+from asyncckpt.copying import Window, is_plain, scatter
+from asyncckpt.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
 from asyncckpt.encoder import padded
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.layers import LayerReader
@@ -21,10 +22,21 @@ from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.reading import Damage, extents_of, read_extents
 from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, StoredTensor, TensorRecord
 
-Fill = Sequence[tuple[StoredTensor, list[torch.Tensor]]]
+Fill = Sequence[tuple[StoredTensor, list[Window]]]
 #: Takes an extent's verified bytes.
 Use = Callable[[memoryview], None]
-_Plain = list[tuple[TensorRecord, list[torch.Tensor]]]
+_Plain = list["_Wanted"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Bytes ``[begin, end)`` of a file that one live tensor takes; ``origin`` is where that tensor would begin."""
+
+    begin: int
+    end: int
+    origin: int
+    record: TensorRecord
+    target: torch.Tensor
 
 
 def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
@@ -37,17 +49,29 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
     plain: dict[str, _Plain] = defaultdict(list)
     uses: dict[tuple[str, int], list[Use]] = defaultdict(list)
     decoder = _Decoder(reader, manifest)
-    for tensor, targets in wanted:
+    for tensor, windows in wanted:
+        spans = [_span(tensor, window) for window in windows]
         if isinstance(tensor, ChunkedRecord):
             for file, number, chunk in _chunks(tensor):
+                first, nbytes = tensor.span(chunk)
+                targets = [
+                    window
+                    for window, (begin, end) in zip(windows, spans, strict=True)
+                    if begin < first + nbytes and first < end
+                ]
+                if not targets:
+                    continue
                 extent = files[file].extents[number]
                 ranges[file].append((extent.offset, extent.offset + extent.nbytes))
                 record = files[file]
                 below = [files[base] for base in record.bases], record.number_of(number) if record.bases else 0
                 uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, below, targets))
-        elif tensor.nbytes:
-            ranges[tensor.file].append((tensor.begin, tensor.end))
-            plain[tensor.file].append((tensor, targets))
+            continue
+        for window, (begin, end) in zip(windows, spans, strict=True):
+            if begin < end:
+                low, high = tensor.begin + begin, tensor.begin + end
+                ranges[tensor.file].append((low, high))
+                plain[tensor.file].append(_Wanted(low, high, low, tensor, window.tensor))
     _want_whole_files(manifest, wanted, ranges)
     chosen = extents_of(manifest, ranges)
     for place, entries in _parts(chosen, plain).items():
@@ -63,11 +87,18 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
     return sum(extent.nbytes for _, extent in chosen)
 
 
+def _span(tensor: StoredTensor, window: Window) -> tuple[int, int]:
+    """The bytes of a stored tensor that a window takes."""
+    item = ITEM_BYTES[tensor.dtype]
+    return window.first * item, (window.first + window.tensor.numel()) * item
+
+
 def _want_whole_files(manifest: Manifest, wanted: Fill, ranges: dict[str, list[tuple[int, int]]]) -> None:
     """Where every tensor of a shard is wanted, what is in it beside them (its header) is checked along with them."""
     all_tensors = (tensor for component in manifest.components.values() for tensor in component.tensors.values())
     there = Counter(file for tensor in all_tensors if tensor.nbytes for file in tensor.files)
-    mine = Counter(file for tensor in {tensor for tensor, _ in wanted} if tensor.nbytes for file in tensor.files)
+    whole = {tensor for tensor, windows in wanted if any(_span(tensor, w) == (0, tensor.nbytes) for w in windows)}
+    mine = Counter(file for tensor in whole if tensor.nbytes for file in tensor.files)
     for file, count in mine.items():
         if count == there[file]:
             ranges[file].append((0, 1 << 62))
@@ -84,11 +115,10 @@ def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
 
 def _give_plain(entries: _Plain, offset: int, view: memoryview) -> None:
     data = torch.frombuffer(view, dtype=torch.uint8)
-    for record, targets in entries:
-        begin, end = max(record.begin, offset), min(record.end, offset + len(view))
+    for entry in entries:
+        begin, end = max(entry.begin, offset), min(entry.end, offset + len(view))
         piece = data[begin - offset : end - offset]
-        for target in targets:
-            scatter(target, begin - record.begin, piece, DTYPES[record.dtype])
+        scatter(entry.target, begin - entry.origin, piece, DTYPES[entry.record.dtype])
 
 
 class _Decoder:
@@ -106,7 +136,7 @@ class _Decoder:
         chunk: int,
         extent: ExtentRecord,
         below: tuple[Sequence[FileRecord], int],
-        targets: list[torch.Tensor],
+        windows: Sequence[Window],
         view: memoryview,
     ) -> None:
         """Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
@@ -116,9 +146,12 @@ class _Decoder:
         if not extent.content:
             data = torch.frombuffer(view, dtype=torch.uint8)[:nbytes]
         else:
-            direct = len(targets) == 1 and decoded == nbytes and _takes_bytes(targets[0], dtype)
+            low, high = _span(tensor, windows[0])
+            whole = len(windows) == 1 and decoded == nbytes and low <= begin and begin + nbytes <= high
+            direct = whole and _takes_bytes(windows[0].tensor, dtype)
             if direct:
-                out = targets[0].detach().reshape(-1).view(torch.uint8)[begin : begin + nbytes]
+                flat = windows[0].tensor.detach().reshape(-1).view(torch.uint8)
+                out = flat[begin - low : begin - low + nbytes]
             else:
                 out = self._buffer(decoded)
             self._codec.decode(np.frombuffer(view, np.uint8)[: extent.stored], out.numpy())
@@ -128,8 +161,10 @@ class _Decoder:
             if direct:
                 return
             data = out[:nbytes]
-        for target in targets:
-            scatter(target, begin, data, dtype)
+        for window in windows:
+            low, high = _span(tensor, window)
+            first, last = max(begin, low), min(begin + nbytes, high)
+            scatter(window.tensor, first - low, data[first - begin : last - begin], dtype)
 
     def _content(self, data: codecs.Array, item_bytes: int, expected: str) -> str:
         """The content digest of decoded data: that of the image it was staged as (docs/format.md)."""
@@ -166,15 +201,15 @@ def _parts(
         extents[file.name].append(extent)
     parts: dict[tuple[str, int], _Plain] = {}
     for name, entries in by_file.items():
-        entries = sorted(entries, key=lambda entry: entry[0].begin)
+        entries = sorted(entries, key=lambda entry: entry.begin)
         first = 0
         for extent in extents[name]:
-            while first < len(entries) and entries[first][0].end <= extent.offset:
+            while first < len(entries) and entries[first].end <= extent.offset:
                 first += 1
             at = first
             mine: _Plain = []
-            while at < len(entries) and entries[at][0].begin < extent.offset + extent.nbytes:
-                if entries[at][0].end > extent.offset:
+            while at < len(entries) and entries[at].begin < extent.offset + extent.nbytes:
+                if entries[at].end > extent.offset:
                     mine.append(entries[at])
                 at += 1
             parts[name, extent.offset] = mine

@@ -100,6 +100,11 @@ class SignalWatch:
             raise InvalidOption("preempt: signals can only be watched from a Checkpointer made on the main thread")
         self._previous = {number: signal.signal(number, self._handle) for number in preemption.signals}
 
+    def notice(self) -> None:
+        """Another rank of the job was signalled: as if this one had been, now."""
+        if self.received is None:
+            self._handle(int(self.preemption.signals[0]), None)
+
     def remaining_seconds(self) -> float:
         """Until the deadline; 0.0 where it has passed."""
         return max(0.0, self._deadline - time.monotonic())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
-from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.errors import InvalidOption, InvalidStep, StepExists
 from asyncckpt.naming import NameTemplate
 
@@ -26,12 +25,11 @@ class Ledger:
         self._names: dict[tuple[int, str], str] = {}
         self._last: dict[str, int] = {}
 
-    def learn(self, entries: Iterable[CheckpointInfo]) -> None:
+    def learn(self, step: int, kind: str, name: str) -> None:
         """Take note of what the directory holds already."""
-        for entry in entries:
-            with self._lock:
-                self._names[entry.step, entry.kind] = entry.name
-                self._last[entry.kind] = max(entry.step, self._last.get(entry.kind, -1))
+        with self._lock:
+            self._names[step, kind] = name
+            self._last[kind] = max(step, self._last.get(kind, -1))
 
     def claim(self, step: int, kind: str, metrics: Mapping[str, float]) -> str:
         """The directory name for a new save.

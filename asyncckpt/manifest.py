@@ -109,7 +109,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "metrics": {name: _metric_to_json(value) for name, value in manifest.metrics.items()},
         "config": manifest.config,
         "environment": dict(manifest.environment),
-        "files": [_file_json(record) for record in manifest.files],
+        "files": [file_to_json(record) for record in manifest.files],
     }
     if not plain:
         body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
@@ -117,7 +117,8 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
     return seal(f'{text[:-1]},"components":{components}'.encode())
 
 
-def _file_json(record: FileRecord) -> dict[str, Any]:
+def file_to_json(record: FileRecord) -> dict[str, Any]:
+    """A row of ``files``."""
     rows = [
         [e.offset, e.nbytes, e.digest, e.content, e.stored] if e.content or e.stored else [e.offset, e.nbytes, e.digest]
         for e in record.extents

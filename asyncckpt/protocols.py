@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
@@ -44,37 +44,49 @@ class TensorSpec:
     frozen: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """How the rows of a global tensor are spread over ranks: ``[bounds[i], bounds[i + 1])`` lie on each of
-    ``holders[i]``. Empty parts are left out; a scalar counts as one row."""
+    ``holders[i]``. Empty parts are left out; a scalar counts as one row. Compared by identity: thousands of tensors
+    share a few of these."""
 
     bounds: tuple[int, ...]
     holders: tuple[tuple[int, ...], ...]
+    #: The part that a rank holds: its number.
+    part_of: Mapping[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        held = {rank: part for part, ranks in enumerate(self.holders) for rank in ranks}
+        object.__setattr__(self, "part_of", held)
 
 
 @dataclass(slots=True)
 class Piece:
     """The contiguous part of a global tensor that this rank holds: its row-major bytes from ``begin`` on. ``rows``: how
-    the others hold the rest; None where every rank that knows the name holds the whole tensor. ``private``: nobody
-    else can change it."""
+    the others hold the rest; None where every rank that knows the name holds the whole tensor. ``span`` are the rows
+    that are here where nobody knows yet who holds the others. ``private``: nobody else can change it. ``gather`` makes
+    the whole tensor, on all ranks that hold a part of it."""
 
     spec: TensorSpec
     tensor: torch.Tensor
     begin: int = 0
     rows: Rows | None = None
+    span: tuple[int, int] | None = None
     private: bool = False
+    gather: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(slots=True)
 class ComponentSnapshot:
-    """One captured component. ``aliases`` maps a tied tensor's other names to the name it is stored under."""
+    """One captured component. ``aliases`` maps a tied tensor's other names to the name it is stored under. ``shared``:
+    one for all ranks of the job, which hold parts or copies of it; otherwise each rank has its own."""
 
     name: str
     kind: str
     pieces: list[Piece]
     aliases: dict[str, str]
     tree: JsonValue
+    shared: bool = True
 
 
 @dataclass(slots=True)
@@ -297,6 +309,9 @@ class Attempt(Protocol):
 
     def publish(self, name: str, *, replace: bool) -> None:
         """Give the directory its final name, atomically, and make that durable. Raises ``StepExists``."""
+
+    def close(self) -> None:
+        """Write nothing more; what is there stays. Idempotent; never raises."""
 
     def discard(self) -> None:
         """Remove what was written. Idempotent; never raises."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 
 from asyncckpt import manifest as manifests
 from asyncckpt import plain
+from asyncckpt.copying import Window
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.filling import fill, raise_damage
 from asyncckpt.manifest import STATE_FILE
+from asyncckpt.naming import rank_name
 from asyncckpt.protocols import JsonValue, Reader
 from asyncckpt.reading import check_files, read_record, read_small_file
 from asyncckpt.records import Manifest, StoredTensor
@@ -24,6 +27,22 @@ from asyncckpt.targets import Options, Plan, plan_component, qualified_records
 from asyncckpt.views import MAX_STATE_BYTES
 
 log = logging.getLogger("asyncckpt")
+
+
+class Stages:
+    """One process restores by itself; see ``job.RestoreStages``."""
+
+    rank = 0
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """The body's errors are every rank's."""
+        yield
+
+    def in_all(self, names: list[str]) -> list[str]:
+        """The names that every rank gives."""
+        return names
+
 
 Rename = Mapping[str, str] | Callable[[str], str | None]
 
@@ -52,27 +71,41 @@ def restore(
     rename: Rename | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    stages: Stages | None = None,
 ) -> RestoreReport:
-    """Restore the components in ``state`` from an open checkpoint, in place; see ``Checkpointer.restore``."""
+    """Restore the components in ``state`` from an open checkpoint, in place; see ``Checkpointer.restore``.
+
+    ``stages``: the ranks of a job, which all restore this checkpoint and go from stage to stage together.
+    """
     began = time.perf_counter()
-    check_state(state)
-    manifest = open_manifest(reader)
-    if "state" in manifest.components:
-        raise CheckpointDamaged(f"{reader.path}: a component has a reserved name")
-    trees = read_trees(reader, manifest)
-    options = Options(device=torch.device(device or "cpu"), dtype=dtype, selected=_selector(include))
-    stored = _renamed(dict(qualified_records(manifest.components)), rename)
-    plan = Plan()
-    for name in state:
-        if include is None or any(_touches(name, prefix) for prefix in include):
-            component = manifest.components.get(name)
-            plan.merge(plan_component(name, state, component, stored, trees.get(name), options))
-    if plan.missing or plan.unexpected or plan.mismatched:
-        problem = describe(f"{reader.path} (step {manifest.step})", plan)
-        if strict:
-            raise StateMismatch(problem, plan.missing, plan.unexpected, plan.mismatched)
-        log.warning("%s", problem)
-    nbytes = fill(reader, manifest, plan.fill)
+    together = stages or Stages()
+    with together.stage("look"):
+        check_state(state)
+        manifest = open_manifest(reader)
+        if "state" in manifest.components:
+            raise CheckpointDamaged(f"{reader.path}: a component has a reserved name")
+        trees = read_trees(reader, manifest)
+        options = Options(device=torch.device(device or "cpu"), dtype=dtype, selected=_selector(include))
+        stored = _renamed(dict(qualified_records(manifest.components)), rename)
+        plan = Plan()
+        for name in state:
+            if include is None or any(_touches(name, prefix) for prefix in include):
+                source = rank_name(name, together.rank)
+                if source not in manifest.components:  # there were fewer ranks, or it was the same on all
+                    source = name
+                component = manifest.components.get(source)
+                mine = stored if source == name else _renamed(_under(name, source, manifest), rename)
+                plan.merge(plan_component(name, state, component, mine, trees.get(source), options))
+    # what does not live on this rank may live on another
+    plan.unexpected = together.in_all(plan.unexpected)
+    with together.stage("check"):
+        if plan.missing or plan.unexpected or plan.mismatched:
+            problem = describe(f"{reader.path} (step {manifest.step})", plan)
+            if strict:
+                raise StateMismatch(problem, plan.missing, plan.unexpected, plan.mismatched)
+            log.warning("%s", problem)
+    with together.stage("read"):
+        nbytes = fill(reader, manifest, plan.fill)
     for step in plan.finish:
         step()
     return RestoreReport(
@@ -115,7 +148,7 @@ def load_tensors(
             saved = DTYPES[record.dtype]
             target = dtype if dtype is not None and saved.is_floating_point else saved
             made[record] = torch.empty(record.shape, dtype=target, device=device)
-    fill(reader, manifest, [(record, [tensor]) for record, tensor in made.items()])
+    fill(reader, manifest, [(record, [Window(tensor)]) for record, tensor in made.items()])
     return {name: made[record] for name, record in chosen.items()}
 
 
@@ -152,6 +185,11 @@ def describe(where: str, plan: Plan) -> str:
             lines.append(f"  {title} ({len(names)}): {shown}")
     lines.append("Use strict=False to load what fits, include=/rename= to choose and map names.")
     return "\n".join(lines)
+
+
+def _under(name: str, source: str, manifest: Manifest) -> dict[str, StoredTensor]:
+    """The tensors of component ``source``, as if it were called ``name``."""
+    return dict(qualified_records({name: manifest.components[source]}))
 
 
 def _renamed(stored: dict[str, StoredTensor], rename: Rename | None) -> dict[str, StoredTensor]:

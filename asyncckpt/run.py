@@ -75,7 +75,9 @@ class Run:
         if step is None:
             report = self._restore_newest(state, options)
         else:
-            report = self._restore(Catalog(self._store, self.path).find(step).name, state, options)
+            with self._stages().stage("find"):
+                name = Catalog(self._store, self.path).find(step).name
+            report = self._restore(name, state, options)
         return report
 
     def load_tensors(
@@ -114,10 +116,24 @@ class Run:
         return Catalog(self._store, self.path).pin(step, pinned=False)
 
     def _restore(self, name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
-        with contextlib.closing(self._store.open(name)) as reader:
-            report = restoring.restore(reader, state, **options)
+        stages = self._stages()
+        with stages.stage("open"):
+            opened = self._store.open(name)
+        with contextlib.closing(opened) as reader:
+            report = restoring.restore(reader, state, stages=stages, **options)
         self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
         return report
+
+    def _stages(self) -> restoring.Stages:
+        """How a restore goes from stage to stage: alone, or with the other ranks of a job."""
+        return restoring.Stages()
+
+    def _candidates(self) -> list[CheckpointInfo]:
+        """The checkpoints that ``restore`` may choose from."""
+        return Catalog(self._store, self.path).entries()
+
+    def _is_gone(self, entry: CheckpointInfo) -> bool:
+        return not os.path.lexists(entry.path)
 
     def _refuse(self, entry: CheckpointInfo) -> None:
         with contextlib.closing(self._store.open(entry.name)) as reader:
@@ -125,17 +141,18 @@ class Run:
         raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
 
     def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
-        entries = Catalog(self._store, self.path).entries()
+        entries = self._candidates()
         reasons: list[str] = []
         for entry in reversed([entry for entry in entries if entry.kind == "full"]):
             try:
-                if entry.damage is not None:
-                    self._refuse(entry)
+                with self._stages().stage("choose"):
+                    if entry.damage is not None:
+                        self._refuse(entry)
                 return self._restore(entry.name, state, options)
             except CheckpointNotFound:
                 continue  # retention took it meanwhile: a newer one is there
             except (CheckpointDamaged, OSError) as error:
-                if not os.path.lexists(entry.path):
+                if self._is_gone(entry):
                     continue  # likewise, in the middle of reading it
                 self._damaged.add(entry.name)
                 reasons.append(f"{entry.path}: {error}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from asyncckpt.dtypes import CODES
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.names import canonical_names, parameter_names, same_memory
 from asyncckpt.protocols import ComponentSnapshot, JsonValue, Piece, Snapshot, Stateful, TensorSpec
+from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 
 #: Names of components become file names; see ``manifest.py``.
 #: No dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must not meet ``a`` + ``b.c``.
@@ -121,12 +123,48 @@ def _component(
         return _module(name, value)
     pieces: list[Piece] = []
     aliases: dict[str, str] = {}
+    shared = kind in ("optimizer", "tensor") or isinstance(value, Replicated)
     if kind == "optimizer":
         value, _ = named_optimizer_state(name, value, owners, state)
     elif kind == "stateful":
         value = value.state_dict()
-    tree = plain.encode(value, "", _sink(name, pieces), component=name)
-    return ComponentSnapshot(name, kind, pieces, aliases, tree)
+    shards: dict[int, Shard] = {}
+    value = without_shards(value, shards) if kind != "optimizer" else value
+    tree = plain.encode(value, "", _sink(name, pieces, shards), component=name)
+    shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
+    return ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
+
+
+class Replicated:
+    """A stateful object, or plain data, that is the same on every rank of the job: stored once, each rank writing a
+    part of its tensors. Without this, each rank's is kept (data loaders, RNGs)."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> Any:
+        return self.value.state_dict() if hasattr(self.value, "state_dict") else {"value": self.value}
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        if hasattr(self.value, "load_state_dict"):
+            return self.value.load_state_dict(state_dict)
+        self.value = state_dict["value"]
+        return None
+
+
+def without_shards(value: Any, found: dict[int, Shard]) -> Any:
+    """``value`` with each ``Shard`` in its dicts, lists and tuples replaced by its tensor; ``found`` remembers them by
+    that tensor's ``id``."""
+    if isinstance(value, Shard):
+        found[id(value.tensor)] = value
+        return value.tensor
+    if type(value) is dict:
+        new = {key: without_shards(item, found) for key, item in value.items()}
+        return new if found else value
+    if type(value) in (list, tuple):
+        items = [without_shards(item, found) for item in value]
+        return type(value)(items) if found else value
+    return value
 
 
 def _module(name: str, module: nn.Module) -> ComponentSnapshot:
@@ -138,10 +176,22 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
     frozen = _frozen(module)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    first_names: dict[int, str] = {}
     for key, value in raw.items():
         fqn = names[key]
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
             extras[fqn] = value
+            continue
+        if is_distributed(value) or is_sharded_tensor(value):
+            # this rank's part may be empty, so memory does not tell what is tied
+            parameter = parameters.get(key)
+            first = first_names.setdefault(id(parameter), fqn) if parameter is not None else fqn
+            if first != fqn:
+                aliases[fqn] = first
+            else:
+                still = parameter is not None and not parameter.requires_grad
+                pieces.append(piece_of(name, fqn, value, frozen=still))
             continue
         if value.numel() and value.layout is torch.strided:
             seen = first_views.setdefault((value.data_ptr(), value.dtype), [])
@@ -157,25 +207,51 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
 
 def _frozen(module: nn.Module) -> set[int]:
     """Where the parameters lie that training does not change; one tied to a trained one is no such."""
-    parameters = [parameter for parameter in module.parameters() if parameter.numel() and not parameter.is_meta]
+    parameters = [
+        parameter
+        for parameter in module.parameters()
+        if parameter.numel() and not parameter.is_meta and not is_distributed(parameter)
+    ]
     if all(parameter.requires_grad for parameter in parameters):
         return set()
     trained = {parameter.data_ptr() for parameter in parameters if parameter.requires_grad}
     return {parameter.data_ptr() for parameter in parameters} - trained
 
 
-def _sink(component: str, pieces: list[Piece]) -> Sink:
+def _sink(component: str, pieces: list[Piece], shards: Mapping[int, Shard] = MappingProxyType({})) -> Sink:
     def add(name: str, tensor: torch.Tensor) -> None:
-        pieces.append(piece_of(component, name, tensor))
+        shard = shards.get(id(tensor))
+        pieces.append(piece_of(component, name, tensor) if shard is None else _shard_piece(component, name, shard))
 
     return add
 
 
 def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = False) -> Piece:
-    """The whole tensor as one piece. Raises ``UnsupportedValue`` for what cannot be stored as dense bytes."""
+    """The tensor, or this rank's rows of it, as one piece. Raises ``UnsupportedValue`` for what cannot be stored as
+    dense bytes."""
+    if is_distributed(tensor) or is_sharded_tensor(tensor):
+        return _distributed_piece(component, name, tensor, frozen)
     if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
         _check_storable(f"state[{component!r}][{name!r}]", tensor)
     return Piece(_spec(component, name, tensor.dtype, tensor.shape, frozen), tensor)
+
+
+def _distributed_piece(component: str, name: str, tensor: Any, frozen: bool) -> Piece:
+    where = f"state[{component!r}][{name!r}]"
+    split = local_rows if is_distributed(tensor) else sharded_tensor_rows
+    local = split(tensor, where)
+    shape = tensor.shape if is_distributed(tensor) else tensor.metadata().size
+    spec = _spec(component, name, local.tensor.dtype, shape, frozen)
+    begin = local.first * local.tensor.dtype.itemsize
+    gather = tensor.full_tensor if is_distributed(tensor) else None
+    return Piece(spec, local.tensor, begin, local.rows, private=local.private, gather=gather)
+
+
+def _shard_piece(component: str, name: str, shard: Shard) -> Piece:
+    spec = _spec(component, name, shard.tensor.dtype, torch.Size(shard.global_shape), False)
+    rows = shard.global_shape[0]
+    first, count = shard.offsets[0], shard.tensor.shape[0] if shard.tensor.numel() else 0
+    return Piece(spec, shard.tensor, spec.nbytes // rows * first if rows else 0, span=(first, first + count))
 
 
 @functools.lru_cache(maxsize=1 << 20)
@@ -205,6 +281,5 @@ def _check_subclass(tensor: torch.Tensor, where: str) -> None:
     # A subclass that computes or hides its values (DTensor, quantized wrappers) has no plain bytes to copy.
     if getattr(type(tensor), "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__:
         raise UnsupportedValue(
-            f"{where}: tensors of type {type(tensor).__name__} are not stored by this version; store a plain tensor "
-            f"(for a DTensor: .full_tensor() on one rank)"
+            f"{where}: tensors of type {type(tensor).__name__} are not stored by this version; store a plain tensor"
         )

@@ -37,7 +37,8 @@ OnStaged = Callable[[int, Slot, Ready, str | None], None]
 
 def storages(tensors: Collection[torch.Tensor]) -> set[int]:
     """Identities of the memory behind tensors: what a watched optimizer owns."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    # of a DTensor, the part that is here
+    return {getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr() for tensor in tensors}
 
 
 def split_eager(pieces: Sequence[Piece], owned: Collection[int]) -> set[int]:
@@ -48,7 +49,7 @@ def split_eager(pieces: Sequence[Piece], owned: Collection[int]) -> set[int]:
     eager: set[int] = set()
     cloned = 0
     for index, piece in enumerate(pieces):
-        if piece.tensor.untyped_storage().data_ptr() in owned:
+        if piece.private or piece.tensor.untyped_storage().data_ptr() in owned:
             continue
         nbytes = piece.spec.nbytes
         if nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:

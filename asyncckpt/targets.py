@@ -6,6 +6,7 @@ An adapter first says what would go where (``Plan``), touching nothing; bytes ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from asyncckpt import plain
+from asyncckpt.copying import Window
+from asyncckpt.distributed import job_size
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.names import canonical_names, parameter_names
 from asyncckpt.protocols import JsonValue
 from asyncckpt.records import ComponentRecord, StoredTensor
-from asyncckpt.snapshot import kind_of, optimizer_names
+from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, like, receiver
+from asyncckpt.snapshot import kind_of, optimizer_names, without_shards
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,11 +39,21 @@ class Options:
 class Plan:
     """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled."""
 
-    fill: list[tuple[StoredTensor, list[torch.Tensor]]] = field(default_factory=list)
+    fill: list[tuple[StoredTensor, list[Window]]] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+
+    def take(self, record: StoredTensor, value: Any, where: str) -> None:
+        """``value`` takes the stored tensor, or, where ranks hold it together, this rank's part of it."""
+        if not is_distributed(value) and not is_sharded_tensor(value):
+            self.fill.append((record, [Window(value)]))
+            return
+        part = receiver(value, where)
+        self.fill.append((record, [Window(part.tensor, part.first)]))
+        if part.finish is not None:
+            self.finish.append(part.finish)
 
     def merge(self, other: Plan) -> None:
         self.fill += other.fill
@@ -77,10 +91,14 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
     plan = Plan()
     live = module.state_dict()
     fqns = canonical_names(module, live)
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
+    own = {
+        t.untyped_storage().data_ptr()
+        for t in (*module.parameters(), *module.buffers())
+        if not t.is_meta and not is_distributed(t)
+    }
     extra_fill = Plan()
     extra_values = _decode(name, extras, stored, extra_fill, opts) if extras else {}
-    by_memory = _aliases(live, fqns)
+    by_memory = _aliases(live, fqns, dict(module.named_parameters(remove_duplicate=False)))
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
     wanted: set[str] = set()
@@ -89,7 +107,7 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
         if not opts.selected(qualified):
             continue
         wanted.add(qualified)
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
             if fqns[raw] in extra_values:
                 later[raw] = extra_values[fqns[raw]]
                 plan.fill += extra_fill.fill
@@ -107,13 +125,19 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
         if problem:
             plan.mismatched.append(problem)
             continue
+        if is_distributed(value) or is_sharded_tensor(value):
+            if value.device.type == "meta":
+                plan.mismatched.append(f"{qualified}: on the meta device; call to_empty(device=...) on the model first")
+            else:
+                plan.take(record, value, qualified)
+            continue
         target = value
         if value.is_meta:
             dtype = opts.dtype if opts.dtype is not None and value.is_floating_point() else value.dtype
             target = meta[raw] = torch.empty(value.shape, dtype=dtype, device=opts.device)
         elif value.numel() and value.untyped_storage().data_ptr() not in own:
             later[raw] = value  # the module's state_dict gives copies (hooks, packed weights): it must take them back
-        plan.fill.append((record, [target]))
+        plan.fill.append((record, [Window(target)]))
     wanted.update(f"{name}.{key}" for key in plain.tensor_names(extras))
     prefix = f"{name}."
     plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
@@ -128,11 +152,17 @@ def _load_into(module: nn.Module, values: dict[str, Any]) -> None:
     module.load_state_dict(values, strict=False)
 
 
-def _aliases(live: Mapping[str, Any], fqns: Mapping[str, str]) -> dict[str, list[str]]:
+def _aliases(
+    live: Mapping[str, Any], fqns: Mapping[str, str], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, list[str]]:
     """Raw name → FQNs of live tensors in the same memory."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for raw, value in live.items():
-        if isinstance(value, torch.Tensor) and value.numel() and not value.is_meta:
+        if not isinstance(value, torch.Tensor):
+            continue
+        if is_distributed(value):  # this rank's part may be empty: told apart by the parameter it is of
+            groups.setdefault((id(parameters.get(raw)),), []).append(raw)
+        elif value.numel() and not value.is_meta:
             groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.device), []).append(raw)
     return {raw: [fqns[other] for other in group if other != raw] for group in groups.values() for raw in group}
 
@@ -231,12 +261,18 @@ def _state_tensors(
     def get(key: str) -> torch.Tensor:
         record = _lookup(component, key, stored)
         found = live.get(key.rpartition(".")[2]) if isinstance(live, dict) else None
-        if not isinstance(found, torch.Tensor) or mismatch(key, record, found, opts) or found.is_meta:
+        usable = isinstance(found, torch.Tensor) and not mismatch(key, record, found, opts) and not found.is_meta
+        if is_distributed(parameter) and record.shape == tuple(parameter.shape):
+            fits = usable and is_distributed(found)
+            made: torch.Tensor = found if fits and found is not None else like(parameter, DTYPES[record.dtype])
+            plan.take(record, made, f"{component}.{key}")
+            return made
+        if not usable or not isinstance(found, torch.Tensor):
             device = parameter.device if record.shape == tuple(parameter.shape) else torch.device("cpu")
             if device.type == "meta":
                 device = opts.device
             found = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=device)
-        plan.fill.append((record, [found]))
+        plan.fill.append((record, [Window(found)]))
         return found
 
     return get
@@ -256,7 +292,7 @@ def _fresh(component: str, stored: Stored, plan: Plan, opts: Options) -> Callabl
     def get(key: str) -> torch.Tensor:
         record = _lookup(component, key, stored)
         tensor = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=opts.device)
-        plan.fill.append((record, [tensor]))
+        plan.fill.append((record, [Window(tensor)]))
         return tensor
 
     return get
@@ -267,7 +303,9 @@ def _tensor(name: str, value: torch.Tensor, stored: Stored, opts: Options) -> Pl
     problem = mismatch(name, record, value, opts)
     if problem:
         return Plan(mismatched=[problem])
-    return Plan(fill=[(record, [value])])
+    plan = Plan()
+    plan.take(record, value, name)
+    return plan
 
 
 def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree: JsonValue, opts: Options) -> Plan:
@@ -277,24 +315,57 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
     if not opts.selected(name):
         return plan
     live: dict[str, torch.Tensor] = {}
-    if kind_of(value) == "plain":
-        plain.encode(value, "", live.__setitem__, component=name)
+    shards: dict[int, Shard] = {}
+    # asked for its state only where parts of it may lie on other ranks
+    holder = value.state_dict() if kind_of(value) == "stateful" and job_size() > 1 else value
+    bare = without_shards(holder, shards)
+    if kind_of(value) == "plain" or shards or (holder is not value and _has_distributed(holder)):
+        plain.encode(bare, "", live.__setitem__, component=name)
     fresh = _fresh(name, stored, plan, opts)
 
     def tensors(key: str) -> torch.Tensor:
         record = _lookup(name, key, stored)
         found = live.get(key)
+        shard = shards.get(id(found))
+        if shard is not None:
+            shape = tuple(shard.global_shape)
+            if shape != record.shape or DTYPES[record.dtype] != shard.tensor.dtype:
+                plan.mismatched.append(f"{name}.{key}: saved as {record.dtype} {list(record.shape)}, live {shard}")
+            width = math.prod(shape[1:])
+            plan.fill.append((record, [Window(shard.tensor, shard.offsets[0] * width)]))
+            return shard.tensor
         if found is None or mismatch(key, record, found, opts):
             return fresh(key)
-        plan.fill.append((record, [found]))
+        plan.take(record, found, f"{name}.{key}")
         return found
 
-    decoded = plain.decode(tree, tensors, _on_host(name, stored, plan))
+    decoded = with_shards(plain.decode(tree, tensors, _on_host(name, stored, plan)), shards)
     if kind_of(value) == "stateful":
         plan.finish.append(lambda: value.load_state_dict(decoded))
     else:
         plan.finish.append(lambda: _replace_plain(name, state, value, decoded))
     return plan
+
+
+def with_shards(value: Any, shards: Mapping[int, Shard]) -> Any:
+    """The other way round of ``without_shards``."""
+    if isinstance(value, torch.Tensor):
+        return shards.get(id(value), value)
+    if not shards:
+        return value
+    if type(value) is dict:
+        return {key: with_shards(item, shards) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(with_shards(item, shards) for item in value)
+    return value
+
+
+def _has_distributed(value: Any) -> bool:
+    if type(value) is dict:
+        return any(_has_distributed(item) for item in value.values())
+    if type(value) in (list, tuple):
+        return any(_has_distributed(item) for item in value)
+    return is_distributed(value) or is_sharded_tensor(value)
 
 
 def _replace_plain(name: str, state: Mapping[str, Any], live: Any, decoded: Any) -> None:

@@ -99,6 +99,10 @@ class PendingSave:
         """Whether it is durable or failed."""
         return self._future.done()
 
+    def failure(self) -> BaseException | None:
+        """The error of a save that is done and failed. Does not count as having seen it."""
+        return self._future.exception() if self._future.done() else None
+
     def failed(self) -> bool:
         """Whether it is done and failed. Does not count as having seen the error."""
         return self._future.done() and self._future.exception() is not None

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
+from asyncckpt.copying import Window
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.filling import fill
 from asyncckpt.protocols import JsonValue, Reader
@@ -130,7 +131,7 @@ def _load(
     reader: Reader, manifest: Manifest, names: list[str], records: Mapping[str, StoredTensor]
 ) -> dict[str, torch.Tensor]:
     tensors = {name: torch.empty(records[name].shape, dtype=DTYPES[records[name].dtype]) for name in names}
-    fill(reader, manifest, [(records[name], [tensor]) for name, tensor in tensors.items()])
+    fill(reader, manifest, [(records[name], [Window(tensor)]) for name, tensor in tensors.items()])
     return tensors
 
 

@@ -285,9 +285,12 @@ class LocalAttempt:
         self._done = True
         ops.fsync_directory(self._store.path)
 
-    def discard(self) -> None:
+    def close(self) -> None:
         for writer in self._writers:
             writer.abort()
+
+    def discard(self) -> None:
+        self.close()
         if not self._done:
             self._done = True
             self._store.delete_tree(self.path)

@@ -1,0 +1,229 @@
+"""The ranks of a job and what they tell each other, through the store that ``torch.distributed`` runs on.
+
+Nothing here is a collective on a device, so nothing waits for, or disturbs, the training's own communication. In steady
+state a save costs each rank one message (its report) and one reading (the outcome), both in the background.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+import torch
+import zstandard
+
+from asyncckpt import errors
+from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
+
+_FIRST_PAUSE_SECONDS: Final = 0.002
+_LONGEST_PAUSE_SECONDS: Final = 0.1
+#: A report is a list of digests: this is ten million of them.
+_MAX_MESSAGE_BYTES: Final = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankOptions:
+    """``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
+    ``resume`` fails). Ranks on a busy file system may lie far apart."""
+
+    timeout_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not self.timeout_seconds > 0:
+            raise InvalidOption(f"RankOptions.timeout_seconds must be > 0, not {self.timeout_seconds!r}")
+
+
+_instances: dict[str, int] = {}
+_instances_lock = threading.Lock()
+
+
+def job_size() -> int:
+    """Ranks of this process's job; 1 where ``torch.distributed`` is not initialised."""
+    available: Callable[[], bool] = torch.distributed.is_available
+    if not available() or not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size()
+
+
+class Ranks:
+    """All ranks of the job, for one ``Checkpointer``. Thread-safe; each thread that waits has a connection of its own.
+
+    Every rank has to make its checkpointers for one path in the same order.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, options: RankOptions) -> None:
+        self.rank = rank
+        self.size = size
+        self.options = options
+        self._store = store
+        self._local = threading.local()
+        self._counts: dict[str, int] = {}
+        self._pid = os.getpid()
+
+    @classmethod
+    def of_job(cls, path: str, options: RankOptions) -> Ranks | None:
+        """The ranks of this process's job; None where it is alone."""
+        if job_size() == 1:
+            return None
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        where = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        with _instances_lock:
+            number = _instances[where] = _instances.get(where, -1) + 1
+        store = PrefixStore(f"asyncckpt/{where}/{number}", _get_default_store())
+        return cls(store, torch.distributed.get_rank(), torch.distributed.get_world_size(), options)
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def post(self, key: str, body: Any) -> None:
+        """Leave a message for whoever reads it. Blocks for one round trip."""
+        self._connection().set(key, _packed(body))
+
+    def there(self, key: str) -> bool:
+        """Whether somebody has posted this. Blocks for one round trip."""
+        return bool(self._connection().check([key]))
+
+    def read(self, key: str, timeout_seconds: float, whose: str, unless: str | None = None) -> Any:
+        """The message under ``key``, once it is there. Raises ``RankLost`` naming ``whose`` it is after the timeout,
+        or where the store is gone (with the process that ran it), and ``PlanChanged`` once ``unless`` is there."""
+        store = self._connection()
+        deadline = time.monotonic() + timeout_seconds
+        pause = _FIRST_PAUSE_SECONDS
+        while not _checked(store, [key], whose):
+            if unless is not None and _checked(store, [unless], whose):
+                raise PlanChanged("names or shapes changed on this rank alone; the next save is planned anew")
+            if time.monotonic() >= deadline:
+                raise RankLost(f"{whose} did not answer within {timeout_seconds:.0f} s: it died, hangs, or was stopped")
+            time.sleep(pause)
+            pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
+        return _unpacked(store.get(key))
+
+    def gather(
+        self,
+        key: str,
+        timeout_seconds: float,
+        what: str,
+        given_up: Callable[[int, Any], bool] = lambda _rank, _body: False,
+        excused: Callable[[int], bool] = lambda _rank: False,
+    ) -> list[Any]:
+        """For rank 0: what every other rank posted under ``key/<rank>``, by rank (None for rank 0 itself).
+
+        Returns early, with None for those that are missing, as soon as ``given_up(rank, body)`` is true for one, or
+        ``excused(rank)`` for one that has posted nothing for a while.
+        Raises ``RankLost`` naming the missing ranks after the timeout.
+        """
+        store = self._connection()
+        found: list[Any] = [None] * self.size
+        missing = set(range(1, self.size))
+        deadline = time.monotonic() + timeout_seconds
+        pause = _FIRST_PAUSE_SECONDS
+        while missing:
+            # all at once where all are there, which is the rule; else one by one, for an early word of trouble
+            ready = missing if _checked(store, [f"{key}/{rank}" for rank in missing], "the job's store") else set()
+            if not ready and pause >= _LONGEST_PAUSE_SECONDS:
+                ready = {rank for rank in missing if store.check([f"{key}/{rank}"])}
+            for rank in sorted(ready):
+                found[rank] = _unpacked(store.get(f"{key}/{rank}"))
+                store.delete_key(f"{key}/{rank}")
+                if given_up(rank, found[rank]):
+                    return found
+            missing = missing - ready
+            if not missing or (pause >= _LONGEST_PAUSE_SECONDS and any(excused(rank) for rank in missing)):
+                break
+            if time.monotonic() >= deadline:
+                raise RankLost(
+                    f"{_names(missing)} did not {what} within {timeout_seconds:.0f} s. Every rank has to make the same "
+                    f"calls; one that died or hangs has to be restarted with the job"
+                )
+            time.sleep(pause)
+            pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
+        return found
+
+    def forget(self, *keys: str) -> None:
+        """Take messages out of the store. Never raises."""
+        store = self._connection()
+        for key in keys:
+            try:
+                store.delete_key(key)
+            except (RuntimeError, torch.distributed.DistError):
+                return
+
+    def agree(self, what: str, body: Any, *, key: str | None = None, unless: str | None = None) -> list[Any]:
+        """Everyone's ``body``, by rank, on every rank; blocks until all have called. Raises ``RankLost``.
+
+        For what happens now and then on the training thread: opening, planning, restoring. ``key`` tells this call from
+        others of its kind (default: their number); ``unless`` is a message that makes waiting vain: then it raises
+        ``PlanChanged``.
+        """
+        number = -1
+        if key is None:
+            number = self._counts[what] = self._counts.get(what, -1) + 1
+            key = f"{what}/{number}"
+        timeout = self.options.timeout_seconds
+        if self.rank:
+            self.post(f"{key}/{self.rank}", body)
+            answer = self.read(f"{key}/all", timeout + 10, "rank 0", unless)
+            if "lost" in answer:
+                raise RankLost(answer["lost"])
+            return list(answer["bodies"])
+        try:
+            bodies = [body, *self.gather(key, timeout, f"call {what}")[1:]]
+        except RankLost as error:
+            self.post(f"{key}/all", {"lost": str(error)})
+            raise
+        self.post(f"{key}/all", {"bodies": bodies})
+        if number > 0:
+            self.forget(f"{what}/{number - 1}/all")
+        return bodies
+
+    def _connection(self) -> Any:
+        """A store blocks everyone on its connection while one waits: each thread has its own."""
+        store = getattr(self._local, "store", None)
+        if store is None:
+            store = self._store.clone() if hasattr(self._store, "clone") else self._store
+            store.set_timeout(timedelta(seconds=max(30.0, self.options.timeout_seconds)))
+            self._local.store = store
+        return store
+
+
+def _checked(store: Any, keys: Sequence[str], whose: str) -> bool:
+    try:
+        return bool(store.check(keys))
+    except (RuntimeError, torch.distributed.DistError) as error:
+        raise RankLost(f"{whose}: the job's store is gone, and with it the process that ran it ({error})") from error
+
+
+def _names(ranks: Collection[int]) -> str:
+    chosen = sorted(ranks)
+    shown = ", ".join(map(str, chosen[:16])) + (f" and {len(chosen) - 16} more" if len(chosen) > 16 else "")
+    return f"rank{'s' if len(chosen) > 1 else ''} {shown}"
+
+
+def _packed(body: Any) -> bytes:
+    return zstandard.compress(json.dumps(body, separators=(",", ":")).encode("utf-8", "surrogatepass"), 1)
+
+
+def _unpacked(data: bytes) -> Any:
+    text = zstandard.ZstdDecompressor().decompress(data, max_output_size=_MAX_MESSAGE_BYTES)
+    return json.loads(text.decode("utf-8", "surrogatepass"))
+
+
+def told(error: BaseException) -> dict[str, str]:
+    """An error as a message."""
+    return {"type": type(error).__name__, "message": str(error)}
+
+
+def retold(body: Mapping[str, str], who: str = "") -> AsyncCkptError:
+    """Another rank's error, as this rank raises it: of the same type where that is one of this library's."""
+    message = f"{who}: {body['message']}" if who else body["message"]
+    kind = getattr(errors, body["type"], None)
+    if not (isinstance(kind, type) and issubclass(kind, AsyncCkptError)):
+        return SaveFailed(f"{body['type']}: {message}")
+    return kind(message)

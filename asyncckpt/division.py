@@ -1,0 +1,196 @@
+"""Which part of a layout each rank stages and writes: a pure function of the layout and of who holds what.
+
+A plain shard is one line of bytes. Where one rank holds a stretch of it, that rank writes it; a stretch that several
+ranks hold is divided evenly among them; a short one goes to whoever writes what lies before it. A shard whose bytes
+nobody can write in part (encoded, zarr) is written whole by one rank, so that each has about the same number of bytes;
+so is one that training does not change, so that it can be taken over from the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import bisect
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from asyncckpt.errors import UnsupportedValue
+from asyncckpt.formats import parts
+from asyncckpt.protocols import ALIGNMENT_BYTES, Extent, Layout, Placement, Rows, Segment, Shard
+
+#: Shorter stretches that several ranks hold are not divided.
+_MIN_DIVIDED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """What this rank has of one piece of the layout: ``local`` is its number among the rank's own pieces (-1: nothing),
+    ``begin`` the byte of the tensor where that begins; ``rows`` says the same for all ranks."""
+
+    rows: Rows
+    local: int
+    begin: int
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """A rank's part. ``layout`` has all shards, each with the extents that are this rank's. ``whole``: the pieces (by
+    their number in the layout) of which one rank needs every row, and which rank."""
+
+    layout: Layout
+    whole: Mapping[int, frozenset[int]]
+
+
+def divide(layout: Layout, holdings: Sequence[Holding], rank: int, extent_bytes: int) -> Division:
+    """``holdings[i]`` is about piece ``i`` of the layout. Pure; a second for 10,000 tensors."""
+    load: dict[int, int] = {}
+    whole: dict[int, set[int]] = {}
+    shards: list[Shard] = []
+    for number, shard in enumerate(layout.shards):
+        pieces = {segment.piece for extent in shard.extents for segment in extent.segments}
+        owner = _owner(shard, [holdings[piece].rows for piece in pieces], load)
+        if owner is not None:
+            load[owner] = load.get(owner, 0) + shard.nbytes
+            for piece in pieces:
+                if len(holdings[piece].rows.holders) > 1:
+                    whole.setdefault(piece, set()).add(owner)
+            extents = shard.extents if owner == rank else ()
+            shards.append(replace(shard, extents=tuple(_local(extent, holdings) for extent in extents)))
+        else:
+            shards.append(_part(number, shard, holdings, rank, extent_bytes))
+    return Division(
+        replace(layout, shards=tuple(shards)), {piece: frozenset(owners) for piece, owners in whole.items()}
+    )
+
+
+def _owner(shard: Shard, rows: Sequence[Rows], load: Mapping[int, int]) -> int | None:
+    """The rank that writes all of a shard; None where it is divided."""
+    frozen = bool(shard.placements) and all(placement.spec.frozen for placement in shard.placements)
+    spread = any(len(held.holders) > 1 for held in rows)
+    if not rows:
+        return 0
+    if (shard.placements or not shard.runs) and (spread or not frozen):
+        return None
+    candidates = set.intersection(*(set(held.part_of) for held in rows))
+    if not candidates:
+        raise UnsupportedValue(
+            f"{shard.file}: no rank holds a part of all tensors in it (pipeline stages?), so none can encode it. Use "
+            f"format='zarr', which has files of their own for tensors, or codec='none'"
+        )
+    return min(candidates, key=lambda rank: (load.get(rank, 0), rank))
+
+
+def _local(extent: Extent, holdings: Sequence[Holding]) -> Extent:
+    """With this rank's numbers of the pieces."""
+    segments = tuple(replace(segment, piece=holdings[segment.piece].local) for segment in extent.segments)
+    return replace(extent, segments=segments)
+
+
+# -- a line of bytes -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Lying:
+    """A tensor in the line."""
+
+    placement: Placement
+    holding: Holding
+
+
+def _part(number: int, shard: Shard, holdings: Sequence[Holding], rank: int, extent_bytes: int) -> Shard:
+    pieces: dict[int, int] = {}  # where a tensor begins in the file → its piece
+    for extent in shard.extents:
+        for segment in extent.segments:
+            pieces[extent.offset + segment.extent_offset - segment.source_offset] = segment.piece
+    lying = [_Lying(p, holdings[pieces[p.begin]]) for p in shard.placements if p.spec.nbytes]
+    header = b"".join(extent.header for extent in shard.extents)
+    spans = _joined(_spans(lying, shard.nbytes, rank))
+    extents = tuple(_extents(number, spans, header, lying, extent_bytes))
+    return replace(shard, extents=extents, shared=sum(extent.nbytes for extent in extents) != shard.nbytes)
+
+
+def _spans(lying: Sequence[_Lying], nbytes: int, rank: int) -> Iterator[tuple[int, int]]:
+    """This rank's byte ranges of the file, in order."""
+    begin = 0  # of the stretch that ``holders`` hold; the header belongs to the first
+    holders: tuple[int, ...] | None = None
+    last = 0
+    for item in lying:
+        rows, place = item.holding.rows, item.placement
+        if holders is None:
+            holders = rows.holders[0]
+        if len(rows.holders) == 1:
+            if rows.holders[0] is not holders and rows.holders[0] != holders:
+                last = yield from _shares(begin, place.begin, holders, last, rank)
+                begin, holders = place.begin, rows.holders[0]
+            continue
+        last = yield from _shares(begin, place.begin, holders, last, rank)
+        width = place.spec.nbytes // rows.bounds[-1]
+        part = rows.part_of.get(rank)
+        end = len(rows.holders) - 1
+        for chosen in sorted({end if part is None else part, end}):
+            low, high = place.begin + rows.bounds[chosen] * width, place.begin + rows.bounds[chosen + 1] * width
+            last = yield from _shares(low, high, rows.holders[chosen], None, rank)
+        begin, holders = place.end, (last,)
+    yield from _shares(begin, nbytes, holders or (0,), last, rank)
+
+
+def _shares(
+    begin: int, end: int, holders: tuple[int, ...], before: int | None, rank: int
+) -> Generator[tuple[int, int], None, int]:
+    """This rank's share of a stretch that all of ``holders`` hold; returns who writes its end. ``before`` writes what
+    lies before it."""
+    count = len(holders)
+    if count == 1 or end - begin < _MIN_DIVIDED_BYTES:
+        owner = before if before in holders and before is not None else holders[zlib.crc32(b"%d" % begin) % count]
+        if owner == rank and begin < end:
+            yield begin, end
+        return owner
+    if rank in holders:
+        at = holders.index(rank)
+        low, high = (_edge(begin, end, index, count) for index in (at, at + 1))
+        if low < high:
+            yield low, high
+    return holders[-1]
+
+
+def _edge(begin: int, end: int, index: int, count: int) -> int:
+    """Where share ``index`` of ``count`` begins: whole blocks, so that two ranks never write into one."""
+    if index in (0, count):
+        return end if index else begin
+    return (begin + (end - begin) * index // count) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    found: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if found and found[-1][1] == begin:
+            found[-1] = (found[-1][0], end)
+        else:
+            found.append((begin, end))
+    return found
+
+
+def _extents(
+    number: int, spans: Sequence[tuple[int, int]], header: bytes, lying: Sequence[_Lying], extent_bytes: int
+) -> Iterator[Extent]:
+    """Spans cut where the extents of an undivided file are, too, so that none is larger than those."""
+    ends = [item.placement.end for item in lying]
+    for low, high in spans:
+        begin = low
+        while begin < high:
+            end = min(high, (begin // extent_bytes + 1) * extent_bytes)
+            lead = begin % ALIGNMENT_BYTES
+            segments: list[Segment] = []
+            cuts: list[int] = []
+            at = bisect.bisect_right(ends, begin)
+            while at < len(lying) and lying[at].placement.begin < end:
+                place, holding = lying[at].placement, lying[at].holding
+                start, stop = max(begin, place.begin), min(end, place.end)
+                source = start - place.begin - holding.begin
+                segments.append(Segment(holding.local, source, lead + start - begin, stop - start))
+                offsets = (place.begin + cut for cut in parts.cuts(place.spec))
+                cuts += [offset - begin for offset in offsets if begin < offset < end]
+                at += 1
+            yield Extent(
+                number, begin, end - begin, header[begin:end], tuple(segments), lead=lead, cuts=tuple(sorted(cuts))
+            )
+            begin = end

@@ -1,0 +1,195 @@
+"""A checkpointer's part in its job: what the ranks settle on the training thread, beside the saves themselves.
+
+Opening, planning and restoring are settled by everyone; a save that the clock or a signal calls for is announced by
+rank 0 some steps ahead, so that nobody waits for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.distributed import Ranks, retold, told
+from asyncckpt.errors import AsyncCkptError, RunPathError
+from asyncckpt.planning import JobPlanner
+from asyncckpt.restore import Stages
+from asyncckpt.storage.lease import read_holder
+from asyncckpt.together import Party
+
+#: Rank 0 announces a save for this many steps later. Ranks that train together are at most a step apart; what the host
+#: enqueues ahead of a GPU is less than another one.
+LEAD_STEPS: Final = 2
+#: A file that another host has just written may take as long to be seen on a network file system.
+_VISIBLE_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A checkpoint that was there when the job began."""
+
+    step: int
+    kind: str
+    name: str
+    damaged: bool
+
+
+class Job:
+    """For the training thread."""
+
+    def __init__(self, ranks: Ranks, planner: JobPlanner) -> None:
+        self.ranks = ranks
+        self.planner = planner
+        self._session = ""
+        self._number = -1
+        self._announced: dict[str, int] = {}
+        self._announcements: dict[str, int] = {}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which holds the lease and publishes."""
+        return self.ranks.rank == 0
+
+    def open(self, path: str, lead: Callable[[], tuple[str, list[CheckpointInfo]]]) -> list[Known]:
+        """Begin together: rank 0 runs ``lead`` (it takes the lease; its owner and what is there); every rank makes sure
+        that it sees the same directory. Raises on every rank what went wrong on one."""
+        body: dict[str, Any] = {}
+        own: BaseException | None = None
+        if self.leads:
+            try:
+                owner, entries = lead()
+                known = [[e.step, e.kind, e.name, e.damage is not None] for e in entries]
+                body = {"session": uuid.uuid4().hex, "owner": owner, "known": known}
+            except BaseException as error:
+                body, own = {"error": told(error)}, error
+        answer = self.ranks.agree("open", body)[0]
+        if own is not None:
+            raise own
+        if "error" in answer:
+            raise retold(answer["error"], "rank 0")
+        with self.together("see the run directory"):
+            _wait_visible(path, answer["owner"], self.ranks.rank)
+        self._session = answer["session"]
+        return [Known(*row) for row in answer["known"]]
+
+    # -- saves -------------------------------------------------------------------------------------------------------
+
+    def next_save(self) -> int:
+        """The number of a call of ``save``: it counts on every rank alike, whatever becomes of the call."""
+        self._number += 1
+        return self._number
+
+    def attempt(self, number: int) -> str:
+        """A save's attempt uuid: rank 0's session and the number, so it never has to be sent."""
+        return hashlib.sha256(f"{self._session}/{number}".encode()).hexdigest()[:32]
+
+    def give_up(self, number: int, error: BaseException) -> None:
+        """This rank's call of ``save`` failed before it had begun to write: the others need not wait for it."""
+        party = Party(self.ranks, number, {}, frozenset())
+        key = party.outcome if self.leads else f"{party.reports}/{self.ranks.rank}"
+        with contextlib.suppress(RuntimeError, AsyncCkptError):
+            self.ranks.post(key, {"error": told(error)})
+
+    def replan(self, number: int) -> str:
+        """Say that this rank cannot save without a new plan; the message that would make waiting for one vain."""
+        party = Party(self.ranks, number, {}, frozenset())
+        if not self.leads:
+            self.ranks.post(party.replan(self.ranks.rank), True)
+        return party.outcome
+
+    def any_rank(self, what: str, here: bool) -> bool:
+        """Whether it is so on some rank. Blocks for two messages."""
+        return any(self.ranks.agree(what, here))
+
+    def settled(self, what: str, step: int, here: bool) -> bool:
+        """Whether what rank 0 sees coming (``here``) is to happen now: every rank says yes at the same step,
+        ``LEAD_STEPS`` after rank 0 first did. Costs one short message a call."""
+        number = self._announcements.setdefault(what, 0)
+        key = f"announced/{what}/{number}"
+        if what not in self._announced:
+            if self.leads and here:
+                self._announced[what] = step + LEAD_STEPS
+                self.ranks.post(key, step + LEAD_STEPS)
+            elif not self.leads and self.ranks.there(key):
+                self._announced[what] = int(self.ranks.read(key, 10.0, "rank 0"))
+        if step < self._announced.get(what, step + 1):
+            return False
+        del self._announced[what]
+        self._announcements[what] = number + 1
+        return True
+
+    def raised_anywhere(self, what: str, here: bool) -> bool:
+        """For rank 0: whether some rank has said so; for the others: say so, once."""
+        key = f"raised/{what}"
+        if here and self._announcements.setdefault(key, 0) == 0:
+            self._announcements[key] = 1
+            self.ranks.post(key, True)
+        return self.leads and (here or self.ranks.there(key))
+
+    # -- together ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run the body on all ranks; what goes wrong on one is raised on all."""
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as caught:
+            error = caught
+        bodies = self.ranks.agree("stage", None if error is None else told(error))
+        if error is not None:
+            raise error
+        for rank, body in enumerate(bodies):
+            if body is not None:
+                raise retold(body, f"rank {rank}")
+
+    def candidates(self, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
+        """Rank 0's list of checkpoints, on every rank."""
+        rows = [[e.step, e.name, e.kind, e.damage] for e in entries]
+        here = {entry.name: entry for entry in entries}
+        found: list[CheckpointInfo] = []
+        for step, name, kind, damage in self.ranks.agree("candidates", rows)[0]:
+            unseen = f"rank {self.ranks.rank} does not see it"
+            known = here.get(name, CheckpointInfo(step=step, name=name, path=name, kind=kind, damage=unseen))
+            found.append(
+                known
+                if damage is None or known.damage
+                else CheckpointInfo(step=step, name=name, path=known.path, kind=kind, damage=damage)
+            )
+        return found
+
+
+class RestoreStages(Stages):
+    """All ranks restore one checkpoint, stage by stage."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.rank = job.ranks.rank
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        with self._job.together(what):
+            yield
+
+    def in_all(self, names: list[str]) -> list[str]:
+        others = [set(body) for body in self._job.ranks.agree("unexpected", names)]
+        return [name for name in names if all(name in other for other in others)]
+
+
+def _wait_visible(path: str, owner: str, rank: int) -> None:
+    deadline = time.monotonic() + (_VISIBLE_SECONDS if rank else 0.0)
+    while True:
+        holder = read_holder(path)
+        if holder is not None and holder.owner == owner:
+            return
+        if time.monotonic() >= deadline:
+            raise RunPathError(
+                f"rank {rank}: {path} is not the directory that rank 0 sees under that name. All ranks have to write "
+                f"into one shared file system"
+            )
+        time.sleep(0.1)

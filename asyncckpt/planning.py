@@ -1,0 +1,281 @@
+"""One layout for all ranks of a job: agreed once, then kept for as long as every rank's names and shapes stay the same.
+
+Each rank describes what it holds. Where all descriptions are equal (DDP, FSDP), their digests are all that travels;
+where they are not (pipeline stages, experts), each distinct one does, and every rank merges them in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from asyncckpt import layout as layouts
+from asyncckpt.distributed import Ranks
+from asyncckpt.division import Holding, divide
+from asyncckpt.errors import RanksDisagree, UnsupportedValue
+from asyncckpt.naming import rank_name
+from asyncckpt.protocols import (
+    Codec,
+    ComponentSnapshot,
+    Layout,
+    LayoutOptions,
+    Piece,
+    Rows,
+    ShardFormat,
+    Snapshot,
+    TensorSpec,
+)
+
+#: What a rank tells about a component: kind, digest of the entries.
+_Digest = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What all ranks know. ``kinds``: of the shared components. ``leads``: those whose plain values this rank sends,
+    being the first to hold what it holds of them. ``whole``: numbers among this rank's shared pieces that are gathered,
+    in this order on all ranks, and whether this rank keeps the tensor."""
+
+    layout: Layout
+    kinds: Mapping[str, str]
+    leads: frozenset[str]
+    whole: Sequence[tuple[int, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A save of this rank: its pieces, the layout of its part (all shared shards with its own extents, then the shards
+    of the components that are its own), and all components under the names they are stored under, those of other ranks
+    empty. ``own``: component → the name this rank's own is stored under. ``leads``: see ``Agreed``."""
+
+    step: int
+    pieces: list[Piece]
+    layout: Layout
+    components: Sequence[ComponentSnapshot]
+    own: Mapping[str, str]
+    leads: frozenset[str]
+
+
+def alone(snapshot: Snapshot, layout: Layout) -> Planned:
+    """The plan of a process that saves by itself."""
+    return Planned(snapshot.step, snapshot.pieces(), layout, snapshot.components, {}, frozenset())
+
+
+class JobPlanner:
+    """Plans the saves of one rank. Not thread-safe: for the training thread."""
+
+    def __init__(self, ranks: Ranks, shard_format: ShardFormat, codec: Codec, options: LayoutOptions) -> None:
+        self._ranks = ranks
+        self._format = shard_format
+        self._codec = codec
+        self._options = options
+        self._kept: dict[Any, Agreed] = {}
+
+    def plan(self, snapshot: Snapshot, key: str, unless: str | None = None, *, gather: bool = True) -> Planned:
+        """The plan of a save. Blocks, until all ranks have called with the same ``key``, where this rank's names or
+        shapes are new; ``unless``: see ``Ranks.agree``. Where a shard has to be written whole, gathers its tensors.
+        Raises ``RanksDisagree``, ``RankLost``, ``PlanChanged``, ``UnsupportedValue``."""
+        shared = [component for component in snapshot.components if component.shared]
+        agreed = self._agreed(shared, key, unless)
+        pieces = [piece for component in shared for piece in component.pieces]
+        for number, keep in agreed.whole if gather else ():
+            collect = pieces[number].gather
+            if collect is None:
+                raise UnsupportedValue(
+                    f"tensor {pieces[number].spec.name!r}: a Shard cannot be gathered, which this format and codec "
+                    f"need; use format='safetensors', codec='none'"
+                )
+            tensor = collect()  # a collective: on every rank that holds a part
+            if keep:
+                pieces[number] = Piece(pieces[number].spec, tensor, private=True)
+        shards = list(agreed.layout.shards)
+        own: dict[str, str] = {}
+        components = [ComponentSnapshot(n, kind, [], {}, None) for n, kind in agreed.kinds.items()]
+        here = {component.name: component for component in shared}
+        components = [here.get(component.name, component) for component in components]
+        for component in snapshot.components:
+            if not component.shared:
+                name = own[component.name] = rank_name(component.name, self._ranks.rank)
+                specs = [piece.spec for piece in component.pieces]
+                shards += self._format.shards(name, specs, len(pieces), len(shards), self._codec, self._options)
+                pieces += component.pieces
+                components.append(replace(component, name=name))
+        nbytes = sum(shard.nbytes for shard in shards)
+        layout = replace(agreed.layout, shards=tuple(shards), nbytes=nbytes)
+        return Planned(snapshot.step, pieces, layout, components, own, agreed.leads)
+
+    def known(self, snapshot: Snapshot) -> bool:
+        """Whether ``plan`` would not have to ask the other ranks."""
+        return _key([component for component in snapshot.components if component.shared]) in self._kept
+
+    def forget(self) -> None:
+        """Ask the other ranks at the next save, whatever it holds."""
+        self._kept.clear()
+
+    def _agreed(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
+        key = _key(shared)
+        found = self._kept.get(key)
+        if found is None:
+            found = self._agree(shared, call, unless)
+            while len(self._kept) >= 8:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = found
+        return found
+
+    def _agree(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
+        ranks = self._ranks
+        tables = {component.name: _table(component) for component in shared}
+        mine = {component.name: (component.kind, _digest(tables[component.name])) for component in shared}
+        digests: list[dict[str, _Digest]] = [
+            {name: (kind, digest) for name, (kind, digest) in body.items()}
+            for body in ranks.agree("plan", mine, key=f"plan/{call}", unless=unless)
+        ]
+        leaders = _leaders(digests)
+        known: dict[str, Any] = {}
+        if any(digest != mine for digest in digests) or any(p.span for c in shared for p in c.pieces):
+            led = {d: tables[name] for name, (_, d) in mine.items() if leaders[name, d][0] == ranks.rank}
+            for body in ranks.agree("plan", led, key=f"tables/{call}", unless=unless):
+                known |= body
+        known |= {mine[name][1]: table for name, table in tables.items()}
+        leads = {name for name, (_, digest) in mine.items() if leaders[name, digest][0] == ranks.rank}
+        return self._divide(shared, _merge(digests, leaders, known), leads)
+
+    def _divide(
+        self, shared: Sequence[ComponentSnapshot], components: Mapping[str, _Component], leads: set[str]
+    ) -> Agreed:
+        layout = layouts.plan(
+            tuple((name, tuple(entry.spec for entry in c.entries)) for name, c in components.items()),
+            self._format,
+            self._codec,
+            self._options,
+        )
+        numbers: dict[tuple[str, str], int] = {}
+        rows_here: dict[tuple[str, str], Rows] = {}
+        begins: dict[tuple[str, str], int] = {}
+        for component in shared:
+            for piece in component.pieces:
+                key = component.name, piece.spec.name
+                numbers[key], begins[key] = len(numbers), piece.begin
+                if piece.rows is not None:
+                    rows_here[key] = piece.rows
+        holdings: list[Holding] = []
+        local: list[int] = []
+        for name, merged in components.items():
+            for entry in merged.entries:
+                full = name, entry.spec.name
+                local.append(numbers.get(full, -1))
+                rows = rows_here.get(full, entry.rows)  # equal ones, but shared between tensors
+                holdings.append(Holding(rows, local[-1], begins.get(full, 0)))
+        division = divide(layout, holdings, self._ranks.rank, self._options.extent_bytes)
+        whole = [
+            (local[number], self._ranks.rank in division.whole[number])
+            for number in sorted(division.whole)
+            if local[number] >= 0
+        ]
+        return Agreed(division.layout, {n: c.kind for n, c in components.items()}, frozenset(leads), whole)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    spec: TensorSpec
+    rows: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Component:
+    kind: str
+    entries: tuple[_Entry, ...]
+
+
+def _key(shared: Sequence[ComponentSnapshot]) -> Any:
+    return tuple((c.name, c.kind, tuple((p.spec, p.rows, p.span) for p in c.pieces)) for c in shared)
+
+
+def _table(component: ComponentSnapshot) -> Any:
+    """``{"rows": [[bounds, holders], …], "tensors": [[name, dtype, shape, nbytes, frozen, rows, span], …]}``: ``rows``
+    is a number in the list, -1 where the whole tensor is here."""
+    numbers: dict[int, int] = {}
+    rows: list[Any] = []
+    tensors: list[Any] = []
+    for piece in component.pieces:
+        number = -1
+        if piece.rows is not None:
+            number = numbers.setdefault(id(piece.rows), len(rows))
+            if number == len(rows):
+                rows.append([piece.rows.bounds, piece.rows.holders])
+        spec = piece.spec
+        tensors.append([spec.name, spec.dtype, spec.shape, spec.nbytes, spec.frozen, number, piece.span])
+    return {"rows": rows, "tensors": tensors}
+
+
+def _digest(table: Any) -> str:
+    return hashlib.sha256(json.dumps(table).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _leaders(digests: Sequence[Mapping[str, _Digest]]) -> dict[tuple[str, str], list[int]]:
+    """(component, digest) → the ranks that described it so, the first of them its leader."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for rank, body in enumerate(digests):
+        for name, (_, digest) in body.items():
+            found.setdefault((name, digest), []).append(rank)
+    return found
+
+
+def _merge(
+    digests: Sequence[Mapping[str, _Digest]],
+    leaders: Mapping[tuple[str, str], Sequence[int]],
+    tables: Mapping[str, Any],
+) -> dict[str, _Component]:
+    """The components of all ranks together. Raises ``RanksDisagree``."""
+    kinds: dict[str, str] = {}
+    wholes: dict[str, dict[str, list[int]]] = {}  # tensors that are held whole → by which ranks
+    spans: dict[str, dict[str, dict[tuple[int, int], list[int]]]] = {}
+    specs: dict[str, dict[str, tuple[TensorSpec, Rows | None, int]]] = {}
+    for (name, digest), ranks in leaders.items():
+        kind = digests[ranks[0]][name][0]
+        if kinds.setdefault(name, kind) != kind:
+            raise RanksDisagree(f"component {name!r} is a {kinds[name]} on rank 0 and a {kind} on rank {ranks[0]}")
+        table = tables[digest]
+        rows = [Rows(tuple(bounds), tuple(map(tuple, holders))) for bounds, holders in table["rows"]]
+        known = specs.setdefault(name, {})
+        for tensor, dtype, shape, nbytes, frozen, number, span in table["tensors"]:
+            spec = TensorSpec(tensor, dtype, tuple(shape), nbytes, frozen)
+            before = known.setdefault(tensor, (spec, rows[number] if number >= 0 else None, ranks[0]))
+            if before[0] != spec or (before[1] is None) != (number < 0):
+                raise RanksDisagree(
+                    f"tensor {name}.{tensor} is {dtype} {shape} on rank {ranks[0]} and {before[0].dtype} "
+                    f"{list(before[0].shape)} on rank {before[2]}, or split on one of them alone. Ranks must hold "
+                    f"parts or copies of one tensor, or give it different names"
+                )
+            if span is not None:
+                spans.setdefault(name, {}).setdefault(tensor, {}).setdefault(tuple(span), []).extend(ranks)
+            elif number < 0:
+                wholes.setdefault(name, {}).setdefault(tensor, []).extend(ranks)
+    interned: dict[Any, Rows] = {}
+    found: dict[str, _Component] = {}
+    for name, tensors in specs.items():
+        entries: list[_Entry] = []
+        for tensor, (spec, held, _) in tensors.items():
+            count = spec.shape[0] if spec.shape else 1
+            if held is None and tensor in spans.get(name, {}):
+                held = _from_spans(f"{name}.{tensor}", count, spans[name][tensor])
+            elif held is None:
+                ranks = tuple(sorted(wholes[name][tensor]))
+                held = interned.setdefault((count, ranks), Rows((0, count), (ranks,)))
+            entries.append(_Entry(spec, held))
+        found[name] = _Component(kinds[name], tuple(entries))
+    return found
+
+
+def _from_spans(where: str, count: int, spans: Mapping[tuple[int, int], Sequence[int]]) -> Rows:
+    chosen = sorted(span for span in spans if span[0] < span[1])
+    bounds = (*(begin for begin, _ in chosen), count)
+    if any(end != bounds[i + 1] for i, (_, end) in enumerate(chosen)) or bounds[0] != 0:
+        raise RanksDisagree(f"the Shards of {where} do not cover its {count} rows exactly: {chosen}")
+    return Rows(bounds, tuple(tuple(sorted(spans[span])) for span in chosen))

@@ -1,0 +1,114 @@
+"""``Session``: a run directory's one writer, be it a process or all ranks of a job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from asyncckpt import restore as restoring
+from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.distributed import RankOptions, Ranks
+from asyncckpt.errors import CheckpointerClosed
+from asyncckpt.events import EventBus
+from asyncckpt.job import Job, RestoreStages
+from asyncckpt.ledger import Ledger
+from asyncckpt.planning import JobPlanner
+from asyncckpt.protocols import Codec, LayoutOptions, ShardFormat
+from asyncckpt.restore import RestoreReport
+from asyncckpt.run import Run
+from asyncckpt.storage.lease import Lease, LeaseOptions
+
+
+class Session(Run):
+    """What a ``Checkpointer`` is before it saves anything. The lease is rank 0's."""
+
+    _ledger: Ledger
+    _format: ShardFormat
+    _codec: Codec
+    _layout_options: LayoutOptions
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        direct: bool,
+        events: EventBus,
+        create_parents: bool,
+        takeover: bool,
+        lease: LeaseOptions | None,
+        ranks: RankOptions | None,
+    ) -> None:
+        super().__init__(path, direct=direct, events=events)
+        self._create_parents = create_parents
+        self._takeover = takeover
+        self._lease_options = lease
+        self._rank_options = ranks
+        self._lease: Lease | None = None
+        self._job: Job | None = None
+        self._opened = False
+        self._closed = False
+        self._pid = os.getpid()
+
+    def _open(self) -> None:
+        """Become the directory's writer, once; learn what is there."""
+        if self._opened:
+            return
+        self._check_usable()
+        self._join()
+        if self._job is None:
+            found = [(e.step, e.kind, e.name, e.damage is not None) for e in self._take_over()[1]]
+        else:
+            found = [(k.step, k.kind, k.name, k.damaged) for k in self._job.open(self.path, self._take_over)]
+        for step, kind, name, damaged in found:
+            if damaged:
+                self._damaged.add(name)
+            self._ledger.learn(step, kind, name)
+        self._opened = True
+
+    def _join(self) -> None:
+        """Find the other ranks of the job, if there are any; once."""
+        if self._job is None and self._rank_options is not None:
+            ranks = Ranks.of_job(self.path, self._rank_options)
+            if ranks is not None:
+                self._job = Job(ranks, JobPlanner(ranks, self._format, self._codec, self._layout_options))
+
+    def _take_over(self) -> tuple[str, list[CheckpointInfo]]:
+        """Take the lease and tidy up; its owner, and what is there."""
+        self._store.prepare(create_parents=self._create_parents)
+        lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
+        try:
+            self._store.reclaim()
+            entries = self.ls()
+        except BaseException:
+            lease.release()
+            raise
+        self._lease = lease
+        return lease.owner, entries
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise CheckpointerClosed(f"{self.path}: this Checkpointer is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
+
+    # -- restoring together ------------------------------------------------------------------------------------------
+
+    def restore(self, state: Mapping[str, Any], step: int | None = None, **options: Any) -> RestoreReport:
+        self._join()
+        return super().restore(state, step, **options)
+
+    def _stages(self) -> restoring.Stages:
+        return RestoreStages(self._job) if self._job is not None else super()._stages()
+
+    def _candidates(self) -> list[CheckpointInfo]:
+        entries = super()._candidates()
+        return self._job.candidates(entries) if self._job is not None else entries
+
+    def _is_gone(self, entry: CheckpointInfo) -> bool:
+        gone = super()._is_gone(entry)
+        return self._job.any_rank("gone", gone) if self._job is not None else gone

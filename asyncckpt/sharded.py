@@ -1,0 +1,221 @@
+"""Tensors that several ranks hold together → the rows that this rank holds, and who holds the others.
+
+In a shard file a tensor is one contiguous byte range in row-major order, so rows (dim 0) are what a rank can write by
+itself. A ``DTensor`` that is split otherwise is redistributed to rows by DTensor itself, which communicates.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncckpt.errors import InvalidOption, UnsupportedValue
+from asyncckpt.protocols import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """This rank's part of a global tensor: its row-major elements from ``first`` on. ``private``: a copy made for the
+    snapshot."""
+
+    tensor: torch.Tensor
+    first: int
+    rows: Rows
+    private: bool
+
+
+class Shard:
+    """A plain tensor that is a part of a global one, for sharding that is not DTensor's (Megatron's layers, say).
+
+    ``tensor``: this rank's part; ``global_shape``: of the whole; ``offsets``: where the part begins in it, one number a
+    dimension. Parts may differ in size, be empty, or be held by several ranks; together they must cover the tensor.
+    Only parts of whole rows (all of every dimension but the first) can be stored. Raises ``InvalidOption``.
+    """
+
+    __slots__ = ("global_shape", "offsets", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, global_shape: tuple[int, ...], offsets: tuple[int, ...]) -> None:
+        shape = tuple(tensor.shape)
+        if len(shape) != len(global_shape) or len(shape) != len(offsets) or not shape:
+            raise InvalidOption(
+                f"Shard: tensor {list(shape)}, global_shape {list(global_shape)} and offsets {list(offsets)} must have "
+                f"the same number of dimensions, at least one"
+            )
+        ends = zip(offsets, shape, global_shape, strict=True)
+        if any(begin < 0 or begin + size > whole for begin, size, whole in ends):
+            raise InvalidOption(f"Shard: {list(shape)} at {list(offsets)} does not lie in {list(global_shape)}")
+        if tensor.numel() and shape[1:] != tuple(global_shape[1:]):
+            raise InvalidOption(
+                f"Shard: a part {list(shape)} of {list(global_shape)} is split along another dimension than the "
+                f"first. Give whole rows: pass the transposed tensor, or use a DTensor, which is redistributed"
+            )
+        self.tensor = tensor
+        self.global_shape = tuple(global_shape)
+        self.offsets = tuple(offsets)
+
+    def __repr__(self) -> str:
+        return f"Shard({list(self.tensor.shape)} of {list(self.global_shape)} at {list(self.offsets)})"
+
+
+def is_distributed(value: Any) -> bool:
+    """Whether ``value`` is a ``DTensor``. Costs nothing where nobody has imported them."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def is_sharded_tensor(value: Any) -> bool:
+    """Whether ``value`` is a ``ShardedTensor``, what FSDP's first version gives without a device mesh."""
+    module = sys.modules.get("torch.distributed._shard.sharded_tensor")
+    return module is not None and isinstance(value, module.ShardedTensor)
+
+
+def local_rows(value: Any, where: str) -> Local:
+    """The rows of a ``DTensor`` that this rank holds.
+
+    Communicates, on the calling thread and on all ranks of its mesh, where the tensor is split along another dimension
+    than the first or is a pending sum. Raises ``UnsupportedValue`` for a rank outside the mesh.
+    """
+    mesh = value.device_mesh
+    if mesh.get_coordinate() is None:
+        raise UnsupportedValue(f"{where}: this rank is not part of the tensor's device mesh {mesh}; leave it out here")
+    wanted = row_placements(value)
+    if wanted is not None:
+        value = value.redistribute(placements=wanted)
+    shape = tuple(value.shape)
+    rows = _spread(mesh, tuple(value.placements), shape[0] if shape else 1)
+    if rows is None:
+        raise UnsupportedValue(f"{where}: its placements {value.placements} do not give each rank one run of rows")
+    part = rows.part_of.get(torch.distributed.get_rank())
+    first = rows.bounds[part] * _width(shape) if part is not None else 0
+    local = value.to_local()
+    wait = getattr(local, "wait", None)  # a collective may still be on its way
+    return Local(wait() if wait is not None else local, first, rows, private=wanted is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """What takes the stored values of a ``DTensor``: this rank's rows from element ``first`` on, and, where those are
+    not what the live tensor holds, ``finish``, which communicates."""
+
+    tensor: torch.Tensor
+    first: int
+    finish: Callable[[], None] | None = None
+
+
+def receiver(value: Any, where: str) -> Receiver:
+    """Where the stored values of a live ``DTensor`` or ``ShardedTensor`` go on this rank; see ``local_rows``."""
+    if is_sharded_tensor(value):
+        local = sharded_tensor_rows(value, where)
+        return Receiver(local.tensor, local.first)
+    from torch.distributed.tensor import DTensor
+
+    wanted = row_placements(value)
+    if wanted is None:
+        local = local_rows(value, where)
+        return Receiver(local.tensor, local.first)
+    mesh, shape = value.device_mesh, tuple(value.shape)
+    rows = _spread(mesh, tuple(wanted), shape[0])
+    part = rows.part_of.get(torch.distributed.get_rank()) if rows is not None else None
+    begin, end = (rows.bounds[part], rows.bounds[part + 1]) if rows is not None and part is not None else (0, 0)
+    mine = torch.empty((end - begin, *shape[1:]), dtype=value.dtype, device=value.to_local().device)
+
+    def finish() -> None:
+        stride = torch.empty(shape, device="meta").stride()
+        whole = DTensor.from_local(mine, mesh, wanted, run_check=False, shape=torch.Size(shape), stride=stride)
+        with torch.no_grad():
+            value.to_local().copy_(whole.redistribute(placements=value.placements).to_local())
+
+    return Receiver(mine, begin * _width(shape), finish)
+
+
+def like(parameter: Any, dtype: torch.dtype) -> Any:
+    """A new ``DTensor`` of the same shape, mesh and placements."""
+    from torch.distributed.tensor import DTensor
+
+    local = torch.zeros_like(parameter.to_local(), dtype=dtype, requires_grad=False)
+    return DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def row_placements(value: Any) -> list[Any] | None:
+    """The placements that ``local_rows`` would redistribute to; None where it would not."""
+    return _row_placements(value.device_mesh, tuple(value.placements), value.shape[0] if value.dim() else 1)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _row_placements(mesh: Any, placements: tuple[Any, ...], rows: int) -> list[Any] | None:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Split
+
+    by_rows = all(isinstance(p, Replicate) or (_splits(p) and p.dim == 0) for p in placements)
+    if by_rows and _spread(mesh, placements, rows) is not None:
+        return None
+    return [p if isinstance(p, Replicate) else Split(0) for p in placements]
+
+
+def sharded_tensor_rows(value: Any, where: str) -> Local:
+    """Likewise for a ``ShardedTensor``. Raises ``UnsupportedValue`` where this rank has several parts, or its parts are
+    not whole rows."""
+    parts = sorted(value.metadata().shards_metadata, key=lambda part: tuple(part.shard_offsets))
+    shape = tuple(value.metadata().size)
+    if len(value.local_shards()) > 1 or any(tuple(p.shard_sizes[1:]) != shape[1:] for p in parts):
+        raise UnsupportedValue(f"{where}: only a ShardedTensor of whole rows, one part a rank, is stored; use FSDP2")
+    spans = [(p.shard_offsets[0], p.shard_sizes[0], (p.placement.rank(),)) for p in parts if p.shard_sizes[0]]
+    rows = Rows((*(begin for begin, _, _ in spans), shape[0]), tuple(holders for _, _, holders in spans))
+    mine = value.local_shards()
+    if not mine:
+        return Local(torch.empty((0, *shape[1:]), dtype=value.dtype), 0, rows, private=True)
+    return Local(mine[0].tensor, mine[0].metadata.shard_offsets[0] * _width(shape), rows, private=False)
+
+
+def _splits(placement: Any) -> bool:
+    from torch.distributed.tensor import Shard as Split
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    return isinstance(placement, Split | _StridedShard)
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    """Elements of a row."""
+    count = 1
+    for size in shape[1:]:
+        count *= size
+    return count
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _spread(mesh: Any, placements: tuple[Any, ...], rows: int) -> Rows | None:
+    """Who holds which rows; the same on every rank. Cached, so that equal tensors share one object. None where the
+    parts of an uneven strided split are not one run of rows each."""
+    holders: dict[tuple[int, int], list[int]] = {}
+    for coordinate in itertools.product(*(range(size) for size in mesh.mesh.shape)):
+        begin, count = _part((rows,), mesh, coordinate, placements)
+        if count:
+            holders.setdefault((begin, begin + count), []).append(int(mesh.mesh[coordinate]))
+    spans = sorted(holders)
+    bounds = (*(begin for begin, _ in spans), rows)
+    if any(span != (begin, end) for span, begin, end in zip(spans, bounds, bounds[1:], strict=False)):
+        return None
+    return Rows(bounds, tuple(tuple(sorted(holders[span])) for span in spans))
+
+
+def _part(shape: tuple[int, ...], mesh: Any, coordinate: Any, placements: Any) -> tuple[int, int]:
+    """``(first row, rows)`` of the part at a coordinate of the mesh."""
+    from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+
+    sizes, offsets = _compute_local_shape_and_global_offset(
+        (shape[0],), tuple(mesh.mesh.shape), list(coordinate), placements
+    )
+    return int(offsets[0]), int(sizes[0])
