@@ -30,6 +30,10 @@ from asyncckpt.staging import Ready
 from asyncckpt.writer import WriterPool
 
 
+#: Frames that wait for their turn outside the arena.
+_MAX_SET_ASIDE_BYTES = 256 << 20
+
+
 class ShardsWriting:
     """Takes staged extents from any thread and writes them on the pool's threads. Thread-safe.
 
@@ -80,7 +84,7 @@ class ShardsWriting:
         self._lock = threading.Lock()
         self._open_lock = threading.Lock()
         self._in_flight = 0
-        self._parked_bytes = 0
+        self._parked_bytes = self._set_aside_bytes = 0
         self._abandoned = False
         self.written_bytes = 0
         #: Shards that are not durable yet.
@@ -133,7 +137,7 @@ class ShardsWriting:
             waiting = [item for progress in self._shards for item in progress.parked.values()]
             for progress in self._shards:
                 progress.parked.clear()
-            self._parked_bytes = 0
+            self._parked_bytes = self._set_aside_bytes = 0
         for item in waiting:
             self._let_go(item)
 
@@ -290,28 +294,46 @@ class ShardsWriting:
             return progress.layers
 
     def _place(self, progress: Progress, item: Parked) -> list[tuple[Parked, int]]:
-        """What can be written now, and where: frames get their places in the layout's order, and one whose turn has not
-        come is parked in its slot. So that parked slots can never keep the others from being staged, order is given up
-        where they hold much of the arena: the manifest says where everything is."""
+        """What can be written now, and where: frames get their places in the layout's order, so that equal states give
+        equal files whoever writes them; one whose turn has not come is parked in its slot. So that parked slots can
+        never keep the others from being staged, frames are parked in memory of their own where slots hold much of the
+        arena, and order is given up where that too is much: the manifest says where everything is."""
         with self._lock:
             slot = item.slot
             if self._abandoned:
                 self._let_go(item)
                 return []
             room = slot is not None and self._parked_bytes + slot.nbytes <= self._arena.budget_bytes // 4
-            if slot is not None and room and item.number != progress.turn:
-                self._encoder.park(item.frame, slot)
-                progress.parked[item.number] = item
-                self._parked_bytes += slot.nbytes
-                return []
+            if slot is not None and item.number != progress.turn:
+                if room:
+                    self._encoder.park(item.frame, slot)
+                    progress.parked[item.number] = item
+                    self._parked_bytes += slot.nbytes
+                    return []
+                if self._set_aside_bytes + padded(item.frame.stored) <= _MAX_SET_ASIDE_BYTES:
+                    progress.parked[item.number] = self._set_aside(item)
+                    return []
             placed = [(item, progress.place(item))]
             while (after := progress.parked.pop(progress.turn, None)) is not None:
-                self._parked_bytes -= after.slot.nbytes if after.slot is not None else 0
+                if after.slot is not None:
+                    self._parked_bytes -= after.slot.nbytes
+                else:
+                    self._set_aside_bytes -= padded(after.frame.stored)
                 placed.append((after, progress.place(after)))
         if item.frame.buffer is not None and slot is not None:  # what was staged is in the buffer now
             item.slot = None
             self._arena.release(slot)
         return placed
+
+    def _set_aside(self, item: Parked) -> Parked:
+        """The frame in memory of its own."""
+        frame = item.frame
+        nbytes = padded(frame.stored)
+        buffer = memoryview(aligned_buffer(nbytes))
+        buffer[:nbytes] = frame.view[:nbytes]
+        self._let_go(item)
+        self._set_aside_bytes += nbytes
+        return Parked(item.number, None, Frame(buffer, frame.stored, None, frame.unchanged), item.content)
 
     def _let_go(self, item: Parked) -> None:
         """Give back the memory a frame lies in."""
