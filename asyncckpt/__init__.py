@@ -6,8 +6,8 @@
 from asyncckpt.cadence import Milestones, Minutes, Steps
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.checkpointer import Checkpointer
-from asyncckpt.environment import version
 from asyncckpt.distributed import RankOptions
+from asyncckpt.environment import version
 from asyncckpt.errors import (
     ArenaBusy,
     AsyncCkptError,

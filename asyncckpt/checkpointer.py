@@ -27,7 +27,7 @@ from asyncckpt.errors import (
     PlanChanged,
     SaveAbandoned,
 )
-from asyncckpt.events import EventBus, Preempting, SaveStarted, Stalled, Subscriber
+from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
 from asyncckpt.layers import Delta
 from asyncckpt.layout import LayoutCache
@@ -41,7 +41,7 @@ from asyncckpt.snapshot import capture
 from asyncckpt.staging import Stager, StagingJob, split_eager
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.together import LeadSave, PartSave, Party
-from asyncckpt.writer import PendingSave, WriterOptions, WriterPool
+from asyncckpt.writer import PendingSave, WriterOptions, WriterPool, failed
 
 _MIN_STAGING_BYTES = 1 << 20
 _ENCODING_NICENESS = 10
@@ -67,7 +67,8 @@ class Checkpointer(Session):
 
     Where ``torch.distributed`` is initialised, all its ranks write each checkpoint together: every rank makes the same
     checkpointer and the same calls (docs/parallelism.md). ``ranks``: how long they wait for each other;
-    ``distributed=False``: this process is alone all the same.
+    ``distributed=False``: this process is alone all the same. ``check_replicas``: before each save, on the training
+    thread, digest what every rank holds a copy of; where copies differ the save fails and names them.
 
     Call ``save``, ``step``, ``watch``, ``guard`` and ``resume`` from the training thread; everything else from any
     thread. Errors of background saves are raised by the next ``step``, ``save``, ``wait`` or ``close``, unless
@@ -102,6 +103,7 @@ class Checkpointer(Session):
         lease: LeaseOptions | None = None,
         distributed: bool = True,
         ranks: RankOptions | None = None,
+        check_replicas: bool = False,
     ) -> None:
         if on_busy not in ("wait", "skip", "error"):
             raise InvalidOption(f"on_busy must be 'wait', 'skip' or 'error', not {on_busy!r}")
@@ -130,6 +132,7 @@ class Checkpointer(Session):
         self._staging_bytes = staging_bytes
         self._on_busy = on_busy
         self._overwrite = overwrite
+        self._check_replicas = check_replicas
         if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
             extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
         self._layout_options = LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes)
@@ -300,6 +303,10 @@ class Checkpointer(Session):
             return self._save_number(number, step, state, metrics, kind, may_skip, began)
         except Skipped:
             raise
+        except PlanChanged as error:  # training goes on, here as on the other ranks
+            self._plan_anew = True
+            self.events.emit(Failed(step=step, error=error))
+            return failed(step, error)
         except BaseException as error:
             if self._job is not None:
                 self._job.give_up(number, error)
@@ -437,7 +444,8 @@ class Checkpointer(Session):
     def _kind_of_save(self, planned: Planned, number: int) -> Callable[..., Save]:
         if self._job is None:
             return Save
-        party = Party(self._job.ranks, number, planned.own, planned.leads)
+        replicas = self._job.replica_digests(planned.components) if self._check_replicas else {}
+        party = Party(self._job.ranks, number, planned.own, planned.leads, replicas)
         return functools.partial(LeadSave if self._job.leads else PartSave, party=party)
 
     def _grow_arena(self, planned: Planned) -> None:

@@ -10,14 +10,18 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+import torch
+
+from asyncckpt import digests
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, RunPathError
 from asyncckpt.planning import JobPlanner
+from asyncckpt.protocols import ComponentSnapshot
 from asyncckpt.restore import Stages
 from asyncckpt.storage.lease import read_holder
 from asyncckpt.together import Party
@@ -94,6 +98,17 @@ class Job:
         key = party.outcome if self.leads else f"{party.reports}/{self.ranks.rank}"
         with contextlib.suppress(RuntimeError, AsyncCkptError):
             self.ranks.post(key, {"error": told(error)})
+
+    def replica_digests(self, components: Sequence[ComponentSnapshot]) -> dict[str, str]:
+        """Digests of the tensors that each rank holds whole. Reads them all, and blocks for as long."""
+        digest = digests.get(digests.DEFAULT)
+        return {
+            f"{component.name}.{piece.spec.name}": digest(_bytes_of(piece.tensor))
+            for component in components
+            if component.shared
+            for piece in component.pieces
+            if piece.rows is None and piece.span is None and piece.spec.nbytes
+        }
 
     def replan(self, number: int) -> str:
         """Say that this rank cannot save without a new plan; the message that would make waiting for one vain."""
@@ -179,6 +194,12 @@ class RestoreStages(Stages):
     def in_all(self, names: list[str]) -> list[str]:
         others = [set(body) for body in self._job.ranks.agree("unexpected", names)]
         return [name for name in names if all(name in other for other in others)]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    view: memoryview = flat.numpy().data
+    return view
 
 
 def _wait_visible(path: str, owner: str, rank: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncckpt import manifest
@@ -26,12 +26,14 @@ _GRACE_SECONDS = 15.0
 @dataclass(frozen=True, slots=True)
 class Party:
     """One save among the ranks. ``number`` counts the calls of ``save``, alike on every rank. ``own``: component → the
-    name this rank's own is stored under; ``leads``: the shared ones whose plain values this rank sends."""
+    name this rank's own is stored under; ``leads``: the shared ones whose plain values this rank sends. ``replicas``:
+    digests of the tensors that are to be equal on every rank, where that is checked."""
 
     ranks: Ranks
     number: int
     own: Mapping[str, str]
     leads: frozenset[str]
+    replicas: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def reports(self) -> str:
@@ -170,11 +172,27 @@ class LeadSave(Save):
                 f"step {self.step} ({self.contents.draft.kind}): {shown}. Every rank has to save the same steps of one "
                 f"state; nothing was published"
             )
+        self._check_replicas(reports)
         changed = [rank for rank, body in enumerate(reports) if body is None]
         if changed:
             raise PlanChanged(
                 f"step {self.step}: names or shapes changed on ranks {changed} alone, so this save was given up; the "
                 f"next one is planned anew"
+            )
+
+    def _check_replicas(self, reports: Sequence[Any]) -> None:
+        mine = self._party.replicas
+        differing: dict[str, list[int]] = {}
+        for rank, body in enumerate(reports):
+            for name, digest in (body["replicas"] if body else {}).items():
+                if mine.get(name, digest) != digest:
+                    differing.setdefault(name, []).append(rank)
+        if differing:
+            shown = "; ".join(f"{name} on ranks {ranks}" for name, ranks in list(differing.items())[:8])
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise RanksDisagree(
+                f"step {self.step}: tensors that every rank should have a copy of differ from rank 0's: {shown}{more}. "
+                f"Nothing was published; broadcast them, or save them under other names"
             )
 
 
@@ -198,6 +216,7 @@ def _report(save: Save, party: Party, files: Sequence[FileRecord]) -> dict[str, 
         "own": entries,
         "trees": {name: tree for name, tree in contents.trees.items() if name in sent},
         "aliases": {name: dict(found) for name, found in contents.aliases.items() if name in party.leads},
+        "replicas": dict(party.replicas),
     }
 
 

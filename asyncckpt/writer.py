@@ -147,6 +147,13 @@ class PendingSave:
             self._future.set_exception(error)
 
 
+def failed(step: int, error: BaseException) -> PendingSave:
+    """A save that failed before it began."""
+    pending = PendingSave(step, lambda _timeout: True)
+    pending.reject(error)
+    return pending
+
+
 class WriterPool:
     """Threads that run tasks in order. A task that hangs in the kernel can be abandoned: its thread is replaced, and
     ends when the kernel lets it go. ``niceness``: how far the threads stand back for training (Linux). Thread-safe."""

@@ -29,7 +29,6 @@ from asyncckpt.records import ExtentRecord, FileRecord
 from asyncckpt.staging import Ready
 from asyncckpt.writer import WriterPool
 
-
 #: Frames that wait for their turn outside the arena.
 _MAX_SET_ASIDE_BYTES = 256 << 20
 

@@ -166,6 +166,8 @@ class LocalStore:
                     else:
                         self.ops.unlink(child)
             self.ops.rmdir(path)
+        except FileNotFoundError:
+            return  # another rank of the job came first
         except OSError as error:
             log.warning("could not delete %s: %s (the next run tries again)", path, error)
 
