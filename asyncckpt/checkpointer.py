@@ -29,10 +29,11 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
-from asyncckpt.layers import Delta
+from asyncckpt.layers import Delta, chain_of
 from asyncckpt.layout import LayoutCache
 from asyncckpt.leaving import drain_at_exit
 from asyncckpt.ledger import Ledger, numbers
+from asyncckpt.occasions import Occasions
 from asyncckpt.planning import Planned, alone
 from asyncckpt.protocols import Codec, LayoutOptions
 from asyncckpt.restore import RestoreReport
@@ -121,11 +122,10 @@ class Checkpointer(Session):
             lease=lease,
             ranks=(ranks or RankOptions()) if distributed else None,
         )
-        self._every, self._every_by_clock = cadence.by_step_and_by_clock(cadence.parse(every))
         self._format = formats.get(format)
         self._codec = codecs.get(codec)
         self._incremental = incremental
-        self._chain = _chain(delta, format, self._codec.name, incremental)
+        self._chain = chain_of(delta, format, self._codec.name, incremental)
         self._digest = digest
         self._ledger = Ledger(self.path, naming.NameTemplate(name), self._damaged, overwrite=overwrite)
         self._config = config_tree(config)
@@ -143,7 +143,7 @@ class Checkpointer(Session):
             self._store, policies, self._writer_options, self.events, self._check_lease, self._damaged, max_in_flight
         )
         self._watched = Watched(self._before_change)
-        self._signals = SignalWatch(preempt) if preempt is not None else None
+        self._occasions = Occasions(every, preempt)
         self._arena = Arena()
         self._stager = Stager()
         threads = self._writer_options.threads
@@ -151,8 +151,8 @@ class Checkpointer(Session):
         self._pool = WriterPool(threads)
         # encoding is work for the processor, which training may need more; its threads start where there is some
         self._encoding_pool = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
-        self._last_saved_seconds = time.monotonic()
         self._prepared = self._plan_anew = False
+        self._preparations = 0
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
         weakref.finalize(self, _end_threads, self._stager, self._pool, self._encoding_pool, self._committer)
@@ -168,9 +168,10 @@ class Checkpointer(Session):
         self._surface()
         if not self._prepared:
             self.prepare(state)
-        if self._signals is not None and self._is_leaving(step, self._signals):
-            self._leave(step, state, metrics, self._signals)
-        if not self._is_due(step):
+        signals = self._occasions.leaving(step, self._job)
+        if signals is not None:
+            self._leave(step, state, metrics, signals)
+        if not self._occasions.due(step, self._ledger.last(), self._job):
             return None
         try:
             return self._save(step, state, metrics, kind="full", may_skip=True)
@@ -200,7 +201,8 @@ class Checkpointer(Session):
         the others. Returns at once; ``step`` and ``resume`` do it by themselves."""
         self._open()
         self._committer.follows = self._job is not None and not self._job.leads
-        self._grow_arena(self._plan(state, 0, weights_only=False, call="prepare"))
+        self._grow_arena(self._plan(state, 0, weights_only=False, call=f"prepare/{self._preparations}"))
+        self._preparations += 1
         self._prepared = True
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
@@ -266,12 +268,10 @@ class Checkpointer(Session):
         finally:
             self._closed = True
             self._watched.close()
-            if self._signals is not None:
-                self._signals.close()
+            self._occasions.close()
             _end_threads(self._stager, self._pool, self._encoding_pool, self._committer)
             self._arena.close()
-            if self._lease is not None:
-                self._lease.release()
+            self._leave_directory()
         error = self._committer.take_error()
         if error is not None:
             raise error
@@ -354,7 +354,7 @@ class Checkpointer(Session):
         finally:
             if job.error is not None:
                 save.fail(job.error)
-        self._last_saved_seconds = time.monotonic()
+        self._occasions.saved()
         self._note_stall(job, began, "save")
         return flight.pending
 
@@ -375,22 +375,6 @@ class Checkpointer(Session):
             busy = error
         if self._job.any_rank("busy", busy is not None):
             raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
-
-    def _is_due(self, step: int) -> bool:
-        last, now = self._ledger.last(), time.monotonic()
-        by_clock = self._every_by_clock.due(step, now, last, self._last_saved_seconds)
-        if self._job is not None and not isinstance(self._every_by_clock, cadence.Never):
-            by_clock = self._job.settled("due", step, by_clock)
-        return by_clock or self._every.due(step, now, last, self._last_saved_seconds)
-
-    def _is_leaving(self, step: int, signals: SignalWatch) -> bool:
-        here = signals.received is not None
-        if self._job is None:
-            return here
-        if not self._job.settled("leave", step, self._job.raised_anywhere("leave", here)):
-            return False
-        signals.notice()
-        return True
 
     def _plan(
         self, state: Mapping[str, Any], step: int, *, weights_only: bool, call: str, number: int | None = None
@@ -490,17 +474,6 @@ class Checkpointer(Session):
         error = self._committer.take_error()
         if error is not None:
             raise error
-
-
-def _chain(delta: Delta | None, shard_format: str, codec: str, incremental: bool) -> int:
-    if delta is None:
-        return 0
-    if shard_format != "safetensors" or codec == "none" or not incremental:
-        raise InvalidOption(
-            "delta needs format='safetensors' (zarr readers would take differences for values), a codec, such as "
-            "'planes', and incremental=True"
-        )
-    return delta.chain
 
 
 def _end_threads(*threads: Stager | WriterPool | Committer) -> None:

@@ -31,6 +31,8 @@ from asyncckpt.together import Party
 LEAD_STEPS: Final = 2
 #: A file that another host has just written may take as long to be seen on a network file system.
 _VISIBLE_SECONDS: Final = 30.0
+#: How long rank 0 stays for ranks that have not closed yet.
+_FAREWELL_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,14 @@ class Job:
             _wait_visible(path, answer["owner"], self.ranks.rank)
         self._session = answer["session"]
         return [Known(*row) for row in answer["known"]]
+
+    def close(self) -> None:
+        """This rank is done. Rank 0 waits a moment for the others: the store they hear from may end with it."""
+        with contextlib.suppress(RuntimeError, AsyncCkptError):
+            if self.leads:
+                self.ranks.gather("closed", _FAREWELL_SECONDS, "close")
+            else:
+                self.ranks.post(f"closed/{self.ranks.rank}", True)
 
     # -- saves -------------------------------------------------------------------------------------------------------
 

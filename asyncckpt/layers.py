@@ -42,6 +42,18 @@ def xor(target: Array, other: Array) -> None:
     np.bitwise_xor(target[whole:], other[whole:], out=target[whole:])
 
 
+def chain_of(delta: Delta | None, shard_format: str, codec: str, incremental: bool) -> int:
+    """How often in a row a file may be saved as differences. Raises ``InvalidOption`` where that cannot be."""
+    if delta is None:
+        return 0
+    if shard_format != "safetensors" or codec == "none" or not incremental:
+        raise InvalidOption(
+            "delta needs format='safetensors' (zarr readers would take differences for values), a codec, such as "
+            "'planes', and incremental=True"
+        )
+    return delta.chain
+
+
 class LayerReader:
     """Reads and decodes single chunks, verified. Thread-safe: each thread has buffers of its own."""
 

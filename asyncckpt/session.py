@@ -86,6 +86,13 @@ class Session(Run):
         self._lease = lease
         return lease.owner, entries
 
+    def _leave_directory(self) -> None:
+        """Give the directory back; in a job, once the others know how the last save ended."""
+        if self._opened and self._job is not None:
+            self._job.close()
+        if self._lease is not None:
+            self._lease.release()
+
     def _check_lease(self) -> None:
         if self._lease is not None:
             self._lease.check()

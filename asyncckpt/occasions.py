@@ -1,0 +1,48 @@
+"""When a step ends in a save: cadence and preemption, alone or settled with the ranks of a job."""
+
+from __future__ import annotations
+
+import time
+
+from asyncckpt import cadence
+from asyncckpt.hooks import Preemption, SignalWatch
+from asyncckpt.job import Job
+
+
+class Occasions:
+    """For the training thread. What looks at a clock, and signals, are settled with the other ranks: see
+    ``Job.settled``."""
+
+    def __init__(self, every: cadence.Every, preempt: Preemption | None) -> None:
+        self._by_step, self._by_clock = cadence.by_step_and_by_clock(cadence.parse(every))
+        self.signals = SignalWatch(preempt) if preempt is not None else None
+        self._last_saved_seconds = time.monotonic()
+
+    def saved(self) -> None:
+        """A save has begun."""
+        self._last_saved_seconds = time.monotonic()
+
+    def due(self, step: int, last: int | None, job: Job | None) -> bool:
+        """Whether to save after ``step``; ``last`` is the newest step saved or resumed from."""
+        now = time.monotonic()
+        by_clock = self._by_clock.due(step, now, last, self._last_saved_seconds)
+        if job is not None and not isinstance(self._by_clock, cadence.Never):
+            by_clock = job.settled("due", step, by_clock)
+        return by_clock or self._by_step.due(step, now, last, self._last_saved_seconds)
+
+    def leaving(self, step: int, job: Job | None) -> SignalWatch | None:
+        """The signals, where one of them asks to save and leave after ``step``."""
+        signals = self.signals
+        if signals is None:
+            return None
+        here = signals.received is not None
+        if job is not None:
+            here = job.settled("leave", step, job.raised_anywhere("leave", here))
+            if here:
+                signals.notice()
+        return signals if here else None
+
+    def close(self) -> None:
+        """Put the previous signal handlers back."""
+        if self.signals is not None:
+            self.signals.close()
