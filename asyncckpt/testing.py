@@ -134,7 +134,8 @@ OPERATIONS: Final = tuple(name for name in vars(PosixOps) if not name.startswith
 class InterceptedOps(PosixOps):
     """Calls ``before(name, args)`` and ``after(name, args)`` around every operation: override either.
 
-    ``before`` gives the arguments to go on with, and may raise, sleep, or end the process.
+    ``before`` gives the arguments to go on with (``after`` gets that very tuple), and may raise, sleep, or end the
+    process.
     """
 
     def before(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -216,6 +217,12 @@ class Fault:
         return f"{what} {self.kind} {where}{', persistent' if self.persistent else ''}"
 
 
+class _Late(tuple[Any, ...]):
+    """Arguments of an operation that is to be done and fail then."""
+
+    faults: Sequence[Fault] = ()
+
+
 class SiteFaultOps(InterceptedOps):
     """Names the site of every operation, and lets armed faults happen at theirs. Thread-safe.
 
@@ -230,7 +237,6 @@ class SiteFaultOps(InterceptedOps):
         self._faults: tuple[Fault, ...] = ()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
-        self._due_after: dict[int, list[Fault]] = {}
 
     def arm(self, *faults: Fault) -> None:
         """Let these happen from now on (none: no more faults), and count occurrences anew."""
@@ -253,18 +259,14 @@ class SiteFaultOps(InterceptedOps):
                 _do_half(name, args)
                 raise OSError(fault.errno, os.strerror(fault.errno), self.root)
         if any(fault.kind == "after" for fault in due):
-            with self._lock:
-                self._due_after[threading.get_ident()] = due
+            args = _Late(args)
+            args.faults = due
         return args
 
     def after(self, name: str, args: tuple[Any, ...]) -> None:
-        with self._lock:
-            due = self._due_after.get(threading.get_ident(), [])
-            mine = [fault for fault in due if fault.kind == "after" and fault.site.operation == name]
-            if mine:
-                del self._due_after[threading.get_ident()]
-        for fault in mine:
-            raise OSError(fault.errno, os.strerror(fault.errno), self.root)
+        for fault in args.faults if isinstance(args, _Late) else ():
+            if fault.kind == "after":
+                raise OSError(fault.errno, os.strerror(fault.errno), self.root)
 
     def _due(self, name: str, args: tuple[Any, ...]) -> list[Fault]:
         subject = self._subject(name, args)
@@ -302,5 +304,7 @@ def _do_half(name: str, args: Sequence[Any]) -> None:
         fd, data, offset = args
         view = memoryview(data)
         PosixOps().pwrite(fd, view[: view.nbytes // 2 // 4096 * 4096 or view.nbytes], offset)
+    elif name == "open":
+        os.close(os.open(*args))
     elif name == "reflink":
         os.close(os.open(args[1], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
