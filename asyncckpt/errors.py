@@ -10,7 +10,8 @@
     ├── LeaseLost             (OSError)            another run took the directory over while this one was writing
     ├── NotEnoughSpace        (OSError)            the disk cannot hold the save
     ├── SaveFailed            (OSError)            a background save failed; nothing was published
-    │   └── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
+    │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
+    │   └── SaveUndecided                          complete and visible, but nobody knows whether durably
     ├── ArenaBusy             (BlockingIOError)    a save was due while an earlier one held the arena
     ├── CheckpointerClosed    (RuntimeError)       use after close, or in a forked child
     ├── CheckpointNotFound    (FileNotFoundError)  no such step, or no checkpoint at all
@@ -80,6 +81,12 @@ class SaveFailed(AsyncCkptError, OSError):
 
 class SaveAbandoned(SaveFailed, TimeoutError):
     """A save did not finish within its deadline and was given up, so that training goes on."""
+
+
+class SaveUndecided(SaveFailed):
+    """The checkpoint is complete and has its name, but making the name durable failed and so did taking it back.
+
+    Not acknowledged: retention never counts it in this process, and saving the step again sets it aside."""
 
 
 class ArenaBusy(AsyncCkptError, BlockingIOError):

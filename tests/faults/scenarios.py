@@ -57,6 +57,7 @@ def state_of(generation: int) -> dict[str, Any]:
         "w": torch.full((70_000,), float(generation)),
         "b": torch.full((17,), generation),
         "still": torch.arange(20_000),  # linked from save to save, where links are taken
+        "rests": torch.full((20_000,), generation // 3),  # linked now and then, together with what it builds on
         "meta": {"generation": generation},
     }
 
@@ -67,7 +68,7 @@ def generation_in(run: Run, step: int | None) -> int:
     run.restore(state, step)
     generation = int(state["meta"]["generation"])
     expected = state_of(generation)
-    for name in ("w", "b", "still"):
+    for name in ("w", "b", "still", "rests"):
         assert torch.equal(state[name], expected[name]), f"{name} is not that of generation {generation}"
     return generation
 

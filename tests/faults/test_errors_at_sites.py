@@ -8,22 +8,31 @@ import gc
 import itertools
 import random
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from scenarios import SCENARIOS, Scenario, check_visible, count, leftovers, open_files, state_of
 
-from asyncckpt import AsyncCkptError
+from asyncckpt import AsyncCkptError, SaveUndecided
 from asyncckpt.testing import Fault, Site, SiteFaultOps
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EINTR, errno.EMLINK, errno.EINVAL)
-#: What can be done in part.
-HALVES = {"write_file", "pwrite", "reflink"}
+#: What a lost reply or a late write-back can answer after all was done.
+LATE = (errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EINTR)
+#: Operations that can be done in part, and those that can be done and answer with an error still. A descriptor that was
+#: never handed out cannot be closed, and one that was not closed is not ours to lose.
+HALVES = {"open", "write_file", "pwrite", "reflink"}
+NEVER_LATE = {"open", "preadv", "scan", "free_bytes"}
 #: Saves until a site is met again: what is saved as differences depends on how many were before.
 _LIFE = 4
-#: Operations that tidy up: where they fail, something is left for the next run.
-_TIDYING = {"scan", "unlink", "rmdir"}
+
+
+def _spoils_tidying(fault: Fault) -> bool:
+    """Where tidying up fails itself, or a name that was taken back is not durable, the next run tidies up."""
+    site = fault.site
+    unsettled = site.operation == "fsync_directory" and site.subject == "." and fault.persistent
+    return site.operation in ("scan", "unlink", "rmdir") or site.subject.startswith(".trash-") or unsettled
 
 
 class Ordeal:
@@ -38,6 +47,7 @@ class Ordeal:
         self.ops = SiteFaultOps(str(path))
         self.run._store.ops = self.ops
         self.durable: dict[int, int] = {}
+        self.undecided: dict[int, int] = {}
         for _ in range(_LIFE):
             self.save()
         self.check()
@@ -65,6 +75,8 @@ class Ordeal:
         self._drain()
         if error is None:
             self.durable[step] = self.generation
+        elif isinstance(error, SaveUndecided):
+            self.undecided[step] = self.generation
         return error
 
     def _drain(self) -> None:
@@ -75,6 +87,7 @@ class Ordeal:
 
     def suffer(self, *faults: Fault) -> bool:
         """Save until these faults have happened, and check; False where they were not met."""
+        before = set(leftovers(self.path))
         self.ops.arm(*faults)
         for _ in range(_LIFE):
             error = self.save()
@@ -88,23 +101,24 @@ class Ordeal:
         what = " and ".join(map(str, faults))
         try:
             assert error is None or isinstance(error, AsyncCkptError), f"an untyped error: {error!r}"
-            tidied = not any(f.site.operation in _TIDYING for f in hits)
-            self.check(tidied=tidied)
+            left = set(leftovers(self.path)) - before
+            excused = isinstance(error, SaveUndecided) or any(map(_spoils_tidying, hits))
+            assert not left or excused, f"not reclaimed: {left}"
+            self.check()
             assert self.save() is None, "the next save fails too, though the fault is gone"
         except AssertionError as failed:
             raise AssertionError(f"{self.scenario}: {what}: {failed} (the save: {error!r})") from failed
         return bool(hits)
 
-    def check(self, *, tidied: bool = True) -> None:
+    def check(self) -> None:
         visible = check_visible(self.path)
         kept = sorted(self.durable)[-1:] if "retention" in self.scenario.name else sorted(self.durable)[-2:]
         for step in kept:
             assert step in visible, f"step {step} was acknowledged and is gone"
-            assert visible[step] == self.durable[step], f"step {step} is generation {visible[step]}"
+            assert visible[step] >= self.durable[step], f"step {step} is generation {visible[step]}"
         for step, generation in visible.items():
-            assert self.durable.get(step) == generation, f"step {step}, generation {generation}: never acknowledged"
-        if tidied:
-            assert leftovers(self.path) == [], "the attempt was not reclaimed"
+            known = generation in (self.durable.get(step), self.undecided.get(step))
+            assert known, f"step {step}, generation {generation}: its save failed, and it is there"
         arena = self.run._arena
         assert arena.wait_prepared(10)
         assert arena.free_bytes() == arena.budget_bytes, "memory of the arena was not given back"
@@ -126,20 +140,29 @@ class Ordeal:
         check_visible(self.path)
 
 
-def faults_at(site: Site, errors: Iterable[int] = ERRORS) -> list[Fault]:
+def faults_at(site: Site) -> list[Fault]:
     """Everything that can go wrong there."""
-    kinds = ["before", "after", *(["half"] if site.operation in HALVES else [])]
-    found = [
-        Fault(site, kind, code, persistent) for kind in kinds for code in errors for persistent in (False, True)
+    kinds = {
+        "before": () if site.operation == "close" else ERRORS,
+        "half": LATE if site.operation in HALVES else (),
+        "after": () if site.operation in NEVER_LATE else LATE,
+        "delay": (0,),
+        "short": (0,) if site.operation == "pwrite" else (),
+    }
+    return [
+        Fault(site, kind, code, persistent)
+        for kind, codes in kinds.items()
+        for code in codes
+        for persistent in (False, True)
     ]
-    others = ["delay", *(["short"] if site.operation == "pwrite" else [])]
-    return found + [Fault(site, kind, 0, persistent) for kind in others for persistent in (False, True)]
 
 
 def _endure(ordeal: Ordeal, faults: Sequence[tuple[Fault, ...]]) -> None:
-    for several in faults:
-        ordeal.suffer(*several)
-    ordeal.close()
+    try:
+        for several in faults:
+            ordeal.suffer(*several)
+    finally:
+        ordeal.close()
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=str)
@@ -149,7 +172,9 @@ def test_an_error_at_a_site_loses_nothing(scenario: Scenario, tmp_path: Path) ->
     ordeal = Ordeal(tmp_path / "run", scenario)
     sites = ordeal.sites()
     faults = [(rng.choice(faults_at(site)),) for site in rng.sample(sites, 25)]
-    faults += [(rng.choice(faults_at(a)), rng.choice(faults_at(b))) for a, b in [rng.sample(sites, 2) for _ in range(5)]]
+    faults += [
+        (rng.choice(faults_at(a)), rng.choice(faults_at(b))) for a, b in [rng.sample(sites, 2) for _ in range(5)]
+    ]
     _endure(ordeal, faults)
     assert ordeal.faults > 20
     assert ordeal.failures > 5
@@ -162,7 +187,9 @@ def test_every_error_at_every_site_loses_nothing(scenario: Scenario, tmp_path: P
     ordeal = Ordeal(tmp_path / "run", scenario)
     sites = ordeal.sites()
     _endure(ordeal, [(fault,) for site in sites for fault in faults_at(site)])
-    print(f"{scenario}: {len(sites)} sites, {ordeal.faults} faults, {ordeal.failures} failed saves, {ordeal.unmet} unmet")
+    print(
+        f"{scenario}: {len(sites)} sites, {ordeal.faults} faults, {ordeal.failures} failed saves, {ordeal.unmet} unmet"
+    )
     assert ordeal.unmet <= ordeal.faults // 20
 
 
