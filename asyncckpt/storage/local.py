@@ -136,16 +136,16 @@ class LocalStore:
 
     def reclaim(self) -> list[str]:
         """Delete what dead attempts and interrupted deletions left behind; the names. Only while holding the run's
-        lease: holding it means that whoever made them is gone or cut off. Raises ``OSError`` where the directory cannot
-        be made durable or read."""
-        # A trainer killed between its rename and the fsync left a name that only memory knows: it must be durable before
-        # anything is deleted on the strength of it.
-        self.ops.fsync_directory(self.path)
-        found = {
-            name: info
-            for name, info in self.ops.scan(self.path).items()
-            if name.startswith((TEMP_PREFIX, TRASH_PREFIX))
-        }
+        lease: holding it means that whoever made them is gone or cut off. Raises ``RunPathError`` where the directory
+        cannot be read or made durable."""
+        try:
+            # A trainer killed between its rename and the fsync left a name that only memory knows: it must be durable
+            # before anything is deleted on the strength of it.
+            self.ops.fsync_directory(self.path)
+            entries = self.ops.scan(self.path)
+        except OSError as error:
+            raise RunPathError(f"{self.path}: cannot be read or synced ({error}); repair the path") from error
+        found = {name: info for name, info in entries.items() if name.startswith((TEMP_PREFIX, TRASH_PREFIX))}
         for name, info in found.items():
             path = os.path.join(self.path, name)
             if stat.S_ISDIR(info.st_mode):
