@@ -22,6 +22,7 @@ from asyncckpt.errors import (
     NotEnoughSpace,
     PlanChanged,
     SaveAbandoned,
+    SaveUndecided,
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.previous import KnownFile, Previous, files_of
@@ -254,6 +255,8 @@ class Committer:
             self._after(save, written.name)
         elif isinstance(error, CheckpointDamaged):  # of the one before: write everything next time
             self._last[save.contents.draft.kind] = None
+        elif isinstance(error, SaveUndecided):
+            self._damaged.add(save.contents.draft.name)
         self._end(flight, error)
         if error is not None:
             save.discard(30.0)  # only where writes hung: the failure was not to wait for them
@@ -263,7 +266,8 @@ class Committer:
             self._check_lease()
             name = save.contents.draft.name
             if name in self._damaged:
-                log.error("step %d: the damaged %s is kept as %s", save.step, name, self._store.set_aside(name))
+                with contextlib.suppress(FileNotFoundError):  # somebody has taken it away already
+                    log.error("step %d: the damaged %s is kept as %s", save.step, name, self._store.set_aside(name))
                 self._damaged.discard(name)
 
         return check

@@ -12,6 +12,7 @@
     ├── SaveFailed            (OSError)            a background save failed; nothing was published
     │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
     │   │   └── RankLost                           a rank of the job did not answer in time
+    │   ├── SaveUndecided                          complete and visible, but nobody knows whether durably
     │   └── PlanChanged                            the state changed on some ranks only; the next save plans anew
     ├── RanksDisagree         (RuntimeError)       ranks of one job save different steps, or states that do not fit
     ├── ArenaBusy             (BlockingIOError)    a save was due while an earlier one held the arena
@@ -95,6 +96,12 @@ class PlanChanged(SaveFailed):
 
 class RanksDisagree(AsyncCkptError, RuntimeError):
     """The ranks of one job do not save the same thing; the message names the odd ones."""
+
+
+class SaveUndecided(SaveFailed):
+    """The checkpoint is complete and has its name, but making the name durable failed and so did taking it back.
+
+    Not acknowledged: retention never counts it in this process, and saving the step again sets it aside."""
 
 
 class ArenaBusy(AsyncCkptError, BlockingIOError):

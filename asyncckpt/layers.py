@@ -96,4 +96,9 @@ def order_of(extents: Sequence[ExtentRecord], chunks: Sequence[ExtentRecord]) ->
 
 def layer_name(record: FileRecord, reader: Reader) -> str:
     """What a file of an open checkpoint is called in the checkpoints that build on it; a layer keeps its name."""
-    return record.name if record.name.startswith(f"{_FOLDER}/") else f"{_FOLDER}/{reader.name}/{record.name}"
+    return record.name if is_layer(record.name) else f"{_FOLDER}/{reader.name}/{record.name}"
+
+
+def is_layer(file: str) -> bool:
+    """Whether a checkpoint's file is one of an earlier checkpoint, there for others to build on."""
+    return file.startswith(f"{_FOLDER}/")

@@ -441,10 +441,16 @@ class ShardsWriting:
     def _link(self, progress: Progress, old: KnownFile) -> bool:
         """Take the whole file over; False where the file system cannot (its extents are then copied)."""
         previous = self._previous
-        if previous is None or not all(
-            self._start().link(previous.reader, layer.name, layer.nbytes, layer.name) for layer in old.layers
-        ):
+        if previous is None:
             return False
+        linked: list[FileRecord] = []
+        for layer in old.layers:
+            if not self._start().link(previous.reader, layer.name, layer.nbytes, layer.name):
+                with progress.lock:
+                    progress.layers = ()  # no differences, then
+                self._unused += linked  # what is linked already stays, listed like everything else
+                return False
+            linked.append(layer)
         with self._lock:
             progress.records = dict(enumerate(old.ordered))
             known = {record.offset for record in progress.parts()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from conftest import bits
 from asyncckpt import Checkpointer, InvalidOption, KeepLast, ManifestInvalid, Run
 from asyncckpt import manifest as manifests
 from asyncckpt.layers import Delta
-from asyncckpt.testing import FaultyOps
+from asyncckpt.testing import Fault, FaultyOps, Site, SiteFaultOps
 
 
 def _weights() -> dict[str, torch.Tensor]:
@@ -180,3 +181,30 @@ def test_where_delta_makes_no_sense_it_is_refused(options: dict[str, object], tm
         Checkpointer(tmp_path / "run", delta=Delta(), **options)  # type: ignore[arg-type]
     with pytest.raises(InvalidOption, match="chain"):
         Delta(chain=0)
+
+
+def _after_a_link_failed(path: Path, subject: str, occurrence: int, *, changed: bool) -> None:
+    """The third save of a chain, in which the file system has no further link for one file."""
+    weights = _weights()
+    with Checkpointer(path, codec="planes", delta=Delta(chain=3), extent_bytes=8192) as run:
+        for step in (1, 2):
+            _step(weights)
+            run.save(step, {"w": weights}).result()
+        ops = SiteFaultOps(str(path))
+        run._store.ops, run._store.reflinks = ops, False
+        ops.arm(Fault(Site("link", subject, occurrence), "before", errno.EMLINK))
+        if changed:
+            _step(weights)
+        run.save(3, {"w": weights}).result()
+        assert ops.hits, "the link was never tried"
+        _same(run, 3, weights)
+
+
+def test_a_base_that_can_be_linked_no_more_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+    """What was linked before it is listed and of no use: ``verify`` called that damage."""
+    _after_a_link_failed(tmp_path / "run", ".tmp-*/base/step-*/w-00002-of-00002.safetensors", 2, changed=True)
+
+
+def test_an_unchanged_file_that_can_be_linked_no_more_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+    """Its base had been linked before it and was not listed: a checkpoint was published and then refused."""
+    _after_a_link_failed(tmp_path / "run", ".tmp-*/w-00002-of-00002.safetensors", 1, changed=False)

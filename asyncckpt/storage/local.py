@@ -21,6 +21,7 @@ from asyncckpt.errors import (
     CheckpointDamaged,
     RunPathError,
     SaveFailed,
+    SaveUndecided,
     StepExists,
 )
 from asyncckpt.protocols import ALIGNMENT_BYTES, Attempt, Reader, ShardWriter
@@ -84,9 +85,15 @@ class LocalStore:
 
     def begin(self, step: int, attempt: str, *, shared: bool = False) -> Attempt:
         path = os.path.join(self.path, f"{TEMP_PREFIX}{step:08d}-{attempt}")
-        # fails where it exists: an attempt's directory is never reused, but by the ranks of that very attempt
-        with contextlib.suppress(*((FileExistsError,) if shared else ())):
+        try:
             self.ops.mkdir(path)
+        except FileExistsError:  # an attempt's directory is never reused, but by the ranks of that very attempt
+            if not shared:
+                raise
+        except OSError:
+            with contextlib.suppress(OSError):  # made all the same, and only the answer was lost?
+                self.ops.rmdir(path)
+            raise
         return LocalAttempt(self, path, step, attempt)
 
     def free_bytes(self) -> int:
@@ -130,30 +137,57 @@ class LocalStore:
 
     def reclaim(self) -> list[str]:
         """Delete what dead attempts and interrupted deletions left behind; the names. Only while holding the run's
-        lease: holding it means that whoever made them is gone or cut off."""
-        found = {
-            name: info
-            for name, info in self.ops.scan(self.path).items()
-            if name.startswith((TEMP_PREFIX, TRASH_PREFIX))
-        }
+        lease: holding it means that whoever made them is gone or cut off. Raises ``RunPathError`` where the directory
+        cannot be read or made durable."""
+        try:
+            # A trainer killed between its rename and the fsync left a name that only memory knows: it must be durable
+            # before anything is deleted on the strength of it.
+            self.ops.fsync_directory(self.path)
+            entries = self.ops.scan(self.path)
+        except OSError as error:
+            raise RunPathError(f"{self.path}: cannot be read or synced ({error}); repair the path") from error
+        found = {name: info for name, info in entries.items() if name.startswith((TEMP_PREFIX, TRASH_PREFIX))}
         for name, info in found.items():
             path = os.path.join(self.path, name)
             if stat.S_ISDIR(info.st_mode):
-                self.delete_tree(path)
+                self._reclaim_tree(name)
             elif stat.S_ISREG(info.st_mode):
                 with contextlib.suppress(FileNotFoundError):
                     self.ops.unlink(path)
         return list(found)
 
+    def _reclaim_tree(self, name: str) -> None:
+        path = os.path.join(self.path, name)
+        if name.startswith(TEMP_PREFIX):
+            # A writer that was cut off after its last look at the lease may be about to publish this: it gets all of it
+            # or, once it has another name, nothing.
+            trash = os.path.join(self.path, f"{TRASH_PREFIX}{name[1:]}-{uuid.uuid4().hex}")
+            try:
+                self.ops.rename_noreplace(path, trash)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                log.warning("could not delete %s: %s (the next run tries again)", path, error)
+                return
+            path = trash
+        self.delete_tree(path)
+
     def write_hint(self, name: str, text: str) -> None:
         """Replace a small hint file such as ``latest``. Atomic; not fsynced: a hint is never truth."""
         temp = os.path.join(self.path, f"{TEMP_PREFIX}{name}-{uuid.uuid4().hex}")
-        fd = self.ops.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            self.ops.pwrite(fd, text.encode(), 0)
-        finally:
-            self.ops.close(fd)
-        self.ops.replace(temp, os.path.join(self.path, name))
+            fd = self.ops.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                view, offset = memoryview(text.encode()), 0
+                while written := self.ops.pwrite(fd, view[offset:], offset) if offset < len(view) else 0:
+                    offset += written
+            finally:
+                self.ops.close(fd)
+            self.ops.replace(temp, os.path.join(self.path, name))
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.ops.unlink(temp)
+            raise
 
     def delete_tree(self, path: str) -> None:
         """Delete one of our own directories; entries that others hold (``.nfs*``) or that vanish are tolerated."""
@@ -264,28 +298,57 @@ class LocalAttempt:
                 self._unsynced.update((new, os.path.dirname(new)))
 
     def publish(self, name: str, *, replace: bool) -> None:
-        ops = self._store.ops
-        target = os.path.join(self._store.path, name)
+        ops, parent = self._store.ops, self._store.path
+        target = os.path.join(parent, name)
+        ours = os.lstat(self.path).st_ino
+        # where one is there, it stays visible until the new one takes its name in the same instant
+        exchanged = replace and os.path.lexists(target)
         try:
-            if replace and os.path.lexists(target):
-                # the old checkpoint stays visible until the new one takes its name in the same instant
+            if exchanged:
                 ops.exchange(self.path, target)
-                self._done = True  # from here on our directory's name holds the old one: not for ``discard``
-                ops.fsync_directory(self._store.path)
-                self._store.delete_tree(self.path)
-                return
-            ops.rename_noreplace(self.path, target)
-        except FileExistsError as error:
-            raise StepExists(
-                f"{target} already exists; it was left as it is (step {self._step}). Save another step, or pass "
-                f"overwrite=True"
-            ) from error
+            else:
+                ops.rename_noreplace(self.path, target)
+            ops.fsync_directory(parent)
         except OSError as error:
+            if self._withdraw(target, ours, error, exchanged=exchanged):
+                raise
+            if isinstance(error, FileExistsError):
+                raise StepExists(
+                    f"{target} already exists; it was left as it is (step {self._step}). Save another step, or pass "
+                    f"overwrite=True"
+                ) from error
             if error.errno == errno.EXDEV:
                 raise SaveFailed(f"{target} lies on another file system than {self.path}; both must be one") from error
             raise
         self._done = True
-        ops.fsync_directory(self._store.path)
+        if exchanged:
+            self._store.delete_tree(self.path)
+
+    def _withdraw(self, target: str, ours: int, error: OSError, *, exchanged: bool) -> bool:
+        """Take the name back after an error: what may not outlive a power cut must not be seen, or counted by
+        retention. Whether there was anything to take back. Raises ``SaveUndecided`` where that fails too."""
+        ops = self._store.ops
+        try:
+            if os.lstat(target).st_ino != ours:
+                return False
+            if exchanged:
+                ops.exchange(target, self.path)
+            else:
+                ops.rename_noreplace(target, self.path)
+        except FileNotFoundError:
+            return False
+        except OSError as second:
+            self._done = True  # our directory's name may hold what was there before: not for ``discard``
+            raise SaveUndecided(
+                f"step {self._step}: {target} is complete and has its name, but making that durable failed ({error}), "
+                f"and so did taking it back ({second}): it may be gone after a power cut. Check the storage, save again"
+            ) from error
+        try:
+            ops.fsync_directory(self._store.path)
+        except OSError as second:  # nobody knows which of the two names the disk has: neither may be deleted
+            self._done = True
+            log.warning("%s is left for the next run to delete: %s", self.path, second)
+        return True
 
     def close(self) -> None:
         for writer in self._writers:
