@@ -38,8 +38,9 @@ FILE_NAME: Final = "manifest.json"
 STATE_FILE: Final = "state.json"
 #: Room for ten million tensors; more is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
-#: A chunk is decoded into memory as a whole.
+#: A chunk is decoded into memory as a whole, and an extent is read as a whole.
 MAX_CHUNK_BYTES: Final = 1 << 30
+MAX_EXTENT_BYTES: Final = 1 << 30
 _SELF_DIGEST: Final = "xxh3-128"
 _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: Directories in a file's name.
@@ -278,6 +279,8 @@ def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
             offset, length = body.size("offset", row[0]), body.size("nbytes", row[1])
             if offset != position or (length == 0 and nbytes) or offset + length > nbytes:
                 body.fail(f"has extents of {name!r} that overlap, leave a gap or pass its end")
+            if length > MAX_EXTENT_BYTES:
+                body.fail(f"has an extent of {name!r} of {length} bytes, over the limit of {MAX_EXTENT_BYTES}")
             if not isinstance(row[2], str) or not hex_digits.match(row[2]):
                 body.fail(f"has a malformed digest of {name!r}")
             content, stored = row[3:] or ("", 0)

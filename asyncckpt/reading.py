@@ -20,8 +20,8 @@ from asyncckpt.records import ExtentRecord, FileRecord, Manifest
 #: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
 #: fresh memory: on 2 cores, 2 threads restore 6 % faster than 4 (docs/design/004-reading.md).
 READ_THREADS = min(8, max(2, os.cpu_count() or 2))
-#: An extent larger than this is refused before its buffer is allocated.
-MAX_EXTENT_BYTES = 1 << 30
+#: All readers' buffers together: with large extents, fewer threads read.
+_BUFFERS_BYTES = 1 << 30
 
 Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
 
@@ -85,18 +85,17 @@ def read_extents(
     """Read and verify extents, handing each good one to ``consume(file, extent, view)`` on a reader thread.
 
     Bytes are handed on from the very buffer that was verified. Blocks until done. With ``stop_at_damage`` the first
-    damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here.
+    damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here, and
+    ``MemoryError`` where there is none for the buffers (1 GiB in all, or the largest extent): the checkpoint may be fine.
     """
     jobs = deque(wanted)
     if not jobs:
         return []
-    largest = max(extent.nbytes for _, extent in jobs)
-    if largest > MAX_EXTENT_BYTES:
-        raise CheckpointDamaged(f"{reader.path}: an extent of {largest} bytes is over the limit")
+    largest = max(1, max(extent.nbytes for _, extent in jobs))
     run = _Run(reader, digests.get(algorithm), jobs, consume, stop_at_damage)
     workers = [
         threading.Thread(target=run.work, args=(largest,), name=f"asyncckpt-reader-{number}", daemon=True)
-        for number in range(min(threads, len(jobs)))
+        for number in range(max(1, min(threads, len(jobs), _BUFFERS_BYTES // largest)))
     ]
     for worker in workers:
         worker.start()
@@ -125,7 +124,11 @@ class _Run:
         self._stop_at_damage = stop_at_damage
 
     def work(self, largest: int) -> None:
-        buffer = memoryview(aligned_buffer(largest))
+        try:
+            buffer = memoryview(aligned_buffer(largest))
+        except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
+            self.error = MemoryError(f"no memory to read {largest} bytes into ({error})")
+            return
         while self.error is None and not (self.damage and self._stop_at_damage):
             try:
                 file, extent = self._jobs.popleft()
