@@ -37,13 +37,14 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
     plain: dict[str, _Plain] = defaultdict(list)
     uses: dict[tuple[str, int], list[Use]] = defaultdict(list)
     decoder = _Decoder(reader, manifest)
+    layers = functools.cache(lambda file: [files[base] for base in files[file].bases])
+    numbers = functools.cache(lambda file: files[file].chunk_numbers())
     for tensor, targets in wanted:
         if isinstance(tensor, ChunkedRecord):
             for file, number, chunk in _chunks(tensor):
                 extent = files[file].extents[number]
                 ranges[file].append((extent.offset, extent.offset + extent.nbytes))
-                record = files[file]
-                below = [files[base] for base in record.bases], record.number_of(number) if record.bases else 0
+                below = layers(file), numbers(file)[number] if files[file].bases else 0
                 uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, below, targets))
         elif tensor.nbytes:
             ranges[tensor.file].append((tensor.begin, tensor.end))

@@ -38,9 +38,10 @@ class FileRecord:
         """The extent that chunk ``number`` of the file is."""
         return self.extents[self.order[number] if self.order else number + 1]
 
-    def number_of(self, extent: int) -> int:
-        """Which chunk of the file an extent is."""
-        return self.order.index(extent) if self.order else extent - 1
+    def chunk_numbers(self) -> Mapping[int, int]:
+        """Which chunk of the file each extent is."""
+        order = self.order or range(1, len(self.extents))
+        return {extent: chunk for chunk, extent in enumerate(order)}
 
 
 @dataclass(frozen=True, slots=True)
