@@ -20,7 +20,7 @@ from asyncckpt.protocols import JsonValue, Reader
 from asyncckpt.reading import check_files, read_record, read_small_file
 from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.snapshot import check_state
-from asyncckpt.targets import Options, Plan, plan_component, qualified_records
+from asyncckpt.targets import Options, Plan, new_tensor, plan_component, qualified_records
 from asyncckpt.views import MAX_STATE_BYTES
 
 log = logging.getLogger("asyncckpt")
@@ -102,21 +102,26 @@ def load_tensors(
     else:
         chosen = {}
         for name in names:
-            found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
-            if not found and name not in manifest.components:
+            component = manifest.components.get(name)  # no dots in such a name: nothing else begins with it
+            if component is not None:
+                found = dict(qualified_records({name: component}))
+            else:
+                found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
+            if not found and component is None:
                 raise UnknownName(
                     f"{reader.path}: no tensor or component {name!r}; components are "
                     f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"
                 )
             chosen.update(found)
-    made: dict[StoredTensor, torch.Tensor] = {}
+    # by identity: tied names share the record, and hashing one walks over all of its chunks
+    made: dict[int, tuple[StoredTensor, list[torch.Tensor]]] = {}
     for record in chosen.values():
-        if record not in made:
+        if id(record) not in made:
             saved = DTYPES[record.dtype]
             target = dtype if dtype is not None and saved.is_floating_point else saved
-            made[record] = torch.empty(record.shape, dtype=target, device=device)
-    fill(reader, manifest, [(record, [tensor]) for record, tensor in made.items()])
-    return {name: made[record] for name, record in chosen.items()}
+            made[id(record)] = record, [new_tensor(record, target, device)]
+    fill(reader, manifest, list(made.values()))
+    return {name: made[id(record)][1][0] for name, record in chosen.items()}
 
 
 def open_manifest(reader: Reader) -> Manifest:

@@ -33,10 +33,12 @@ class Options:
 
 @dataclass(slots=True)
 class Plan:
-    """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled."""
+    """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled. ``used``:
+    tensors that a tree refers to, each at most once."""
 
     fill: list[tuple[StoredTensor, list[torch.Tensor]]] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -80,6 +82,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers()) if not t.is_meta}
     extra_fill = Plan()
     extra_values = _decode(name, extras, stored, extra_fill, opts) if extras else {}
+    if not isinstance(extra_values, dict):
+        raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     by_memory = _aliases(live, fqns)
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
@@ -173,6 +177,8 @@ def _optimizer(
     index_of = {fqn: index for index, fqn in names.items()}
     parameters = _parameters(optimizer)
     saved_groups = [_decode(name, group, stored, plan, opts) for group in group_trees]
+    if not all(_is_group(group) for group in saved_groups):
+        raise CheckpointDamaged(f"component {name!r}: a param group of it does not look like one")
     saved_names = {fqn for group in saved_groups for fqn in group["params"]}
     plan.missing += [f"{name}.{fqn}" for fqn in index_of if fqn not in saved_names]
     plan.unexpected += [f"{name}.{fqn}" for fqn in saved_names if fqn not in index_of]
@@ -210,6 +216,11 @@ def _optimizer(
     return plan
 
 
+def _is_group(group: Any) -> bool:
+    names = group.get("params") if type(group) is dict else None
+    return type(names) is list and all(type(name) is str for name in names)
+
+
 _TORCH_KEYS = frozenset({"state", "param_groups"})
 
 
@@ -229,13 +240,13 @@ def _state_tensors(
     """Live state tensors where they fit, new ones on the parameter's device where there are none yet."""
 
     def get(key: str) -> torch.Tensor:
-        record = _lookup(component, key, stored)
+        record = _lookup(component, key, stored, plan)
         found = live.get(key.rpartition(".")[2]) if isinstance(live, dict) else None
         if not isinstance(found, torch.Tensor) or mismatch(key, record, found, opts) or found.is_meta:
             device = parameter.device if record.shape == tuple(parameter.shape) else torch.device("cpu")
             if device.type == "meta":
                 device = opts.device
-            found = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=device)
+            found = new_tensor(record, DTYPES[record.dtype], device)
         plan.fill.append((record, [found]))
         return found
 
@@ -254,16 +265,29 @@ def _on_host(component: str, stored: Stored, plan: Plan) -> Callable[[str], torc
 
 def _fresh(component: str, stored: Stored, plan: Plan, opts: Options) -> Callable[[str], torch.Tensor]:
     def get(key: str) -> torch.Tensor:
-        record = _lookup(component, key, stored)
-        tensor = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=opts.device)
+        record = _lookup(component, key, stored, plan)
+        tensor = new_tensor(record, DTYPES[record.dtype], opts.device)
         plan.fill.append((record, [tensor]))
         return tensor
 
     return get
 
 
+def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
+    """Memory for a stored tensor. Raises ``CheckpointDamaged`` for a shape that torch cannot have, ``MemoryError``."""
+    try:
+        return torch.empty(record.shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        problem = f"a tensor of shape {list(record.shape)} and {record.nbytes} bytes cannot be made ({error})"
+        if not record.nbytes:
+            raise CheckpointDamaged(problem) from error
+        raise MemoryError(problem) from error
+
+
 def _tensor(name: str, value: torch.Tensor, stored: Stored, opts: Options) -> Plan:
-    record = _lookup(name, "value", stored)
+    record = _lookup(name, "value", stored, Plan())
     problem = mismatch(name, record, value, opts)
     if problem:
         return Plan(mismatched=[problem])
@@ -282,10 +306,11 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
     fresh = _fresh(name, stored, plan, opts)
 
     def tensors(key: str) -> torch.Tensor:
-        record = _lookup(name, key, stored)
         found = live.get(key)
-        if found is None or mismatch(key, record, found, opts):
+        record = stored.get(f"{name}.{key}")
+        if found is None or record is None or mismatch(key, record, found, opts):
             return fresh(key)
+        _lookup(name, key, stored, plan)
         plan.fill.append((record, [found]))
         return found
 
@@ -320,10 +345,13 @@ def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options)
     return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
 
 
-def _lookup(component: str, key: str, stored: Stored) -> StoredTensor:
+def _lookup(component: str, key: str, stored: Stored, plan: Plan) -> StoredTensor:
     record = stored.get(f"{component}.{key}")
     if record is None:
-        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key}, which the manifest does not list")
+        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80}, which the manifest does not list")
+    if key in plan.used:  # thirty characters that would cost the tensor's memory each time
+        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80} twice")
+    plan.used.add(key)
     return record
 
 
