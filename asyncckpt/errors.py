@@ -114,7 +114,8 @@ class StateMismatch(AsyncCkptError, KeyError):
     """Names, shapes or dtypes in the checkpoint differ from the live state; all of them are listed together.
 
     ``missing``: in the live state, not in the checkpoint. ``unexpected``: in the checkpoint, not in the live state.
-    ``mismatched``: in both, with another shape or dtype. Nothing was changed when this is raised.
+    ``mismatched``: in both, with another shape or dtype. Nothing was changed when this is raised, but where the message
+    says so: all three are empty then, and a live object did not take the values.
     """
 
     def __init__(

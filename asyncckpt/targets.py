@@ -15,7 +15,7 @@ from torch import nn
 
 from asyncckpt import plain
 from asyncckpt.dtypes import DTYPES
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.names import canonical_names, parameter_names
 from asyncckpt.protocols import JsonValue
 from asyncckpt.records import ComponentRecord, StoredTensor
@@ -124,12 +124,19 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
     if meta:
         plan.finish.append(lambda: _materialize(module, meta))
     if later:
-        plan.finish.append(lambda: _load_into(module, later))
+        plan.finish.append(lambda: _load(name, lambda: module.load_state_dict(later, strict=False)))
     return plan
 
 
-def _load_into(module: nn.Module, values: dict[str, Any]) -> None:
-    module.load_state_dict(values, strict=False)
+def _load(name: str, load: Callable[[], object]) -> None:
+    """Hand over what is not filled in place to torch. What a forger wrote may fit the names and be nonsense."""
+    try:
+        load()
+    except Exception as error:
+        raise StateMismatch(
+            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). It may be partly "
+            f"overwritten: restore another checkpoint"
+        ) from error
 
 
 def _aliases(live: Mapping[str, Any], fqns: Mapping[str, str]) -> dict[str, list[str]]:
@@ -212,7 +219,7 @@ def _optimizer(
         groups.append({**base, "params": indexes})
     others = {k: _decode(name, v, stored, plan, opts) for k, v in tree.items() if k not in _TORCH_KEYS}
     loaded = {**others, "state": values, "param_groups": groups}
-    plan.finish.append(lambda: optimizer.load_state_dict(loaded))
+    plan.finish.append(lambda: _load(name, lambda: optimizer.load_state_dict(loaded)))
     return plan
 
 
