@@ -272,7 +272,7 @@ class Save:
         data = manifest.encode(draft, components_json=self._components_json())
         asyncio.run(attempt.write_small({manifest.FILE_NAME: data}))
         attempt.sync_directory()
-        return replaced(draft, size_bytes=len(data))
+        return replaced(draft, size_bytes=len(data), file_digest=manifest.file_digest(data))
 
     def _components_json(self) -> str:
         contents = self.contents

@@ -16,6 +16,7 @@
     ├── CheckpointNotFound    (FileNotFoundError)  no such step, or no checkpoint at all
     ├── CheckpointDamaged     (ValueError)         bytes, sizes or structure are not what was saved
     │   ├── ManifestInvalid                        the manifest itself is damaged, hostile or malformed
+    │   ├── DigestMismatch                         it is not the checkpoint the caller expects
     │   └── NoUsableCheckpoint                     checkpoints exist and none of them verifies
     ├── VersionUnsupported    (ValueError)         written by a newer format version
     ├── StateMismatch         (KeyError)           names, shapes or dtypes differ from the live state
@@ -100,6 +101,10 @@ class CheckpointDamaged(AsyncCkptError, ValueError):
 
 class ManifestInvalid(CheckpointDamaged):
     """The manifest is missing, damaged, hostile or malformed."""
+
+
+class DigestMismatch(CheckpointDamaged):
+    """The manifest is not the one whose digest the caller knows (``expect_digest``). It may be good by itself."""
 
 
 class NoUsableCheckpoint(CheckpointDamaged):

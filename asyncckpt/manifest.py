@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
@@ -16,7 +17,14 @@ from typing import Any, Final, NoReturn
 from asyncckpt import codecs, digests
 from asyncckpt.codecs import SPLIT_MARK
 from asyncckpt.dtypes import ITEM_BYTES
-from asyncckpt.errors import CheckpointDamaged, InvalidOption, ManifestInvalid, UnknownName, VersionUnsupported
+from asyncckpt.errors import (
+    CheckpointDamaged,
+    DigestMismatch,
+    InvalidOption,
+    ManifestInvalid,
+    UnknownName,
+    VersionUnsupported,
+)
 from asyncckpt.plain import loads
 from asyncckpt.protocols import Chunking, JsonValue, Layout, Reader
 from asyncckpt.records import (
@@ -29,6 +37,8 @@ from asyncckpt.records import (
     StoredTensor,
     TensorRecord,
 )
+
+log = logging.getLogger("asyncckpt")
 
 FORMAT_NAME: Final = "asyncckpt"
 #: What this version reads; a manifest says the oldest that can read it: 1 where no tensor is chunked.
@@ -179,19 +189,53 @@ def decode(data: bytes, where: str) -> Manifest:
         codec=codec,
         codec_options=codec_options,
         size_bytes=len(data),
+        file_digest=file_digest(data),
     )
     if manifest.kind not in ("full", "weights"):
         body.fail(f"names the unknown kind {manifest.kind!r:.80}")
     return manifest
 
 
-def load(reader: Reader) -> Manifest:
-    """The manifest of an open checkpoint. Raises as ``decode`` does, and where the file is missing or no file."""
+def file_digest(data: bytes) -> str:
+    """What ``expect_digest`` is compared with: ``sha256:`` and that of the whole file. The manifest's own digest finds
+    damage; anyone can compute it for other content."""
+    return f"sha256:{digests.get('sha256')(data)}"
+
+
+def check_expected(expect_digest: str | None) -> str | None:
+    """In the one form that is compared. Raises ``InvalidOption`` for what is no SHA-256."""
+    if expect_digest is None:
+        return None
+    digits = expect_digest.lower().removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise InvalidOption(
+            f"expect_digest={expect_digest!r:.100}: give sha256: and 64 hex digits, as `show` prints them"
+        )
+    return f"sha256:{digits}"
+
+
+def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
+    """The manifest of an open checkpoint. Raises as ``decode`` does, where the file is missing or no file, and, before
+    anything in it is looked at, ``DigestMismatch`` where it is not the one expected."""
+    expected = check_expected(expect_digest)
     try:
         data = reader.read_small(FILE_NAME, MAX_MANIFEST_BYTES)
     except CheckpointDamaged as error:
         raise ManifestInvalid(f"{error}; this directory is no complete checkpoint") from error
-    return decode(data, f"{reader.path}/{FILE_NAME}")
+    if expected is not None and file_digest(data) != expected:
+        raise DigestMismatch(
+            f"{reader.path}/{FILE_NAME}: its digest is {file_digest(data)}, and {expected} was expected: this is "
+            f"another checkpoint, or it was changed"
+        )
+    manifest = decode(data, f"{reader.path}/{FILE_NAME}")
+    if expected is not None and not digests.is_cryptographic(manifest.digest):
+        log.warning(
+            "%s: the manifest is the one expected, but its %s digests do not bind the data against forgery; save with "
+            "digest='blake3' or 'sha256'",
+            reader.path,
+            manifest.digest,
+        )
+    return manifest
 
 
 def _parse(data: bytes, where: str) -> JsonValue:

@@ -86,12 +86,13 @@ def read_extents(
 
     Bytes are handed on from the very buffer that was verified. Blocks until done. With ``stop_at_damage`` the first
     damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here, and
-    ``MemoryError`` where there is none for the buffers (1 GiB in all, or the largest extent): the checkpoint may be fine.
+    ``MemoryError`` where there is none for the buffers (1 GiB in all, or the largest extent): the checkpoint may be
+    fine.
     """
     jobs = deque(wanted)
     if not jobs:
         return []
-    largest = max(1, max(extent.nbytes for _, extent in jobs))
+    largest = max((extent.nbytes for _, extent in jobs if extent.nbytes), default=1)
     run = _Run(reader, digests.get(algorithm), jobs, consume, stop_at_damage)
     workers = [
         threading.Thread(target=run.work, args=(largest,), name=f"asyncckpt-reader-{number}", daemon=True)

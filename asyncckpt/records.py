@@ -109,7 +109,8 @@ class ComponentRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A whole checkpoint, as recorded. ``metrics`` and ``config`` are the user's; ``environment`` is recorded."""
+    """A whole checkpoint, as recorded. ``metrics`` and ``config`` are the user's; ``environment`` is recorded.
+    ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the manifest's own file."""
 
     step: int
     name: str
@@ -128,6 +129,7 @@ class Manifest:
     codec: str = "none"
     codec_options: Mapping[str, JsonValue] = field(default_factory=dict)
     size_bytes: int = field(default=0)
+    file_digest: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -52,11 +52,12 @@ def restore(
     rename: Rename | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    expect_digest: str | None = None,
 ) -> RestoreReport:
     """Restore the components in ``state`` from an open checkpoint, in place; see ``Checkpointer.restore``."""
     began = time.perf_counter()
     check_state(state)
-    manifest = open_manifest(reader)
+    manifest = open_manifest(reader, expect_digest)
     if "state" in manifest.components:
         raise CheckpointDamaged(f"{reader.path}: a component has a reserved name")
     trees = read_trees(reader, manifest)
@@ -93,9 +94,10 @@ def load_tensors(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    expect_digest: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """New tensors by qualified name; see ``Checkpointer.load_tensors``."""
-    manifest = open_manifest(reader)
+    manifest = open_manifest(reader, expect_digest)
     stored = dict(qualified_records(manifest.components))
     if names is None:
         chosen = stored
@@ -124,10 +126,10 @@ def load_tensors(
     return {name: made[id(record)][1][0] for name, record in chosen.items()}
 
 
-def open_manifest(reader: Reader) -> Manifest:
+def open_manifest(reader: Reader, expect_digest: str | None = None) -> Manifest:
     """The checkpoint's manifest, its files present and of the right size, the small ones (those without tensors)
     verified. Raises ``CheckpointDamaged``."""
-    manifest = manifests.load(reader)
+    manifest = manifests.load(reader, expect_digest)
     raise_damage(reader.path, check_files(reader, manifest))
     shards = {f for component in manifest.components.values() for t in component.tensors.values() for f in t.files}
     for record in manifest.files:

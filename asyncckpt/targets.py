@@ -134,8 +134,8 @@ def _load(name: str, load: Callable[[], object]) -> None:
         load()
     except Exception as error:
         raise StateMismatch(
-            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). It may be partly "
-            f"overwritten: restore another checkpoint"
+            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). It may be "
+            f"partly overwritten: restore another checkpoint"
         ) from error
 
 
