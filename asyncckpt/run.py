@@ -76,8 +76,9 @@ class Run:
         ``dtype``: a live floating tensor of this dtype takes any stored floating dtype. ``device``: where tensors
         that do not live yet are made (modules on the meta device are materialised there).
         ``expect_digest``: the ``sha256:…`` of the manifest's file, known from elsewhere
-        (``SaveReport.manifest_digest``, ``asyncckpt show``). Nothing of another manifest is used, and there is no falling back: ``DigestMismatch``. It
-        binds the data as far as the checkpoint's own digests do: save with ``digest="blake3"`` or ``"sha256"``.
+        (``SaveReport.manifest_digest``, ``asyncckpt show``). Nothing of another manifest is used, and there is no
+        falling back: ``DigestMismatch``. It binds the data as far as the checkpoint's own digests do: save with
+        ``digest="blake3"`` or ``"sha256"``.
 
         Raises ``StateMismatch`` listing all missing, unexpected and mismatched names, before anything is changed;
         ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointDamaged`` on bad bytes.

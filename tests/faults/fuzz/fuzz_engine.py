@@ -8,12 +8,17 @@ with another code than 0 where anything but a typed error came out, an input too
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
 import random
+import resource
+import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,43 +63,58 @@ def plain_run(parser: Any, seconds: float, runs: int, seed: int) -> dict[str, An
     return {"executions": done, "seconds": time.perf_counter() - start, "grown_mib": resident_mib("VmHWM") - before}
 
 
-def guided_run(parser: Any, seconds: float, runs: int, seed: int, corpus: str) -> None:
-    """libFuzzer ends the process itself; the line is printed before."""
+def guided_child(parser: Any, seconds: float, runs: int, seed: int, folder: str) -> None:
+    """libFuzzer, which ends the process itself. Its own tables grow; what counts is by how much one execution raises
+    the process's peak."""
     import atheris
 
+    corpus = Path(folder, "corpus")
+    corpus.mkdir()
     for number, data in enumerate(parser.seeds()):
-        Path(corpus, f"seed-{number}").write_bytes(data)
+        (corpus / f"seed-{number}").write_bytes(data)
         parser.execute(data)
-    for extra in range(200):  # whatever is allocated once is there before memory is measured
-        parser.execute(parser.mutated(parser.seeds()[0], random.Random(extra)))
-    before, start, done = resident_mib(), time.perf_counter(), 0
+    rises, worst = Path(folder, "rise"), 0.0
 
     def one(data: bytes) -> None:
-        nonlocal done
-        done += 1
+        nonlocal worst
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         parser.execute(data)
+        rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        if rise > worst:
+            worst = rise
+            rises.write_text(str(rise))
+            if rise > MEMORY_ALLOWANCE_MIB:
+                raise MemoryError(f"an input of {len(data)} bytes took {rise:.0f} MiB")
 
     def mutate(data: bytes, max_size: int, number: int) -> bytes:
         if number % 4 == 0 or not data:
             return bytes(atheris.Mutate(data, max_size))
-        return parser.mutated(bytes(data), random.Random(number), max_size)
+        return bytes(parser.mutated(bytes(data), random.Random(number), max_size))
 
-    def report() -> None:
-        spent = time.perf_counter() - start
-        line = {"parser": parser.name, "engine": "atheris", "executions": done, "seconds": round(spent, 1)}
-        line |= {"per_second": round(done / spent), "grown_mib": round(resident_mib("VmHWM") - before, 1)}
-        print(json.dumps(line), flush=True)
-
-    import atexit
-
-    atexit.register(report)
     flags = [f"-runs={runs}", f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-timeout=10", "-verbosity=0"]
-    flags += [f"-max_len={parser.max_bytes}", f"-rss_limit_mb={int(before) + MEMORY_ALLOWANCE_MIB}", "-len_control=0"]
+    flags += [f"-max_len={parser.max_bytes}", "-rss_limit_mb=4096", "-len_control=0", "-print_final_stats=1"]
     artifacts = os.environ.get("FUZZ_ARTIFACTS", tempfile.gettempdir())
     atheris.Setup(
-        [sys.argv[0], *flags, f"-artifact_prefix={artifacts}/{parser.name}-", corpus], one, custom_mutator=mutate
+        [sys.argv[0], *flags, f"-artifact_prefix={artifacts}/{parser.name}-", str(corpus)], one, custom_mutator=mutate
     )
     atheris.Fuzz()
+
+
+def guided_run(chosen: argparse.Namespace) -> None:
+    """Start the child, and say in one line what it did. Raises ``SystemExit`` with its words where it found something."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, chosen.parser, f"--child={folder}", f"--seed={chosen.seed}"]
+        command += [f"--seconds={chosen.seconds}", f"--runs={chosen.runs}"]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        spent = time.perf_counter() - start
+        if done.returncode:
+            raise SystemExit(f"{chosen.parser}: code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        executions = int(done.stderr.rpartition("stat::number_of_executed_units:")[2].split()[0])
+        rise = Path(folder, "rise")
+        grown = round(float(rise.read_text()), 1) if rise.exists() else 0.0
+    line = {"parser": chosen.parser, "engine": "atheris", "executions": executions, "seconds": round(spent, 1)}
+    print(json.dumps({**line, "grown_mib": grown, "per_second": round(executions / spent)}), flush=True)
 
 
 def main() -> None:
@@ -104,29 +124,31 @@ def main() -> None:
     options.add_argument("--runs", type=int, default=10**9)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--unguided", action="store_true")
+    options.add_argument("--child", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     sys.path.insert(0, os.path.dirname(__file__))
-    guided = not chosen.unguided
+    guided = not chosen.unguided and importlib.util.find_spec("atheris") is not None
+    if guided and not chosen.child:
+        guided_run(chosen)
+        return
     if guided:
-        try:
-            import atheris
-        except ImportError:
-            guided = False
-        else:
-            with atheris.instrument_imports(include=[*INSTRUMENTED]):
-                import fuzz_parsers
+        import atheris
+
+        with atheris.instrument_imports(include=[*INSTRUMENTED]):
+            import fuzz_parsers
     import fuzz_parsers
 
+    warnings.simplefilter("ignore")
+    logging.disable()
     parser = fuzz_parsers.PARSERS[chosen.parser]
-    if not guided:
-        found = plain_run(parser, chosen.seconds, chosen.runs, chosen.seed)
-        found["per_second"] = round(found["executions"] / found["seconds"])
-        print(json.dumps({"parser": parser.name, "engine": "mutation", **found}), flush=True)
-        if found["grown_mib"] > MEMORY_ALLOWANCE_MIB:
-            raise SystemExit(f"memory grew by {found['grown_mib']} MiB")
+    if guided:
+        guided_child(parser, chosen.seconds, chosen.runs, chosen.seed, chosen.child)
         return
-    with tempfile.TemporaryDirectory() as corpus:
-        guided_run(parser, chosen.seconds, chosen.runs, chosen.seed, corpus)
+    found = plain_run(parser, chosen.seconds, chosen.runs, chosen.seed)
+    found["per_second"] = round(found["executions"] / found["seconds"])
+    print(json.dumps({"parser": parser.name, "engine": "mutation", **found}), flush=True)
+    if found["grown_mib"] > MEMORY_ALLOWANCE_MIB:
+        raise SystemExit(f"memory grew by {found['grown_mib']} MiB")
 
 
 if __name__ == "__main__":
