@@ -87,7 +87,7 @@ def guided_child(parser: Any, seconds: float, runs: int, seed: int, folder: str)
                 raise MemoryError(f"an input of {len(data)} bytes took {rise:.0f} MiB")
 
     def mutate(data: bytes, max_size: int, number: int) -> bytes:
-        if number % 4 == 0 or not data:
+        if number % 2 == 0 or not data:
             return bytes(atheris.Mutate(data, max_size))
         return bytes(parser.mutated(bytes(data), random.Random(number), max_size))
 
