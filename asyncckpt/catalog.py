@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from asyncckpt import manifest as manifests
-from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound
+from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError
 from asyncckpt.protocols import Store
 from asyncckpt.reading import check_files
 
@@ -22,6 +22,7 @@ PINS = ".pins"
 LATEST = "latest"
 #: How often a listing is repeated while another process publishes and deletes.
 _LOOKS = 20
+_MARKER_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 
 
@@ -99,24 +100,32 @@ class Catalog:
             return set()
 
     def pin(self, step: int, *, pinned: bool = True) -> CheckpointInfo:
-        """Protect a checkpoint from retention (or stop doing so). Atomic; safe while another process prunes."""
+        """Protect a checkpoint from retention (or stop doing so). Atomic; safe while another process prunes. Raises
+        ``RunPathError`` where the pins lead out of the run directory."""
         entry = self.find(step)
         folder = os.path.join(self._path, PINS)
-        marker = os.path.join(folder, entry.name)
-        if pinned:
-            os.makedirs(folder, exist_ok=True)
-            with open(marker, "a"):
-                pass
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(marker)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+        try:  # a link somebody planted is not followed, nor is a FIFO waited for
+            inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if pinned:
+                    os.close(os.open(entry.name, _MARKER_FLAGS, 0o666, dir_fd=inside))
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(entry.name, dir_fd=inside)
+            finally:
+                os.close(inside)
+        except OSError as error:
+            raise RunPathError(f"{folder}: cannot change the pin of {entry.name} ({error}); repair the path") from error
         return replace(entry, pinned=pinned)
 
     def _look(self, name: str) -> CheckpointInfo | None:
         """What is there under this name, None where nothing is. Damage only counts in a directory that stayed: one
         that is deleted or replaced while it is read looks damaged, and is not."""
         path = os.path.join(self._path, name)
-        while True:
+        entry: CheckpointInfo | None = None
+        for _ in range(_LOOKS):
             before = _inode(path)
             entry = self._look_once(name)
             if entry is None or entry.damage is None:
@@ -125,7 +134,8 @@ class Catalog:
             if after is None:
                 return None
             if after == before:
-                return entry
+                break
+        return entry
 
     def _look_once(self, name: str) -> CheckpointInfo | None:
         path = os.path.join(self._path, name)

@@ -320,7 +320,7 @@ class Save:
         data = manifest.encode(draft, components_json=_components_json(contents, orders))
         asyncio.run(attempt.write_small({manifest.FILE_NAME: data}))
         attempt.sync_directory()
-        return replaced(draft, size_bytes=len(data))
+        return replaced(draft, size_bytes=len(data), file_digest=manifest.file_digest(data))
 
     def discard(self, timeout_seconds: float, *, keep: bool = False) -> None:
         """Remove a failed attempt, once no write of it is in the kernel; given up after ``timeout_seconds`` (hung

@@ -232,6 +232,7 @@ class Committer:
                 stall_seconds=flight.job.stall_seconds,
                 staged_seconds=flight.job.staged_seconds,
                 durable_seconds=now - save.started_seconds,
+                manifest_digest=written.file_digest,
             )
             self._events.emit(
                 Committed(

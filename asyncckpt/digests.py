@@ -70,6 +70,9 @@ _TABLE: dict[str, tuple[Callable[[], Digest], int]] = {
 }
 
 
+_CRYPTOGRAPHIC = frozenset({"blake3", "sha256"})
+
+
 def names() -> list[str]:
     """The known algorithm names."""
     return list(_TABLE)
@@ -85,6 +88,11 @@ def get(name: str) -> Digest:
     if row is None:
         raise UnknownName(f"unknown digest algorithm {name!r}; known are {', '.join(_TABLE)}")
     return row[0]()
+
+
+def is_cryptographic(name: str) -> bool:
+    """Whether nobody can make other bytes of the same digest on purpose."""
+    return name in _CRYPTOGRAPHIC
 
 
 def hex_length(name: str) -> int:

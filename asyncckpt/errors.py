@@ -20,6 +20,7 @@
     ├── CheckpointNotFound    (FileNotFoundError)  no such step, or no checkpoint at all
     ├── CheckpointDamaged     (ValueError)         bytes, sizes or structure are not what was saved
     │   ├── ManifestInvalid                        the manifest itself is damaged, hostile or malformed
+    │   ├── DigestMismatch                         it is not the checkpoint the caller expects
     │   └── NoUsableCheckpoint                     checkpoints exist and none of them verifies
     ├── VersionUnsupported    (ValueError)         written by a newer format version
     ├── StateMismatch         (KeyError)           names, shapes or dtypes differ from the live state
@@ -124,6 +125,10 @@ class ManifestInvalid(CheckpointDamaged):
     """The manifest is missing, damaged, hostile or malformed."""
 
 
+class DigestMismatch(CheckpointDamaged):
+    """The manifest is not the one whose digest the caller knows (``expect_digest``). It may be good by itself."""
+
+
 class NoUsableCheckpoint(CheckpointDamaged):
     """Checkpoints exist, and none of them verifies. Never answered by starting from scratch."""
 
@@ -136,7 +141,8 @@ class StateMismatch(AsyncCkptError, KeyError):
     """Names, shapes or dtypes in the checkpoint differ from the live state; all of them are listed together.
 
     ``missing``: in the live state, not in the checkpoint. ``unexpected``: in the checkpoint, not in the live state.
-    ``mismatched``: in both, with another shape or dtype. Nothing was changed when this is raised.
+    ``mismatched``: in both, with another shape or dtype. Nothing was changed when this is raised, but where the message
+    says so: all three are empty then, and a live object did not take the values.
     """
 
     def __init__(

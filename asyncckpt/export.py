@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from asyncckpt import plain
-from asyncckpt.errors import InvalidOption, RunPathError
+from asyncckpt.errors import CheckpointDamaged, InvalidOption, RunPathError
 from asyncckpt.protocols import Reader
 from asyncckpt.records import Manifest
 from asyncckpt.restore import load_tensors, open_manifest, read_trees
@@ -58,6 +60,11 @@ def export(
         content = _flat(manifest, components, tensors, drop_aliases=True)
         if not content:
             raise InvalidOption(f"{reader.path}: {what!r} has no tensors; export it to a .pt")
+        for name in content:
+            if name == "__metadata__" or any("\ud800" <= char <= "\udfff" for char in name):
+                raise InvalidOption(
+                    f"{reader.path}: safetensors has no room for the name {name!r:.80}; export to a .pt"
+                )
     return _write(target, content, overwrite)
 
 
@@ -100,15 +107,27 @@ def _objects(reader: Reader, manifest: Manifest, components: list[str], what: st
         return _flat(manifest, components, tensors, drop_aliases=False)
     trees = read_trees(reader, manifest)
 
+    @functools.cache
+    def exact() -> dict[str, torch.Tensor]:  # numpy has not every dtype, and its arrays are data, not weights
+        return tensors if dtype is None else _tensors(reader, manifest, components, None)
+
     def state(component: str) -> Any:
         record = manifest.components[component]
         if record.kind == "module":
             return {name: tensors[f"{component}.{name}"] for name in (*record.tensors, *record.aliases)}
 
-        def array(name: str) -> torch.Tensor:  # numpy has not every dtype, and its arrays are data, not weights
-            return load_tensors(reader, [f"{component}.{name}"])[f"{component}.{name}"]
+        def of(loaded: Callable[[], dict[str, torch.Tensor]]) -> Callable[[str], torch.Tensor]:
+            def get(name: str) -> torch.Tensor:
+                found = loaded().get(f"{component}.{name}")
+                if found is None:
+                    raise CheckpointDamaged(f"{reader.path}: state.json refers to {name!r:.80}, which is not there")
+                return found
 
-        return plain.decode(trees[component], lambda name: tensors[f"{component}.{name}"], array)
+            return get
+
+        if component not in trees:
+            raise CheckpointDamaged(f"{reader.path}: state.json lacks the component {component!r}")
+        return plain.decode(trees[component], of(lambda: tensors), of(exact))
 
     if what != "all":
         return state(components[0])

@@ -49,6 +49,8 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
     plain: dict[str, _Plain] = defaultdict(list)
     uses: dict[tuple[str, int], list[Use]] = defaultdict(list)
     decoder = _Decoder(reader, manifest)
+    layers = functools.cache(lambda file: [files[base] for base in files[file].bases])
+    numbers = functools.cache(lambda file: files[file].chunk_numbers())
     for tensor, windows in wanted:
         spans = [_span(tensor, window) for window in windows]
         if isinstance(tensor, ChunkedRecord):
@@ -63,8 +65,7 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
                     continue
                 extent = files[file].extents[number]
                 ranges[file].append((extent.offset, extent.offset + extent.nbytes))
-                record = files[file]
-                below = [files[base] for base in record.bases], record.number_of(number) if record.bases else 0
+                below = layers(file), numbers(file)[number] if files[file].bases else 0
                 uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, below, targets))
             continue
         for window, (begin, end) in zip(windows, spans, strict=True):
@@ -97,8 +98,9 @@ def _want_whole_files(manifest: Manifest, wanted: Fill, ranges: dict[str, list[t
     """Where every tensor of a shard is wanted, what is in it beside them (its header) is checked along with them."""
     all_tensors = (tensor for component in manifest.components.values() for tensor in component.tensors.values())
     there = Counter(file for tensor in all_tensors if tensor.nbytes for file in tensor.files)
-    whole = {tensor for tensor, windows in wanted if any(_span(tensor, w) == (0, tensor.nbytes) for w in windows)}
-    mine = Counter(file for tensor in whole if tensor.nbytes for file in tensor.files)
+    # by identity: hashing a record walks over all of its chunks
+    whole = {id(tensor): tensor for tensor, ws in wanted if any(_span(tensor, w) == (0, tensor.nbytes) for w in ws)}
+    mine = Counter(file for tensor in whole.values() if tensor.nbytes for file in tensor.files)
     for file, count in mine.items():
         if count == there[file]:
             ranges[file].append((0, 1 << 62))

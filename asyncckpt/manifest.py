@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NoReturn
@@ -16,7 +17,14 @@ from typing import Any, Final, NoReturn
 from asyncckpt import codecs, digests
 from asyncckpt.codecs import SPLIT_MARK
 from asyncckpt.dtypes import ITEM_BYTES
-from asyncckpt.errors import CheckpointDamaged, InvalidOption, ManifestInvalid, UnknownName, VersionUnsupported
+from asyncckpt.errors import (
+    CheckpointDamaged,
+    DigestMismatch,
+    InvalidOption,
+    ManifestInvalid,
+    UnknownName,
+    VersionUnsupported,
+)
 from asyncckpt.plain import loads
 from asyncckpt.protocols import Chunking, JsonValue, Layout, Reader
 from asyncckpt.records import (
@@ -30,6 +38,8 @@ from asyncckpt.records import (
     TensorRecord,
 )
 
+log = logging.getLogger("asyncckpt")
+
 FORMAT_NAME: Final = "asyncckpt"
 #: What this version reads; a manifest says the oldest that can read it: 1 where no tensor is chunked.
 FORMAT_VERSION: Final = 2
@@ -38,8 +48,9 @@ FILE_NAME: Final = "manifest.json"
 STATE_FILE: Final = "state.json"
 #: Room for ten million tensors; more is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
-#: A chunk is decoded into memory as a whole.
+#: A chunk is decoded into memory as a whole, and an extent is read as a whole.
 MAX_CHUNK_BYTES: Final = 1 << 30
+MAX_EXTENT_BYTES: Final = 1 << 30
 _SELF_DIGEST: Final = "xxh3-128"
 _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: Directories in a file's name.
@@ -158,7 +169,7 @@ def decode(data: bytes, where: str) -> Manifest:
         )
     digest = body.take("digest", str)
     if digest not in digests.names():
-        body.fail(f"names the unknown digest algorithm {digest!r}")
+        body.fail(f"names the unknown digest algorithm {digest!r:.80}")
     files = _files(body, digest)
     codec, codec_options = _codec(body) if version > 1 else ("none", {})
     manifest = Manifest(
@@ -179,19 +190,53 @@ def decode(data: bytes, where: str) -> Manifest:
         codec=codec,
         codec_options=codec_options,
         size_bytes=len(data),
+        file_digest=file_digest(data),
     )
     if manifest.kind not in ("full", "weights"):
-        body.fail(f"names the unknown kind {manifest.kind!r}")
+        body.fail(f"names the unknown kind {manifest.kind!r:.80}")
     return manifest
 
 
-def load(reader: Reader) -> Manifest:
-    """The manifest of an open checkpoint. Raises as ``decode`` does, and where the file is missing or no file."""
+def file_digest(data: bytes) -> str:
+    """What ``expect_digest`` is compared with: ``sha256:`` and that of the whole file. The manifest's own digest finds
+    damage; anyone can compute it for other content."""
+    return f"sha256:{digests.get('sha256')(data)}"
+
+
+def check_expected(expect_digest: str | None) -> str | None:
+    """In the one form that is compared. Raises ``InvalidOption`` for what is no SHA-256."""
+    if expect_digest is None:
+        return None
+    digits = expect_digest.lower().removeprefix("sha256:")
+    if not re.fullmatch("[0-9a-f]{64}", digits):
+        raise InvalidOption(
+            f"expect_digest={expect_digest!r:.100}: give sha256: and 64 hex digits, as `show` prints them"
+        )
+    return f"sha256:{digits}"
+
+
+def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
+    """The manifest of an open checkpoint. Raises as ``decode`` does, where the file is missing or no file, and, before
+    anything in it is looked at, ``DigestMismatch`` where it is not the one expected."""
+    expected = check_expected(expect_digest)
     try:
         data = reader.read_small(FILE_NAME, MAX_MANIFEST_BYTES)
     except CheckpointDamaged as error:
         raise ManifestInvalid(f"{error}; this directory is no complete checkpoint") from error
-    return decode(data, f"{reader.path}/{FILE_NAME}")
+    if expected is not None and file_digest(data) != expected:
+        raise DigestMismatch(
+            f"{reader.path}/{FILE_NAME}: its digest is {file_digest(data)}, and {expected} was expected: this is "
+            f"another checkpoint, or it was changed"
+        )
+    manifest = decode(data, f"{reader.path}/{FILE_NAME}")
+    if expected is not None and not digests.is_cryptographic(manifest.digest):
+        log.warning(
+            "%s: the manifest is the one expected, but its %s digests do not bind the data against forgery; save with "
+            "digest='blake3' or 'sha256'",
+            reader.path,
+            manifest.digest,
+        )
+    return manifest
 
 
 def _parse(data: bytes, where: str) -> JsonValue:
@@ -220,7 +265,7 @@ class _Body:
             self.fail(f"lacks {key!r}")
         value = self._value[key]
         if kind is float:
-            valid = type(value) in (int, float)
+            valid = _is_number(value)
         else:
             valid = isinstance(value, kind) and not (kind is int and type(value) is bool)
         if not valid:
@@ -258,7 +303,7 @@ def _codec(body: _Body) -> tuple[str, dict[str, Any]]:
         codecs.get(name, options)
     except (UnknownName, InvalidOption) as error:
         raise VersionUnsupported(
-            f"{body.where}: written with a codec this asyncckpt does not know ({error}). Upgrade: "
+            f"{body.where}: written with a codec this asyncckpt does not know ({error!s:.200}). Upgrade: "
             f"pip install -U asyncckpt"
         ) from error
     return name, options
@@ -279,6 +324,8 @@ def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
             offset, length = body.size("offset", row[0]), body.size("nbytes", row[1])
             if offset != position or (length == 0 and nbytes) or offset + length > nbytes:
                 body.fail(f"has extents of {name!r} that overlap, leave a gap or pass its end")
+            if length > MAX_EXTENT_BYTES:
+                body.fail(f"has an extent of {name!r} of {length} bytes, over the limit of {MAX_EXTENT_BYTES}")
             if not isinstance(row[2], str) or not hex_digits.match(row[2]):
                 body.fail(f"has a malformed digest of {name!r}")
             content, stored = row[3:] or ("", 0)
@@ -297,8 +344,9 @@ def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
         if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
             body.fail(f"has malformed bases of {name!r}")
         order = entry.get("order", [])
-        known = range(1, len(extents))
-        if not isinstance(order, list) or (order and sorted(order, key=repr) != sorted(known, key=repr)):
+        if not isinstance(order, list) or not all(type(number) is int for number in order):
+            body.fail(f"has a malformed order of {name!r}")
+        if order and sorted(order) != list(range(1, len(extents))):
             body.fail(f"has a malformed order of {name!r}")
         records.append(FileRecord(name, nbytes, tuple(extents), plan, tuple(bases), tuple(order)))
     _check_bases(body, records)
@@ -317,7 +365,7 @@ def _check_bases(body: _Body, records: Sequence[FileRecord]) -> None:
         for name in record.bases:
             base = files.get(name)
             if base is None:
-                body.fail(f"has a file {record.name!r} whose base {name!r} it does not list")
+                body.fail(f"has a file {record.name!r} whose base {name!r:.80} it does not list")
             if base.plan != record.plan or not record.plan or len(base.extents) != len(record.extents) or base.bases:
                 body.fail(f"has a file {record.name!r} whose base {name!r} does not fit it")
         if len(set(record.bases)) != len(record.bases):
@@ -326,18 +374,21 @@ def _check_bases(body: _Body, records: Sequence[FileRecord]) -> None:
 
 def _components(body: _Body, files: Mapping[str, FileRecord]) -> dict[str, ComponentRecord]:
     found: dict[str, ComponentRecord] = {}
+    room = {record.name: len(record.extents) for record in files.values()}
     for name, entry in body.take("components", dict).items():
         if "." in body.plain_name("component name", name):
             body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
         item = _Body(entry, body.where)
         tensors: dict[str, StoredTensor] = {}
         for tensor, row in item.take("tensors", dict).items():
-            read = _chunked if isinstance(row, dict) else _tensor
-            tensors[tensor] = read(body, tensor, row, files)
+            if isinstance(row, dict):
+                tensors[tensor] = _chunked(body, tensor, row, files, room)
+            else:
+                tensors[tensor] = _tensor(body, tensor, row, files)
         aliases = item.take("aliases", dict)
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in tensors or alias in tensors:
-                body.fail(f"has the alias {alias!r} for a tensor that is not there")
+                body.fail(f"has the alias {alias!r:.80} for a tensor that is not there")
         found[name] = ComponentRecord(item.take("kind", str), tensors, aliases)
     _check_overlaps(body, found)
     return found
@@ -367,7 +418,8 @@ def _tensor(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -
     return TensorRecord(dtype, shape, file, begin, end)
 
 
-def _chunked(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> ChunkedRecord:
+def _chunked(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> ChunkedRecord:
+    """``room``: how many extents of each file are no chunk yet. A part of thirty characters can name millions."""
     item = _Body(row, body.where)
     dtype, shape, nbytes = _dense(body, name, item.take("dtype", str), item.take("shape", list))
     chunk, run = item.whole("chunk"), item.whole("run")
@@ -375,7 +427,9 @@ def _chunked(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) 
         body.fail(f"gives tensor {name!r:.80} chunks of {chunk} bytes, over the limit of {MAX_CHUNK_BYTES}")
     if nbytes and (not chunk or not run or nbytes % run or chunk % ITEM_BYTES[dtype] or run % ITEM_BYTES[dtype]):
         body.fail(f"gives tensor {name!r:.80} chunks that do not fit its shape")
-    parts = [_part(body, name, part, files) for part in item.take("parts", list)]
+    parts = [_part(body, name, part, files, room) for part in item.take("parts", list)]
+    if len({part.file for part in parts}) != len(parts):
+        body.fail(f"has two parts of tensor {name!r:.80} in one file")
     count = nbytes // run * -(-run // chunk) if nbytes else 0
     if sum(len(part.extents) for part in parts) != count:
         body.fail(f"lacks chunks of tensor {name!r:.80}, or has more than it should")
@@ -391,7 +445,7 @@ def _chunked(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) 
     return record
 
 
-def _part(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> PartRecord:
+def _part(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> PartRecord:
     if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str) or row[0] not in files:
         body.fail(f"puts chunks of tensor {name!r:.80} into a file it does not list")
     most = len(files[row[0]].extents)
@@ -401,8 +455,11 @@ def _part(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> 
         numbers = range(first, first + min(count, most + 1))
     elif isinstance(row[1], list):
         numbers = row[1]
-    if not numbers or len(numbers) > most or not all(body.size("extent", i) < most for i in numbers):
-        body.fail(f"has chunks of tensor {name!r:.80} in extents that are not there")
+    room[row[0]] -= len(numbers)
+    if not numbers or room[row[0]] < 0 or not all(body.size("extent", i) < most for i in numbers):
+        body.fail(f"has chunks of tensor {name!r:.80} in extents that are not there, or are chunks already")
+    if files[row[0]].bases and 0 in numbers:
+        body.fail(f"has a chunk of tensor {name!r:.80} in the header of {row[0]!r}")
     return PartRecord(row[0], tuple(numbers))
 
 
@@ -443,12 +500,17 @@ def _tensor_json(tensor: StoredTensor) -> Any:
     return _chunked_row(tensor) | {"parts": [_part_row(part) for part in tensor.parts]}
 
 
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold: JSON's ints have no end."""
+    return type(value) is float or (type(value) is int and abs(value) < _LIMIT)
+
+
 def _metric_to_json(value: float) -> JsonValue:
     return value if value == value and abs(value) != float("inf") else repr(value)
 
 
 def _metric_from_json(value: Any, body: _Body) -> float:
-    if value in ("nan", "inf", "-inf") or type(value) in (int, float):
+    if value in ("nan", "inf", "-inf") or _is_number(value):
         return float(value)
     return body.fail("has a metric that is no number")
 

@@ -22,8 +22,8 @@ from asyncckpt.records import ExtentRecord, FileRecord, Manifest
 READ_THREADS = min(8, max(2, os.cpu_count() or 2))
 #: Small extents that lie side by side are read together, up to this many bytes.
 _READ_BYTES = 8 << 20
-#: An extent larger than this is refused before its buffer is allocated.
-MAX_EXTENT_BYTES = 1 << 30
+#: All readers' buffers together: with large extents, fewer threads read.
+_BUFFERS_BYTES = 1 << 30
 
 Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
 
@@ -87,18 +87,18 @@ def read_extents(
     """Read and verify extents, handing each good one to ``consume(file, extent, view)`` on a reader thread.
 
     Bytes are handed on from the very buffer that was verified. Blocks until done. With ``stop_at_damage`` the first
-    damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here.
+    damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here, and
+    ``MemoryError`` where there is none for the buffers (1 GiB in all, or the largest extent): the checkpoint may be
+    fine.
     """
     jobs = deque(_together(wanted))
     if not jobs:
         return []
-    largest = max(job.end - job.begin for job in jobs)
-    if largest > MAX_EXTENT_BYTES:
-        raise CheckpointDamaged(f"{reader.path}: an extent of {largest} bytes is over the limit")
+    largest = max(1, *(job.end - job.begin for job in jobs))
     run = _Run(reader, digests.get(algorithm), jobs, consume, stop_at_damage)
     workers = [
         threading.Thread(target=run.work, args=(largest,), name=f"asyncckpt-reader-{number}", daemon=True)
-        for number in range(min(threads, len(jobs)))
+        for number in range(max(1, min(threads, len(jobs), _BUFFERS_BYTES // largest)))
     ]
     for worker in workers:
         worker.start()
@@ -160,7 +160,11 @@ class _Run:
         self._stop_at_damage = stop_at_damage
 
     def work(self, largest: int) -> None:
-        buffer = memoryview(aligned_buffer(largest))
+        try:
+            buffer = memoryview(aligned_buffer(largest))
+        except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
+            self.error = MemoryError(f"no memory to read {largest} bytes into ({error})")
+            return
         while self.error is None and not (self.damage and self._stop_at_damage):
             try:
                 job = self._jobs.popleft()

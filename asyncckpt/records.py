@@ -72,9 +72,10 @@ class FileRecord:
         """The extent that chunk ``number`` of the file is."""
         return self.extents[self.order[number] if self.order else number + 1]
 
-    def number_of(self, extent: int) -> int:
-        """Which chunk of the file an extent is."""
-        return self.order.index(extent) if self.order else extent - 1
+    def chunk_numbers(self) -> Mapping[int, int]:
+        """Which chunk of the file each extent is."""
+        order = self.order or range(1, len(self.extents))
+        return {extent: chunk for chunk, extent in enumerate(order)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,8 @@ class ComponentRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A whole checkpoint, as recorded. ``metrics`` and ``config`` are the user's; ``environment`` is recorded."""
+    """A whole checkpoint, as recorded. ``metrics`` and ``config`` are the user's; ``environment`` is recorded.
+    ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the manifest's own file."""
 
     step: int
     name: str
@@ -161,6 +163,7 @@ class Manifest:
     codec: str = "none"
     codec_options: Mapping[str, JsonValue] = field(default_factory=dict)
     size_bytes: int = field(default=0)
+    file_digest: str = ""
 
     @property
     def nbytes(self) -> int:

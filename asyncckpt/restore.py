@@ -23,7 +23,7 @@ from asyncckpt.protocols import JsonValue, Reader
 from asyncckpt.reading import check_files, read_record, read_small_file
 from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.snapshot import check_state
-from asyncckpt.targets import Options, Plan, plan_component, qualified_records
+from asyncckpt.targets import Options, Plan, new_tensor, plan_component, qualified_records
 from asyncckpt.views import MAX_STATE_BYTES
 
 log = logging.getLogger("asyncckpt")
@@ -71,6 +71,7 @@ def restore(
     rename: Rename | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    expect_digest: str | None = None,
     stages: Stages | None = None,
 ) -> RestoreReport:
     """Restore the components in ``state`` from an open checkpoint, in place; see ``Checkpointer.restore``.
@@ -81,7 +82,7 @@ def restore(
     together = stages or Stages()
     with together.stage("look"):
         check_state(state)
-        manifest = open_manifest(reader)
+        manifest = open_manifest(reader, expect_digest)
         if "state" in manifest.components:
             raise CheckpointDamaged(f"{reader.path}: a component has a reserved name")
         trees = read_trees(reader, manifest)
@@ -126,36 +127,42 @@ def load_tensors(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    expect_digest: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """New tensors by qualified name; see ``Checkpointer.load_tensors``."""
-    manifest = open_manifest(reader)
+    manifest = open_manifest(reader, expect_digest)
     stored = dict(qualified_records(manifest.components))
     if names is None:
         chosen = stored
     else:
         chosen = {}
         for name in names:
-            found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
-            if not found and name not in manifest.components:
+            component = manifest.components.get(name)  # no dots in such a name: nothing else begins with it
+            if component is not None:
+                found = dict(qualified_records({name: component}))
+            else:
+                found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
+            if not found and component is None:
                 raise UnknownName(
                     f"{reader.path}: no tensor or component {name!r}; components are "
                     f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"
                 )
             chosen.update(found)
-    made: dict[StoredTensor, torch.Tensor] = {}
+    # by identity: tied names share the record, and hashing one walks over all of its chunks
+    made: dict[int, tuple[StoredTensor, torch.Tensor]] = {}
     for record in chosen.values():
-        if record not in made:
+        if id(record) not in made:
             saved = DTYPES[record.dtype]
             target = dtype if dtype is not None and saved.is_floating_point else saved
-            made[record] = torch.empty(record.shape, dtype=target, device=device)
-    fill(reader, manifest, [(record, [Window(tensor)]) for record, tensor in made.items()])
-    return {name: made[record] for name, record in chosen.items()}
+            made[id(record)] = record, new_tensor(record, target, device)
+    fill(reader, manifest, [(record, [Window(tensor)]) for record, tensor in made.values()])
+    return {name: made[id(record)][1] for name, record in chosen.items()}
 
 
-def open_manifest(reader: Reader) -> Manifest:
+def open_manifest(reader: Reader, expect_digest: str | None = None) -> Manifest:
     """The checkpoint's manifest, its files present and of the right size, the small ones (those without tensors)
     verified. Raises ``CheckpointDamaged``."""
-    manifest = manifests.load(reader)
+    manifest = manifests.load(reader, expect_digest)
     raise_damage(reader.path, check_files(reader, manifest))
     shards = {f for component in manifest.components.values() for t in component.tensors.values() for f in t.files}
     for record in manifest.files:

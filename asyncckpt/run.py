@@ -36,15 +36,22 @@ class Run:
         and sizes, not data."""
         return Catalog(self._store, self.path).entries()
 
-    def verify(self, step: int | None = None, *, progress: Progress | None = None) -> list[Damage]:
-        """Read every byte of a checkpoint (default: the newest) past the page cache; empty means good."""
-        catalog = Catalog(self._store, self.path)
-        return self.verify_entry(catalog.newest(None) if step is None else catalog.find(step), progress=progress)
+    def verify(
+        self, step: int | None = None, *, progress: Progress | None = None, expect_digest: str | None = None
+    ) -> list[Damage]:
+        """Read every byte of a checkpoint (default: the newest) past the page cache; empty means good.
 
-    def verify_entry(self, entry: CheckpointInfo, *, progress: Progress | None = None) -> list[Damage]:
+        ``expect_digest``: as for ``restore``; another manifest is damage."""
+        catalog = Catalog(self._store, self.path)
+        entry = catalog.newest(None) if step is None else catalog.find(step)
+        return self.verify_entry(entry, progress=progress, expect_digest=expect_digest)
+
+    def verify_entry(
+        self, entry: CheckpointInfo, *, progress: Progress | None = None, expect_digest: str | None = None
+    ) -> list[Damage]:
         """``verify`` for one row of ``ls``: a step can have a full and a weights-only checkpoint."""
         with contextlib.closing(self.open_entry(entry)) as reader:
-            damage = verify(reader, progress=progress)
+            damage = verify(reader, progress=progress, expect_digest=expect_digest)
         if entry.damage is not None and not damage:  # what only the directory's place in the run shows
             damage = [Damage("manifest.json", 0, 0, entry.damage)]
         return damage
@@ -59,6 +66,7 @@ class Run:
         rename: Rename | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        expect_digest: str | None = None,
     ) -> RestoreReport:
         """Restore the components in ``state``, in place, from checkpoint ``step`` (default: the newest that verifies).
 
@@ -67,12 +75,21 @@ class Run:
         ``rename``: maps stored names or prefixes of them to live ones, or a function (None drops a tensor).
         ``dtype``: a live floating tensor of this dtype takes any stored floating dtype. ``device``: where tensors
         that do not live yet are made (modules on the meta device are materialised there).
+        ``expect_digest``: the ``sha256:…`` of the manifest's file, known from elsewhere
+        (``SaveReport.manifest_digest``, ``asyncckpt show``). Nothing of another manifest is used, and there is no
+        falling back: ``DigestMismatch``. It binds the data as far as the checkpoint's own digests do: save with
+        ``digest="blake3"`` or ``"sha256"``.
 
         Raises ``StateMismatch`` listing all missing, unexpected and mismatched names, before anything is changed;
         ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointDamaged`` on bad bytes.
         """
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
-        if step is None:
+        if expect_digest is not None:
+            options["expect_digest"] = expect_digest
+            catalog = Catalog(self._store, self.path)
+            entry = catalog.newest() if step is None else catalog.find(step)
+            report = self._restore(entry.name, state, options)
+        elif step is None:
             report = self._restore_newest(state, options)
         else:
             with self._stages().stage("find"):
@@ -87,15 +104,17 @@ class Run:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        expect_digest: str | None = None,
     ) -> dict[str, torch.Tensor]:
         """New tensors from a checkpoint (default: the newest), by qualified name or component (None: all), verified.
 
-        Returns ``{"model.wte.weight": tensor, …}``. Raises ``UnknownName`` and ``CheckpointDamaged``.
+        Returns ``{"model.wte.weight": tensor, …}``. ``expect_digest``: as for ``restore``. Raises ``UnknownName`` and
+        ``CheckpointDamaged``.
         """
         catalog = Catalog(self._store, self.path)
         entry = catalog.newest(None) if step is None else catalog.find(step)
         with contextlib.closing(self._store.open(entry.name)) as reader:
-            return restoring.load_tensors(reader, names, device=device, dtype=dtype)
+            return restoring.load_tensors(reader, names, device=device, dtype=dtype, expect_digest=expect_digest)
 
     def open(self, step: int | None = None) -> Reader:
         """An open checkpoint (default: the newest of any kind), protected from retention until its ``close``."""

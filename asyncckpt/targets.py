@@ -18,7 +18,7 @@ from asyncckpt import plain
 from asyncckpt.copying import Window
 from asyncckpt.distributed import job_size
 from asyncckpt.dtypes import DTYPES
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.names import canonical_names, parameter_names
 from asyncckpt.protocols import JsonValue
 from asyncckpt.records import ComponentRecord, StoredTensor
@@ -37,10 +37,12 @@ class Options:
 
 @dataclass(slots=True)
 class Plan:
-    """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled."""
+    """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled. ``used``:
+    tensors that a tree refers to, each at most once."""
 
     fill: list[tuple[StoredTensor, list[Window]]] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
@@ -98,6 +100,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
     }
     extra_fill = Plan()
     extra_values = _decode(name, extras, stored, extra_fill, opts) if extras else {}
+    if not isinstance(extra_values, dict):
+        raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     by_memory = _aliases(live, fqns, dict(module.named_parameters(remove_duplicate=False)))
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
@@ -144,12 +148,19 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
     if meta:
         plan.finish.append(lambda: _materialize(module, meta))
     if later:
-        plan.finish.append(lambda: _load_into(module, later))
+        plan.finish.append(lambda: _load(name, lambda: module.load_state_dict(later, strict=False)))
     return plan
 
 
-def _load_into(module: nn.Module, values: dict[str, Any]) -> None:
-    module.load_state_dict(values, strict=False)
+def _load(name: str, load: Callable[[], object]) -> None:
+    """Hand over what is not filled in place to torch. What a forger wrote may fit the names and be nonsense."""
+    try:
+        load()
+    except Exception as error:
+        raise StateMismatch(
+            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). It may be "
+            f"partly overwritten: restore another checkpoint"
+        ) from error
 
 
 def _aliases(
@@ -203,6 +214,8 @@ def _optimizer(
     index_of = {fqn: index for index, fqn in names.items()}
     parameters = _parameters(optimizer)
     saved_groups = [_decode(name, group, stored, plan, opts) for group in group_trees]
+    if not all(_is_group(group) for group in saved_groups):
+        raise CheckpointDamaged(f"component {name!r}: a param group of it does not look like one")
     saved_names = {fqn for group in saved_groups for fqn in group["params"]}
     plan.missing += [f"{name}.{fqn}" for fqn in index_of if fqn not in saved_names]
     plan.unexpected += [f"{name}.{fqn}" for fqn in saved_names if fqn not in index_of]
@@ -236,8 +249,13 @@ def _optimizer(
         groups.append({**base, "params": indexes})
     others = {k: _decode(name, v, stored, plan, opts) for k, v in tree.items() if k not in _TORCH_KEYS}
     loaded = {**others, "state": values, "param_groups": groups}
-    plan.finish.append(lambda: optimizer.load_state_dict(loaded))
+    plan.finish.append(lambda: _load(name, lambda: optimizer.load_state_dict(loaded)))
     return plan
+
+
+def _is_group(group: Any) -> bool:
+    names = group.get("params") if type(group) is dict else None
+    return type(names) is list and all(type(name) is str for name in names)
 
 
 _TORCH_KEYS = frozenset({"state", "param_groups"})
@@ -259,7 +277,7 @@ def _state_tensors(
     """Live state tensors where they fit, new ones on the parameter's device where there are none yet."""
 
     def get(key: str) -> torch.Tensor:
-        record = _lookup(component, key, stored)
+        record = _lookup(component, key, stored, plan)
         found = live.get(key.rpartition(".")[2]) if isinstance(live, dict) else None
         usable = isinstance(found, torch.Tensor) and not mismatch(key, record, found, opts) and not found.is_meta
         if is_distributed(parameter) and record.shape == tuple(parameter.shape):
@@ -271,7 +289,7 @@ def _state_tensors(
             device = parameter.device if record.shape == tuple(parameter.shape) else torch.device("cpu")
             if device.type == "meta":
                 device = opts.device
-            found = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=device)
+            found = new_tensor(record, DTYPES[record.dtype], device)
         plan.fill.append((record, [Window(found)]))
         return found
 
@@ -290,16 +308,29 @@ def _on_host(component: str, stored: Stored, plan: Plan) -> Callable[[str], torc
 
 def _fresh(component: str, stored: Stored, plan: Plan, opts: Options) -> Callable[[str], torch.Tensor]:
     def get(key: str) -> torch.Tensor:
-        record = _lookup(component, key, stored)
-        tensor = torch.empty(record.shape, dtype=DTYPES[record.dtype], device=opts.device)
+        record = _lookup(component, key, stored, plan)
+        tensor = new_tensor(record, DTYPES[record.dtype], opts.device)
         plan.fill.append((record, [Window(tensor)]))
         return tensor
 
     return get
 
 
+def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
+    """Memory for a stored tensor. Raises ``CheckpointDamaged`` for a shape that torch cannot have, ``MemoryError``."""
+    try:
+        return torch.empty(record.shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        problem = f"a tensor of shape {list(record.shape)} and {record.nbytes} bytes cannot be made ({error})"
+        if not record.nbytes:
+            raise CheckpointDamaged(problem) from error
+        raise MemoryError(problem) from error
+
+
 def _tensor(name: str, value: torch.Tensor, stored: Stored, opts: Options) -> Plan:
-    record = _lookup(name, "value", stored)
+    record = _lookup(name, "value", stored, Plan())
     problem = mismatch(name, record, value, opts)
     if problem:
         return Plan(mismatched=[problem])
@@ -324,10 +355,13 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
     fresh = _fresh(name, stored, plan, opts)
 
     def tensors(key: str) -> torch.Tensor:
-        record = _lookup(name, key, stored)
         found = live.get(key)
+        record = stored.get(f"{name}.{key}")
+        if record is None:
+            return fresh(key)
         shard = shards.get(id(found))
         if shard is not None:
+            _lookup(name, key, stored, plan)
             shape = tuple(shard.global_shape)
             if shape != record.shape or DTYPES[record.dtype] != shard.tensor.dtype:
                 plan.mismatched.append(f"{name}.{key}: saved as {record.dtype} {list(record.shape)}, live {shard}")
@@ -336,6 +370,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
             return shard.tensor
         if found is None or mismatch(key, record, found, opts):
             return fresh(key)
+        _lookup(name, key, stored, plan)
         plan.take(record, found, f"{name}.{key}")
         return found
 
@@ -391,10 +426,13 @@ def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options)
     return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
 
 
-def _lookup(component: str, key: str, stored: Stored) -> StoredTensor:
+def _lookup(component: str, key: str, stored: Stored, plan: Plan) -> StoredTensor:
     record = stored.get(f"{component}.{key}")
     if record is None:
-        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key}, which the manifest does not list")
+        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80}, which the manifest does not list")
+    if key in plan.used:  # thirty characters that would cost the tensor's memory each time
+        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80} twice")
+    plan.used.add(key)
     return record
 
 

@@ -15,15 +15,16 @@ from asyncckpt.views import check_views
 Progress = Callable[[int, int], None]
 
 
-def verify(reader: Reader, *, progress: Progress | None = None) -> list[Damage]:
+def verify(reader: Reader, *, progress: Progress | None = None, expect_digest: str | None = None) -> list[Damage]:
     """Read every byte past the page cache and check it; empty means good.
 
     ``progress(done_bytes, total_bytes)`` is called from reader threads. Safe on a hostile directory: nothing is
-    executed, links are not followed, and memory stays within the largest extent times the reader threads. Raises
-    only ``CheckpointNotFound`` and ``VersionUnsupported``.
+    executed, links are not followed, and memory stays within 1 GiB and what the manifest's text takes. A manifest that
+    is not the one expected (``expect_digest``) is damage. Raises only ``CheckpointNotFound``, ``VersionUnsupported``,
+    ``MissingExtra`` (the digests' package), ``MemoryError``, and ``OSError`` where the directory cannot be listed.
     """
     try:
-        manifest = manifests.load(reader)
+        manifest = manifests.load(reader, expect_digest)
         damage = check_files(reader, manifest)
     except CheckpointDamaged as error:
         return [Damage(FILE_NAME, 0, 0, str(error))]

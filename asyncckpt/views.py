@@ -3,20 +3,23 @@ manifest says?"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from asyncckpt import layers, plain
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest import STATE_FILE
-from asyncckpt.protocols import Reader
+from asyncckpt.protocols import JsonValue, Reader
 from asyncckpt.reading import Damage, read_record
-from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.records import ChunkedRecord, FileRecord, Manifest, TensorRecord
 
 #: Plain values are small; a larger file is not one this library wrote.
 MAX_STATE_BYTES = 1 << 30
+#: ``zarr.json`` of one array.
+_MAX_METADATA_BYTES = 16 << 20
 #: A shard index of sixteen million chunks.
 _MAX_INDEX_BYTES = 256 << 20
 
@@ -25,12 +28,15 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
     """What differs. The files' bytes have been verified before. Blocks; reads headers and small files."""
     damage: list[Damage] = []
     files = {record.name: record for record in manifest.files}
+    headers = _headers(manifest, files)
     for record in manifest.files:
         try:
             if record.name == STATE_FILE:
                 plain.loads(read_record(reader, manifest, record, MAX_STATE_BYTES), STATE_FILE)
             elif record.name.endswith(".safetensors"):
-                problem = _safetensors_problem(reader, manifest, record)
+                # of a file of an earlier checkpoint, what is in it concerns only those that build on it
+                expected = None if layers.is_layer(record.name) else headers.get(record.name, _Header())
+                problem = _safetensors_problem(reader, record, expected)
                 damage += [Damage(record.name, 0, 0, problem)] if problem else []
         except ValueError as error:
             damage.append(Damage(record.name, 0, record.nbytes, str(error)))
@@ -43,36 +49,61 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
     return damage
 
 
-def _safetensors_problem(reader: Reader, manifest: Manifest, record: FileRecord) -> str | None:
+@dataclass(slots=True)
+class _Header:
+    """What a shard's header should say: its entries, and the frames of each tensor that is cut into chunks."""
+
+    entries: set[tuple[str, str, tuple[int, ...], int, int]] = field(default_factory=set)
+    frames: dict[str, list[int]] = field(default_factory=dict)
+
+
+def _headers(manifest: Manifest, files: Mapping[str, FileRecord]) -> dict[str, _Header]:
+    """Of every shard, in one walk over the manifest."""
+    found: defaultdict[str, _Header] = defaultdict(_Header)
+    for component in manifest.components.values():
+        for name, tensor in component.tensors.items():
+            if isinstance(tensor, TensorRecord):
+                found[tensor.file].entries.add((name, tensor.dtype, tensor.shape, tensor.begin, tensor.end))
+                continue
+            chunk = 0
+            for part in tensor.parts:
+                header = found[part.file]
+                for number in part.extents:
+                    extent = files[part.file].extents[number]
+                    entry = safetensors.entry_name(name, chunk)
+                    end = extent.offset + extent.nbytes
+                    header.entries.add((entry, "U8", (extent.nbytes,), extent.offset, end))
+                    header.frames.setdefault(name, []).append(extent.stored)
+                    chunk += 1
+    return found
+
+
+def _safetensors_problem(reader: Reader, record: FileRecord, expected: _Header | None) -> str | None:
     head = _head(reader, record)
     placements = safetensors.parse_header(head, record.nbytes, record.name)
-    if layers.is_layer(record.name):
-        return None  # a file of an earlier checkpoint: what is in it concerns only those that build on it
-    found = {(p.spec.name, p.spec.dtype, p.spec.shape, p.begin, p.end) for p in placements}
-    expected = {
-        (name, tensor.dtype, tensor.shape, tensor.begin, tensor.end)
-        for component in manifest.components.values()
-        for name, tensor in component.tensors.items()
-        if isinstance(tensor, TensorRecord) and tensor.file == record.name
-    }
-    frames: dict[str, list[int]] = {}
-    for _, name, tensor in _chunked(manifest):
-        for extent, chunk in _extents(tensor, record):
-            end = extent.offset + extent.nbytes
-            expected.add((safetensors.entry_name(name, chunk), "U8", (extent.nbytes,), extent.offset, end))
-            frames.setdefault(name, []).append(extent.stored)
-    if found != expected:
+    if expected is None:
+        return None
+    if {(p.spec.name, p.spec.dtype, p.spec.shape, p.begin, p.end) for p in placements} != expected.entries:
         return "its header lists other tensors than the manifest"
-    if frames:
-        text = json.loads(head[8:].rstrip(b" "))["__metadata__"].get("asyncckpt", "{}")
-        described = json.loads(text).get("tensors", {})
-        if {name: entry.get("frames") for name, entry in described.items()} != frames:
-            return "its header describes other chunks than the manifest"
+    if expected.frames and _described_frames(head, record.name) != expected.frames:
+        return "its header describes other chunks than the manifest"
     return None
 
 
+def _described_frames(head: bytes, what: str) -> dict[str, JsonValue] | None:
+    """``frames`` of every tensor of an encoded shard, as its header says. Raises ``CheckpointDamaged``."""
+    entries = plain.loads(head[8:].rstrip(b" "), what)
+    metadata = entries.get("__metadata__") if isinstance(entries, dict) else None
+    text = metadata.get("asyncckpt") if isinstance(metadata, dict) else None
+    how = plain.loads(text.encode("utf-8", "replace"), what) if isinstance(text, str) else None
+    tensors = how.get("tensors") if isinstance(how, dict) else None
+    if not isinstance(tensors, dict):
+        return None
+    return {name: entry.get("frames") if isinstance(entry, dict) else None for name, entry in tensors.items()}
+
+
 def _zarr_damage(
-    reader: Reader, manifest: Manifest, files: dict[str, FileRecord], name: str, tensor: ChunkedRecord
+    reader: Reader, manifest: Manifest, files: Mapping[str, FileRecord], name: str, tensor: ChunkedRecord
 ) -> Iterator[Damage]:
     folders = {file.rpartition("/")[0] for file in tensor.files}
     for folder in folders:
@@ -80,24 +111,24 @@ def _zarr_damage(
         if metadata is None:
             yield Damage(f"{folder}/{zarr.METADATA_FILE}", 0, 0, f"there is no metadata for tensor {name}")
             continue
-        described = zarr.parse_array(read_record(reader, manifest, metadata, MAX_STATE_BYTES), metadata.name)
+        described = zarr.parse_array(read_record(reader, manifest, metadata, _MAX_METADATA_BYTES), metadata.name)
         if described != (tensor.dtype, tensor.shape):
             yield Damage(metadata.name, 0, metadata.nbytes, f"it describes another array than the manifest's {name}")
     if sum(len(part.extents) for part in tensor.parts) > 1:
         for part in tensor.parts:
             record = files[part.file]
             places = [(e.offset, e.stored or e.nbytes) for e in (record.extents[i] for i in part.extents)]
-            if _index(reader, record)[: len(places)] != places:
+            if not _index_says(reader, record, places):
                 yield Damage(part.file, record.extents[-1].offset, 0, "its index lists other chunks than the manifest")
 
 
-def _index(reader: Reader, record: FileRecord) -> list[tuple[int, int] | None]:
+def _index_says(reader: Reader, record: FileRecord, places: list[tuple[int, int]]) -> bool:
     last = record.extents[-1]
     if last.nbytes > _MAX_INDEX_BYTES or last.content:
         raise CheckpointDamaged(f"{record.name}: there is no shard index where it should be")
     buffer = aligned_buffer(last.nbytes)
     reader.read_into(record.name, buffer, last.nbytes, last.offset)
-    return zarr.decode_index(bytes(buffer[: last.nbytes]), (last.nbytes - 4) // 16, record.name)
+    return zarr.index_lists(memoryview(buffer)[: last.nbytes], places, record.name)
 
 
 def _chunked(manifest: Manifest) -> Iterator[tuple[str, str, ChunkedRecord]]:
@@ -105,15 +136,6 @@ def _chunked(manifest: Manifest) -> Iterator[tuple[str, str, ChunkedRecord]]:
         for name, tensor in record.tensors.items():
             if isinstance(tensor, ChunkedRecord):
                 yield component, name, tensor
-
-
-def _extents(tensor: ChunkedRecord, record: FileRecord) -> Iterator[tuple[ExtentRecord, int]]:
-    number = 0
-    for part in tensor.parts:
-        for index in part.extents:
-            if part.file == record.name:
-                yield record.extents[index], number
-            number += 1
 
 
 def _head(reader: Reader, record: FileRecord) -> bytes:

@@ -44,7 +44,8 @@ class WriterOptions:
 class SaveReport:
     """What a durable save was. ``nbytes`` is the checkpoint's size, ``written_bytes`` what of it went to the disk: the
     rest was taken over from the checkpoint before. ``stall_seconds`` is the training thread's time inside asyncckpt;
-    ``staged_seconds`` and ``durable_seconds`` are counted from the call of ``save``."""
+    ``staged_seconds`` and ``durable_seconds`` are counted from the call of ``save``. ``manifest_digest`` is what
+    ``expect_digest`` takes: keep it elsewhere, and no other checkpoint passes for this one."""
 
     step: int
     path: str
@@ -53,6 +54,7 @@ class SaveReport:
     stall_seconds: float
     staged_seconds: float
     durable_seconds: float
+    manifest_digest: str = ""
 
 
 class PendingSave:

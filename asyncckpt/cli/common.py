@@ -119,7 +119,7 @@ def read(run: Run, step: str, use: Callable[[CheckpointInfo, Reader], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def verified(run: Run, entry: CheckpointInfo) -> list[Damage] | None:
+def verified(run: Run, entry: CheckpointInfo, expect_digest: str | None = None) -> list[Damage] | None:
     """Every byte of it, with a progress bar on stderr: its damage, or None where a live run deleted it meanwhile."""
     before = _identity(entry.path)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -127,7 +127,9 @@ def verified(run: Run, entry: CheckpointInfo) -> list[Damage] | None:
         task = progress.add_task(clean(entry.name), total=entry.nbytes or None)
         try:
             damage = run.verify_entry(
-                entry, progress=lambda done, total: progress.update(task, completed=done, total=total)
+                entry,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                expect_digest=expect_digest,
             )
         except FileNotFoundError:
             return None

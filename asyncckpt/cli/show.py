@@ -54,6 +54,7 @@ def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[s
     return as_json(entry) | {
         "attempt": manifest.attempt,
         "digest": manifest.digest,
+        "manifest_digest": manifest.file_digest,
         "world_size": manifest.world_size,
         "format": manifest.shard_format,
         "codec": manifest.codec,
@@ -69,6 +70,7 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
     pinned = ", pinned" if entry.pinned else ""
     about = f"step {manifest.step}, {manifest.kind}, {size(manifest.nbytes)}, {age(manifest.created_unix_seconds)}"
     console.print(Text.assemble((clean(entry.path), "bold"), f"  {about}{pinned}, digests {manifest.digest}"))
+    console.print(f"manifest {manifest.file_digest}")
     codec = "" if manifest.codec == "none" else f", codec {clean(manifest.codec)}"
     tensors = sum(t.nbytes for component in manifest.components.values() for t in component.tensors.values())
     bases = {name for record in manifest.files for name in record.bases}

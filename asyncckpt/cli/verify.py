@@ -24,7 +24,8 @@ from asyncckpt.cli.common import (
     size,
     verified,
 )
-from asyncckpt.errors import CheckpointNotFound
+from asyncckpt.errors import CheckpointNotFound, InvalidOption
+from asyncckpt.manifest import check_expected
 from asyncckpt.run import Run
 
 
@@ -32,6 +33,9 @@ def verify(
     run: RunArgument,
     step: StepArgument = "latest",
     every: Annotated[bool, typer.Option("--all", help="verify every checkpoint of the run")] = False,
+    expect_digest: Annotated[
+        str | None, typer.Option(metavar="SHA256", help="what `show` called the manifest when you trusted it")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Read every byte of a checkpoint past the page cache and check it. Safe on a directory you do not trust.
@@ -39,11 +43,16 @@ def verify(
     Exits with 1 where anything is damaged. 'latest' is the newest there is, damaged or not."""
     with exits():
         opened = open_run(run)
+        if every and expect_digest is not None:
+            raise InvalidOption("give a step with --expect-digest: it is the digest of one checkpoint")
+        check_expected(expect_digest)
         entries = checkpoints(opened) if every else _named(opened, step)
-        found = [(entry, damage) for entry in entries if (damage := verified(opened, entry)) is not None]
+        found = [(entry, damage) for entry in entries if (damage := verified(opened, entry, expect_digest)) is not None]
         if not found and not every:  # a live run deleted it under our hands: once more, what bears that name now
             found = [
-                (entry, damage) for entry in _named(opened, step) if (damage := verified(opened, entry)) is not None
+                (entry, damage)
+                for entry in _named(opened, step)
+                if (damage := verified(opened, entry, expect_digest)) is not None
             ]
         if not found:
             raise CheckpointNotFound(f"{run}: no checkpoint here")

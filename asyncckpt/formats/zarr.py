@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 import google_crc32c
+import numpy as np
 
 from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
@@ -134,16 +135,19 @@ def encode_index(places: Sequence[tuple[int, int]], entries: int) -> bytes:
     return body + struct.pack("<I", google_crc32c.value(body))
 
 
-def decode_index(data: bytes, entries: int, what: str) -> list[tuple[int, int] | None]:
-    """The other way. Raises ``CheckpointDamaged``."""
+def index_lists(data: memoryview, places: Sequence[tuple[int, int]], what: str) -> bool:
+    """Whether a shard index lists these chunks and no more, without making an object of each entry. Raises
+    ``CheckpointDamaged`` where it is none."""
+    entries = (len(data) - _CRC_BYTES) // 16
     if len(data) != 16 * entries + _CRC_BYTES:
-        raise CheckpointDamaged(f"{what}: a shard index of {len(data)} bytes cannot have {entries} entries")
-    body = data[:-_CRC_BYTES]
-    if struct.pack("<I", google_crc32c.value(body)) != data[-_CRC_BYTES:]:
+        raise CheckpointDamaged(f"{what}: {len(data)} bytes are no shard index")
+    found = np.frombuffer(data, np.uint8)
+    if struct.pack("<I", google_crc32c.value(found[:-_CRC_BYTES])) != bytes(data[-_CRC_BYTES:]):
         raise CheckpointDamaged(f"{what}: the shard index does not match its crc32c")
-    numbers = struct.unpack(f"<{2 * entries}Q", body)
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-    return [None if pair == (_ABSENT, _ABSENT) else pair for pair in pairs]
+    listed = found[:-_CRC_BYTES].view("<u8").reshape(entries, 2)
+    if len(places) > entries or (listed[: len(places)] != np.array(places, np.uint64).reshape(-1, 2)).any():
+        return False
+    return bool((listed[len(places) :] == _ABSENT).all())
 
 
 def node_names(names: Iterable[str]) -> dict[str, str]:

@@ -91,6 +91,7 @@ class _Decoder:
         if len(flat) % 2:
             self.fail("a key without a value")
         try:
+            self.spread(flat[::2])
             for index in range(0, len(flat), 2):
                 into[flat[index]] = flat[index + 1]
         except TypeError:
@@ -99,8 +100,14 @@ class _Decoder:
             self.fail("a key appears twice")
         return into
 
+    def spread(self, keys: list[Any]) -> None:
+        """Numbers and tuples hash the same in every process: a hundred thousand keys of one hash would take hours."""
+        if len(keys) > _MOST_OF_ONE_HASH and max(Counter(map(hash, keys)).values()) > _MOST_OF_ONE_HASH:
+            self.fail("keys that were made to collide")
+
     def unordered(self, items: list[Any], kind: type[set[Any] | frozenset[Any]]) -> Any:
         try:
+            self.spread(items)
             found = kind(items)
         except TypeError:
             self.fail("a set with an element that cannot be one")
@@ -221,6 +228,7 @@ class _Decoder:
             self.fail(f"the device {kind!r:.40} is unknown")
 
 
+_MOST_OF_ONE_HASH: Final = 1000
 _FIELDS: Final = frozenset({"$", "v"})
 _MORE_FIELDS: Final = {
     "defaultdict": _FIELDS | {"of"},

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -20,11 +21,16 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from asyncckpt.errors import LeaseLost, RunLocked, RunPathError
+from asyncckpt.plain import loads
 
 LOCK_FILE = ".asyncckpt-lease.lock"
 LEASE_FILE = ".asyncckpt-lease.json"
+_RECORD_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+#: A record takes a few hundred bytes.
+_MAX_RECORD_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +60,23 @@ class Holder:
 def read_holder(directory: str) -> Holder | None:
     """The recorded holder, or None where the file is missing or unreadable (it is a record, not the lock)."""
     try:
-        body = json.loads(Path(directory, LEASE_FILE).read_text())
+        fd = os.open(os.path.join(directory, LEASE_FILE), _RECORD_FLAGS)
+    except OSError:
+        return None
+    try:
+        # a planted FIFO or device is not read from: that could block, or never end
+        data = os.read(fd, _MAX_RECORD_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return parse_holder(data)
+
+
+def parse_holder(data: bytes) -> Holder | None:
+    """The holder that a lease file of this content records; None for anything else."""
+    try:
+        body: Any = loads(data, LEASE_FILE)
         return Holder(
             str(body["owner"]),
             str(body["host"]),
@@ -63,7 +85,7 @@ def read_holder(directory: str) -> Holder | None:
             int(body["beat"]),
             bool(body["released"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 
@@ -106,8 +128,13 @@ class Lease:
         if takeover:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:  # a link somebody planted is not followed, nor is a FIFO waited for
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise RunPathError(f"{path}: cannot open the lock file ({error}); repair the path") from error
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise RunPathError(f"{path} is no regular file; remove it, or use another directory")
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -117,7 +144,7 @@ class Lease:
             if not takeover:
                 _wait_until_dead(directory, options)
             return cls(directory, fd, options)
-        except RunLocked:
+        except (RunLocked, RunPathError):
             os.close(fd)
             raise
         except OSError as error:

@@ -70,7 +70,12 @@ class LocalReader:
             if name.startswith(".nfs"):
                 continue
             if stat.S_ISDIR(info.st_mode) and prefix.count("/") < _MAX_FOLDERS:
-                child = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+                try:
+                    child = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+                except OSError as error:
+                    if error.errno not in (errno.ELOOP, errno.ENOTDIR):  # swapped since it was looked at
+                        raise
+                    raise CheckpointDamaged(f"{self.path}/{prefix}{name} is no directory any more") from error
                 try:
                     self._list(child, f"{prefix}{name}/", sizes)
                 finally:
@@ -87,9 +92,11 @@ class LocalReader:
             if size > limit_bytes:
                 raise CheckpointDamaged(f"{self.path}/{file} has {size} bytes, more than the limit of {limit_bytes}")
             parts: list[bytes] = []
-            while part := os.read(fd, min(size + 1, 1 << 20)):
+            total = 0
+            while part := os.read(fd, max(4096, min(size + 1, 1 << 20))):
                 parts.append(part)
-                if sum(map(len, parts)) > limit_bytes:
+                total += len(part)
+                if total > limit_bytes:
                     raise CheckpointDamaged(f"{self.path}/{file} grew past {limit_bytes} bytes while it was read")
             return b"".join(parts)
         finally:
@@ -139,6 +146,9 @@ class LocalReader:
                 if folder != self._dir:
                     os.close(folder)
                 folder = inside
+            # looked at before it is opened: opening a device can do something
+            if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                raise CheckpointDamaged(f"{self.path}/{file} is no regular file")
             fd = os.open(name, flags, dir_fd=folder)
         except FileNotFoundError as error:
             raise CheckpointDamaged(f"{self.path}/{file} is missing") from error

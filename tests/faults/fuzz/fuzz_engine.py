@@ -1,0 +1,155 @@
+"""Runs one parser's fuzzer until a count or a time is reached: ``python fuzz_engine.py PARSER --runs N --seconds S``.
+
+With atheris (libFuzzer: guided by coverage of the parser's own bytecode) where it is installed, and with plain seeded
+mutation otherwise. Prints one JSON line: executions, seconds, executions a second, peak memory over the start. Exits
+with another code than 0 where anything but a typed error came out, an input took over 10 s, or memory passed the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+#: Beyond what a parser's input and output may take by themselves (``max_bytes`` and what is declared: 256 KiB here).
+MEMORY_ALLOWANCE_MIB = 64
+INSTRUMENTED = (
+    *("asyncckpt.manifest", "asyncckpt.plain", "asyncckpt.formats", "asyncckpt.views", "asyncckpt.codecs"),
+    *("asyncckpt.reading", "asyncckpt.restore", "asyncckpt.targets", "asyncckpt.filling", "asyncckpt.records"),
+    *("asyncckpt.storage.lease", "asyncckpt.layers"),
+)
+
+
+def resident_mib(key: str = "VmRSS") -> float:
+    """This process's memory, or (``VmHWM``) the most it ever was."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def plain_run(parser: Any, seconds: float, runs: int, seed: int) -> dict[str, Any]:
+    """Seeded mutation without guidance: what still finds a new outcome is kept as a seed."""
+    rng = random.Random(seed)
+    corpus = list(parser.seeds())
+    outcomes = {parser.execute(data) for data in corpus}
+    start, before = time.perf_counter(), resident_mib()
+    done = 0
+    while done < runs and time.perf_counter() - start < seconds:
+        data = parser.mutated(rng.choice(corpus), rng)
+        began = time.perf_counter()
+        try:
+            outcome = parser.execute(data)
+        except BaseException:
+            Path(f"finding-{parser.name}").write_bytes(data)
+            raise
+        if time.perf_counter() - began > 10:
+            raise TimeoutError(f"an input of {len(data)} bytes took over 10 s")
+        if outcome not in outcomes and len(corpus) < 5000:
+            outcomes.add(outcome)
+            corpus.append(data)
+        done += 1
+    return {"executions": done, "seconds": time.perf_counter() - start, "grown_mib": resident_mib("VmHWM") - before}
+
+
+def guided_child(parser: Any, seconds: float, runs: int, seed: int, folder: str) -> None:
+    """libFuzzer, which ends the process itself. Its own tables grow; what counts is by how much one execution raises
+    the process's peak."""
+    import atheris
+
+    corpus = Path(folder, "corpus")
+    corpus.mkdir()
+    for number, data in enumerate(parser.seeds()):
+        (corpus / f"seed-{number}").write_bytes(data)
+        parser.execute(data)
+    rises, worst = Path(folder, "rise"), 0.0
+
+    def one(data: bytes) -> None:
+        nonlocal worst
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        parser.execute(data)
+        rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        if rise > worst:
+            worst = rise
+            rises.write_text(str(rise))
+            if rise > MEMORY_ALLOWANCE_MIB:
+                raise MemoryError(f"an input of {len(data)} bytes took {rise:.0f} MiB")
+
+    def mutate(data: bytes, max_size: int, number: int) -> bytes:
+        if number % 2 == 0 or not data:
+            return bytes(atheris.Mutate(data, max_size))
+        return bytes(parser.mutated(bytes(data), random.Random(number), max_size))
+
+    flags = [f"-runs={runs}", f"-max_total_time={int(seconds)}", f"-seed={seed + 1}", "-timeout=10", "-verbosity=0"]
+    flags += [f"-max_len={parser.max_bytes}", "-rss_limit_mb=4096", "-len_control=0", "-print_final_stats=1"]
+    artifacts = os.environ.get("FUZZ_ARTIFACTS", tempfile.gettempdir())
+    atheris.Setup(
+        [sys.argv[0], *flags, f"-artifact_prefix={artifacts}/{parser.name}-", str(corpus)], one, custom_mutator=mutate
+    )
+    atheris.Fuzz()
+
+
+def guided_run(chosen: argparse.Namespace) -> None:
+    """Start the child; say in one line what it did. Raises ``SystemExit`` with its words where it found something."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, chosen.parser, f"--child={folder}", f"--seed={chosen.seed}"]
+        command += [f"--seconds={chosen.seconds}", f"--runs={chosen.runs}"]
+        start = time.perf_counter()
+        done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+        spent = time.perf_counter() - start
+        if done.returncode:
+            raise SystemExit(f"{chosen.parser}: code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        executions = int(done.stderr.rpartition("stat::number_of_executed_units:")[2].split()[0])
+        rise = Path(folder, "rise")
+        grown = round(float(rise.read_text()), 1) if rise.exists() else 0.0
+    line = {"parser": chosen.parser, "engine": "atheris", "executions": executions, "seconds": round(spent, 1)}
+    print(json.dumps({**line, "grown_mib": grown, "per_second": round(executions / spent)}), flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("parser")
+    options.add_argument("--seconds", type=float, default=30)
+    options.add_argument("--runs", type=int, default=10**9)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--unguided", action="store_true")
+    options.add_argument("--child", help=argparse.SUPPRESS)
+    chosen = options.parse_args()
+    sys.path.insert(0, os.path.dirname(__file__))
+    guided = not chosen.unguided and importlib.util.find_spec("atheris") is not None
+    if guided and not chosen.child:
+        guided_run(chosen)
+        return
+    if guided:
+        import atheris
+
+        with atheris.instrument_imports(include=[*INSTRUMENTED]):
+            import fuzz_parsers
+    import fuzz_parsers
+
+    warnings.simplefilter("ignore")
+    logging.disable()
+    parser = fuzz_parsers.PARSERS[chosen.parser]
+    if guided:
+        guided_child(parser, chosen.seconds, chosen.runs, chosen.seed, chosen.child)
+        return
+    found = plain_run(parser, chosen.seconds, chosen.runs, chosen.seed)
+    found["per_second"] = round(found["executions"] / found["seconds"])
+    print(json.dumps({"parser": parser.name, "engine": "mutation", **found}), flush=True)
+    if found["grown_mib"] > MEMORY_ALLOWANCE_MIB:
+        raise SystemExit(f"memory grew by {found['grown_mib']} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Manifests made to do harm, their own digest right: each is refused with a typed error, in time linear in its size."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from asyncckpt import CheckpointDamaged, manifest
+
+DIGEST = "00000000"
+#: Where quadratic work takes minutes, linear work takes a second or two.
+SECONDS = 20.0
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A small good manifest: ``f`` with ``n`` extents of four bytes, ``t`` in them."""
+    return {
+        "format": "asyncckpt",
+        "format_version": 2,
+        "step": 1,
+        "name": "s",
+        "attempt": "u",
+        "kind": "full",
+        "created_unix_seconds": 1.5,
+        "world_size": 1,
+        "shard_format": "safetensors",
+        "digest": "crc32c",
+        "layout": "",
+        "metrics": {},
+        "config": None,
+        "environment": {},
+        "codec": {"name": "zstd", "options": {}},
+        "files": [file("f", 4)],
+        "components": {"c": component()},
+        **changes,
+    }
+
+
+def file(name: str, extents: int, **more: Any) -> dict[str, Any]:
+    rows = [[4 * i, 4, DIGEST, DIGEST, 4] for i in range(extents)]
+    return {"name": name, "nbytes": 4 * extents, "extents": rows, **more}
+
+
+def component(parts: list[Any] | None = None, count: int = 4, **more: Any) -> dict[str, Any]:
+    parts = [["f", 0, count]] if parts is None else parts
+    tensor = {"dtype": "F32", "shape": [count], "chunk": 4, "run": 4 * count, "padded": False, "parts": parts}
+    return {"kind": "module", "tensors": {"t": tensor}, "aliases": {}, **more}
+
+
+def decode(content: dict[str, Any]) -> manifest.Manifest:
+    return manifest.decode(manifest.seal(json.dumps(content).encode()[:-1]), "hostile")
+
+
+def layered(order: Any, part: Any) -> dict[str, Any]:
+    files = [file("base/a/f", 4, plan="p"), file("f", 4, plan="p", bases=["base/a/f"], order=order)]
+    return body(files=files, components={"c": component([part], 3)})
+
+
+def test_the_body_these_attacks_start_from_is_good() -> None:
+    assert decode(body()).files[0].name == "f"
+    assert decode(layered([2, 1, 3], ["f", 1, 3])).files[1].order == (2, 1, 3)
+
+
+ATTACKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "a time no float can hold": lambda: body(created_unix_seconds=10**400),
+    "a metric no float can hold": lambda: body(metrics={"loss": -(10**400)}),
+    "an order of floats": lambda: layered([1.0, 2, 3], ["f", 1, 3]),
+    "an order of booleans": lambda: layered([True, 2, 3], ["f", 1, 3]),
+    "an order that is no permutation": lambda: layered([1, 1, 3], ["f", 1, 3]),
+    "a difference to a header": lambda: layered([2, 1, 3], ["f", 0, 3]),
+    "an extent of a terabyte": lambda: body(
+        files=[{"name": "f", "nbytes": 1 << 40, "extents": [[0, 1 << 40, DIGEST]]}], components={}
+    ),
+    "two parts in one file": lambda: body(components={"c": component([["f", 0, 2], ["f", [2, 3]]])}),
+    "an extent that is a chunk twice": lambda: body(components={"c": component(), "d": component()}),
+    **{
+        f"a file called {name!r:.20}": (lambda name=name: body(files=[file(name, 4)], components={}))
+        for name in (
+            *("..", ".", "", "/etc/passwd", "../x", "a/../b", "a//b", "a/b/c/d", "x\0y", "a\\b", "-rf", ".hidden"),
+            *("manifest.json", "Manifest.JSON", "manifest.json/x", "a\n", "é", "\ud800", "x" * 256, "a/", "/"),
+        )
+    },
+    "two files of one name": lambda: body(files=[file("g", 1), file("g", 1)], components={}),
+    "two files that differ in case": lambda: body(files=[file("g", 1), file("G", 1)], components={}),
+    "a file that is a directory": lambda: body(files=[file("g", 1), file("g/h", 1)], components={}),
+    "a component with a dot": lambda: body(components={"a.b": component()}),
+    "a component that climbs": lambda: body(components={"..": component()}),
+    "an unknown codec": lambda: body(codec={"name": "os.system", "options": {}}),
+    "a codec with options it lacks": lambda: body(codec={"name": "zstd", "options": {"dict_data": "x"}}),
+    "an unknown digest": lambda: body(digest="md5"),
+    "a version from the future": lambda: body(format_version=10**40),
+    "a negative shape": lambda: body(components={"c": component() | {"tensors": {"t": ["F32", [-1], "f", 0, 4]}}}),
+    "a shape that overflows": lambda: body(
+        components={"c": component() | {"tensors": {"t": ["F32", [1 << 33, 1 << 33], "f", 0, 16]}}}
+    ),
+    "tensors that overlap": lambda: body(
+        components={"c": component() | {"tensors": {"a": ["F32", [2], "f", 0, 8], "b": ["F32", [2], "f", 4, 12]}}}
+    ),
+    "a tensor past the end": lambda: body(components={"c": component() | {"tensors": {"a": ["F32", [5], "f", 0, 20]}}}),
+    "a chunk of a terabyte": lambda: body(
+        components={"c": component() | {"tensors": {"t": component()["tensors"]["t"] | {"chunk": 1 << 40}}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
+def test_a_hostile_manifest_is_refused_with_a_typed_error(attack: Callable[[], dict[str, Any]]) -> None:
+    from asyncckpt import VersionUnsupported
+
+    with pytest.raises((CheckpointDamaged, VersionUnsupported)) as refused:
+        decode(attack())
+    assert len(str(refused.value)) < 2000, "the message repeats what the attacker wrote"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"step":NaN',
+        b'{"step":Infinity',
+        b'{"step":1e999',
+        b'{"step":1,"step":1',
+        b'{"step":' + b"[" * 100_000,
+        b'{"step":' + b"9" * 1_000_000,
+        b'{"a":' * 100_000 + b"1",
+        b'{"a":"\xff"',
+        b"\xef\xbb\xbf{",
+        b"",
+    ],
+    ids=lambda text: repr(text[:12]),
+)
+def test_what_json_should_not_be_is_refused(text: bytes) -> None:
+    began = time.process_time()
+    with pytest.raises(CheckpointDamaged):
+        manifest.decode(manifest.seal(text), "hostile")
+    assert time.process_time() - began < SECONDS
+
+
+def _few_characters_for_many_extents(n: int) -> dict[str, Any]:
+    """Each part names all extents of the file in thirty characters."""
+    tensors = {f"t{i}": component([["f", 0, n]], n)["tensors"]["t"] for i in range(n // 4)}
+    return body(files=[file("f", n)], components={"c": component() | {"tensors": tensors}})
+
+
+def _layered_order(n: int) -> dict[str, Any]:
+    files = [
+        file("base/a/f", n, plan="p"),
+        file("f", n, plan="p", bases=["base/a/f"], order=[*range(n - 1, 0, -1)]),
+    ]
+    return body(files=files, components={"c": component([["f", 1, n - 1]], n - 1)})
+
+
+def _wide(n: int) -> dict[str, Any]:
+    files = [file(f"f{i}", 1) for i in range(n)]
+    tensors = {f"t{i}": ["F32", [1], f"f{i}", 0, 4] for i in range(n)}
+    aliases = {f"a{i}": "t0" for i in range(n)}
+    return body(files=files, components={"c": {"kind": "module", "tensors": tensors, "aliases": aliases}})
+
+
+@pytest.mark.parametrize("attack", [_few_characters_for_many_extents, _layered_order, _wide])
+def test_a_large_manifest_takes_time_linear_in_its_size(attack: Callable[[int], dict[str, Any]]) -> None:
+    data = manifest.seal(json.dumps(attack(20_000)).encode()[:-1])
+    began = time.process_time()
+    try:
+        found = manifest.decode(data, "hostile")
+    except CheckpointDamaged:
+        pass
+    else:
+        for record in found.files:
+            record.chunk_numbers()
+    assert time.process_time() - began < SECONDS
