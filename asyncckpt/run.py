@@ -135,7 +135,7 @@ class Run:
             except CheckpointNotFound:
                 continue  # retention took it meanwhile: a newer one is there
             except (CheckpointDamaged, OSError) as error:
-                if not os.path.lexists(entry.path):
+                if self._store.identity(entry.name) is None:
                     continue  # likewise, in the middle of reading it
                 self._damaged.add(entry.name)
                 reasons.append(f"{entry.path}: {error}")

@@ -99,6 +99,18 @@ class LocalStore:
             raise RunPathError(f"{self.path} is a file, not a run directory") from error
         return [name for name, info in entries.items() if not name.startswith(".") and stat.S_ISDIR(info.st_mode)]
 
+    def identity(self, name: str) -> int | None:
+        try:
+            return self.ops.lstat(os.path.join(self.path, name)).st_ino
+        except FileNotFoundError:
+            return None
+
+    def listing(self, name: str) -> Mapping[str, os.stat_result]:
+        try:
+            return self.ops.scan(os.path.join(self.path, name))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
     def open(self, name: str) -> Reader:
         return LocalReader(self.path, name, ops=self.ops, direct=self.direct)
 
