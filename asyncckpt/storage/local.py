@@ -129,6 +129,8 @@ class LocalStore:
         finally:
             if guard >= 0:
                 os.close(guard)
+        # a power loss could keep the deletions and forget the rename: half a checkpoint, under its own name
+        self.ops.fsync_directory(self.path)
         self.delete_tree(trash)
         return True
 
