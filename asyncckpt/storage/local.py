@@ -142,7 +142,11 @@ class LocalStore:
 
     def reclaim(self) -> list[str]:
         """Delete what dead attempts and interrupted deletions left behind; the names. Only while holding the run's
-        lease: holding it means that whoever made them is gone or cut off."""
+        lease: holding it means that whoever made them is gone or cut off.
+
+        What is visible is made durable first: the run before may have died between a rename and its sync, and from now
+        on retention counts on what it sees."""
+        self.ops.fsync_directory(self.path)
         found = {
             name: info
             for name, info in self.ops.scan(self.path).items()
