@@ -60,10 +60,8 @@ class Catalog:
             looked = {name: self._look(name) for name in names - set(known)}
             known.update((name, entry) for name, entry in looked.items() if entry is not None)
             # what vanished under our eyes was deleted because something newer is there: look for that too
-            vanished = any(
-                entry is None and not os.path.lexists(os.path.join(self._path, name)) for name, entry in looked.items()
-            )
-            hinted = not known and os.path.lexists(os.path.join(self._path, LATEST))
+            vanished = any(entry is None and self._store.identity(name) is None for name, entry in looked.items())
+            hinted = not known and self._store.identity(LATEST) is not None
             if not vanished and not hinted:
                 break
         self._known = known
@@ -94,10 +92,7 @@ class Catalog:
 
     def pins(self) -> set[str]:
         """Names of pinned checkpoints."""
-        try:
-            return set(os.listdir(os.path.join(self._path, PINS)))
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
+        return set(self._store.listing(PINS))
 
     def pin(self, step: int, *, pinned: bool = True) -> CheckpointInfo:
         """Protect a checkpoint from retention (or stop doing so). Atomic; safe while another process prunes. Raises
@@ -123,14 +118,13 @@ class Catalog:
     def _look(self, name: str) -> CheckpointInfo | None:
         """What is there under this name, None where nothing is. Damage only counts in a directory that stayed: one
         that is deleted or replaced while it is read looks damaged, and is not."""
-        path = os.path.join(self._path, name)
         entry: CheckpointInfo | None = None
         for _ in range(_LOOKS):
-            before = _inode(path)
+            before = self._store.identity(name)
             entry = self._look_once(name)
             if entry is None or entry.damage is None:
                 return entry
-            after = _inode(path)
+            after = self._store.identity(name)
             if after is None:
                 return None
             if after == before:
@@ -148,7 +142,8 @@ class Catalog:
         except (CheckpointDamaged, OSError) as error:
             return CheckpointInfo(step=step, name=name, path=path, damage=str(error)) if match else None
         try:
-            if manifests.FILE_NAME not in os.listdir(path) and not self._looks_ours(path):
+            listing = self._store.listing(name)
+            if manifests.FILE_NAME not in listing and not _looks_ours(listing):
                 return None
             manifest = manifests.load(reader)
             damage = check_files(reader, manifest)
@@ -172,19 +167,11 @@ class Catalog:
         finally:
             reader.close()
 
-    @staticmethod
-    def _looks_ours(path: str) -> bool:
-        """A directory without a manifest that holds shards or ``state.json`` was a checkpoint once."""
-        with os.scandir(path) as entries:
-            return any(
-                stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode)
-                and (entry.name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", entry.name) is not None)
-                for entry in entries
-            )
 
-
-def _inode(path: str) -> int | None:
-    try:
-        return os.lstat(path).st_ino
-    except FileNotFoundError:
-        return None
+def _looks_ours(listing: Mapping[str, os.stat_result]) -> bool:
+    """A directory without a manifest that holds shards or ``state.json`` was a checkpoint once."""
+    return any(
+        stat.S_ISREG(info.st_mode)
+        and (name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", name) is not None)
+        for name, info in listing.items()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
@@ -327,6 +328,12 @@ class Store(Protocol):
 
     def names(self) -> list[str]:
         """Candidate checkpoints' names, in no order. Temporary and trash names are not among them."""
+
+    def identity(self, name: str) -> int | None:
+        """What is there under this name, of whatever kind: another number where it was replaced; None for nothing."""
+
+    def listing(self, name: str) -> Mapping[str, os.stat_result]:
+        """A directory's entries, links not followed; empty where there is no such directory."""
 
     def open(self, name: str) -> Reader: ...
 

@@ -152,7 +152,7 @@ class Run:
         return Catalog(self._store, self.path).entries()
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
-        return not os.path.lexists(entry.path)
+        return self._store.identity(entry.name) is None
 
     def _refuse(self, entry: CheckpointInfo) -> None:
         with contextlib.closing(self._store.open(entry.name)) as reader:

@@ -26,7 +26,10 @@ from asyncckpt.cli.common import (
 )
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.manifest import check_expected
+from asyncckpt.reading import Damage
 from asyncckpt.run import Run
+
+_LOOKS = 20
 
 
 def verify(
@@ -46,14 +49,13 @@ def verify(
         if every and expect_digest is not None:
             raise InvalidOption("give a step with --expect-digest: it is the digest of one checkpoint")
         check_expected(expect_digest)
-        entries = checkpoints(opened) if every else _named(opened, step)
-        found = [(entry, damage) for entry in entries if (damage := verified(opened, entry, expect_digest)) is not None]
-        if not found and not every:  # a live run deleted it under our hands: once more, what bears that name now
-            found = [
-                (entry, damage)
-                for entry in _named(opened, step)
-                if (damage := verified(opened, entry, expect_digest)) is not None
-            ]
+        found: list[tuple[CheckpointInfo, list[Damage]]] = []
+        for _ in range(_LOOKS):  # a live run may delete all of them under our hands: once more, what is there now
+            entries = checkpoints(opened) if every else _named(opened, step)
+            checked = [(entry, verified(opened, entry, expect_digest)) for entry in entries]
+            found = [(entry, damage) for entry, damage in checked if damage is not None]
+            if found or not entries:
+                break
         if not found:
             raise CheckpointNotFound(f"{run}: no checkpoint here")
         if json:

@@ -33,6 +33,8 @@ log = logging.getLogger("asyncckpt")
 TEMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 DAMAGED_PREFIX = ".damaged-"
+#: Answers that mean "that directory is not yours to sync", of one that was there before.
+_NO_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL})
 #: Shards up to this size go through the page cache.
 _SMALL_BYTES = 256 << 10
 #: Small files written at one time: each holds a descriptor and a thread.
@@ -56,16 +58,12 @@ class LocalStore:
         """Make the run directory usable for writing. Raises ``RunPathError`` with the way out."""
         parent = os.path.dirname(os.path.abspath(self.path))
         try:
-            if create_parents:
-                os.makedirs(parent, exist_ok=True)
-            elif not os.path.isdir(parent):
+            if not create_parents and not os.path.isdir(parent):
                 raise RunPathError(
                     f"{self.path}: the parent directory {parent} does not exist. Create it, mount its file system, "
                     f"or pass create_parents=True"
                 )
-            with contextlib.suppress(FileExistsError):
-                self.ops.mkdir(self.path)
-                self.ops.fsync_directory(parent)
+            self._make_durable(os.path.abspath(self.path))
             if not os.path.isdir(self.path):
                 raise RunPathError(f"{self.path} is a file; a run needs a directory. Choose another path")
             probe = os.path.join(self.path, f"{TEMP_PREFIX}probe-{uuid.uuid4().hex}")
@@ -82,6 +80,23 @@ class LocalStore:
                 errno.ENOTDIR: "a part of the path is a file; choose another path",
             }.get(error.errno or 0, "choose another path, or repair this one")
             raise RunPathError(f"{self.path}: cannot write here ({error}): {hint}") from error
+
+    def _make_durable(self, path: str) -> None:
+        """Make a directory and the parents it lacks. The deepest that is there already is synced too: whoever made it
+        may have died before its name was durable."""
+        missing: list[str] = []
+        while not os.path.lexists(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        try:
+            self.ops.fsync_directory(os.path.dirname(path))
+        except OSError as error:
+            if error.errno not in _NO_SYNC:
+                raise
+        for made in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                self.ops.mkdir(made)
+            self.ops.fsync_directory(os.path.dirname(made))
 
     def begin(self, step: int, attempt: str, *, shared: bool = False) -> Attempt:
         path = os.path.join(self.path, f"{TEMP_PREFIX}{step:08d}-{attempt}")
@@ -108,6 +123,18 @@ class LocalStore:
             raise RunPathError(f"{self.path} is a file, not a run directory") from error
         return [name for name, info in entries.items() if not name.startswith(".") and stat.S_ISDIR(info.st_mode)]
 
+    def identity(self, name: str) -> int | None:
+        try:
+            return self.ops.lstat(os.path.join(self.path, name)).st_ino
+        except FileNotFoundError:
+            return None
+
+    def listing(self, name: str) -> Mapping[str, os.stat_result]:
+        try:
+            return self.ops.scan(os.path.join(self.path, name))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
     def open(self, name: str) -> Reader:
         return LocalReader(self.path, name, ops=self.ops, direct=self.direct)
 
@@ -126,6 +153,8 @@ class LocalStore:
         finally:
             if guard >= 0:
                 os.close(guard)
+        # a power loss could keep the deletions and forget the rename: half a checkpoint, under its own name
+        self.ops.fsync_directory(self.path)
         self.delete_tree(trash)
         return True
 

@@ -46,6 +46,29 @@ class PosixOps:
     def close(self, fd: int) -> None:
         os.close(fd)
 
+    def open_to_read(self, path: str, flags: int, folder: int | None = None) -> int:
+        """As ``open``, relative to the directory ``folder``; creates nothing."""
+        return os.open(path, flags | os.O_CLOEXEC, dir_fd=folder)
+
+    def close_read(self, fd: int) -> None:
+        """Close what ``open_to_read`` opened."""
+        os.close(fd)
+
+    def read(self, fd: int, nbytes: int) -> bytes:
+        return os.read(fd, nbytes)
+
+    def stat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
+
+    def lstat(self, path: str, folder: int | None = None) -> os.stat_result:
+        return os.stat(path, dir_fd=folder, follow_symlinks=False)
+
+    def names(self, folder: int) -> list[str]:
+        return os.listdir(folder)
+
+    def lock(self, fd: int, operation: int) -> None:
+        fcntl.flock(fd, operation)
+
     def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
         return os.pwrite(fd, data, offset)
 

@@ -16,7 +16,7 @@ from asyncckpt.protocols import ALIGNMENT_BYTES, Buffer
 from asyncckpt.storage.posix import NO_DIRECT, PosixOps
 
 MANIFEST_FILE = "manifest.json"
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 #: Directories a checkpoint's files may lie in; deeper ones are not ours.
 _MAX_FOLDERS = 2
 #: Idle files kept open.
@@ -43,14 +43,14 @@ class LocalReader:
         self._open: dict[str, _OpenFile] = {}
         self._guard = -1
         try:
-            self._dir = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self._dir = self._ops.open_to_read(self.path, _FOLDER_FLAGS)
         except FileNotFoundError as error:
             raise CheckpointNotFound(f"{self.path}: no such checkpoint") from error
         except OSError as error:
             raise CheckpointDamaged(f"{self.path} is no plain directory ({error.strerror})") from error
         with contextlib.suppress(OSError, CheckpointDamaged):  # without a manifest there is nothing to protect
             self._guard = self._open_plain(MANIFEST_FILE)
-            fcntl.flock(self._guard, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            self._ops.lock(self._guard, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def files(self) -> dict[str, int]:
         sizes: dict[str, int] = {}
@@ -60,18 +60,18 @@ class LocalReader:
     def files_nbytes(self, file: str) -> int:
         fd = self._open_plain(file)
         try:
-            return os.fstat(fd).st_size
+            return self._ops.stat(fd).st_size
         finally:
-            os.close(fd)
+            self._shut(fd)
 
     def _list(self, folder: int, prefix: str, sizes: dict[str, int]) -> None:
-        for name in os.listdir(folder):
-            info = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        for name in self._ops.names(folder):
+            info = self._ops.lstat(name, folder)
             if name.startswith(".nfs"):
                 continue
             if stat.S_ISDIR(info.st_mode) and prefix.count("/") < _MAX_FOLDERS:
                 try:
-                    child = os.open(name, _FOLDER_FLAGS, dir_fd=folder)
+                    child = self._ops.open_to_read(name, _FOLDER_FLAGS, folder)
                 except OSError as error:
                     if error.errno not in (errno.ELOOP, errno.ENOTDIR):  # swapped since it was looked at
                         raise
@@ -79,7 +79,7 @@ class LocalReader:
                 try:
                     self._list(child, f"{prefix}{name}/", sizes)
                 finally:
-                    os.close(child)
+                    self._shut(child)
                 continue
             if not stat.S_ISREG(info.st_mode):
                 raise CheckpointDamaged(f"{self.path}/{prefix}{name} is no regular file")
@@ -88,19 +88,19 @@ class LocalReader:
     def read_small(self, file: str, limit_bytes: int) -> bytes:
         fd = self._open_plain(file)
         try:
-            size = os.fstat(fd).st_size
+            size = self._ops.stat(fd).st_size
             if size > limit_bytes:
                 raise CheckpointDamaged(f"{self.path}/{file} has {size} bytes, more than the limit of {limit_bytes}")
             parts: list[bytes] = []
             total = 0
-            while part := os.read(fd, max(4096, min(size + 1, 1 << 20))):
+            while part := self._ops.read(fd, max(4096, min(size + 1, 1 << 20))):
                 parts.append(part)
                 total += len(part)
                 if total > limit_bytes:
                     raise CheckpointDamaged(f"{self.path}/{file} grew past {limit_bytes} bytes while it was read")
             return b"".join(parts)
         finally:
-            os.close(fd)
+            self._shut(fd)
 
     def read_into(self, file: str, buffer: Buffer, nbytes: int, offset: int) -> int:
         with self._data(file) as entry:
@@ -133,23 +133,28 @@ class LocalReader:
             self._open, self._guard, self._dir = {}, -1, -1
         for fd in fds:
             if fd >= 0:
-                os.close(fd)
+                self._shut(fd)
+
+    def _shut(self, fd: int) -> None:
+        """What was read has been read: an error of closing says nothing about it, and must not keep others open."""
+        with contextlib.suppress(OSError):
+            self._ops.close_read(fd)
 
     def _open_plain(self, file: str, extra_flags: int = 0) -> int:
         # O_NONBLOCK: opening a FIFO somebody planted must not hang
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | extra_flags
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | extra_flags
         *folders, name = file.split("/")
         folder = self._dir
         try:
             for part in folders:  # one by one: no link on the way is followed
-                inside = os.open(part, _FOLDER_FLAGS, dir_fd=folder)
+                inside = self._ops.open_to_read(part, _FOLDER_FLAGS, folder)
                 if folder != self._dir:
-                    os.close(folder)
+                    self._shut(folder)
                 folder = inside
             # looked at before it is opened: opening a device can do something
-            if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            if not stat.S_ISREG(self._ops.lstat(name, folder).st_mode):
                 raise CheckpointDamaged(f"{self.path}/{file} is no regular file")
-            fd = os.open(name, flags, dir_fd=folder)
+            fd = self._ops.open_to_read(name, flags, folder)
         except FileNotFoundError as error:
             raise CheckpointDamaged(f"{self.path}/{file} is missing") from error
         except OSError as error:
@@ -158,10 +163,13 @@ class LocalReader:
             raise
         finally:
             if folder != self._dir:
-                os.close(folder)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise CheckpointDamaged(f"{self.path}/{file} is no regular file")
+                self._shut(folder)
+        try:
+            if not stat.S_ISREG(self._ops.stat(fd).st_mode):
+                raise CheckpointDamaged(f"{self.path}/{file} is no regular file")
+        except BaseException:
+            self._shut(fd)
+            raise
         return fd
 
     @contextlib.contextmanager
@@ -172,7 +180,7 @@ class LocalReader:
             self._open[file] = entry
             entry.users += 1
             for name in [name for name, other in self._open.items() if not other.users][: -_MAX_OPEN or None]:
-                os.close(self._open.pop(name).fd)
+                self._shut(self._open.pop(name).fd)
         try:
             yield entry
         finally:

@@ -1,7 +1,4 @@
-"""Doubles for tests of code that saves checkpoints: devices that are slow, stuck, or fail one call of your choice.
-
-Put one into a store: ``checkpointer._store.ops = GatedOps()``, or make ``LocalStore(path, ops=…)``.
-"""
+"""Doubles that come between a store and the system: calls are counted, fail at a chosen site, or end the process."""
 
 from __future__ import annotations
 
@@ -17,118 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from asyncckpt.protocols import Buffer
 from asyncckpt.storage.posix import PosixOps
-
-
-class SlowOps(PosixOps):
-    """Every write takes ``seconds`` longer: the arena stays full while training goes on."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
-        time.sleep(self.seconds)
-        return super().pwrite(fd, data, offset)
-
-
-class GatedOps(PosixOps):
-    """Writes wait until ``gate`` is set: a save stays in flight for as long as a test needs it."""
-
-    def __init__(self, timeout_seconds: float = 30.0) -> None:
-        self.gate = threading.Event()
-        self.timeout_seconds = timeout_seconds
-
-    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
-        self.gate.wait(self.timeout_seconds)
-        return super().pwrite(fd, data, offset)
-
-
-class FaultyOps(PosixOps):
-    """Records every call as ``(name, subject)`` in ``log`` and fails one of them.
-
-    ``fail = ("fsync", 2, errno.EIO)``: the second fsync from then on raises. ``seen`` counts the calls of that name.
-    ``short_writes`` lets every write take at most 4096 bytes.
-    """
-
-    def __init__(self) -> None:
-        self.log: list[tuple[str, str]] = []
-        self.fail: tuple[str, int, int] | None = None
-        self.short_writes = False
-        self.seen = 0
-
-    def _call(self, name: str, subject: object) -> None:
-        self.log.append((name, os.path.basename(str(subject))))
-        if self.fail is not None and self.fail[0] == name:
-            self.seen += 1
-            if self.seen == self.fail[1]:
-                raise OSError(self.fail[2], os.strerror(self.fail[2]))
-
-    def open(self, path: str, flags: int, mode: int = 0o666) -> int:
-        self._call("open", path)
-        return super().open(path, flags, mode)
-
-    def close(self, fd: int) -> None:
-        super().close(fd)
-        self._call("close", fd)
-
-    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
-        self._call("pwrite", fd)
-        return super().pwrite(fd, memoryview(data)[:4096] if self.short_writes else data, offset)
-
-    def truncate(self, fd: int, nbytes: int) -> None:
-        self._call("truncate", fd)
-        super().truncate(fd, nbytes)
-
-    def fsync(self, fd: int) -> None:
-        self._call("fsync", os.readlink(f"/proc/self/fd/{fd}"))
-        super().fsync(fd)
-
-    def fsync_directory(self, path: str) -> None:
-        self._call("fsync_directory", path)
-        super().fsync_directory(path)
-
-    async def write_file(self, path: str, data: bytes) -> None:
-        self._call("write_file", path)
-        await super().write_file(path, data)
-
-    def mkdir(self, path: str) -> None:
-        self._call("mkdir", path)
-        super().mkdir(path)
-
-    def link(self, source: str, target: str) -> None:
-        self._call("link", target)
-        super().link(source, target)
-
-    def reflink(self, source: str, target: str) -> None:
-        self._call("reflink", target)
-        super().reflink(source, target)
-
-    def rename_noreplace(self, source: str, target: str) -> None:
-        self._call("rename_noreplace", target)
-        super().rename_noreplace(source, target)
-
-
-class ThrottledOps(PosixOps):
-    """A device that takes ``bytes_per_second``, all writers together: a network file system, a cheap cloud disk."""
-
-    def __init__(self, bytes_per_second: float) -> None:
-        self.bytes_per_second = bytes_per_second
-        self._lock = threading.Lock()
-        self._free_seconds = 0.0
-
-    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
-        nbytes = memoryview(data).nbytes
-        with self._lock:
-            self._free_seconds = max(self._free_seconds, time.monotonic()) + nbytes / self.bytes_per_second
-            until = self._free_seconds
-        written = super().pwrite(fd, data, offset)
-        time.sleep(max(0.0, until - time.monotonic()))
-        return written
-
 
 #: The operations of the seam, by name.
 OPERATIONS: Final = tuple(name for name in vars(PosixOps) if not name.startswith("_"))
+
+#: Those that only look.
+READING: Final = frozenset(
+    {"open_to_read", "close_read", "read", "preadv", "stat", "lstat", "names", "scan", "lock", "free_bytes"}
+)
 
 
 class InterceptedOps(PosixOps):
@@ -168,7 +62,8 @@ for _name in OPERATIONS:
 
 
 class KillingOps(InterceptedOps):
-    """The process kills itself at operation ``number`` (from 1), before it is done or right ``after`` it."""
+    """The process kills itself at operation ``number`` (from 1) of those that change something, before it is done or
+    right ``after`` it. In between there is nothing that a kill could interrupt."""
 
     def __init__(self, number: int, *, after: bool) -> None:
         self.number = number
@@ -177,12 +72,12 @@ class KillingOps(InterceptedOps):
         self._lock = threading.Lock()
 
     def before(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not self.done:
+        if not self.done and name not in READING:
             self._count()
         return args
 
     def after(self, name: str, args: tuple[Any, ...]) -> None:
-        if self.done:
+        if self.done and name not in READING:
             self._count()
 
     def _count(self) -> None:
@@ -286,13 +181,19 @@ class SiteFaultOps(InterceptedOps):
     def _subject(self, name: str, args: tuple[Any, ...]) -> str:
         subject = args[-1] if name in ("rename_noreplace", "exchange", "replace", "link", "reflink") else args[0]
         if isinstance(subject, int):
-            try:
-                subject = os.readlink(f"/proc/self/fd/{subject}").removesuffix(" (deleted)")
-            except OSError:
-                subject = ""
+            subject = _path_of(subject)
+        elif name in ("open_to_read", "lstat") and isinstance(args[-1], int):
+            subject = os.path.join(_path_of(args[-1]), subject)
         subject = os.path.relpath(subject, self.root) if subject else ""
         subject = re.sub(r"\b[0-9a-f]{8}[0-9a-f]*\b", "*", subject)
         return re.sub(r"-\*(-\*)?", "-*", subject)
+
+
+def _path_of(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").removesuffix(" (deleted)")
+    except OSError:
+        return ""
 
 
 def _do_half(name: str, args: Sequence[Any]) -> None:

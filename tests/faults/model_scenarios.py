@@ -1,0 +1,200 @@
+"""Programs whose every crash state is checked: small runs on a recording file system, and what they saved."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asyncckpt import Checkpointer, KeepLast, Run, WriterOptions
+from asyncckpt.errors import AsyncCkptError
+from asyncckpt.protocols import Reader
+from asyncckpt.restore import load_tensors, restore
+from asyncckpt.retention import Policy
+from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace
+from asyncckpt.testing.recovery import Saved
+
+RUN = "run"
+Program = Callable[["Saver"], None]
+
+
+def state_of(step: int, version: int = 0, shards: int = 2) -> dict[str, Any]:
+    """Each shard's bytes say which step and version they are of; the last one never changes. No byte of the data is
+    zero: a hole would look right."""
+    value = 1 + 7 * step + 31 * version
+    state: dict[str, Any] = {
+        f"w{n}": torch.full((1100,), value + n / 8, dtype=torch.float32) + 0.001 for n in range(shards - 1)
+    }
+    state["still"] = torch.arange(1, 1101, dtype=torch.float32) + 0.001
+    state["meta"] = {"step": step, "version": version}
+    return state
+
+
+def _bits(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+@dataclass
+class Saver:
+    """Saves steps of a run on ``ops`` and marks what is acknowledged."""
+
+    path: Path
+    ops: RecordingOps
+    options: dict[str, Any]
+    threads: int = 2
+    shards: int = 2
+    run: Checkpointer | None = None
+    versions: dict[int, int] = field(default_factory=dict)
+
+    def open(self, **options: Any) -> Checkpointer:
+        run = Checkpointer(
+            self.path,
+            **{"writer": WriterOptions(threads=self.threads, direct=False), "shard_bytes": 4096}
+            | self.options
+            | options,
+        )
+        run._store.ops = self.ops
+        self.run = run
+        return run
+
+    def save(self, step: int, *, wait: bool = True) -> None:
+        run = self.run or self.open()
+        version = self.versions[step] = self.versions.get(step, -1) + 1
+        pending = run.save(step, state_of(step, version, self.shards))
+        pending.add_done_callback(lambda done: done.failed() or self.ops.mark("acknowledged", step, version))
+        if wait:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for everything, retention included, and give the directory back."""
+        run, self.run = self.run, None
+        if run is not None:
+            run.close()
+
+    def killed(self) -> None:
+        """The process was killed: the next one opens the directory."""
+        run, self.run = self.run, None
+        if run is not None:
+            with contextlib.suppress(Exception):
+                run.close()
+        self.ops.revive()
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``steps``: what ``program`` may have saved, and how often."""
+
+    name: str
+    program: Program
+    steps: dict[int, int]
+    options: dict[str, Any] = field(default_factory=dict)
+    threads: int = 2
+    shards: int = 2
+    policies: tuple[Policy, ...] = ()
+    reflinks: bool = False
+    run: str = RUN
+
+    def play(self, root: Path, ops: RecordingOps) -> None:
+        saver = Saver(root / self.run, ops, dict(self.options), self.threads, self.shards)
+        try:
+            self.program(saver)
+        finally:
+            saver.close()
+
+    def record(self, root: Path, **settings: Any) -> RecordingOps:
+        """Run it once in a directory of its own."""
+        place = root / uuid.uuid4().hex
+        place.mkdir()
+        ops = RecordingOps(str(place), reflinks=self.reflinks)
+        for name, value in settings.items():
+            setattr(ops, name, value)
+        self.play(place, ops)
+        return ops
+
+    def recovery(self, trace: Trace, **model: Any) -> Recovery:
+        return Recovery(CrashModel(trace, **model), self.run, self.identify, self.restore, self.policies)
+
+    def identify(self, reader: Reader, step: int) -> Saved | None:
+        """Which save a checkpoint holds, bit for bit, tensors and plain values."""
+        found = {name.removesuffix(".value"): data for name, data in _bits(load_tensors(reader, None)).items()}
+        for version in range(self.steps.get(step, 0)):
+            expected = state_of(step, version, self.shards)
+            plain = {"meta": {}}
+            restore(reader, plain)
+            if plain["meta"] == expected.pop("meta") and found == _bits(expected):
+                return step, version
+        return None
+
+    def restore(self, run: Run) -> int:
+        state = state_of(-1, 0, self.shards)
+        return run.restore(state).step
+
+
+def _two_saves(saver: Saver) -> None:
+    saver.save(1)
+    saver.save(2)
+
+
+def _overwritten(saver: Saver) -> None:
+    saver.save(1)
+    saver.save(1)
+
+
+def _linked(saver: Saver) -> None:
+    """What does not change is taken over, from saves that retention takes away meanwhile; nobody waits."""
+    for step in (1, 2, 3):
+        saver.save(step, wait=step == 2)
+
+
+def _published_then_killed(saver: Saver) -> None:
+    """Killed between the rename and its sync; the next process sees the checkpoint, and prunes by it."""
+    saver.save(1)
+    saver.ops.kill_after = lambda event: event.kind == "rename" and event.target.endswith("step-00000002")
+    with contextlib.suppress(AsyncCkptError):
+        saver.save(2)
+    saver.killed()
+    saver.open(keep=KeepLast(1)).prune()
+
+
+def _made_then_killed(saver: Saver) -> None:
+    """Killed when the run directory was made and not durable; the next process finds it there."""
+    saver.ops.kill_after = lambda event: event.kind == "mkdir" and event.path.endswith(RUN)
+    with contextlib.suppress(AsyncCkptError):
+        saver.save(1)
+    saver.killed()
+    saver.save(1)
+
+
+def killed_anywhere(after: int) -> Program:
+    """Killed after so many events of a second save; the next process saves the next step, keeping one."""
+
+    def program(saver: Saver) -> None:
+        saver.save(1)
+        seen = itertools.count(1)
+        saver.ops.kill_after = lambda _event: next(seen) >= after
+        with contextlib.suppress(AsyncCkptError):
+            saver.save(2)
+        saver.killed()
+        saver.open(keep=KeepLast(1))
+        saver.save(3)
+
+    return program
+
+
+SCENARIOS = [
+    Scenario("one save", lambda saver: saver.save(1), {1: 1}),
+    Scenario("two saves, retention", _two_saves, {1: 1, 2: 1}, {"keep": KeepLast(1)}, policies=(KeepLast(1),)),
+    Scenario("a step saved again", _overwritten, {1: 2}, {"overwrite": True}),
+    Scenario("parents made", lambda saver: saver.save(1), {1: 1}, {"create_parents": True}, run="a/b/run"),
+    Scenario("links and retention", _linked, {1: 1, 2: 1, 3: 1}, {"keep": KeepLast(1)}, policies=(KeepLast(1),)),
+    Scenario("reflinks", _two_saves, {1: 1, 2: 1}, reflinks=True),
+    Scenario("killed after the rename, then pruned", _published_then_killed, {1: 1, 2: 1}),
+    Scenario("killed when the run was made", _made_then_killed, {1: 2}),
+    Scenario("zarr", _two_saves, {1: 1, 2: 1}, {"format": "zarr", "keep": KeepLast(1)}, policies=(KeepLast(1),)),
+]
