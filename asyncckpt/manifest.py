@@ -28,6 +28,8 @@ from asyncckpt.errors import (
 from asyncckpt.plain import loads
 from asyncckpt.protocols import Chunking, JsonValue, Layout, Reader
 from asyncckpt.records import (
+    BoxedRecord,
+    BoxRecord,
     ChunkedRecord,
     ComponentRecord,
     ExtentRecord,
@@ -41,8 +43,9 @@ from asyncckpt.records import (
 log = logging.getLogger("asyncckpt")
 
 FORMAT_NAME: Final = "asyncckpt"
-#: What this version reads; a manifest says the oldest that can read it: 1 where no tensor is chunked.
-FORMAT_VERSION: Final = 2
+#: What this version reads; a manifest says the oldest that can read it: 1 where every tensor is whole, 2 where some are
+#: chunked, 3 where some lie in boxes.
+FORMAT_VERSION: Final = 3
 FILE_NAME: Final = "manifest.json"
 #: The plain values of every component.
 STATE_FILE: Final = "state.json"
@@ -56,6 +59,13 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: Directories in a file's name.
 _MAX_DEPTH: Final = 3
 _LIMIT: Final = 1 << 62
+#: Pairs of boxes of one tensor that are compared: far more than a grid of a hundred thousand needs.
+_MAX_COMPARED: Final = 20_000_000
+
+
+def is_component_name(name: str) -> bool:
+    """Whether a component can have this name."""
+    return _NAME.match(name) is not None and "." not in name
 
 
 def components_of(
@@ -104,10 +114,10 @@ def _part_row(part: PartRecord) -> list[Any]:
 def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
     """The file's bytes. ``components_json`` spares re-encoding what did not change since the last save."""
     components = components_json if components_json is not None else json.dumps(_components_json(manifest.components))
-    plain = manifest.codec == "none" and '"parts":' not in components
+    plain = manifest.codec == "none" and '"parts":' not in components and '"boxes":' not in components
     body: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "format_version": 1 if plain else FORMAT_VERSION,
+        "format_version": 3 if '"boxes":' in components else 1 if plain else 2,
         "step": manifest.step,
         "name": manifest.name,
         "attempt": manifest.attempt,
@@ -381,7 +391,9 @@ def _components(body: _Body, files: Mapping[str, FileRecord]) -> dict[str, Compo
         item = _Body(entry, body.where)
         tensors: dict[str, StoredTensor] = {}
         for tensor, row in item.take("tensors", dict).items():
-            if isinstance(row, dict):
+            if isinstance(row, dict) and "boxes" in row:
+                tensors[tensor] = _boxed(body, tensor, row, files)
+            elif isinstance(row, dict):
                 tensors[tensor] = _chunked(body, tensor, row, files, room)
             else:
                 tensors[tensor] = _tensor(body, tensor, row, files)
@@ -445,6 +457,49 @@ def _chunked(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord], 
     return record
 
 
+def _boxed(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> BoxedRecord:
+    item = _Body(row, body.where)
+    dtype, shape, nbytes = _dense(body, name, item.take("dtype", str), item.take("shape", list))
+    boxes: list[BoxRecord] = []
+    for entry in item.take("boxes", list):
+        if not isinstance(entry, list) or len(entry) != 5 or not isinstance(entry[0], list):
+            body.fail(f"has a malformed box of tensor {name!r:.80}")
+        part = _tensor(body, name, [dtype, *entry[1:]], files)
+        offsets = tuple(body.size(f"offset of {name:.80}", offset) for offset in entry[0])
+        if len(offsets) != len(shape) or len(part.shape) != len(shape):
+            body.fail(f"has a box of tensor {name!r:.80} with other dimensions")
+        if any(offset + size > whole for offset, size, whole in zip(offsets, part.shape, shape, strict=True)):
+            body.fail(f"has a box of tensor {name!r:.80} outside of it")
+        boxes.append(BoxRecord(offsets, part.shape, part.file, part.begin, part.end))
+    if sum(box.end - box.begin for box in boxes) != nbytes or not _apart(boxes):
+        body.fail(f"has boxes of tensor {name!r:.80} that leave gaps, overlap, or are too many")
+    return BoxedRecord(dtype, shape, nbytes, tuple(boxes))
+
+
+def _apart(boxes: Sequence[BoxRecord]) -> bool:
+    """Whether no two share an element: a sweep along the dimension in which they begin at the most places."""
+    solid = [box for box in boxes if box.begin < box.end]
+    if len(solid) < 2:
+        return True
+    if not solid[0].shape:
+        return False
+    along = max(range(len(solid[0].shape)), key=lambda i: len({box.offsets[i] for box in solid}))
+    compared = 0
+    open_boxes: list[BoxRecord] = []
+    for box in sorted(solid, key=lambda box: box.offsets[along]):
+        begin = box.offsets[along]
+        open_boxes = [other for other in open_boxes if other.offsets[along] + other.shape[along] > begin]
+        compared += len(open_boxes)
+        if compared > _MAX_COMPARED:
+            return False
+        for other in open_boxes:
+            ranges = zip(box.offsets, box.shape, other.offsets, other.shape, strict=True)
+            if all(a < c + d and c < a + b for a, b, c, d in ranges):
+                return False
+        open_boxes.append(box)
+    return True
+
+
 def _part(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> PartRecord:
     if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str) or row[0] not in files:
         body.fail(f"puts chunks of tensor {name!r:.80} into a file it does not list")
@@ -473,8 +528,10 @@ def _check_overlaps(body: _Body, components: Mapping[str, ComponentRecord]) -> N
                 if len(set(mine)) != len(mine) or not taken.isdisjoint(mine):
                     body.fail("has an extent that is two chunks")
                 taken.update(mine)
-            elif tensor.nbytes:
-                ranges.setdefault(tensor.file, []).append((tensor.begin, tensor.end))
+                continue
+            for place in tensor.boxes if isinstance(tensor, BoxedRecord) else (tensor,):
+                if place.begin < place.end:
+                    ranges.setdefault(place.file, []).append((place.begin, place.end))
     if not ranges.keys().isdisjoint(file for file, _ in taken):
         body.fail("has a file with whole tensors and with chunks")
     for file, spans in ranges.items():
@@ -497,6 +554,9 @@ def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
 def _tensor_json(tensor: StoredTensor) -> Any:
     if isinstance(tensor, TensorRecord):
         return [tensor.dtype, list(tensor.shape), tensor.file, tensor.begin, tensor.end]
+    if isinstance(tensor, BoxedRecord):
+        rows = [[list(box.offsets), list(box.shape), box.file, box.begin, box.end] for box in tensor.boxes]
+        return {"dtype": tensor.dtype, "shape": list(tensor.shape), "boxes": rows}
     return _chunked_row(tensor) | {"parts": [_part_row(part) for part in tensor.parts]}
 
 
