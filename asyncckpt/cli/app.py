@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from asyncckpt.cli.common import EXIT_CODES
+from asyncckpt.cli.convert import convert
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
 from asyncckpt.cli.export import export
@@ -38,5 +39,5 @@ def _root(
 ) -> None: ...
 
 
-for _verb in (ls, show, verify, diff, prune, pin, unpin, export, demo):
+for _verb in (ls, show, verify, diff, prune, pin, unpin, export, convert, demo):
     app.command(epilog=EXIT_CODES)(_verb)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,22 +23,18 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from asyncckpt import digests, environment, plain
-from asyncckpt import manifest as manifests
+from asyncckpt import digests, plain
 from asyncckpt.codecs import get as get_codec
 from asyncckpt.dtypes import CODES
-from asyncckpt.errors import InvalidOption, SaveFailed, StepExists, UnsupportedValue
+from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
-from asyncckpt.integrations.dcp.names import Path, components_of, encode_value, place_of
-from asyncckpt.integrations.dcp.sides import Live, Stager
+from asyncckpt.integrations.dcp.names import Path, encode_value, place_of
+from asyncckpt.integrations.dcp.sides import THREADS, Live, Stager
 from asyncckpt.naming import DEFAULT
 from asyncckpt.protocols import Attempt, LayoutOptions, Piece, TensorSpec
-from asyncckpt.records import BoxedRecord, BoxRecord, FileRecord, Manifest, StoredTensor
-from asyncckpt.storage.lease import Lease
+from asyncckpt.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
 from asyncckpt.storage.local import LocalStore
 
-#: Enough to keep one device busy while others copy and hash.
-_THREADS = min(4, max(2, os.cpu_count() or 2))
 _NUMBER = re.compile(r"\d+")
 
 
@@ -67,7 +60,7 @@ class Writer(StorageWriter):
         overwrite: bool = False,
         digest: str = "xxh3-128",
         metrics: Mapping[str, float] | None = None,
-        threads: int = _THREADS,
+        threads: int = THREADS,
     ) -> None:
         digests.get(digest)
         if type(threads) is not int or threads < 1:
@@ -132,7 +125,7 @@ class Writer(StorageWriter):
         if attempt is None:
             raise SaveFailed("the coordinator has begun no save")
         try:
-            self._publish(attempt, metadata, results)
+            self._publish(metadata, results)
         except BaseException:
             attempt.discard()
             raise
@@ -172,13 +165,7 @@ class Writer(StorageWriter):
 
     def close(self) -> None:
         """Give memory and the run directory back; a save that failed elsewhere is removed. Idempotent."""
-        if self._live.attempt is not None:
-            self._live.attempt.discard()
-        self._live.end()
-        if self._live.stager is not None:
-            self._live.stager.close()
-            self._live.stager = None
-        self._live.buffers.clear()
+        self._live.close()
 
     # -- one save ----------------------------------------------------------------------------------------------------
 
@@ -199,21 +186,7 @@ class Writer(StorageWriter):
         return run, name or DEFAULT.format(step=step), step
 
     def _begin(self, run: str, name: str, step: int) -> None:
-        live = self._live
-        if live.attempt is not None:  # of a save that failed on another rank
-            live.attempt.discard()
-            live.end()
-        store = LocalStore(run)
-        store.prepare(create_parents=True)
-        if os.path.lexists(os.path.join(run, name)) and not self._overwrite:
-            raise StepExists(f"{run}/{name} already exists; save another step, or pass overwrite=True")
-        live.lease = Lease.acquire(run)
-        try:
-            store.reclaim()
-            live.attempt = store.begin(step, uuid.uuid4().hex)
-        except BaseException:
-            live.end()
-            raise
+        self._live.begin(run, name, step, overwrite=self._overwrite)
 
     def _write(self, attempt: Attempt, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
         values = [item for item in items if item.type == WriteItemType.BYTE_IO]
@@ -251,7 +224,7 @@ class Writer(StorageWriter):
             )
         return WriteResult(item.index, 0, {"value": encode_value(lookup(item.index), fqn)})
 
-    def _publish(self, attempt: Attempt, metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> None:
+    def _publish(self, metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> None:
         _, name, step = self._place()
         paths = {fqn: tuple(path) for fqn, path in (metadata.planner_data or {}).items()}
         files: list[FileRecord] = []
@@ -267,35 +240,18 @@ class Writer(StorageWriter):
                 told[one.index.fqn] = stored
                 boxes.setdefault(one.index.fqn, []).append(BoxRecord(*stored["box"]))
         records: dict[str, StoredTensor] = {fqn: _record(told[fqn], found) for fqn, found in boxes.items()}
-        components, trees = components_of(records, paths, values)
-        digest = digests.get(self._digest)
-        small = {manifests.STATE_FILE: plain.dumps(trees)}
-        asyncio.run(attempt.write_small(small))
-        attempt.sync_directory()
-        data = manifests.encode(
-            Manifest(
-                step=step,
-                name=name,
-                attempt=attempt.uuid,
-                kind="full",
-                created_unix_seconds=time.time(),
-                world_size=len(results),
-                shard_format="safetensors",
-                digest=self._digest,
-                layout="ranks",
-                metrics=self._metrics,
-                config=None,
-                environment=environment.record(),
-                files=(*files, *(manifests.whole_file(file, body, digest) for file, body in small.items())),
-                components=components,
-            )
+        self._live.publish(
+            name,
+            step,
+            files,
+            records,
+            paths,
+            values,
+            digest=self._digest,
+            metrics=self._metrics,
+            world_size=len(results),
+            overwrite=self._overwrite,
         )
-        manifests.decode(data, f"{attempt.path}/{manifests.FILE_NAME}")  # never publish what no reader takes
-        asyncio.run(attempt.write_small({manifests.FILE_NAME: data}))
-        attempt.sync_directory()
-        if self._live.lease is not None:
-            self._live.lease.check()
-        attempt.publish(name, replace=self._overwrite)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_live": None}
