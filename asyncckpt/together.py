@@ -27,13 +27,15 @@ _GRACE_SECONDS = 15.0
 class Party:
     """One save among the ranks. ``number`` counts the calls of ``save``, alike on every rank. ``own``: component → the
     name this rank's own is stored under; ``leads``: the shared ones whose plain values this rank sends. ``replicas``:
-    digests of the tensors that are to be equal on every rank, where that is checked."""
+    digests of the tensors that are to be equal on every rank, where that is checked. ``planned``: all ranks planned
+    this save together, so that one which asked for a plan is no reason to give up."""
 
     ranks: Ranks
     number: int
     own: Mapping[str, str]
     leads: frozenset[str]
     replicas: Mapping[str, str] = field(default_factory=dict)
+    planned: bool = False
 
     @property
     def reports(self) -> str:
@@ -144,7 +146,7 @@ class LeadSave(Save):
             party.ranks.options.timeout_seconds,
             f"report its part of step {self.step}",
             lambda _rank, body: body["error"] is not None or self._odd(body) is not None,
-            lambda rank: party.ranks.there(party.replan(rank)),
+            lambda rank: not party.planned and party.ranks.there(party.replan(rank)),
         )
         mine = _report(self, party, self.shards.records())
         self._check([mine, *bodies[1:]])
