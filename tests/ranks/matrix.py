@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import asyncckpt
 from ranks.harness import Me
 from ranks.states import build
-
-import asyncckpt
 
 #: ``format/codec``.
 FORMATS = ("safetensors/none", "zarr/none", "safetensors/planes", "zarr/planes")

@@ -17,7 +17,7 @@ PARALLELISMS = ("ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp", "pp", "shards")
 
 
 class Net(nn.Module):
-    """Parts of all sizes: rows that no number of ranks divides, fewer rows than ranks, one element, none at all, and two
+    """Parts of all sizes: rows that no number of ranks divides, fewer rows than ranks, one element, none at all, and
     tensors that are large enough to be divided among those that hold copies."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""World size × parallelism × format, as text. Filled by the tests, printed at the end of the run."""
+"""World size, parallelism, format, as text. Filled by the tests, printed at the end of the run."""
 
 from __future__ import annotations
 

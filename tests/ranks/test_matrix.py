@@ -1,21 +1,20 @@
-"""World size × parallelism × format: whoever writes a state, the data files are the same, byte for byte."""
+"""World size, parallelism, format: whoever writes a state, the data files are the same, byte for byte."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+
+import asyncckpt
 from ranks.harness import Crews, Me
 from ranks.matrix import FORMATS, SIZES, TIMEOUT, save_in_each
 from ranks.states import PARALLELISMS, Net, build, possible
 from ranks.table import TABLE
-from safetensors import safe_open
-
-import asyncckpt
 
 #: Cells that say no, and have to: what nobody can write, or gather, alone.
 REFUSED = {("pp", "safetensors/planes"), *(("shards", one) for one in FORMATS if one != "safetensors/none")}
@@ -105,9 +104,9 @@ def _save(me: Me, path: str, way: str) -> None:
 
 
 @pytest.fixture
-def of_fsdp(crews: Crews, tmp_path: Path) -> Iterator[Path]:
+def of_fsdp(crews: Crews, tmp_path: Path) -> Path:
     crews(2).values(_save, str(tmp_path / "run"), "fsdp2")
-    yield tmp_path / "run" / "step-00000001"
+    return tmp_path / "run" / "step-00000001"
 
 
 def test_safetensors_of_an_fsdp2_run_open_as_they_are(of_fsdp: Path) -> None:
