@@ -80,7 +80,7 @@ def _there_and_back(crews: Crews, path: str, case: tuple[int, str, int, str], op
     saved_by, way, restored_by, other = case
     crews(saved_by).values(_save, path, way, options)
     wrong = crews(restored_by).values(_restore, path, other, options, saved_by)
-    assert not any(wrong), f"{saved_by} × {way} → {restored_by} × {other}: {wrong}"
+    assert not any(wrong), f"{saved_by} ranks ({way}) to {restored_by} ({other}): {wrong}"
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=lambda case: f"{case[0]}-{case[1]}-to-{case[2]}-{case[3]}")
@@ -108,7 +108,7 @@ def test_from_anywhere_to_anywhere(form: str, crews: Crews, tmp_path: Path) -> N
         if not Path(path).exists():
             crews(saved_by).values(_save, path, way, options)
         wrong = crews(restored_by).values(_restore, path, other, options, saved_by)
-        assert not any(wrong), f"{saved_by} × {way} → {restored_by} × {other}: {wrong}"
+        assert not any(wrong), f"{saved_by} ranks ({way}) to {restored_by} ({other}): {wrong}"
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------
