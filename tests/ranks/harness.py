@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,8 @@ class Me:
             return
         if fault.error is not None:
             raise fault.error
-        os.kill(os.getpid(), signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
+        # to this very thread, so that it does not come past this line first
+        signal.pthread_kill(threading.get_ident(), signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
 
 
 @dataclass(frozen=True)
