@@ -20,6 +20,8 @@ TIMEOUT_SECONDS = 2.0
 GRACE_SECONDS = 1.0
 #: The most that a rank may take to learn that another is lost: rank 0's patience, then the grace; and scheduling.
 BOUND_SECONDS = 2 * TIMEOUT_SECONDS + GRACE_SECONDS + 8.0
+#: No ``save`` or ``step`` may keep training for longer. They take milliseconds; the documented limits are far above.
+CALL_SECONDS = 2.0
 
 
 class PointOps(PosixOps):

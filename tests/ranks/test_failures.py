@@ -15,11 +15,7 @@ import torch.distributed as dist
 
 from asyncckpt import NotEnoughSpace, SaveFailed
 from ranks.harness import Crew, Crews, Fault, Me, Outcome
-from ranks.points import BOUND_SECONDS, Clock, checkpointer, is_whole, state_of
-
-#: No ``save`` or ``step`` may keep training for longer: it was measured at milliseconds, with eight processes on two
-#: cores; the documented limits are far above.
-CALL_SECONDS = 2.0
+from ranks.points import BOUND_SECONDS, CALL_SECONDS, Clock, checkpointer, is_whole, state_of
 
 
 def _doomed(me: Me, path: str, options: dict[str, Any]) -> dict[str, Any]:
