@@ -183,9 +183,10 @@ class Crew:
     # -- processes ---------------------------------------------------------------------------------------------------
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        """SIGKILL, SIGSTOP or SIGCONT for one rank."""
+        """SIGKILL, SIGSTOP or SIGCONT for one rank, where it lives."""
         self.usable = False
-        os.kill(self._processes[rank].pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._processes[rank].pid, number)
 
     def wait_stopped(self, rank: int, timeout: float = 30.0) -> None:
         """Block until a rank that stops itself has."""
