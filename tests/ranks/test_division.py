@@ -131,7 +131,7 @@ def _model(tensors: int) -> list[TensorSpec]:
 
 def test_ten_thousand_tensors_of_1024_ranks_are_planned_in_seconds_once_and_in_milliseconds_then() -> None:
     """No processes: what one rank of 1,024 computes for FSDP, and what it looks up at the saves that follow. The bounds
-    are an order of magnitude above what was measured (0.3 s and 0.3 s; 4 ms)."""
+    are an order of magnitude above what was measured: 0.6 s, 25 MB, 3 ms."""
     specs = _model(10_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.perf_counter()
@@ -144,7 +144,7 @@ def test_ten_thousand_tensors_of_1024_ranks_are_planned_in_seconds_once_and_in_m
     share = sum(extent.nbytes for extent in division.layout.extents()) / plan.nbytes
     assert 0.5 / 1024 < share < 1.5 / 1024
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    assert grown < 1 << 30, f"{grown >> 20} MB for one plan"
+    assert grown < 256 << 20, f"{grown >> 20} MB for one plan"
     # a save's plan is looked up by this key, which is built and compared on the training thread
     from asyncckpt.protocols import ComponentSnapshot, Piece
 
@@ -153,7 +153,7 @@ def test_ten_thousand_tensors_of_1024_ranks_are_planned_in_seconds_once_and_in_m
     kept = {planning._key([component]): plan}
     began = time.perf_counter()
     assert kept[planning._key([component])] is plan
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 0.1
 
 
 def test_a_tables_digest_is_what_travels_where_all_ranks_hold_alike() -> None:
