@@ -55,18 +55,14 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
     return [p.to_local() if hasattr(p, "to_local") else p for p in state["model"].parameters()]
 
 
-#: Who saves, who restores: every pair of world sizes, every kind of mesh on either side.
+#: Who saves, who restores: every kind of mesh on either side. All pairs are slow: see below.
 SAMPLE = [
     (1, "ddp", 4, "fsdp2+tp"),
-    (1, "ddp", 2, "tp"),
     (2, "tp", 1, "ddp"),
-    (2, "fsdp2", 3, "fsdp2"),
     (2, "fsdp2", 4, "hsdp"),
     (3, "fsdp2", 2, "ddp"),
     (3, "pp", 4, "fsdp2"),
     (4, "fsdp2+tp", 3, "pp"),
-    (4, "hsdp", 2, "fsdp2"),
-    (4, "fsdp2", 1, "ddp"),
     (2, "shards", 3, "shards"),
     (4, "shards", 1, "shards"),
 ]
@@ -157,7 +153,7 @@ def _read_wide(me: Me, path: str, way: str) -> tuple[int, int]:
     return max(report.nbytes, sum(counted)), needed_bytes(state)
 
 
-@pytest.mark.parametrize(("saved_by", "restored_by"), [(1, 4), (2, 3), (3, 2), (3, 4), (4, 1)])
+@pytest.mark.parametrize(("saved_by", "restored_by"), [(1, 4), (2, 3), (4, 2)])
 def test_a_rank_reads_little_more_than_its_part(saved_by: int, restored_by: int, crews: Crews, tmp_path: Path) -> None:
     crews(saved_by).values(_save_wide, str(tmp_path / "run"), "fsdp2")
     found = crews(restored_by).values(_read_wide, str(tmp_path / "run"), "fsdp2")
