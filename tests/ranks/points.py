@@ -75,10 +75,11 @@ def checkpointer(me: Me, path: str, **options: Any) -> tuple[asyncckpt.Checkpoin
 
 
 def state_of(step: int) -> dict[str, Any]:
-    """Says in every byte which step it is of. Large enough to be divided among ranks."""
+    """Says in every byte which step it is of. Large enough to be divided among ranks; a tensor for each of three."""
     return {
         "w": torch.full((1 << 20,), float(step)),
         "b": torch.full((17,), step),
+        "c": torch.full((23,), step),
         "meta": {"step": step},
     }
 
@@ -97,6 +98,7 @@ def is_whole(path: str, *, lowest: int = 0) -> int:
         assert state["meta"] == {"step": newest}
         assert bool((state["w"] == newest).all())
         assert bool((state["b"] == newest).all())
+        assert bool((state["c"] == newest).all())
     return newest
 
 

@@ -56,6 +56,9 @@ def _struck(fault: Fault, crews: Crews, path: Path, **options: Any) -> list[Outc
     crews.leave_room(3)
     with Crew(3) as crew:
         outcomes = crew.run(_doomed, str(path), options, fault=fault, timeout=90)
+        if fault.how == "stop":
+            crew.wait_stopped(fault.rank)
+    assert fault.how != "kill" or outcomes[fault.rank].gone, "it was not struck at all"
     survivors = [one for one in outcomes if fault.error is not None or one.rank != fault.rank]
     for one in survivors:
         assert one.ok, f"rank {one.rank}: {one.trace or 'no answer'}"
