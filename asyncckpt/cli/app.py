@@ -9,6 +9,7 @@ import typer
 from asyncckpt.cli.common import EXIT_CODES
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
+from asyncckpt.cli.doctor import doctor
 from asyncckpt.cli.export import export
 from asyncckpt.cli.ls import ls
 from asyncckpt.cli.pin import pin, unpin
@@ -38,5 +39,5 @@ def _root(
 ) -> None: ...
 
 
-for _verb in (ls, show, verify, diff, prune, pin, unpin, export, demo):
+for _verb in (ls, show, verify, diff, prune, pin, unpin, export, doctor, demo):
     app.command(epilog=EXIT_CODES)(_verb)
