@@ -429,7 +429,8 @@ class Checkpointer(Session):
         if self._job is None:
             return Save
         replicas = self._job.replica_digests(planned.components) if self._check_replicas else {}
-        party = Party(self._job.ranks, number, planned.own, planned.leads, replicas)
+        anew = self._job.replanned(number)
+        party = Party(self._job.ranks, number, planned.own, planned.leads, replicas, anew)
         return functools.partial(LeadSave if self._job.leads else PartSave, party=party)
 
     def _grow_arena(self, planned: Planned) -> None:

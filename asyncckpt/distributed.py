@@ -6,14 +6,17 @@ state a save costs each rank one message (its report) and one reading (the outco
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Final
 
 import torch
@@ -31,7 +34,8 @@ _MAX_MESSAGE_BYTES: Final = 1 << 30
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankOptions:
     """``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
-    ``resume`` fails). Ranks on a busy file system may lie far apart."""
+    ``resume`` fails); also how long any call waits for the job's store where that does not answer. Ranks on a busy file
+    system may lie far apart."""
 
     timeout_seconds: float = 300.0
 
@@ -149,11 +153,9 @@ class Ranks:
     def forget(self, *keys: str) -> None:
         """Take messages out of the store. Never raises."""
         store = self._connection()
-        for key in keys:
-            try:
+        with contextlib.suppress(RankLost):
+            for key in keys:
                 store.delete_key(key)
-            except (RuntimeError, torch.distributed.DistError):
-                return
 
     def agree(self, what: str, body: Any, *, key: str | None = None, unless: str | None = None) -> list[Any]:
         """Everyone's ``body``, by rank, on every rank; blocks until all have called. Raises ``RankLost``.
@@ -183,21 +185,73 @@ class Ranks:
             self.forget(f"{what}/{number - 1}/all")
         return bodies
 
-    def _connection(self) -> Any:
+    def _connection(self) -> _Connection:
         """A store blocks everyone on its connection while one waits: each thread has its own."""
-        store = getattr(self._local, "store", None)
+        store: _Connection | None = getattr(self._local, "store", None)
         if store is None:
-            store = self._store.clone() if hasattr(self._store, "clone") else self._store
-            store.set_timeout(timedelta(seconds=max(30.0, self.options.timeout_seconds)))
-            self._local.store = store
+            store = self._local.store = _Connection(self._store, self.options.timeout_seconds)
         return store
 
 
-def _checked(store: Any, keys: Sequence[str], whose: str) -> bool:
+class _Connection:
+    """A connection to the job's store, of which every call ends: one whose process was stopped, or whose host is gone,
+    never answers, and torch waits for it whatever timeout it was given. Calls run on a thread of their own, which is
+    given up with the connection. All of them raise ``RankLost`` where the store does not answer or is gone."""
+
+    def __init__(self, store: Any, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None] = queue.SimpleQueue()
+        self._lost = False
+        threading.Thread(target=_serve, args=(store, self._calls), name="asyncckpt-store", daemon=True).start()
+        weakref.finalize(self, self._calls.put, None)
+
+    def set(self, key: str, value: bytes) -> None:
+        self._call("set", key, value)
+
+    def get(self, key: str) -> bytes:
+        return bytes(self._call("get", key))
+
+    def check(self, keys: Sequence[str]) -> bool:
+        return bool(self._call("check", list(keys)))
+
+    def delete_key(self, key: str) -> None:
+        self._call("delete_key", key)
+
+    def _call(self, name: str, *args: Any) -> Any:
+        future: Future[Any] = Future()
+        if not self._lost:
+            self._calls.put((name, args, future))
+            wait([future], self._timeout_seconds)
+        if not future.done():
+            self._lost = True
+            raise RankLost(
+                f"the job's store did not answer within {self._timeout_seconds:.0f} s: the process that runs it was "
+                f"stopped, or its host is gone"
+            )
+        try:
+            return future.result()
+        except (RuntimeError, torch.distributed.DistError) as error:
+            raise RankLost(f"the job's store is gone, and with it the process that ran it ({error})") from error
+
+
+def _serve(store: Any, calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None]) -> None:
+    own: Any = None
+    while (call := calls.get()) is not None:
+        name, args, future = call
+        try:
+            if own is None:
+                own = store.clone() if hasattr(store, "clone") else store
+            future.set_result(getattr(own, name)(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        del call, args, future
+
+
+def _checked(store: _Connection, keys: Sequence[str], whose: str) -> bool:
     try:
-        return bool(store.check(keys))
-    except (RuntimeError, torch.distributed.DistError) as error:
-        raise RankLost(f"{whose}: the job's store is gone, and with it the process that ran it ({error})") from error
+        return store.check(keys)
+    except RankLost as error:
+        raise RankLost(f"{whose}: {error}") from error
 
 
 def _names(ranks: Collection[int]) -> str:

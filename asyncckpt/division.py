@@ -180,7 +180,7 @@ def _extents(
             end = min(high, (begin // extent_bytes + 1) * extent_bytes)
             lead = begin % ALIGNMENT_BYTES
             segments: list[Segment] = []
-            cuts: list[int] = []
+            cuts: set[int] = set()
             at = bisect.bisect_right(ends, begin)
             while at < len(lying) and lying[at].placement.begin < end:
                 place, holding = lying[at].placement, lying[at].holding
@@ -188,7 +188,7 @@ def _extents(
                 source = start - place.begin - holding.begin
                 segments.append(Segment(holding.local, source, lead + start - begin, stop - start))
                 offsets = (place.begin + cut for cut in parts.cuts(place.spec))
-                cuts += [offset - begin for offset in offsets if begin < offset < end]
+                cuts.update(offset - begin for offset in offsets if begin < offset < end)
                 at += 1
             yield Extent(
                 number, begin, end - begin, header[begin:end], tuple(segments), lead=lead, cuts=tuple(sorted(cuts))

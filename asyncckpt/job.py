@@ -53,6 +53,7 @@ class Job:
         self.planner = planner
         self._session = ""
         self._number = -1
+        self._replanned = -1
         self._announced: dict[str, int] = {}
         self._announcements: dict[str, int] = {}
 
@@ -125,7 +126,12 @@ class Job:
         party = Party(self.ranks, number, {}, frozenset())
         if not self.leads:
             self.ranks.post(party.replan(self.ranks.rank), True)
+        self._replanned = number
         return party.outcome
+
+    def replanned(self, number: int) -> bool:
+        """Whether this rank asked the others for a new plan of that save, and so, once it has one, all did."""
+        return self._replanned == number
 
     def any_rank(self, what: str, here: bool) -> bool:
         """Whether it is so on some rank. Blocks for two messages."""

@@ -6,6 +6,7 @@ where they are not (pipeline stages, experts), each distinct one does, and every
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -153,22 +154,18 @@ class JobPlanner:
             self._options,
         )
         numbers: dict[tuple[str, str], int] = {}
-        rows_here: dict[tuple[str, str], Rows] = {}
         begins: dict[tuple[str, str], int] = {}
         for component in shared:
             for piece in component.pieces:
                 key = component.name, piece.spec.name
                 numbers[key], begins[key] = len(numbers), piece.begin
-                if piece.rows is not None:
-                    rows_here[key] = piece.rows
         holdings: list[Holding] = []
         local: list[int] = []
         for name, merged in components.items():
             for entry in merged.entries:
                 full = name, entry.spec.name
                 local.append(numbers.get(full, -1))
-                rows = rows_here.get(full, entry.rows)  # equal ones, but shared between tensors
-                holdings.append(Holding(rows, local[-1], begins.get(full, 0)))
+                holdings.append(Holding(entry.rows, local[-1], begins.get(full, 0)))
         division = divide(layout, holdings, self._ranks.rank, self._options.extent_bytes)
         whole = [
             (local[number], self._ranks.rank in division.whole[number])
@@ -237,6 +234,7 @@ def _merge(
     wholes: dict[str, dict[str, list[int]]] = {}  # tensors that are held whole → by which ranks
     spans: dict[str, dict[str, dict[tuple[int, int], list[int]]]] = {}
     specs: dict[str, dict[str, tuple[TensorSpec, Rows | None, int]]] = {}
+    united = functools.cache(_united)
     for (name, digest), ranks in leaders.items():
         kind = digests[ranks[0]][name][0]
         if kinds.setdefault(name, kind) != kind:
@@ -246,13 +244,16 @@ def _merge(
         known = specs.setdefault(name, {})
         for tensor, dtype, shape, nbytes, frozen, number, span in table["tensors"]:
             spec = TensorSpec(tensor, dtype, tuple(shape), nbytes, frozen)
-            before = known.setdefault(tensor, (spec, rows[number] if number >= 0 else None, ranks[0]))
+            here = rows[number] if number >= 0 else None
+            before = known.setdefault(tensor, (spec, here, ranks[0]))
             if before[0] != spec or (before[1] is None) != (number < 0):
                 raise RanksDisagree(
                     f"tensor {name}.{tensor} is {dtype} {shape} on rank {ranks[0]} and {before[0].dtype} "
                     f"{list(before[0].shape)} on rank {before[2]}, or split on one of them alone. Ranks must hold "
                     f"parts or copies of one tensor, or give it different names"
                 )
+            if here is not None and before[1] is not None and before[1] is not here:
+                known[tensor] = spec, united(before[1], here), before[2]
             if span is not None:
                 spans.setdefault(name, {}).setdefault(tensor, {}).setdefault(tuple(span), []).extend(ranks)
             elif number < 0:
@@ -271,6 +272,15 @@ def _merge(
             entries.append(_Entry(spec, held))
         found[name] = _Component(kinds[name], tuple(entries))
     return found
+
+
+def _united(first: Rows, second: Rows) -> Rows:
+    """What two groups of ranks hold, each of the whole tensor (fully_shard on one dimension of a mesh, say). Where they
+    have cut it differently, the first group's parts are written."""
+    if first.bounds != second.bounds or first.holders == second.holders:
+        return first
+    pairs = zip(first.holders, second.holders, strict=True)
+    return Rows(first.bounds, tuple(tuple(sorted({*one, *other})) for one, other in pairs))
 
 
 def _from_spans(where: str, count: int, spans: Mapping[tuple[int, int], Sequence[int]]) -> Rows:

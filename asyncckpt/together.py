@@ -27,13 +27,15 @@ _GRACE_SECONDS = 15.0
 class Party:
     """One save among the ranks. ``number`` counts the calls of ``save``, alike on every rank. ``own``: component → the
     name this rank's own is stored under; ``leads``: the shared ones whose plain values this rank sends. ``replicas``:
-    digests of the tensors that are to be equal on every rank, where that is checked."""
+    digests of the tensors that are to be equal on every rank, where that is checked. ``planned``: all ranks planned
+    this save together, so that one which asked for a plan is no reason to give up."""
 
     ranks: Ranks
     number: int
     own: Mapping[str, str]
     leads: frozenset[str]
     replicas: Mapping[str, str] = field(default_factory=dict)
+    planned: bool = False
 
     @property
     def reports(self) -> str:
@@ -67,7 +69,18 @@ class PartSave(Save):
         except BaseException as error:
             if not self._reported:
                 _try_post(self._party, f"{self._party.reports}/{self._party.ranks.rank}", {"error": told(error)})
+                if isinstance(error.__cause__, FileNotFoundError) and (reason := self._reason()) is not None:
+                    raise reason from error
             raise
+
+    def _reason(self) -> AsyncCkptError | None:
+        """Why rank 0 gave this save up, where it has: the attempt's directory is gone then."""
+        ranks, key = self._party.ranks, self._party.outcome
+        try:
+            outcome = ranks.read(key, 10.0, "rank 0") if ranks.there(key) else {}
+        except (RuntimeError, AsyncCkptError):
+            return None
+        return retold(outcome["error"]) if outcome.get("error") else None
 
     def _meanwhile(self, attempt: Attempt) -> dict[str, bytes]:
         names = set(self._party.own.values())
@@ -107,6 +120,7 @@ class LeadSave(Save):
     def __init__(self, contents: Contents, party: Party, **options: Any) -> None:
         super().__init__(contents, **options)
         self._party = party
+        self._told = False
 
     def written_bytes(self, written: Manifest) -> int:
         return self.shards.written_bytes
@@ -118,12 +132,23 @@ class LeadSave(Save):
         try:
             written = super().commit(check_lease, timeout_seconds, read_back)
         except BaseException as error:
-            _try_post(party, party.outcome, {"error": told(error)})
+            self._tell(error)
             raise
         _try_post(party, party.outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
         if party.number > 1:  # everyone who reported for this one has read that one
             party.ranks.forget(replace(party, number=party.number - 2).outcome)
         return written
+
+    def discard(self, timeout_seconds: float, *, keep: bool = False) -> None:
+        # the others are told why before their files are gone
+        if self.error is not None:
+            self._tell(self._typed(self.error))
+        super().discard(timeout_seconds, keep=keep)
+
+    def _tell(self, error: BaseException) -> None:
+        if not self._told:
+            self._told = True
+            _try_post(self._party, self._party.outcome, {"error": told(error)})
 
     def _needed_bytes(self) -> int:
         return max(super()._needed_bytes(), self.contents.layout.nbytes)
@@ -144,7 +169,7 @@ class LeadSave(Save):
             party.ranks.options.timeout_seconds,
             f"report its part of step {self.step}",
             lambda _rank, body: body["error"] is not None or self._odd(body) is not None,
-            lambda rank: party.ranks.there(party.replan(rank)),
+            lambda rank: not party.planned and party.ranks.there(party.replan(rank)),
         )
         mine = _report(self, party, self.shards.records())
         self._check([mine, *bodies[1:]])

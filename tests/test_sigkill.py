@@ -45,7 +45,7 @@ def _trainer(path: Path, acknowledged: int, first: int, deferred: bool, kind: di
                 pending.result()
 
 
-def _kill_once(path: Path, first: int, rng: random.Random) -> int:
+def _kill_once(path: Path, first: int, rng: random.Random, longest: float = 0.12) -> int:
     """Fork a trainer, kill it at a random moment; the newest acknowledged step (or ``first - 1``)."""
     read_end, write_end = os.pipe()
     deferred = rng.random() < 0.5
@@ -59,7 +59,7 @@ def _kill_once(path: Path, first: int, rng: random.Random) -> int:
         finally:
             os._exit(3)
     os.close(write_end)
-    time.sleep(rng.uniform(0.0, 0.12))
+    time.sleep(rng.uniform(0.0, longest))
     os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status), "the trainer failed by itself"
@@ -88,11 +88,13 @@ def _check(path: Path, newest_acknowledged: int) -> int:
 
 def _kills(path: Path, count: int) -> tuple[int, int]:
     rng = random.Random(2026)
-    step, in_flight = 0, 0
+    step, in_flight, longest = 0, 0, 0.12
     with Checkpointer(path.with_name("warm"), format="zarr") as run:
         run.save(1, _state(1)).result()  # zarr takes longer to import than a child lives
     for _ in range(count):
-        acknowledged = _kill_once(path, step + 1, rng)
+        acknowledged = _kill_once(path, step + 1, rng, longest)
+        # a busy machine needs longer lives to save anything in them
+        longest = min(2.0, longest * 1.2) if acknowledged <= step else max(0.12, longest * 0.8)
         in_flight += any(name.startswith(".tmp-0") for name in os.listdir(path)) if path.exists() else 0
         step = _check(path, max(acknowledged, step))
     return step, in_flight

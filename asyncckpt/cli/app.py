@@ -10,6 +10,7 @@ from asyncckpt.cli.common import EXIT_CODES
 from asyncckpt.cli.convert import convert
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
+from asyncckpt.cli.doctor import doctor
 from asyncckpt.cli.export import export
 from asyncckpt.cli.ls import ls
 from asyncckpt.cli.pin import pin, unpin
@@ -39,5 +40,5 @@ def _root(
 ) -> None: ...
 
 
-for _verb in (ls, show, verify, diff, prune, pin, unpin, export, convert, demo):
+for _verb in (ls, show, verify, diff, prune, pin, unpin, export, convert, doctor, demo):
     app.command(epilog=EXIT_CODES)(_verb)

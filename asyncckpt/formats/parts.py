@@ -14,7 +14,8 @@ MIN_CUT_BYTES = 1 << 20
 
 
 def cuts(spec: TensorSpec) -> tuple[int, ...]:
-    """Byte offsets inside the tensor, ascending, its ends left out. Pure."""
+    """Byte offsets in the tensor, ascending, both its ends among them: whoever needs its first rows needs nothing of
+    what lies before it. Empty for a tensor that is read whole. Pure."""
     if spec.nbytes < MIN_CUT_BYTES or not spec.shape or spec.shape[0] < 2:
         return ()
     return _cuts(spec.shape[0], spec.nbytes // spec.shape[0])
@@ -25,4 +26,4 @@ def _cuts(rows: int, row_bytes: int) -> tuple[int, ...]:
     found: set[int] = set()
     for readers in READERS:
         found.update(range(0, rows, -(-rows // readers)))
-    return tuple(row * row_bytes for row in sorted(found - {0}))
+    return tuple(row * row_bytes for row in sorted(found | {rows}))

@@ -151,7 +151,7 @@ def _plain(
             position = stop
         for cut in parts.cuts(placement.spec):
             extent, within = divmod(placement.begin + cut, size)
-            if within:
+            if within and placement.begin + cut < nbytes and within not in cuts[extent][-1:]:
                 cuts[extent].append(within)
     extents = tuple(
         Extent(

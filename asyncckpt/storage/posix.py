@@ -110,7 +110,7 @@ class PosixOps:
         Where the file system has no such rename, an exclusive lock on the parent and a check stand in: safe against
         every writer that uses this library, and the run's lease admits only one.
         """
-        code = _renameat2(source, target, _RENAME_NOREPLACE)
+        code = self.try_rename_noreplace(source, target)
         if code == 0:
             return
         if code not in _NO_FLAGS:
@@ -123,6 +123,10 @@ class PosixOps:
             os.rename(source, target)
         finally:
             os.close(parent)
+
+    def try_rename_noreplace(self, source: str, target: str) -> int:
+        """The kernel's answer alone, with nothing standing in: 0, or the errno."""
+        return _renameat2(source, target, _RENAME_NOREPLACE)
 
     def exchange(self, first: str, second: str) -> None:
         """Swap two names atomically: at no moment is either missing. Raises ``OSError`` where unsupported."""

@@ -171,9 +171,9 @@ class _Promises:
         return cls(acknowledged, retired)
 
 
-def check_trace(recovery: Recovery, *, most: int | None = None, keep_violations: int = 20) -> Outcome:
-    """Walk every crash state of the model's trace and recover from each; it ends after the cut in which ``most`` trees
-    were reached."""
+def check_trace(recovery: Recovery, *, most_violations: int = 20) -> Outcome:
+    """Walk every crash state of the model's trace and recover from each. It ends early where ``most_violations``
+    different promises were broken."""
     outcome, model = Outcome(), recovery.model
     promises = _Promises.of(model.trace)
     marks = sum(1 << number for number in (*promises.acknowledged, *promises.retired))
@@ -186,11 +186,12 @@ def check_trace(recovery: Recovery, *, most: int | None = None, keep_violations:
             outcome.walked += 1
             key = decided, tree
             if key not in judged:
-                judged[key] = _judge(recovery.of(tree), promises, decided)
-            problem = judged[key]
-            if problem is not None and problem not in outcome.violations and len(outcome.violations) < keep_violations:
-                outcome.violations.append(problem)
-        if most is not None and outcome.walked >= most:
+                problem = judged[key] = _judge(recovery.of(tree), promises, decided)
+                if problem is not None and problem not in outcome.violations:
+                    outcome.violations.append(problem)
+            if len(outcome.violations) >= most_violations:
+                break
+        if len(outcome.violations) >= most_violations:
             break
     outcome.trees = recovery.trees
     outcome.sampled = model.sampled

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from asyncckpt import Checkpointer, KeepLast, Run, WriterOptions
@@ -17,8 +18,10 @@ from asyncckpt.errors import AsyncCkptError
 from asyncckpt.protocols import Reader
 from asyncckpt.restore import load_tensors, restore
 from asyncckpt.retention import Policy
-from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace
+from asyncckpt.storage import local
+from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace, permitted
 from asyncckpt.testing.recovery import Saved
+from asyncckpt.writer import PendingSave, SaveReport
 
 RUN = "run"
 Program = Callable[["Saver"], None]
@@ -55,9 +58,7 @@ class Saver:
     def open(self, **options: Any) -> Checkpointer:
         run = Checkpointer(
             self.path,
-            **{"writer": WriterOptions(threads=self.threads, direct=False), "shard_bytes": 4096}
-            | self.options
-            | options,
+            **{"writer": WriterOptions(threads=self.threads), "shard_bytes": 4096} | self.options | options,
         )
         run._store.ops = self.ops
         self.run = run
@@ -67,7 +68,6 @@ class Saver:
         run = self.run or self.open()
         version = self.versions[step] = self.versions.get(step, -1) + 1
         pending = run.save(step, state_of(step, version, self.shards))
-        pending.add_done_callback(lambda done: done.failed() or self.ops.mark("acknowledged", step, version))
         if wait:
             pending.result()
 
@@ -86,6 +86,18 @@ class Saver:
         self.ops.revive()
 
 
+def _marking(
+    saver: Saver, resolve: Callable[[PendingSave, SaveReport], None]
+) -> Callable[[PendingSave, SaveReport], None]:
+    """Acknowledging, noted at the very moment."""
+
+    def marked(self: PendingSave, report: SaveReport) -> None:
+        saver.ops.mark("acknowledged", self.step, saver.versions[self.step])
+        resolve(self, report)
+
+    return marked
+
+
 @dataclass(frozen=True)
 class Scenario:
     """``steps``: what ``program`` may have saved, and how often."""
@@ -99,13 +111,18 @@ class Scenario:
     policies: tuple[Policy, ...] = ()
     reflinks: bool = False
     run: str = RUN
+    small_bytes: int | None = None
 
     def play(self, root: Path, ops: RecordingOps) -> None:
-        saver = Saver(root / self.run, ops, dict(self.options), self.threads, self.shards)
-        try:
-            self.program(saver)
-        finally:
-            saver.close()
+        with pytest.MonkeyPatch.context() as patch:
+            if self.small_bytes is not None:  # shards larger than this are reserved, written in parts and cut to size
+                patch.setattr(local, "_SMALL_BYTES", self.small_bytes)
+            saver = Saver(root / self.run, ops, dict(self.options), self.threads, self.shards)
+            patch.setattr(PendingSave, "resolve", _marking(saver, PendingSave.resolve))
+            try:
+                self.program(saver)
+            finally:
+                saver.close()
 
     def record(self, root: Path, **settings: Any) -> RecordingOps:
         """Run it once in a directory of its own."""
@@ -116,6 +133,16 @@ class Scenario:
             setattr(ops, name, value)
         self.play(place, ops)
         return ops
+
+    def permitted(self, root: Path, quiet: float = 0.1) -> Trace:
+        """A trace with the order that the code guarantees."""
+
+        def fresh() -> RecordingOps:
+            place = root / uuid.uuid4().hex
+            place.mkdir()
+            return RecordingOps(str(place), reflinks=self.reflinks)
+
+        return permitted(lambda ops: self.play(Path(ops.root), ops), fresh, quiet)
 
     def recovery(self, trace: Trace, **model: Any) -> Recovery:
         return Recovery(CrashModel(trace, **model), self.run, self.identify, self.restore, self.policies)
@@ -193,6 +220,7 @@ SCENARIOS = [
     Scenario("a step saved again", _overwritten, {1: 2}, {"overwrite": True}),
     Scenario("parents made", lambda saver: saver.save(1), {1: 1}, {"create_parents": True}, run="a/b/run"),
     Scenario("links and retention", _linked, {1: 1, 2: 1, 3: 1}, {"keep": KeepLast(1)}, policies=(KeepLast(1),)),
+    Scenario("large shards", _two_saves, {1: 1, 2: 1}, {"extent_bytes": 4096}, small_bytes=0),
     Scenario("reflinks", _two_saves, {1: 1, 2: 1}, reflinks=True),
     Scenario("killed after the rename, then pruned", _published_then_killed, {1: 1, 2: 1}),
     Scenario("killed when the run was made", _made_then_killed, {1: 2}),

@@ -22,6 +22,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+#: What one child runs: atheris keeps some hundred bytes for every execution (a plain loop over the same parsers keeps
+#: none), which would end a long run at libFuzzer's memory limit.
+RUNS_A_CHILD = 1_000_000
 #: Beyond what a parser's input and output may take by themselves (``max_bytes`` and what is declared: 256 KiB here).
 MEMORY_ALLOWANCE_MIB = 64
 INSTRUMENTED = (
@@ -69,11 +72,12 @@ def guided_child(parser: Any, seconds: float, runs: int, seed: int, folder: str)
     import atheris
 
     corpus = Path(folder, "corpus")
-    corpus.mkdir()
+    corpus.mkdir(exist_ok=True)  # with what the children before found
     for number, data in enumerate(parser.seeds()):
         (corpus / f"seed-{number}").write_bytes(data)
         parser.execute(data)
-    rises, worst = Path(folder, "rise"), 0.0
+    rises = Path(folder, "rise")
+    worst = float(rises.read_text()) if rises.exists() else 0.0
 
     def one(data: bytes) -> None:
         nonlocal worst
@@ -101,20 +105,31 @@ def guided_child(parser: Any, seconds: float, runs: int, seed: int, folder: str)
 
 
 def guided_run(chosen: argparse.Namespace) -> None:
-    """Start the child; say in one line what it did. Raises ``SystemExit`` with its words where it found something."""
+    """Start one child after the other; say in one line what they did. Raises ``SystemExit`` with the words of one that
+    found something."""
+    executions, start = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, chosen.parser, f"--child={folder}", f"--seed={chosen.seed}"]
-        command += [f"--seconds={chosen.seconds}", f"--runs={chosen.runs}"]
-        start = time.perf_counter()
-        done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+        while True:
+            seconds = chosen.seconds - (time.perf_counter() - start)
+            if executions >= chosen.runs or (executions and seconds < 1):
+                break
+            runs = min(RUNS_A_CHILD, chosen.runs - executions)
+            executions += _child(chosen.parser, folder, chosen.seed + executions, seconds, runs)
         spent = time.perf_counter() - start
-        if done.returncode:
-            raise SystemExit(f"{chosen.parser}: code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-        executions = int(done.stderr.rpartition("stat::number_of_executed_units:")[2].split()[0])
         rise = Path(folder, "rise")
         grown = round(float(rise.read_text()), 1) if rise.exists() else 0.0
     line = {"parser": chosen.parser, "engine": "atheris", "executions": executions, "seconds": round(spent, 1)}
     print(json.dumps({**line, "grown_mib": grown, "per_second": round(executions / spent)}), flush=True)
+
+
+def _child(parser: str, folder: str, seed: int, seconds: float, runs: int) -> int:
+    """How many it executed."""
+    command = [sys.executable, __file__, parser, f"--child={folder}", f"--seed={seed}"]
+    command += [f"--seconds={max(1, seconds)}", f"--runs={runs}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise SystemExit(f"{parser}: code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return int(done.stderr.rpartition("stat::number_of_executed_units:")[2].split()[0])
 
 
 def main() -> None:

@@ -1,0 +1,133 @@
+"""What a save costs each rank: bytes staged, messages, and what the training thread does of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import asyncckpt
+from asyncckpt.events import Event, ExtentStaged
+from ranks.harness import Crew, Crews, Fault, Me
+from ranks.matrix import TIMEOUT
+from ranks.points import CALL_SECONDS, TIMEOUT_SECONDS, Clock, checkpointer, state_of
+
+
+def _staged(me: Me, path: str) -> int:
+    """Bytes staged on this rank for a DDP model with its optimizer."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(500 + 37 * i, 500 + 37 * (i + 1)) for i in range(8)))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if me.size > 1 else model
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    staged: list[int] = []
+
+    def count(event: Event) -> None:
+        if isinstance(event, ExtentStaged):
+            staged.append(event.nbytes)
+
+    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, on_event=count) as run:
+        run.save(1, {"model": wrapped, "optimizer": optimizer}).result(60)
+    return sum(staged)
+
+
+def test_of_ddp_each_of_four_ranks_stages_a_quarter(crews: Crews, tmp_path: Path) -> None:
+    whole = crews(1).values(_staged, str(tmp_path / "alone"))[0]
+    found = crews(4).values(_staged, str(tmp_path / "run"))
+    shares = [nbytes / whole for nbytes in found]
+    assert all(0.25 * 0.95 <= share <= 0.25 * 1.05 for share in shares), shares
+    assert 0.999 < sum(shares) < 1.001, "bytes are staged twice, or not at all"
+
+
+class _Counting:
+    """A store's connection that counts messages by kind and thread; a poll of ``check`` carries none."""
+
+    def __init__(self, store: Any, counts: Counter[tuple[str, str]]) -> None:
+        self._store = store
+        self._counts = counts
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._store, name)
+        if name not in ("set", "get", "check", "delete_key"):
+            return found
+
+        def call(*args: Any) -> Any:
+            where = "training" if threading.current_thread() is threading.main_thread() else "background"
+            self._counts[name, where] += 1
+            return found(*args)
+
+        return call
+
+
+def _messages(me: Me, path: str, saves: int) -> Any:
+    """Store operations of this rank in steady state: after two saves, over ``saves`` more."""
+    counts: Counter[tuple[str, str]] = Counter()
+    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, every=1, incremental=False) as run:
+        run._join()
+        assert run._job is not None
+        connection = run._job.ranks._connection
+        run._job.ranks._connection = lambda: _Counting(connection(), counts)  # type: ignore[method-assign]
+        for step in range(1, saves + 3):
+            if step == 3:
+                run.wait()
+                dist.barrier()
+                counts.clear()
+            pending = run.step(step, state_of(step))
+            assert pending is not None
+            pending.result(30)
+        return dict(counts)
+
+
+def test_a_steady_save_costs_a_rank_two_messages_and_the_training_thread_none(crews: Crews, tmp_path: Path) -> None:
+    saves = 10
+    found = crews(4).values(_messages, str(tmp_path / "run"), saves)
+    for rank, counts in enumerate(found):
+        assert not any(where == "training" for _, where in counts), f"rank {rank}: {counts}"
+        sent, read = (counts.get((kind, "background"), 0) / saves for kind in ("set", "get"))
+        if rank:
+            assert sent + read <= 2, f"rank {rank}: {counts}"
+        else:
+            assert (sent, read) == (1, 3), f"one outcome, and a report of each other rank: {counts}"
+
+
+def _blocked(me: Me, path: str, every: Any) -> dict[str, Any]:
+    """Train on while rank 0, which serves the job's store, stops."""
+    run, _ = checkpointer(me, path, every=every)
+    run.save(1, state_of(1)).result(30)
+    dist.barrier()
+    me.at("train")
+    clock = Clock()
+    errors: list[str] = []
+    for step in range(2, 12):
+        with clock:
+            try:
+                run.step(step, state_of(step))
+            except asyncckpt.AsyncCkptError as error:
+                errors.append(type(error).__name__)
+    return {"longest": clock.longest, "errors": errors}
+
+
+def test_a_stopped_rank_0_with_the_store_blocks_no_step(crews: Crews, tmp_path: Path) -> None:
+    crews.leave_room(2)
+    with Crew(2, store="rank0") as crew:
+        fault = Fault(0, "train", "stop")
+        other = crew.run(_blocked, str(tmp_path / "run"), asyncckpt.Steps(1000), fault=fault, timeout=60)[1]
+    assert other.ok, other.trace or "training hangs"
+    assert other.value["longest"] < CALL_SECONDS
+
+
+def test_a_stopped_store_blocks_a_step_that_asks_for_the_time_no_longer_than_ranks_wait(
+    crews: Crews, tmp_path: Path
+) -> None:
+    crews.leave_room(2)
+    with Crew(2, store="rank0") as crew:
+        fault = Fault(0, "train", "stop")
+        other = crew.run(_blocked, str(tmp_path / "run"), asyncckpt.Minutes(60), fault=fault, timeout=120)[1]
+    assert other.ok, other.trace or "training hangs"
+    assert other.value["longest"] < TIMEOUT_SECONDS + CALL_SECONDS, other.value
