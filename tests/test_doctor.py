@@ -168,7 +168,7 @@ def test_what_a_killed_doctor_left_goes_with_the_next(tmp_path: Path) -> None:
         if name != "young":
             os.utime(folder, (1, 1))
     alive = os.open(tmp_path / f"{PREFIX}alive" / "in-use", os.O_RDWR)
-    DoctorOps().lock(alive)
+    DoctorOps().lock_whole(alive)
     examine(tmp_path, **QUICK)
     os.close(alive)
     assert sorted(os.listdir(tmp_path)) == [".tmp-00000001-x", f"{PREFIX}alive", f"{PREFIX}young"]

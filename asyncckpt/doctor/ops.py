@@ -29,7 +29,7 @@ _CACHESTAT = 451  # the same number on every architecture; Linux 6.5+
 class DoctorOps(PosixOps):
     """Thin and stateless, as ``PosixOps``."""
 
-    def lock(self, fd: int) -> None:
+    def lock_whole(self, fd: int) -> None:
         """Take the exclusive ``flock`` or raise ``BlockingIOError``."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
@@ -58,9 +58,6 @@ class DoctorOps(PosixOps):
             return os.lseek(fd, offset, os.SEEK_SET) == offset
         except OSError:
             return False
-
-    def stat(self, path: str) -> os.stat_result:
-        return os.lstat(path)
 
     def statvfs(self, path: str) -> os.statvfs_result:
         return os.statvfs(path)

@@ -38,7 +38,7 @@ class Scratch:
             # the directory: the stand-in for renames that replace nothing waits for a lock on that.
             self._lock = os.open(self.file(_LOCK), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with contextlib.suppress(OSError):
-                self.ops.lock(self._lock)
+                self.ops.lock_whole(self._lock)
             self._reclaim(os.path.dirname(self.path))
         except BaseException:
             self._delete()
@@ -76,7 +76,7 @@ class Scratch:
         """What killed doctors left."""
         entries = self.ops.scan(folder)
         # both times are the file system's clock's
-        now = self.ops.stat(self.path).st_mtime
+        now = self.ops.lstat(self.path).st_mtime
         for name, info in entries.items():
             old = os.path.join(folder, name)
             ours = name.startswith(PREFIX) and stat.S_ISDIR(info.st_mode)
@@ -91,7 +91,7 @@ class Scratch:
         except OSError:
             return False
         try:
-            self.ops.lock(fd)
+            self.ops.lock_whole(fd)
             return True
         except OSError:
             return False

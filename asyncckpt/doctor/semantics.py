@@ -188,7 +188,7 @@ def _links(scratch: Scratch) -> Finding:
         scratch.ops.link(path, other)
     except OSError as error:
         return Finding("hard links", "note", f"none ({error.strerror})", advice)
-    if scratch.ops.stat(path).st_ino != scratch.ops.stat(other).st_ino:
+    if scratch.ops.lstat(path).st_ino != scratch.ops.lstat(other).st_ino:
         return Finding("hard links", "note", "a link is a copy here: unchanged files take space again")
     return Finding("hard links", "good", "unchanged files are linked, not written")
 
@@ -259,7 +259,7 @@ def _case(scratch: Scratch) -> Finding:
 
 def _clock(scratch: Scratch) -> Finding:
     path = _make(scratch, "clock")
-    off = scratch.ops.stat(path).st_mtime - time.time()
+    off = scratch.ops.lstat(path).st_mtime - time.time()
     if abs(off) <= _CLOCK_SECONDS:
         return Finding("clock", "good", "the file system's and this machine's agree")
     advice = "nothing relies on file times, but logs of both machines will disagree"

@@ -66,7 +66,7 @@ class Speed:
 
     def read(self) -> tuple[float, bool]:
         """Bytes a second past the page cache, of what was written last; and whether it is what was written."""
-        ops, size = self._scratch.ops, self._scratch.ops.stat(self._path).st_size
+        ops, size = self._scratch.ops, self._scratch.ops.lstat(self._path).st_size
         fd = ops.open(self._path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
         same = True
 
