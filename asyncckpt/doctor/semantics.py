@@ -205,7 +205,7 @@ def _reflinks(scratch: Scratch) -> Finding:
 def _locks(scratch: Scratch, remote: bool) -> Finding:
     """``flock`` is what the lease is; open file description locks are what other tools may use."""
     ops, path, held = scratch.ops, _make(scratch, "lock"), []
-    for kind, lock in (("flock", ops.lock), ("ofd", ops.lock_open_description)):
+    for kind, lock in (("flock", ops.lock_whole), ("ofd", ops.lock_open_description)):
         fd = ops.open(path, os.O_RDWR)
         try:
             lock(fd)
