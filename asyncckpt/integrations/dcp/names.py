@@ -14,7 +14,7 @@ import torch
 
 from asyncckpt import plain
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
-from asyncckpt.manifest import is_component_name
+from asyncckpt.manifest_rows import is_component_name
 from asyncckpt.protocols import JsonValue
 from asyncckpt.records import ComponentRecord, Manifest, StoredTensor
 
@@ -30,9 +30,13 @@ def place_of(fqn: str, path: Path | None) -> tuple[str, str]:
     """``(component, name)`` of an entry. Pure: every rank finds the same."""
     if path and len(path) > 1:
         first = str(path[0])
-        if fqn.startswith(f"{first}.") and is_component_name(first) and first not in ("state", OWN):
+        if fqn.startswith(f"{first}.") and _is_free(first):
             return first, fqn.removeprefix(f"{first}.")
     return FLAT, fqn
+
+
+def _is_free(name: str) -> bool:
+    return is_component_name(name) and name not in ("state", OWN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,9 @@ def components_of(
     trees: dict[str, Any] = {}
     deep: set[str] = set()
     for fqn in (*records, *values):
+        if fqn not in records and len(paths.get(fqn, (fqn,))) == 1 and _is_free(fqn):
+            trees[fqn], tensors[fqn] = values[fqn], {}  # a value beside the dicts is a component of its own
+            continue
         component, name = place_of(fqn, paths.get(fqn))
         keys = paths.get(fqn, (fqn,))
         inner = keys[1:] if (component, name) != (FLAT, fqn) else (fqn,)
@@ -65,7 +72,7 @@ def components_of(
     components: dict[str, ComponentRecord] = {}
     encoded: dict[str, JsonValue] = {}
     for component, found in tensors.items():
-        kind = "plain" if component in deep else "module"
+        kind = "plain" if component in deep or not found else "module"
         tree = trees[component]
         if kind == "module":
             tree = {key: value for key, value in tree.items() if not isinstance(value, _Reference)}

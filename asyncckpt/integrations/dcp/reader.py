@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from asyncckpt import manifest as manifests
 from asyncckpt.boxes import Region
 from asyncckpt.catalog import Catalog
 from asyncckpt.dtypes import DTYPES
-from asyncckpt.errors import CheckpointNotFound, InvalidOption
+from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
 from asyncckpt.filling import fill
 from asyncckpt.integrations.dcp.names import Names, names_of
 from asyncckpt.protocols import Reader as OpenCheckpoint
@@ -81,20 +82,35 @@ class Reader(StorageReader):
         pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        return replace(plan, storage_data=self._opened()[1].attempt)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        odd = [rank for rank, plan in enumerate(plans) if plan.storage_data != plans[0].storage_data]
+        if odd:
+            raise RanksDisagree(
+                f"{self._path}: ranks {odd[:8]} read another checkpoint than rank 0 (one was published meanwhile). "
+                f"Load again, or give the checkpoint's own path"
+            )
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        future: Future[None] = Future()
+        try:
+            self._read(plan, planner)
+        finally:
+            self.close()
+        future.set_result(None)
+        return future
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         reader, manifest, names = self._opened()
         wanted: dict[str, list[Region]] = {}
         committed: list[Callable[[], None]] = []
+        values = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in plan.items:
-            fqn = item.storage_index.fqn
             if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, _pickled(names.values[fqn]))
                 continue
+            fqn = item.storage_index.fqn
             target = planner.resolve_tensor(item).detach()
             begin = item.storage_index.offset or torch.Size([0] * len(item.storage_offsets))
             offsets = tuple(a + b for a, b in zip(begin, item.storage_offsets, strict=True))
@@ -103,10 +119,8 @@ class Reader(StorageReader):
         self.read_bytes = fill(reader, manifest, [(self._record(fqn), found) for fqn, found in wanted.items()])
         for commit in committed:
             commit()
-        self.close()
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+        for item in values:
+            planner.load_bytes(item, _pickled(names.values[item.storage_index.fqn]))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
