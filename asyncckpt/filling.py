@@ -13,6 +13,7 @@ import torch
 
 from asyncckpt import codecs, digests
 from asyncckpt.arena import aligned_buffer
+from asyncckpt.boxes import Region, Target, regions, scatter_box, span
 from asyncckpt.copying import Window, is_plain, scatter
 from asyncckpt.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
 from asyncckpt.encoder import padded
@@ -20,12 +21,20 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.layers import LayerReader
 from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.reading import Damage, extents_of, read_extents
-from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, StoredTensor, TensorRecord
+from asyncckpt.records import (
+    BoxedRecord,
+    ChunkedRecord,
+    ExtentRecord,
+    FileRecord,
+    Manifest,
+    StoredTensor,
+    TensorRecord,
+)
 
-Fill = Sequence[tuple[StoredTensor, list[Window]]]
+Fill = Sequence[tuple[StoredTensor, Sequence[Target]]]
 #: Takes an extent's verified bytes.
 Use = Callable[[memoryview], None]
-_Plain = list["_Wanted"]
+_Plain = list["_Wanted | _WantedOfBox"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +44,31 @@ class _Wanted:
     begin: int
     end: int
     origin: int
-    record: TensorRecord
+    dtype: torch.dtype
     target: torch.Tensor
+
+    def give(self, begin: int, data: torch.Tensor) -> None:
+        scatter(self.target, begin - self.origin, data, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _WantedOfBox:
+    """Bytes ``[begin, end)`` of a file some of which a live region takes; ``box`` is what lies there, from ``origin``
+    on."""
+
+    begin: int
+    end: int
+    origin: int
+    dtype: torch.dtype
+    target: Region
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def give(self, begin: int, data: torch.Tensor) -> None:
+        first, within = divmod(begin - self.origin, self.dtype.itemsize)
+        if within:
+            raise CheckpointDamaged("an extent begins in the middle of an element")
+        scatter_box(self.target, self.offsets, self.shape, first, data, self.dtype)
 
 
 def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
@@ -68,11 +100,9 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
                 below = layers(file), numbers(file)[number] if files[file].bases else 0
                 uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, below, targets))
             continue
-        for window, (begin, end) in zip(windows, spans, strict=True):
-            if begin < end:
-                low, high = tensor.begin + begin, tensor.begin + end
-                ranges[tensor.file].append((low, high))
-                plain[tensor.file].append(_Wanted(low, high, low, tensor, window.tensor))
+        for file, entry in _whole(tensor, windows) if isinstance(tensor, TensorRecord) else _boxed(tensor, windows):
+            ranges[file].append((entry.begin, entry.end))
+            plain[file].append(entry)
     _want_whole_files(manifest, wanted, ranges)
     chosen = extents_of(manifest, ranges)
     for place, entries in _parts(chosen, plain).items():
@@ -88,9 +118,37 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
     return sum(extent.nbytes for _, extent in chosen)
 
 
-def _span(tensor: StoredTensor, window: Window) -> tuple[int, int]:
-    """The bytes of a stored tensor that a window takes."""
+def _whole(tensor: TensorRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _Wanted | _WantedOfBox]]:
+    dtype = DTYPES[tensor.dtype]
+    for target in targets:
+        begin, end = _span(tensor, target)
+        low, high = tensor.begin + begin, tensor.begin + end
+        if begin >= end:
+            continue
+        if isinstance(target, Region):
+            offsets = tuple(0 for _ in tensor.shape)
+            yield tensor.file, _WantedOfBox(low, high, tensor.begin, dtype, target, offsets, tensor.shape)
+        else:
+            yield tensor.file, _Wanted(low, high, low, dtype, target.tensor)
+
+
+def _boxed(tensor: BoxedRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _WantedOfBox]]:
+    dtype = DTYPES[tensor.dtype]
+    live = [region for target in targets for region in regions(target, tensor.shape)]
+    for box in tensor.boxes:
+        for region in live:
+            first, last = span(box.offsets, box.shape, region)
+            if first < last:
+                low, high = box.begin + first * dtype.itemsize, box.begin + last * dtype.itemsize
+                yield box.file, _WantedOfBox(low, high, box.begin, dtype, region, box.offsets, box.shape)
+
+
+def _span(tensor: StoredTensor, window: Target) -> tuple[int, int]:
+    """The bytes of a stored tensor from the first to the last that a target takes."""
     item = ITEM_BYTES[tensor.dtype]
+    if isinstance(window, Region):
+        first, last = span([0] * len(tensor.shape), tensor.shape, window)
+        return first * item, last * item
     return window.first * item, (window.first + window.tensor.numel()) * item
 
 
@@ -119,8 +177,7 @@ def _give_plain(entries: _Plain, offset: int, view: memoryview) -> None:
     data = torch.frombuffer(view, dtype=torch.uint8)
     for entry in entries:
         begin, end = max(entry.begin, offset), min(entry.end, offset + len(view))
-        piece = data[begin - offset : end - offset]
-        scatter(entry.target, begin - entry.origin, piece, DTYPES[entry.record.dtype])
+        entry.give(begin, data[begin - offset : end - offset])
 
 
 class _Decoder:
@@ -138,7 +195,7 @@ class _Decoder:
         chunk: int,
         extent: ExtentRecord,
         below: tuple[Sequence[FileRecord], int],
-        windows: Sequence[Window],
+        windows: Sequence[Target],
         view: memoryview,
     ) -> None:
         """Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
@@ -150,7 +207,7 @@ class _Decoder:
         else:
             low, high = _span(tensor, windows[0])
             whole = len(windows) == 1 and decoded == nbytes and low <= begin and begin + nbytes <= high
-            direct = whole and _takes_bytes(windows[0].tensor, dtype)
+            direct = whole and isinstance(windows[0], Window) and _takes_bytes(windows[0].tensor, dtype)
             if direct:
                 flat = windows[0].tensor.detach().reshape(-1).view(torch.uint8)
                 out = flat[begin - low : begin - low + nbytes]
@@ -164,6 +221,10 @@ class _Decoder:
                 return
             data = out[:nbytes]
         for window in windows:
+            if isinstance(window, Region):
+                offsets = [0] * len(tensor.shape)
+                scatter_box(window, offsets, tensor.shape, begin // dtype.itemsize, data, dtype)
+                continue
             low, high = _span(tensor, window)
             first, last = max(begin, low), min(begin + nbytes, high)
             scatter(window.tensor, first - low, data[first - begin : last - begin], dtype)

@@ -7,16 +7,13 @@ schema is described in docs/format.md.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from asyncckpt import codecs, digests
-from asyncckpt.codecs import SPLIT_MARK
-from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import (
     CheckpointDamaged,
     DigestMismatch,
@@ -25,9 +22,11 @@ from asyncckpt.errors import (
     UnknownName,
     VersionUnsupported,
 )
+from asyncckpt.manifest_rows import Body, is_number, parse_components, parse_files
 from asyncckpt.plain import loads
 from asyncckpt.protocols import Chunking, JsonValue, Layout, Reader
 from asyncckpt.records import (
+    BoxedRecord,
     ChunkedRecord,
     ComponentRecord,
     ExtentRecord,
@@ -41,21 +40,15 @@ from asyncckpt.records import (
 log = logging.getLogger("asyncckpt")
 
 FORMAT_NAME: Final = "asyncckpt"
-#: What this version reads; a manifest says the oldest that can read it: 1 where no tensor is chunked.
-FORMAT_VERSION: Final = 2
+#: What this version reads; a manifest says the oldest that can read it: 1 where every tensor is whole, 2 where some
+#: are chunked, 3 where some lie in boxes.
+FORMAT_VERSION: Final = 3
 FILE_NAME: Final = "manifest.json"
 #: The plain values of every component.
 STATE_FILE: Final = "state.json"
 #: Room for ten million tensors; more is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
-#: A chunk is decoded into memory as a whole, and an extent is read as a whole.
-MAX_CHUNK_BYTES: Final = 1 << 30
-MAX_EXTENT_BYTES: Final = 1 << 30
 _SELF_DIGEST: Final = "xxh3-128"
-_NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
-#: Directories in a file's name.
-_MAX_DEPTH: Final = 3
-_LIMIT: Final = 1 << 62
 
 
 def components_of(
@@ -104,10 +97,10 @@ def _part_row(part: PartRecord) -> list[Any]:
 def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
     """The file's bytes. ``components_json`` spares re-encoding what did not change since the last save."""
     components = components_json if components_json is not None else json.dumps(_components_json(manifest.components))
-    plain = manifest.codec == "none" and '"parts":' not in components
+    plain = manifest.codec == "none" and '"parts":' not in components and '"boxes":' not in components
     body: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "format_version": 1 if plain else FORMAT_VERSION,
+        "format_version": 3 if '"boxes":' in components else 1 if plain else 2,
         "step": manifest.step,
         "name": manifest.name,
         "attempt": manifest.attempt,
@@ -158,7 +151,7 @@ def decode(data: bytes, where: str) -> Manifest:
     cut = data.rfind(b',"manifest_digest":"')
     if cut < 0 or seal(data[:cut]) != data:
         raise ManifestInvalid(f"{where}: the manifest is damaged or incomplete: its digest does not match its content")
-    body = _Body(_parse(data, where), where)
+    body = Body(_parse(data, where), where)
     if body.take("format", str) != FORMAT_NAME:
         body.fail("is not of this library's format")
     version = body.take("format_version", int)
@@ -170,7 +163,7 @@ def decode(data: bytes, where: str) -> Manifest:
     digest = body.take("digest", str)
     if digest not in digests.names():
         body.fail(f"names the unknown digest algorithm {digest!r:.80}")
-    files = _files(body, digest)
+    files = parse_files(body, digest)
     codec, codec_options = _codec(body) if version > 1 else ("none", {})
     manifest = Manifest(
         step=body.whole("step"),
@@ -186,7 +179,7 @@ def decode(data: bytes, where: str) -> Manifest:
         config=body.take("config", object),
         environment=body.take("environment", dict),
         files=files,
-        components=_components(body, {record.name: record for record in files}),
+        components=parse_components(body, {record.name: record for record in files}),
         codec=codec,
         codec_options=codec_options,
         size_bytes=len(data),
@@ -248,56 +241,8 @@ def _parse(data: bytes, where: str) -> JsonValue:
         raise ManifestInvalid(str(error)) from error
 
 
-class _Body:
-    """Checked access to a parsed object: a wrong type is an error that names the field, never a traceback later."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        self.where = where
-        if not isinstance(value, dict):
-            self.fail("is no JSON object")
-        self._value = value
-
-    def fail(self, problem: str) -> NoReturn:
-        raise ManifestInvalid(f"{self.where}: the manifest {problem}")
-
-    def take(self, key: str, kind: type) -> Any:
-        if key not in self._value:
-            self.fail(f"lacks {key!r}")
-        value = self._value[key]
-        if kind is float:
-            valid = _is_number(value)
-        else:
-            valid = isinstance(value, kind) and not (kind is int and type(value) is bool)
-        if not valid:
-            self.fail(f"has a {key!r} of the wrong type")
-        return value
-
-    def whole(self, key: str) -> int:
-        return self.size(key, self._value.get(key))
-
-    def size(self, what: str, value: Any) -> int:
-        if type(value) is not int or not 0 <= value < _LIMIT:
-            self.fail(f"has a {what!r} that is no whole number in range")
-        return value
-
-    def plain_name(self, what: str, value: Any) -> str:
-        """A file name that can go nowhere: no separators, no leading dot or dash, no control characters."""
-        if not isinstance(value, str) or not _NAME.match(value):
-            self.fail(f"has a {what!r} that is no plain file name: {value!r:.80}")
-        return value
-
-    def file_name(self, value: Any) -> str:
-        """A plain name, or directories of plain names and one."""
-        parts = value.split("/") if isinstance(value, str) else [value]
-        if len(parts) > _MAX_DEPTH:
-            self.fail(f"has a file name that is too deep: {value!r:.80}")
-        for part in parts:
-            self.plain_name("file name", part)
-        return str(value)
-
-
-def _codec(body: _Body) -> tuple[str, dict[str, Any]]:
-    item = _Body(body.take("codec", dict), body.where)
+def _codec(body: Body) -> tuple[str, dict[str, Any]]:
+    item = Body(body.take("codec", dict), body.where)
     name, options = item.take("name", str), item.take("options", dict)
     try:
         codecs.get(name, options)
@@ -307,180 +252,6 @@ def _codec(body: _Body) -> tuple[str, dict[str, Any]]:
             f"pip install -U asyncckpt"
         ) from error
     return name, options
-
-
-def _files(body: _Body, digest: str) -> tuple[FileRecord, ...]:
-    records: list[FileRecord] = []
-    hex_digits = re.compile(rf"[0-9a-f]{{{digests.hex_length(digest)}}}\Z")
-    for entry in body.take("files", list):
-        item = _Body(entry, body.where)
-        name = item.file_name(item.take("name", str))
-        nbytes = item.whole("nbytes")
-        extents: list[ExtentRecord] = []
-        position = 0
-        for row in item.take("extents", list):
-            if not isinstance(row, list) or len(row) not in (3, 5):
-                body.fail(f"has a malformed extent of {name!r}")
-            offset, length = body.size("offset", row[0]), body.size("nbytes", row[1])
-            if offset != position or (length == 0 and nbytes) or offset + length > nbytes:
-                body.fail(f"has extents of {name!r} that overlap, leave a gap or pass its end")
-            if length > MAX_EXTENT_BYTES:
-                body.fail(f"has an extent of {name!r} of {length} bytes, over the limit of {MAX_EXTENT_BYTES}")
-            if not isinstance(row[2], str) or not hex_digits.match(row[2]):
-                body.fail(f"has a malformed digest of {name!r}")
-            content, stored = row[3:] or ("", 0)
-            if not isinstance(content, str) or (content and not hex_digits.match(content.removeprefix(SPLIT_MARK))):
-                body.fail(f"has a malformed content digest of {name!r}")
-            if body.size("stored", stored) > length:
-                body.fail(f"has an extent of {name!r} that holds more than its bytes")
-            extents.append(ExtentRecord(offset, length, row[2], content, stored))
-            position += length
-        if position != nbytes or not extents:
-            body.fail(f"has extents that do not cover {name!r}")
-        plan = entry.get("plan", "")
-        if not isinstance(plan, str):
-            body.fail(f"has a malformed plan of {name!r}")
-        bases = entry.get("bases", [])
-        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-            body.fail(f"has malformed bases of {name!r}")
-        order = entry.get("order", [])
-        if not isinstance(order, list) or not all(type(number) is int for number in order):
-            body.fail(f"has a malformed order of {name!r}")
-        if order and sorted(order) != list(range(1, len(extents))):
-            body.fail(f"has a malformed order of {name!r}")
-        records.append(FileRecord(name, nbytes, tuple(extents), plan, tuple(bases), tuple(order)))
-    _check_bases(body, records)
-    folded = [record.name.casefold() for record in records] + [FILE_NAME]
-    if len(set(folded)) != len(folded):
-        body.fail("lists a file twice (or two names that differ only in case)")
-    folders = {name[:i] for name in folded for i, char in enumerate(name) if char == "/"}
-    if not folders.isdisjoint(folded):
-        body.fail("lists a name as a file and as a directory")
-    return tuple(records)
-
-
-def _check_bases(body: _Body, records: Sequence[FileRecord]) -> None:
-    files = {record.name: record for record in records}
-    for record in records:
-        for name in record.bases:
-            base = files.get(name)
-            if base is None:
-                body.fail(f"has a file {record.name!r} whose base {name!r:.80} it does not list")
-            if base.plan != record.plan or not record.plan or len(base.extents) != len(record.extents) or base.bases:
-                body.fail(f"has a file {record.name!r} whose base {name!r} does not fit it")
-        if len(set(record.bases)) != len(record.bases):
-            body.fail(f"has a file {record.name!r} with a base twice")
-
-
-def _components(body: _Body, files: Mapping[str, FileRecord]) -> dict[str, ComponentRecord]:
-    found: dict[str, ComponentRecord] = {}
-    room = {record.name: len(record.extents) for record in files.values()}
-    for name, entry in body.take("components", dict).items():
-        if "." in body.plain_name("component name", name):
-            body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
-        item = _Body(entry, body.where)
-        tensors: dict[str, StoredTensor] = {}
-        for tensor, row in item.take("tensors", dict).items():
-            if isinstance(row, dict):
-                tensors[tensor] = _chunked(body, tensor, row, files, room)
-            else:
-                tensors[tensor] = _tensor(body, tensor, row, files)
-        aliases = item.take("aliases", dict)
-        for alias, target in aliases.items():
-            if not isinstance(target, str) or target not in tensors or alias in tensors:
-                body.fail(f"has the alias {alias!r:.80} for a tensor that is not there")
-        found[name] = ComponentRecord(item.take("kind", str), tensors, aliases)
-    _check_overlaps(body, found)
-    return found
-
-
-def _dense(body: _Body, name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...], int]:
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        body.fail(f"gives tensor {name!r:.80} the unknown dtype {dtype!r:.20}")
-    if not isinstance(shape, list) or len(shape) > 64:
-        body.fail(f"gives tensor {name!r:.80} a malformed shape")
-    nbytes = ITEM_BYTES[dtype]
-    for size in shape:
-        nbytes *= body.size(f"shape of {name:.80}", size)
-    return dtype, tuple(shape), nbytes
-
-
-def _tensor(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> TensorRecord:
-    if not isinstance(row, list) or len(row) != 5:
-        body.fail(f"has a malformed entry for tensor {name!r:.80}")
-    dtype, shape, nbytes = _dense(body, name, row[0], row[1])
-    file, begin, end = row[2:]
-    if not isinstance(file, str) or file not in files:
-        body.fail(f"puts tensor {name!r:.80} into a file it does not list")
-    begin, end = body.size("begin", begin), body.size("end", end)
-    if end > files[file].nbytes or end - begin != nbytes or begin % ITEM_BYTES[dtype]:
-        body.fail(f"gives tensor {name!r:.80} a byte range that does not fit its shape or its file")
-    return TensorRecord(dtype, shape, file, begin, end)
-
-
-def _chunked(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> ChunkedRecord:
-    """``room``: how many extents of each file are no chunk yet. A part of thirty characters can name millions."""
-    item = _Body(row, body.where)
-    dtype, shape, nbytes = _dense(body, name, item.take("dtype", str), item.take("shape", list))
-    chunk, run = item.whole("chunk"), item.whole("run")
-    if chunk > MAX_CHUNK_BYTES:
-        body.fail(f"gives tensor {name!r:.80} chunks of {chunk} bytes, over the limit of {MAX_CHUNK_BYTES}")
-    if nbytes and (not chunk or not run or nbytes % run or chunk % ITEM_BYTES[dtype] or run % ITEM_BYTES[dtype]):
-        body.fail(f"gives tensor {name!r:.80} chunks that do not fit its shape")
-    parts = [_part(body, name, part, files, room) for part in item.take("parts", list)]
-    if len({part.file for part in parts}) != len(parts):
-        body.fail(f"has two parts of tensor {name!r:.80} in one file")
-    count = nbytes // run * -(-run // chunk) if nbytes else 0
-    if sum(len(part.extents) for part in parts) != count:
-        body.fail(f"lacks chunks of tensor {name!r:.80}, or has more than it should")
-    record = ChunkedRecord(dtype, shape, nbytes, chunk, run, item.take("padded", bool), tuple(parts))
-    number = 0
-    for part in parts:
-        for extent in part.extents:
-            found = files[part.file].extents[extent]
-            expected = chunk if record.padded else record.span(number)[1]
-            if not found.content and (found.stored or found.nbytes) != expected:
-                body.fail(f"has a chunk of tensor {name!r:.80} of the wrong size")
-            number += 1
-    return record
-
-
-def _part(body: _Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> PartRecord:
-    if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str) or row[0] not in files:
-        body.fail(f"puts chunks of tensor {name!r:.80} into a file it does not list")
-    most = len(files[row[0]].extents)
-    numbers: Sequence[Any] = ()
-    if len(row) == 3:
-        first, count = body.size("extent", row[1]), body.size("count", row[2])
-        numbers = range(first, first + min(count, most + 1))
-    elif isinstance(row[1], list):
-        numbers = row[1]
-    room[row[0]] -= len(numbers)
-    if not numbers or room[row[0]] < 0 or not all(body.size("extent", i) < most for i in numbers):
-        body.fail(f"has chunks of tensor {name!r:.80} in extents that are not there, or are chunks already")
-    if files[row[0]].bases and 0 in numbers:
-        body.fail(f"has a chunk of tensor {name!r:.80} in the header of {row[0]!r}")
-    return PartRecord(row[0], tuple(numbers))
-
-
-def _check_overlaps(body: _Body, components: Mapping[str, ComponentRecord]) -> None:
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    taken: set[tuple[str, int]] = set()
-    for component in components.values():
-        for tensor in component.tensors.values():
-            if isinstance(tensor, ChunkedRecord):
-                mine = [(part.file, extent) for part in tensor.parts for extent in part.extents]
-                if len(set(mine)) != len(mine) or not taken.isdisjoint(mine):
-                    body.fail("has an extent that is two chunks")
-                taken.update(mine)
-            elif tensor.nbytes:
-                ranges.setdefault(tensor.file, []).append((tensor.begin, tensor.end))
-    if not ranges.keys().isdisjoint(file for file, _ in taken):
-        body.fail("has a file with whole tensors and with chunks")
-    for file, spans in ranges.items():
-        spans.sort()
-        if any(after[0] < before[1] for before, after in itertools.pairwise(spans)):
-            body.fail(f"has tensors in {file!r} that overlap")
 
 
 def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
@@ -497,20 +268,18 @@ def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
 def _tensor_json(tensor: StoredTensor) -> Any:
     if isinstance(tensor, TensorRecord):
         return [tensor.dtype, list(tensor.shape), tensor.file, tensor.begin, tensor.end]
+    if isinstance(tensor, BoxedRecord):
+        rows = [[list(box.offsets), list(box.shape), box.file, box.begin, box.end] for box in tensor.boxes]
+        return {"dtype": tensor.dtype, "shape": list(tensor.shape), "boxes": rows}
     return _chunked_row(tensor) | {"parts": [_part_row(part) for part in tensor.parts]}
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold: JSON's ints have no end."""
-    return type(value) is float or (type(value) is int and abs(value) < _LIMIT)
 
 
 def _metric_to_json(value: float) -> JsonValue:
     return value if value == value and abs(value) != float("inf") else repr(value)
 
 
-def _metric_from_json(value: Any, body: _Body) -> float:
-    if value in ("nan", "inf", "-inf") or _is_number(value):
+def _metric_from_json(value: Any, body: Body) -> float:
+    if value in ("nan", "inf", "-inf") or is_number(value):
         return float(value)
     return body.fail("has a metric that is no number")
 

@@ -129,7 +129,37 @@ class ChunkedRecord:
         return run * self.run_bytes + begin, min(self.chunk_bytes, self.run_bytes - begin)
 
 
-StoredTensor: TypeAlias = TensorRecord | ChunkedRecord
+@dataclass(frozen=True, slots=True)
+class BoxRecord:
+    """The part of a tensor that begins at ``offsets`` and has this shape, row-major in a file."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+
+    def entry(self, tensor: str) -> str:
+        """What the file's own header calls it; ``tensor`` is the qualified name."""
+        ranges = (f"{begin}:{begin + size}" for begin, size in zip(self.offsets, self.shape, strict=True))
+        return f"{tensor}[{','.join(ranges)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class BoxedRecord:
+    """A stored tensor that lies in boxes, which tile it: each rank wrote what it had."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    boxes: tuple[BoxRecord, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(box.file for box in self.boxes))
+
+
+StoredTensor: TypeAlias = TensorRecord | ChunkedRecord | BoxedRecord
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest import STATE_FILE
 from asyncckpt.protocols import JsonValue, Reader
 from asyncckpt.reading import Damage, read_record
-from asyncckpt.records import ChunkedRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
 
 #: Plain values are small; a larger file is not one this library wrote.
 MAX_STATE_BYTES = 1 << 30
@@ -60,10 +60,15 @@ class _Header:
 def _headers(manifest: Manifest, files: Mapping[str, FileRecord]) -> dict[str, _Header]:
     """Of every shard, in one walk over the manifest."""
     found: defaultdict[str, _Header] = defaultdict(_Header)
-    for component in manifest.components.values():
+    for component_name, component in manifest.components.items():
         for name, tensor in component.tensors.items():
             if isinstance(tensor, TensorRecord):
                 found[tensor.file].entries.add((name, tensor.dtype, tensor.shape, tensor.begin, tensor.end))
+                continue
+            if isinstance(tensor, BoxedRecord):
+                for box in tensor.boxes:
+                    called = box.entry(f"{component_name}.{name}")
+                    found[box.file].entries.add((called, tensor.dtype, box.shape, box.begin, box.end))
                 continue
             chunk = 0
             for part in tensor.parts:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from asyncckpt.cli.common import EXIT_CODES
+from asyncckpt.cli.convert import convert
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
 from asyncckpt.cli.doctor import doctor
@@ -39,5 +40,5 @@ def _root(
 ) -> None: ...
 
 
-for _verb in (ls, show, verify, diff, prune, pin, unpin, export, doctor, demo):
+for _verb in (ls, show, verify, diff, prune, pin, unpin, export, convert, doctor, demo):
     app.command(epilog=EXIT_CODES)(_verb)

@@ -1,0 +1,191 @@
+"""Checkpoints that plain ``torch.distributed.checkpoint`` wrote, read without executing any pickle.
+
+DCP's ``.metadata`` is a pickle, and each value is one too, inside what ``torch.save`` writes: see ``inert``. Tensors
+are views of the mapped files; nothing is copied before it is written.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+import torch
+
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedValue
+from asyncckpt.integrations.dcp.inert import BytesStandIn, Inert, MetadataStandIn, tensor_in, unpickle, value_in
+from asyncckpt.integrations.dcp.names import Path
+
+METADATA: Final = ".metadata"
+#: A tensor's entry takes a few hundred bytes.
+_MAX_METADATA_BYTES: Final = 2 << 30
+_OPEN_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignBox:
+    """A part of a tensor as it lies in one of the files. ``tensor`` is a view of the mapped file."""
+
+    offsets: tuple[int, ...]
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A plain DCP checkpoint. ``skipped``: FQNs of values that only a pickle can hold, and why."""
+
+    tensors: Mapping[str, tuple[tuple[int, ...], list[ForeignBox]]]
+    values: Mapping[str, Any]
+    paths: Mapping[str, Path]
+    skipped: Mapping[str, str]
+
+
+def read_foreign(path: str | os.PathLike[str]) -> Foreign:
+    """What is in a directory that ``dcp.save`` wrote with torch's own ``FileSystemWriter``.
+
+    Safe on a directory you do not trust: no class and no function of a pickle's choice is found, no link is followed,
+    and every size is checked against the files. Such checkpoints have no digests: damage inside tensors cannot be
+    seen. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` naming what does not fit, and ``UnsupportedValue`` for
+    extensions (compressed or transformed entries).
+    """
+    folder = os.fspath(path)
+    metadata = _metadata(folder)
+    files: dict[str, memoryview] = {}
+    stored = _by_place(_field(metadata, "storage_data", dict), folder)
+    tensors: dict[str, tuple[tuple[int, ...], list[ForeignBox]]] = {}
+    values: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    for fqn, entry in _field(metadata, "state_dict_metadata", dict).items():
+        if not isinstance(fqn, str) or not isinstance(entry, Inert):
+            _fail(folder, f"has an entry {fqn!r:.80} that is none")
+        if isinstance(entry, BytesStandIn):
+            place = stored.get((fqn, None))
+            if place is None:
+                _fail(folder, f"says nothing of where {fqn!r:.80} is")
+            try:
+                values[fqn] = value_in(_slice(folder, files, place), fqn)
+            except UnsupportedValue as error:
+                skipped[fqn] = str(error)
+        else:
+            shape = _sizes(entry, "size", fqn)
+            tensors[fqn] = (
+                shape,
+                [_box(folder, files, stored, fqn, shape, chunk) for chunk in _field(entry, "chunks", list)],
+            )
+    paths: dict[str, Path] = {}
+    for fqn, keys in (metadata.fields.get("planner_data") or {}).items():
+        if isinstance(keys, tuple) and all(type(key) in (str, int) for key in keys):
+            paths[str(fqn)] = keys
+    return Foreign(tensors, values, paths, skipped)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def _fail(folder: str, problem: str) -> NoReturn:
+    raise CheckpointDamaged(f"{folder}: its {METADATA} {problem}")
+
+
+def _metadata(folder: str) -> Inert:
+    fd = _open(folder, METADATA)
+    try:
+        if os.fstat(fd).st_size > _MAX_METADATA_BYTES:
+            _fail(folder, "is larger than any checkpoint needs")
+        with os.fdopen(os.dup(fd), "rb") as file:
+            data = file.read(_MAX_METADATA_BYTES)
+    finally:
+        os.close(fd)
+    found = unpickle(data, f"{folder}/{METADATA}")
+    if not isinstance(found, MetadataStandIn):
+        _fail(folder, "is no Metadata")
+    return found
+
+
+def _open(folder: str, name: str) -> int:
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
+        _fail(folder, f"names a file {name!r:.80} that is no plain one")
+    try:
+        fd = os.open(os.path.join(folder, name), _OPEN_FLAGS)
+    except FileNotFoundError as error:
+        if name == METADATA:
+            raise CheckpointNotFound(
+                f"{folder}: no checkpoint of torch.distributed.checkpoint ({name} is missing)"
+            ) from error
+        raise CheckpointDamaged(f"{folder}/{name} is missing") from error
+    except OSError as error:
+        raise CheckpointDamaged(f"{folder}/{name} is no regular file ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CheckpointDamaged(f"{folder}/{name} is no regular file")
+    return fd
+
+
+def _slice(folder: str, files: dict[str, memoryview], place: Inert) -> memoryview:
+    name, offset, length = (place.fields.get(key) for key in ("relative_path", "offset", "length"))
+    if place.fields.get("transform_descriptors"):
+        raise UnsupportedValue(f"{folder}/{name}: written with transforms ({place.fields['transform_descriptors']})")
+    if not isinstance(name, str) or type(offset) is not int or type(length) is not int:
+        _fail(folder, "has a malformed place")
+    if name not in files:
+        fd = _open(folder, name)
+        try:
+            size = os.fstat(fd).st_size
+            files[name] = memoryview(
+                mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) if size else b""
+            )
+        finally:
+            os.close(fd)
+    if not 0 <= offset <= offset + length <= len(files[name]):
+        raise CheckpointDamaged(
+            f"{folder}/{name} has {len(files[name])} bytes, and [{offset}:{offset + length}] is to be read"
+        )
+    return files[name][offset : offset + length]
+
+
+def _by_place(found: Mapping[Any, Any], folder: str) -> dict[tuple[str, tuple[int, ...] | None], Inert]:
+    places: dict[tuple[str, tuple[int, ...] | None], Inert] = {}
+    for index, place in found.items():
+        if not isinstance(index, Inert) or not isinstance(place, Inert) or not isinstance(index.fields.get("fqn"), str):
+            _fail(folder, "has a malformed index")
+        offset = index.fields.get("offset")
+        places[index.fields["fqn"], None if offset is None else tuple(offset)] = place
+    return places
+
+
+def _box(
+    folder: str,
+    files: dict[str, memoryview],
+    stored: Mapping[tuple[str, tuple[int, ...] | None], Inert],
+    fqn: str,
+    shape: Sequence[int],
+    chunk: Any,
+) -> ForeignBox:
+    if not isinstance(chunk, Inert):
+        _fail(folder, f"has a malformed chunk of {fqn!r:.80}")
+    offsets, sizes = _sizes(chunk, "offsets", fqn), _sizes(chunk, "sizes", fqn)
+    place = stored.get((fqn, offsets)) or (stored.get((fqn, None)) if sizes == tuple(shape) else None)
+    if place is None:
+        _fail(folder, f"says nothing of where {fqn!r:.80} {list(offsets)} is")
+    tensor = tensor_in(_slice(folder, files, place), f"{folder}: {fqn:.80}")
+    if tuple(tensor.shape) != sizes:
+        raise CheckpointDamaged(
+            f"{folder}: {fqn:.80} {list(offsets)} is {list(tensor.shape)} and should be {list(sizes)}"
+        )
+    return ForeignBox(offsets, tensor)
+
+
+def _field(inert: Inert, name: str, kind: type) -> Any:
+    value = inert.fields.get(name)
+    if not isinstance(value, kind):
+        raise CheckpointDamaged(f"{METADATA}: {type(inert).__name__} lacks {name!r}")
+    return value
+
+
+def _sizes(inert: Inert, name: str, fqn: str) -> tuple[int, ...]:
+    value = inert.fields.get(name)
+    if not isinstance(value, tuple) or not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
+        raise CheckpointDamaged(f"{METADATA}: {fqn:.80} has malformed {name!r}")
+    return tuple(value)

@@ -1,0 +1,185 @@
+"""How names of ``torch.distributed.checkpoint`` and of this library's manifests go with each other.
+
+DCP flattens a state dict of dicts into FQNs (``model.layers.0.weight``) and remembers the keys on the way. Here the
+first key is the component, and the rest the tensor's name; an entry of a flat state dict belongs to ``model``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncckpt import plain
+from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
+from asyncckpt.manifest_rows import is_component_name
+from asyncckpt.protocols import JsonValue
+from asyncckpt.records import ComponentRecord, Manifest, StoredTensor
+
+Path = tuple[str | int, ...]
+
+#: The component of entries that are in no dict, or in one whose key is no plain name.
+FLAT = "model"
+#: The component that holds DCP's own side: FQNs, the keys they were made of, and plain values.
+OWN = "dcp"
+
+
+def place_of(fqn: str, path: Path | None) -> tuple[str, str]:
+    """``(component, name)`` of an entry. Pure: every rank finds the same."""
+    if path and len(path) > 1:
+        first = str(path[0])
+        if fqn.startswith(f"{first}.") and _is_free(first):
+            return first, fqn.removeprefix(f"{first}.")
+    return FLAT, fqn
+
+
+def _is_free(name: str) -> bool:
+    return is_component_name(name) and name not in ("state", OWN)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What a checkpoint that DCP wrote says of its entries."""
+
+    tensors: Mapping[str, tuple[str, str]]
+    paths: Mapping[str, Path]
+    values: Mapping[str, Any]
+
+
+def components_of(
+    records: Mapping[str, StoredTensor], paths: Mapping[str, Path], values: Mapping[str, Any]
+) -> tuple[dict[str, ComponentRecord], dict[str, JsonValue]]:
+    """The manifest's components and the trees of ``state.json`` for these entries. Components of tensors by one name
+    each are modules; others are plain, and restore as the dicts and lists they were. Raises ``UnsupportedValue``."""
+    tensors: dict[str, dict[str, StoredTensor]] = {}
+    trees: dict[str, Any] = {}
+    deep: set[str] = set()
+    for fqn in (*records, *values):
+        if fqn not in records and len(paths.get(fqn, (fqn,))) == 1 and _is_free(fqn):
+            trees[fqn], tensors[fqn] = values[fqn], {}  # a value beside the dicts is a component of its own
+            continue
+        component, name = place_of(fqn, paths.get(fqn))
+        keys = paths.get(fqn, (fqn,))
+        inner = keys[1:] if (component, name) != (FLAT, fqn) else (fqn,)
+        tensors.setdefault(component, {})
+        if fqn in records:
+            tensors[component][name] = records[fqn]
+        if len(inner) > 1:
+            deep.add(component)
+        _put(trees.setdefault(component, {}), inner, _Reference(name) if fqn in records else values[fqn])
+    components: dict[str, ComponentRecord] = {}
+    encoded: dict[str, JsonValue] = {}
+    for component, found in tensors.items():
+        kind = "plain" if component in deep or not found else "module"
+        tree = trees[component]
+        if kind == "module":
+            tree = {key: value for key, value in tree.items() if not isinstance(value, _Reference)}
+        components[component] = ComponentRecord(kind, found, {})
+        encoded[component] = _encode(tree, component)
+    own = {
+        "tensors": {fqn: list(place_of(fqn, paths.get(fqn))) for fqn in records},
+        "paths": {fqn: list(path) for fqn, path in paths.items()},
+        "values": dict(values),
+    }
+    components[OWN] = ComponentRecord("plain", {}, {})
+    encoded[OWN] = encode_value(own, OWN)
+    return components, encoded
+
+
+def encode_value(value: Any, where: str) -> JsonValue:
+    """A plain value as JSON. Raises ``UnsupportedValue`` for what could only be pickled, and for a tensor inside."""
+
+    def refuse(name: str, _tensor: object) -> None:
+        raise UnsupportedValue(
+            f"{where}: there is a tensor at {name!r} inside a value that the planner does not flatten; put it into a "
+            f"dict or list of the state dict"
+        )
+
+    return plain.encode(value, "", refuse, component=where)
+
+
+def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
+    """The other way round. A checkpoint that DCP did not write has its tensors by qualified name. Raises
+    ``CheckpointDamaged``."""
+
+    def no_tensor(name: str) -> torch.Tensor:
+        raise CheckpointDamaged(f"{OWN}: refers to a tensor {name!r:.80}")
+
+    if OWN not in manifest.components or OWN not in trees:
+        qualified = {
+            f"{component}.{name}": (component, name)
+            for component, record in manifest.components.items()
+            for name in (*record.tensors, *record.aliases)
+        }
+        return Names(qualified, {}, {})
+    own = plain.decode(trees[OWN], no_tensor)
+    if not isinstance(own, dict) or not all(isinstance(own.get(key), dict) for key in ("tensors", "paths", "values")):
+        raise CheckpointDamaged(f"component {OWN!r} does not look like what DCP's writer leaves")
+    tensors: dict[str, tuple[str, str]] = {}
+    for fqn, place in own["tensors"].items():
+        if not isinstance(place, list) or len(place) != 2 or place[0] not in manifest.components:
+            raise CheckpointDamaged(f"component {OWN!r} places {fqn!r:.80} nowhere")
+        if place[1] not in manifest.components[place[0]].tensors:
+            raise CheckpointDamaged(f"component {OWN!r} lists {fqn!r:.80}, which the manifest does not")
+        tensors[fqn] = place[0], place[1]
+    paths: dict[str, Path] = {}
+    for fqn, path in own["paths"].items():
+        if not isinstance(path, list) or not all(isinstance(key, str | int) for key in path):
+            raise CheckpointDamaged(f"component {OWN!r} has a malformed path of {fqn!r:.80}")
+        paths[fqn] = tuple(path)
+    return Names(tensors, paths, own["values"])
+
+
+class _Reference:
+    """Stands for a stored tensor, by a placeholder that can be encoded."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.tensor = torch.empty(0, device="meta")
+
+
+def _put(tree: Any, path: Sequence[str | int], value: Any) -> None:
+    """Dicts throughout, for now."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UnsupportedValue(f"{path}: two entries of the state dict have one name")
+    tree[path[-1]] = value
+
+
+def _encode(tree: Any, component: str) -> JsonValue:
+    names: dict[int, str] = {}
+    kept: list[torch.Tensor] = []  # as long as their ids are keys
+    found: dict[str, str] = {}
+
+    def built(node: Any) -> Any:
+        if isinstance(node, _Reference):
+            names[id(node.tensor)] = node.name
+            kept.append(node.tensor)
+            return node.tensor
+        if type(node) is not dict:
+            return node
+        values = {key: built(value) for key, value in node.items()}
+        # as DCP itself does, a dict of the keys 0, 1, ... is taken for a list
+        return list(values.values()) if values and list(values) == list(range(len(values))) else values
+
+    def sink(called: str, tensor: torch.Tensor) -> None:
+        if id(tensor) not in names:
+            raise UnsupportedValue(
+                f"{component}: {called!r} is a tensor inside a value that the planner does not flatten"
+            )
+        found[called] = names[id(tensor)]
+
+    def named(node: JsonValue) -> JsonValue:
+        if isinstance(node, list):
+            return [named(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        called = node.get("v")
+        if node.get("$") == "tensor" and isinstance(called, str):
+            return {"$": "tensor", "v": found[called]}
+        return {key: named(value) for key, value in node.items()}
+
+    return named(plain.encode(built(tree), "", sink, component=component))

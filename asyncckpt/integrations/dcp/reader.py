@@ -1,0 +1,174 @@
+"""``dcp.load`` from this library's checkpoints."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    LoadPlanner,
+)
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from asyncckpt import manifest as manifests
+from asyncckpt.boxes import Region
+from asyncckpt.catalog import Catalog
+from asyncckpt.dtypes import DTYPES
+from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
+from asyncckpt.filling import fill
+from asyncckpt.integrations.dcp.names import Names, names_of
+from asyncckpt.protocols import Reader as OpenCheckpoint
+from asyncckpt.records import BoxedRecord, Manifest, StoredTensor
+from asyncckpt.restore import open_manifest, read_trees
+from asyncckpt.storage.local import LocalStore
+
+
+class Reader(StorageReader):
+    """``dcp.load(state, storage_reader=Reader("run"))``: the newest usable checkpoint of a run, or one by its path
+    (``Reader("run/step-00000100")``, or ``checkpoint_id``). Also reads what a ``Checkpointer`` saved: its tensors, by
+    qualified name.
+
+    Every byte is verified before it is used, and only the extents that are needed are read. Raises
+    ``CheckpointNotFound``, ``CheckpointDamaged`` and ``DigestMismatch`` (``expect_digest``, as for ``Run.restore``),
+    wrapped by DCP. No pickle of the checkpoint is loaded: there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, expect_digest: str | None = None) -> None:
+        self._path = None if path is None else os.path.abspath(os.fspath(path))
+        self._expect_digest = manifests.check_expected(expect_digest)
+        self._open: tuple[OpenCheckpoint, Manifest, Names] | None = None
+        #: Of the latest load.
+        self.read_bytes = 0
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self.close()
+        if checkpoint_id is not None:
+            self._path = os.path.abspath(os.fspath(checkpoint_id))
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        _, manifest, names = self._opened()
+        entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for fqn in names.tensors:
+            record = self._record(fqn)
+            boxes = (
+                [(box.offsets, box.shape) for box in record.boxes]
+                if isinstance(record, BoxedRecord)
+                else [(tuple(0 for _ in record.shape), record.shape)]
+            )
+            chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
+            properties = TensorProperties(dtype=DTYPES[record.dtype])
+            entries[fqn] = TensorStorageMetadata(properties, torch.Size(record.shape), chunks)
+        for fqn in names.values:
+            entries[fqn] = BytesStorageMetadata()
+        return Metadata(entries, planner_data=dict(names.paths), storage_meta=self._meta(manifest))
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return replace(plan, storage_data=self._opened()[1].attempt)
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        odd = [rank for rank, plan in enumerate(plans) if plan.storage_data != plans[0].storage_data]
+        if odd:
+            raise RanksDisagree(
+                f"{self._path}: ranks {odd[:8]} read another checkpoint than rank 0 (one was published meanwhile). "
+                f"Load again, or give the checkpoint's own path"
+            )
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        future: Future[None] = Future()
+        try:
+            self._read(plan, planner)
+        finally:
+            self.close()
+        future.set_result(None)
+        return future
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        reader, manifest, names = self._opened()
+        wanted: dict[str, list[Region]] = {}
+        committed: list[Callable[[], None]] = []
+        values = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        for item in plan.items:
+            if item.type == LoadItemType.BYTE_IO:
+                continue
+            fqn = item.storage_index.fqn
+            target = planner.resolve_tensor(item).detach()
+            begin = item.storage_index.offset or torch.Size([0] * len(item.storage_offsets))
+            offsets = tuple(a + b for a, b in zip(begin, item.storage_offsets, strict=True))
+            wanted.setdefault(fqn, []).append(Region(target, offsets))
+            committed.append(lambda item=item, target=target: planner.commit_tensor(item, target))  # type: ignore[misc]
+        self.read_bytes = fill(reader, manifest, [(self._record(fqn), found) for fqn, found in wanted.items()])
+        for commit in committed:
+            commit()
+        for item in values:
+            planner.load_bytes(item, _pickled(names.values[item.storage_index.fqn]))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return os.path.isdir(checkpoint_id)
+
+    def close(self) -> None:
+        """Let retention have the checkpoint again. Idempotent; a load does it."""
+        if self._open is not None:
+            self._open[0].close()
+            self._open = None
+
+    def _opened(self) -> tuple[OpenCheckpoint, Manifest, Names]:
+        if self._open is None:
+            reader = open_checkpoint(self._path)
+            try:
+                manifest = open_manifest(reader, self._expect_digest)
+                self._open = reader, manifest, names_of(manifest, read_trees(reader, manifest))
+            except BaseException:
+                reader.close()
+                raise
+        return self._open
+
+    def _record(self, fqn: str) -> StoredTensor:
+        _, manifest, names = self._opened()
+        component, name = names.tensors[fqn]
+        record = manifest.components[component]
+        return record.tensors[record.aliases.get(name, name)]
+
+    def _meta(self, manifest: Manifest) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self._path, load_id=manifest.attempt)
+
+
+def open_checkpoint(path: str | None) -> OpenCheckpoint:
+    """A checkpoint by its path, or the newest usable one of a run. Raises ``CheckpointNotFound``."""
+    if path is None:
+        raise InvalidOption("say which: Reader('run'), or dcp.load(..., checkpoint_id='run/step-100')")
+    if os.path.lexists(os.path.join(path, manifests.FILE_NAME)):
+        run, name = os.path.split(path)
+        return LocalStore(run).open(name)
+    if not os.path.isdir(path):
+        raise CheckpointNotFound(f"{path}: no such directory")
+    store = LocalStore(path)
+    return store.open(Catalog(store, path).newest().name)
+
+
+def _pickled(value: Any) -> io.BytesIO:
+    """DCP's planners insist on unpickling values: this is the pickle of one that was read safely."""
+    stream = io.BytesIO()
+    torch.save(value, stream, pickle_module=pickle)
+    stream.seek(0)
+    return stream

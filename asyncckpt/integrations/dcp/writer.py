@@ -1,0 +1,290 @@
+"""``dcp.save`` and ``dcp.async_save`` into this library's checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from asyncckpt import digests, plain
+from asyncckpt.codecs import get as get_codec
+from asyncckpt.dtypes import CODES
+from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
+from asyncckpt.formats.safetensors import SafetensorsFormat
+from asyncckpt.integrations.dcp.names import Path, encode_value, place_of
+from asyncckpt.integrations.dcp.sides import THREADS, Live, Stager
+from asyncckpt.naming import DEFAULT
+from asyncckpt.protocols import Attempt, LayoutOptions, Piece, TensorSpec
+from asyncckpt.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
+from asyncckpt.storage.local import LocalStore
+
+_NUMBER = re.compile(r"\d+")
+
+
+class Writer(StorageWriter):
+    """``dcp.save(state, storage_writer=Writer("run", step=100))``, or with ``checkpoint_id="run/step-00000100"``.
+
+    ``path``: the run directory; ``step``: default, the last number in ``checkpoint_id``'s name. With ``checkpoint_id``
+    the checkpoint is published under exactly that path. ``overwrite``: replace one of that name, in one instant.
+    ``digest``: see ``Checkpointer``. ``dcp.async_save`` uses the writer as its stager too: host memory is faulted in
+    (and pinned, where there are GPUs) once, not at every save.
+
+    What DCP calls raises ``StepExists``, ``RunLocked``, ``SaveFailed`` and ``UnsupportedValue`` (a value that could
+    only be pickled), which DCP wraps in its ``CheckpointException`` on every rank. Nothing is visible unless all ranks
+    succeeded; what a failed save left is deleted by the next. Deduplicated plans, resharding and any planner work;
+    plan caching does not (``InvalidOption``). Not thread-safe: one save at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        step: int | None = None,
+        overwrite: bool = False,
+        digest: str = "xxh3-128",
+        metrics: Mapping[str, float] | None = None,
+        threads: int = THREADS,
+    ) -> None:
+        digests.get(digest)
+        if type(threads) is not int or threads < 1:
+            raise InvalidOption(f"threads must be a whole number >= 1, not {threads!r}")
+        self._run = None if path is None else os.path.abspath(os.fspath(path))
+        self._step = step
+        self._overwrite = overwrite
+        self._digest = digest
+        self._metrics = dict(metrics or {})
+        self._threads = threads
+        self.checkpoint_id: str | None = None
+        self._rank = 0
+        self._coordinates = False
+        self._paths: dict[str, Path] = {}
+        self._live = Live()
+
+    # -- what DCP calls ----------------------------------------------------------------------------------------------
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self.checkpoint_id = None if checkpoint_id is None else os.path.abspath(os.fspath(checkpoint_id))
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        self._coordinates = is_coordinator
+        self._rank = int(kwargs.get("rank", 0))
+        if not kwargs.get("use_collectives", True):
+            raise InvalidOption("asyncckpt publishes one checkpoint of all ranks: leave use_collectives=True")
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        if not plan.usable:
+            raise InvalidOption("asyncckpt's Writer does not work with enable_plan_caching=True; leave it out")
+        self._paths = dict(plan.planner_data or {})
+        if self._coordinates:
+            run, name, step = self._place()
+            self._begin(run, name, step)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        attempt = self._live.attempt
+        if attempt is None:
+            raise SaveFailed("the coordinator has begun no save")
+        told = (*self._place(), attempt.uuid)
+        return [replace(plan, storage_data=told) for plan in plans]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        run, _, step, attempt_uuid = plan.storage_data
+        attempt = self._live.attempt
+        if attempt is None:
+            attempt = LocalStore(run).begin(step, attempt_uuid, shared=True)
+        future: Future[list[WriteResult]] = Future()
+        try:
+            future.set_result(self._write(attempt, plan.items, planner))
+        except BaseException:
+            attempt.discard() if self._coordinates else attempt.close()
+            self._live.end()
+            raise
+        finally:
+            self._live.staged = False
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        attempt = self._live.attempt
+        if attempt is None:
+            raise SaveFailed("the coordinator has begun no save")
+        try:
+            self._publish(metadata, results)
+        except BaseException:
+            attempt.discard()
+            raise
+        finally:
+            self._live.end()
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        return "://" not in os.fspath(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta | None:
+        return StorageMeta(checkpoint_id=self.checkpoint_id or self._run)
+
+    # -- staging for dcp.async_save ----------------------------------------------------------------------------------
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        return True
+
+    def stage(self, state_dict: Any) -> Any:
+        """A copy in host memory that later saves reuse. While an earlier copy is still being written, a new one."""
+        reusable = not self._live.staged
+        if self._live.stager is None or not reusable:
+            stager = Stager()
+            if reusable:
+                self._live.stager = stager
+        else:
+            stager = self._live.stager
+        self._live.staged = True
+        self._live.staging = stager
+        return stager.stage(state_dict)
+
+    def synchronize_staging(self) -> None:
+        """Wait until the state has been copied."""
+        if self._live.staging is not None:
+            self._live.staging.synchronize_staging()
+
+    def close(self) -> None:
+        """Give memory and the run directory back; a save that failed elsewhere is removed. Idempotent."""
+        self._live.close()
+
+    # -- one save ----------------------------------------------------------------------------------------------------
+
+    def _place(self) -> tuple[str, str, int]:
+        """``(run directory, name, step)``."""
+        name = None
+        run = self._run
+        if self.checkpoint_id is not None:
+            run, name = os.path.split(self.checkpoint_id)
+        if run is None:
+            raise InvalidOption("say where: Writer('run', step=100), or dcp.save(..., checkpoint_id='run/step-100')")
+        step = self._step
+        if step is None:
+            numbers = _NUMBER.findall(name or "")
+            if not numbers:
+                raise InvalidOption(f"{run}: say which step: Writer(..., step=100), or checkpoint_id='run/step-100'")
+            step = int(numbers[-1])
+        return run, name or DEFAULT.format(step=step), step
+
+    def _begin(self, run: str, name: str, step: int) -> None:
+        self._live.begin(run, name, step, overwrite=self._overwrite)
+
+    def _write(self, attempt: Attempt, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+        values = [item for item in items if item.type == WriteItemType.BYTE_IO]
+        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
+        results = [self._value(item, planner) for item in values]
+        pieces: list[Piece] = []
+        for item in tensors:
+            tensor = planner.resolve_data(item)
+            if not isinstance(tensor, torch.Tensor):
+                raise UnsupportedValue(f"{item.index.fqn}: planned as a tensor, and is a {type(tensor).__name__}")
+            pieces.append(_piece(item, tensor.detach(), self._paths))
+        shards = SafetensorsFormat().shards(
+            f"rank-{self._rank:05d}", [piece.spec for piece in pieces], 0, 0, get_codec("none", {}), LayoutOptions()
+        )
+        records = self._live.write(attempt, shards, pieces, digests.get(self._digest), self._threads)
+        at = {placement.spec.name: (shard.file, placement) for shard in shards for placement in shard.placements}
+        for item, piece in zip(tensors, pieces, strict=True):
+            file, placement = at[piece.spec.name]
+            chunk, data = _chunk(item)
+            box = (tuple(chunk.offsets), tuple(chunk.sizes), file, placement.begin, placement.end)
+            stored = {"dtype": piece.spec.dtype, "shape": tuple(data.size), "box": box}
+            results.append(WriteResult(item.index, piece.spec.nbytes, stored))
+        if results:
+            results[0].storage_data["files"] = records
+        return results
+
+    def _value(self, item: WriteItem, planner: SavePlanner) -> WriteResult:
+        """A value that is no tensor, as JSON. DCP would hand it over pickled, so the planner is asked for itself."""
+        fqn = item.index.fqn
+        lookup = getattr(planner, "lookup_object", None)
+        if lookup is None:
+            raise UnsupportedValue(
+                f"{fqn}: {type(planner).__name__} only gives it pickled; use a planner with lookup_object, such as "
+                f"DefaultSavePlanner"
+            )
+        return WriteResult(item.index, 0, {"value": encode_value(lookup(item.index), fqn)})
+
+    def _publish(self, metadata: Metadata, results: Sequence[Sequence[WriteResult]]) -> None:
+        _, name, step = self._place()
+        paths = {fqn: tuple(path) for fqn, path in (metadata.planner_data or {}).items()}
+        files: list[FileRecord] = []
+        values: dict[str, Any] = {}
+        boxes: dict[str, list[BoxRecord]] = {}
+        told: dict[str, Mapping[str, Any]] = {}
+        for one in (one for rank in results for one in rank):
+            stored = one.storage_data
+            files += stored.get("files", ())
+            if "value" in stored:
+                values[one.index.fqn] = plain.decode(stored["value"], _no_tensor)
+            else:
+                told[one.index.fqn] = stored
+                boxes.setdefault(one.index.fqn, []).append(BoxRecord(*stored["box"]))
+        records: dict[str, StoredTensor] = {fqn: _record(told[fqn], found) for fqn, found in boxes.items()}
+        self._live.publish(
+            name,
+            step,
+            files,
+            records,
+            paths,
+            values,
+            digest=self._digest,
+            metrics=self._metrics,
+            world_size=len(results),
+            overwrite=self._overwrite,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_live": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._live = Live()
+
+
+def _piece(item: WriteItem, tensor: torch.Tensor, paths: Mapping[str, Path]) -> Piece:
+    fqn = item.index.fqn
+    code = CODES.get(tensor.dtype)
+    chunk, _ = _chunk(item)
+    if code is None:
+        raise UnsupportedValue(f"{fqn}: {tensor.dtype} has no code in safetensors; convert it")
+    if tuple(tensor.shape) != tuple(chunk.sizes):
+        raise SaveFailed(f"{fqn}: planned as {list(chunk.sizes)}, and is {list(tensor.shape)}")
+    box = BoxRecord(tuple(chunk.offsets), tuple(chunk.sizes), "", 0, 0)
+    name = box.entry(".".join(place_of(fqn, paths.get(fqn))))
+    return Piece(TensorSpec(name, code, tuple(tensor.shape), tensor.numel() * tensor.element_size()), tensor)
+
+
+def _chunk(item: WriteItem) -> tuple[ChunkStorageMetadata, Any]:
+    data = item.tensor_data
+    if data is None:
+        raise SaveFailed(f"{item.index.fqn}: the plan has a tensor without its shape")
+    return data.chunk, data
+
+
+def _record(stored: Mapping[str, Any], boxes: Sequence[BoxRecord]) -> BoxedRecord:
+    ordered = tuple(sorted(boxes, key=lambda box: box.offsets))
+    return BoxedRecord(stored["dtype"], stored["shape"], sum(box.end - box.begin for box in ordered), ordered)
+
+
+def _no_tensor(name: str) -> torch.Tensor:
+    raise UnsupportedValue(f"{name} is a tensor inside a plain value")

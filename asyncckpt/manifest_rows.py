@@ -1,0 +1,315 @@
+"""The rows of a manifest, parsed: files, extents and tensors. What is parsed may come from an attacker."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NoReturn
+
+from asyncckpt import digests
+from asyncckpt.codecs import SPLIT_MARK
+from asyncckpt.dtypes import ITEM_BYTES
+from asyncckpt.errors import ManifestInvalid
+from asyncckpt.records import (
+    BoxedRecord,
+    BoxRecord,
+    ChunkedRecord,
+    ComponentRecord,
+    ExtentRecord,
+    FileRecord,
+    PartRecord,
+    StoredTensor,
+    TensorRecord,
+)
+
+#: A chunk is decoded into memory as a whole, and an extent is read as a whole.
+MAX_CHUNK_BYTES: Final = 1 << 30
+MAX_EXTENT_BYTES: Final = 1 << 30
+#: The manifest itself, which no row may name.
+_MANIFEST: Final = "manifest.json"
+_NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
+#: Directories in a file's name.
+_MAX_DEPTH: Final = 3
+_LIMIT: Final = 1 << 62
+#: Pairs of boxes of one tensor that are compared: far more than a grid of a hundred thousand needs.
+_MAX_COMPARED: Final = 20_000_000
+
+
+def is_component_name(name: str) -> bool:
+    """Whether a component can have this name."""
+    return _NAME.match(name) is not None and "." not in name
+
+
+class Body:
+    """Checked access to a parsed object: a wrong type is an error that names the field, never a traceback later."""
+
+    def __init__(self, value: Any, where: str) -> None:
+        self.where = where
+        if not isinstance(value, dict):
+            self.fail("is no JSON object")
+        self._value = value
+
+    def fail(self, problem: str) -> NoReturn:
+        raise ManifestInvalid(f"{self.where}: the manifest {problem}")
+
+    def take(self, key: str, kind: type) -> Any:
+        if key not in self._value:
+            self.fail(f"lacks {key!r}")
+        value = self._value[key]
+        if kind is float:
+            valid = is_number(value)
+        else:
+            valid = isinstance(value, kind) and not (kind is int and type(value) is bool)
+        if not valid:
+            self.fail(f"has a {key!r} of the wrong type")
+        return value
+
+    def whole(self, key: str) -> int:
+        return self.size(key, self._value.get(key))
+
+    def size(self, what: str, value: Any) -> int:
+        if type(value) is not int or not 0 <= value < _LIMIT:
+            self.fail(f"has a {what!r} that is no whole number in range")
+        return value
+
+    def plain_name(self, what: str, value: Any) -> str:
+        """A file name that can go nowhere: no separators, no leading dot or dash, no control characters."""
+        if not isinstance(value, str) or not _NAME.match(value):
+            self.fail(f"has a {what!r} that is no plain file name: {value!r:.80}")
+        return value
+
+    def file_name(self, value: Any) -> str:
+        """A plain name, or directories of plain names and one."""
+        parts = value.split("/") if isinstance(value, str) else [value]
+        if len(parts) > _MAX_DEPTH:
+            self.fail(f"has a file name that is too deep: {value!r:.80}")
+        for part in parts:
+            self.plain_name("file name", part)
+        return str(value)
+
+
+def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
+    records: list[FileRecord] = []
+    hex_digits = re.compile(rf"[0-9a-f]{{{digests.hex_length(digest)}}}\Z")
+    for entry in body.take("files", list):
+        item = Body(entry, body.where)
+        name = item.file_name(item.take("name", str))
+        nbytes = item.whole("nbytes")
+        extents: list[ExtentRecord] = []
+        position = 0
+        for row in item.take("extents", list):
+            if not isinstance(row, list) or len(row) not in (3, 5):
+                body.fail(f"has a malformed extent of {name!r}")
+            offset, length = body.size("offset", row[0]), body.size("nbytes", row[1])
+            if offset != position or (length == 0 and nbytes) or offset + length > nbytes:
+                body.fail(f"has extents of {name!r} that overlap, leave a gap or pass its end")
+            if length > MAX_EXTENT_BYTES:
+                body.fail(f"has an extent of {name!r} of {length} bytes, over the limit of {MAX_EXTENT_BYTES}")
+            if not isinstance(row[2], str) or not hex_digits.match(row[2]):
+                body.fail(f"has a malformed digest of {name!r}")
+            content, stored = row[3:] or ("", 0)
+            if not isinstance(content, str) or (content and not hex_digits.match(content.removeprefix(SPLIT_MARK))):
+                body.fail(f"has a malformed content digest of {name!r}")
+            if body.size("stored", stored) > length:
+                body.fail(f"has an extent of {name!r} that holds more than its bytes")
+            extents.append(ExtentRecord(offset, length, row[2], content, stored))
+            position += length
+        if position != nbytes or not extents:
+            body.fail(f"has extents that do not cover {name!r}")
+        plan = entry.get("plan", "")
+        if not isinstance(plan, str):
+            body.fail(f"has a malformed plan of {name!r}")
+        bases = entry.get("bases", [])
+        if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+            body.fail(f"has malformed bases of {name!r}")
+        order = entry.get("order", [])
+        if not isinstance(order, list) or not all(type(number) is int for number in order):
+            body.fail(f"has a malformed order of {name!r}")
+        if order and sorted(order) != list(range(1, len(extents))):
+            body.fail(f"has a malformed order of {name!r}")
+        records.append(FileRecord(name, nbytes, tuple(extents), plan, tuple(bases), tuple(order)))
+    _check_bases(body, records)
+    folded = [record.name.casefold() for record in records] + [_MANIFEST]
+    if len(set(folded)) != len(folded):
+        body.fail("lists a file twice (or two names that differ only in case)")
+    folders = {name[:i] for name in folded for i, char in enumerate(name) if char == "/"}
+    if not folders.isdisjoint(folded):
+        body.fail("lists a name as a file and as a directory")
+    return tuple(records)
+
+
+def _check_bases(body: Body, records: Sequence[FileRecord]) -> None:
+    files = {record.name: record for record in records}
+    for record in records:
+        for name in record.bases:
+            base = files.get(name)
+            if base is None:
+                body.fail(f"has a file {record.name!r} whose base {name!r:.80} it does not list")
+            if base.plan != record.plan or not record.plan or len(base.extents) != len(record.extents) or base.bases:
+                body.fail(f"has a file {record.name!r} whose base {name!r} does not fit it")
+        if len(set(record.bases)) != len(record.bases):
+            body.fail(f"has a file {record.name!r} with a base twice")
+
+
+def parse_components(body: Body, files: Mapping[str, FileRecord]) -> dict[str, ComponentRecord]:
+    found: dict[str, ComponentRecord] = {}
+    room = {record.name: len(record.extents) for record in files.values()}
+    for name, entry in body.take("components", dict).items():
+        if "." in body.plain_name("component name", name):
+            body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
+        item = Body(entry, body.where)
+        tensors: dict[str, StoredTensor] = {}
+        for tensor, row in item.take("tensors", dict).items():
+            if isinstance(row, dict) and "boxes" in row:
+                tensors[tensor] = _boxed(body, tensor, row, files)
+            elif isinstance(row, dict):
+                tensors[tensor] = _chunked(body, tensor, row, files, room)
+            else:
+                tensors[tensor] = _tensor(body, tensor, row, files)
+        aliases = item.take("aliases", dict)
+        for alias, target in aliases.items():
+            if not isinstance(target, str) or target not in tensors or alias in tensors:
+                body.fail(f"has the alias {alias!r:.80} for a tensor that is not there")
+        found[name] = ComponentRecord(item.take("kind", str), tensors, aliases)
+    _check_overlaps(body, found)
+    return found
+
+
+def _dense(body: Body, name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...], int]:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        body.fail(f"gives tensor {name!r:.80} the unknown dtype {dtype!r:.20}")
+    if not isinstance(shape, list) or len(shape) > 64:
+        body.fail(f"gives tensor {name!r:.80} a malformed shape")
+    nbytes = ITEM_BYTES[dtype]
+    for size in shape:
+        nbytes *= body.size(f"shape of {name:.80}", size)
+    return dtype, tuple(shape), nbytes
+
+
+def _tensor(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> TensorRecord:
+    if not isinstance(row, list) or len(row) != 5:
+        body.fail(f"has a malformed entry for tensor {name!r:.80}")
+    dtype, shape, nbytes = _dense(body, name, row[0], row[1])
+    file, begin, end = row[2:]
+    if not isinstance(file, str) or file not in files:
+        body.fail(f"puts tensor {name!r:.80} into a file it does not list")
+    begin, end = body.size("begin", begin), body.size("end", end)
+    if end > files[file].nbytes or end - begin != nbytes or begin % ITEM_BYTES[dtype]:
+        body.fail(f"gives tensor {name!r:.80} a byte range that does not fit its shape or its file")
+    return TensorRecord(dtype, shape, file, begin, end)
+
+
+def _chunked(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> ChunkedRecord:
+    """``room``: how many extents of each file are no chunk yet. A part of thirty characters can name millions."""
+    item = Body(row, body.where)
+    dtype, shape, nbytes = _dense(body, name, item.take("dtype", str), item.take("shape", list))
+    chunk, run = item.whole("chunk"), item.whole("run")
+    if chunk > MAX_CHUNK_BYTES:
+        body.fail(f"gives tensor {name!r:.80} chunks of {chunk} bytes, over the limit of {MAX_CHUNK_BYTES}")
+    if nbytes and (not chunk or not run or nbytes % run or chunk % ITEM_BYTES[dtype] or run % ITEM_BYTES[dtype]):
+        body.fail(f"gives tensor {name!r:.80} chunks that do not fit its shape")
+    parts = [_part(body, name, part, files, room) for part in item.take("parts", list)]
+    if len({part.file for part in parts}) != len(parts):
+        body.fail(f"has two parts of tensor {name!r:.80} in one file")
+    count = nbytes // run * -(-run // chunk) if nbytes else 0
+    if sum(len(part.extents) for part in parts) != count:
+        body.fail(f"lacks chunks of tensor {name!r:.80}, or has more than it should")
+    record = ChunkedRecord(dtype, shape, nbytes, chunk, run, item.take("padded", bool), tuple(parts))
+    number = 0
+    for part in parts:
+        for extent in part.extents:
+            found = files[part.file].extents[extent]
+            expected = chunk if record.padded else record.span(number)[1]
+            if not found.content and (found.stored or found.nbytes) != expected:
+                body.fail(f"has a chunk of tensor {name!r:.80} of the wrong size")
+            number += 1
+    return record
+
+
+def _boxed(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> BoxedRecord:
+    item = Body(row, body.where)
+    dtype, shape, nbytes = _dense(body, name, item.take("dtype", str), item.take("shape", list))
+    boxes: list[BoxRecord] = []
+    for entry in item.take("boxes", list):
+        if not isinstance(entry, list) or len(entry) != 5 or not isinstance(entry[0], list):
+            body.fail(f"has a malformed box of tensor {name!r:.80}")
+        part = _tensor(body, name, [dtype, *entry[1:]], files)
+        offsets = tuple(body.size(f"offset of {name:.80}", offset) for offset in entry[0])
+        if len(offsets) != len(shape) or len(part.shape) != len(shape):
+            body.fail(f"has a box of tensor {name!r:.80} with other dimensions")
+        if any(offset + size > whole for offset, size, whole in zip(offsets, part.shape, shape, strict=True)):
+            body.fail(f"has a box of tensor {name!r:.80} outside of it")
+        boxes.append(BoxRecord(offsets, part.shape, part.file, part.begin, part.end))
+    if sum(box.end - box.begin for box in boxes) != nbytes or not _apart(boxes):
+        body.fail(f"has boxes of tensor {name!r:.80} that leave gaps, overlap, or are too many")
+    return BoxedRecord(dtype, shape, nbytes, tuple(boxes))
+
+
+def _apart(boxes: Sequence[BoxRecord]) -> bool:
+    """Whether no two share an element: a sweep along the dimension in which they begin at the most places."""
+    solid = [box for box in boxes if box.begin < box.end]
+    if len(solid) < 2:
+        return True
+    if not solid[0].shape:
+        return False
+    along = max(range(len(solid[0].shape)), key=lambda i: len({box.offsets[i] for box in solid}))
+    compared = 0
+    open_boxes: list[BoxRecord] = []
+    for box in sorted(solid, key=lambda box: box.offsets[along]):
+        begin = box.offsets[along]
+        open_boxes = [other for other in open_boxes if other.offsets[along] + other.shape[along] > begin]
+        compared += len(open_boxes)
+        if compared > _MAX_COMPARED:
+            return False
+        for other in open_boxes:
+            ranges = zip(box.offsets, box.shape, other.offsets, other.shape, strict=True)
+            if all(a < c + d and c < a + b for a, b, c, d in ranges):
+                return False
+        open_boxes.append(box)
+    return True
+
+
+def _part(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> PartRecord:
+    if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str) or row[0] not in files:
+        body.fail(f"puts chunks of tensor {name!r:.80} into a file it does not list")
+    most = len(files[row[0]].extents)
+    numbers: Sequence[Any] = ()
+    if len(row) == 3:
+        first, count = body.size("extent", row[1]), body.size("count", row[2])
+        numbers = range(first, first + min(count, most + 1))
+    elif isinstance(row[1], list):
+        numbers = row[1]
+    room[row[0]] -= len(numbers)
+    if not numbers or room[row[0]] < 0 or not all(body.size("extent", i) < most for i in numbers):
+        body.fail(f"has chunks of tensor {name!r:.80} in extents that are not there, or are chunks already")
+    if files[row[0]].bases and 0 in numbers:
+        body.fail(f"has a chunk of tensor {name!r:.80} in the header of {row[0]!r}")
+    return PartRecord(row[0], tuple(numbers))
+
+
+def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> None:
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    taken: set[tuple[str, int]] = set()
+    for component in components.values():
+        for tensor in component.tensors.values():
+            if isinstance(tensor, ChunkedRecord):
+                mine = [(part.file, extent) for part in tensor.parts for extent in part.extents]
+                if len(set(mine)) != len(mine) or not taken.isdisjoint(mine):
+                    body.fail("has an extent that is two chunks")
+                taken.update(mine)
+                continue
+            for place in tensor.boxes if isinstance(tensor, BoxedRecord) else (tensor,):
+                if place.begin < place.end:
+                    ranges.setdefault(place.file, []).append((place.begin, place.end))
+    if not ranges.keys().isdisjoint(file for file, _ in taken):
+        body.fail("has a file with whole tensors and with chunks")
+    for file, spans in ranges.items():
+        spans.sort()
+        if any(after[0] < before[1] for before, after in itertools.pairwise(spans)):
+            body.fail(f"has tensors in {file!r} that overlap")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one that a float can hold: JSON's ints have no end."""
+    return type(value) is float or (type(value) is int and abs(value) < _LIMIT)
