@@ -40,6 +40,9 @@ _SMALL_BYTES = 256 << 10
 #: Small files written at one time: each holds a descriptor and a thread.
 _SMALL_AT_ONCE = 64
 
+#: Bytes of blocks that are shared with other ranks, kept until the others are written.
+_MAX_EDGES_BYTES = 16 << 20
+
 
 class LocalStore:
     """Thread-safe. Blocks on the device. ``direct=False`` goes through the page cache (and is used by itself where
@@ -409,6 +412,9 @@ class LocalShardWriter:
         self._direct = store.direct and not self._small
         self._shared = shared
         self._edges_fd = -1
+        self._edges: list[tuple[int, bytes]] = []
+        self._edges_bytes = 0
+        self._edges_lock = threading.Lock()
         flags = os.O_WRONLY | os.O_CREAT | (0 if shared else os.O_EXCL)
         self._fd = -1
         if self._direct:
@@ -454,6 +460,7 @@ class LocalShardWriter:
         # a shared file has its size by the writes to its end
         if not self._shared and (not self._small or self._end != nbytes):
             self._ops.truncate(self._fd, nbytes)
+        self._write_edges()
         self._ops.fsync(self._fd)
         fds, self._fd, self._edges_fd = (self._edges_fd, self._fd), -1, -1
         for fd in fds:
@@ -485,16 +492,24 @@ class LocalShardWriter:
         body = (len(view) - head) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         edges = [(0, head), (head + body, len(view))]
         if body and not self._write_direct(view[head : head + body], offset + head):
-            edges = [(0, len(view))]
-        for begin, end in edges:
-            if begin < end:
-                self._write(self._edges(), view[begin:end], offset + begin)
-
-    def _edges(self) -> int:
+            self._write(self._fd, view[head : head + body], offset + head)
+        kept = [(offset + begin, bytes(view[begin:end])) for begin, end in edges if begin < end]
         with self._lock:
-            if self._edges_fd < 0:
+            self._edges += kept
+            self._edges_bytes += sum(len(data) for _, data in kept)
+            full = self._edges_bytes > _MAX_EDGES_BYTES
+        if full:
+            self._write_edges()
+
+    def _write_edges(self) -> None:
+        """All at once: each has to wait until no direct write of anyone is on its way to the file."""
+        with self._edges_lock:
+            with self._lock:
+                edges, self._edges, self._edges_bytes = self._edges, [], 0
+            if edges and self._edges_fd < 0:
                 self._edges_fd = self._ops.open(self.path, os.O_WRONLY)
-            return self._edges_fd
+            for offset, data in sorted(edges):
+                self._write(self._edges_fd, memoryview(data), offset)
 
     def _write_direct(self, view: memoryview, offset: int) -> bool:
         """False where the file system took the flag and refuses the transfer: then it goes on through the cache."""
