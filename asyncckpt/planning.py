@@ -110,14 +110,14 @@ class JobPlanner:
 
     def known(self, snapshot: Snapshot) -> bool:
         """Whether ``plan`` would not have to ask the other ranks."""
-        return _key([component for component in snapshot.components if component.shared]) in self._kept
+        return plan_key([component for component in snapshot.components if component.shared]) in self._kept
 
     def forget(self) -> None:
         """Ask the other ranks at the next save, whatever it holds."""
         self._kept.clear()
 
     def _agreed(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
-        key = _key(shared)
+        key = plan_key(shared)
         found = self._kept.get(key)
         if found is None:
             found = self._agree(shared, call, unless)
@@ -190,7 +190,7 @@ class _Component:
     entries: tuple[_Entry, ...]
 
 
-def _key(shared: Sequence[ComponentSnapshot]) -> Any:
+def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
     return tuple((c.name, c.kind, tuple((p.spec, p.rows, p.span) for p in c.pieces)) for c in shared)
 
 

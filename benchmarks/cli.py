@@ -12,6 +12,7 @@ from rich.console import Console
 
 from benchmarks import environment, peers, report, runner, whole_saves
 from benchmarks.codecs import command
+from benchmarks.ranks import command as ranks_command
 from benchmarks.state import SIZES
 
 app = typer.Typer(add_completion=False, help="Measure the engine against the device and against its peers.")
@@ -26,6 +27,7 @@ class Suite(StrEnum):
     restore = "restore"
     drag = "drag"
     codecs = "codecs"
+    ranks = "ranks"
 
 
 def _console() -> Console:
@@ -44,7 +46,7 @@ def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> No
 def bench(
     suite: Annotated[
         Suite,
-        typer.Argument(help="engine: its bars; codecs: theirs; the others: a part of engine"),
+        typer.Argument(help="engine: its bars; codecs, ranks: theirs; the others: a part of engine"),
     ] = Suite.engine,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes a peer, by turns")] = 3,
     size: Annotated[str, typer.Option(help=f"the state: {', '.join(SIZES)}")] = "gpt2",
@@ -66,6 +68,9 @@ def bench(
     target = directory or tempfile.gettempdir()
     if suite is Suite.codecs:
         _codecs(Path(target), rounds, Path(out) if out is not None else None, as_json)
+        return
+    if suite is Suite.ranks:
+        ranks_command.run(Path(target), rounds, size, Path(out) if out is not None else None, as_json, _console())
         return
     described = environment.describe(target)
     progress = Console(stderr=True)

@@ -12,6 +12,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
 
 from benchmarks.peers import Session
 from benchmarks.state import State
@@ -21,12 +22,14 @@ WRITER_THREADS = 2
 
 
 class DcpSession(Session):
-    """Needs a process group of its own, of one rank, as ``async_save`` demands one."""
+    """Takes the job's process group, or makes one of one rank, as ``async_save`` demands one."""
 
     def __init__(self, state: State, directory: str) -> None:
         super().__init__(state, directory)
         warnings.filterwarnings("ignore", module="torch.distributed")
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+        self._alone = not dist.is_initialized()
+        if self._alone:
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as DCP's own documentation gathers it. A tied weight goes in once, in the peer's favour: DCP
@@ -38,9 +41,10 @@ class DcpSession(Session):
         weights: dict[str, Any] = {}
         for name, tensor in model.items():
             if isinstance(tensor, torch.Tensor):
-                if tensor.data_ptr() in seen:
+                memory = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                if memory.numel() and memory.data_ptr() in seen:
                     continue
-                seen.add(tensor.data_ptr())
+                seen.add(memory.data_ptr())
             weights[name] = tensor
         return {"model": weights, "optimizer": optimizer}
 
@@ -63,4 +67,5 @@ class DcpSession(Session):
         )
 
     def close(self) -> None:
-        dist.destroy_process_group()
+        if self._alone:
+            dist.destroy_process_group()

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import random
-import resource
-import time
 from collections.abc import Sequence
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import codecs, formats, layout, planning
-from asyncckpt.division import Division, Holding, divide
+from asyncckpt.division import Division, divide
 from asyncckpt.protocols import ALIGNMENT_BYTES, Layout, LayoutOptions, Rows, TensorSpec
+from benchmarks.ranks import simulation
+from benchmarks.ranks.simulation import simulate
 
 OPTIONS = LayoutOptions(shard_bytes=6 << 20, extent_bytes=256 << 10)
-
-
-def _spec(number: int, shape: tuple[int, ...]) -> TensorSpec:
-    nbytes = 4
-    for size in shape:
-        nbytes *= size
-    return TensorSpec(f"t{number}", "F32", shape, nbytes)
 
 
 def _layout(specs: Sequence[TensorSpec], options: LayoutOptions = OPTIONS) -> Layout:
@@ -29,27 +21,13 @@ def _layout(specs: Sequence[TensorSpec], options: LayoutOptions = OPTIONS) -> La
     return layout.plan(components, formats.get("safetensors"), codecs.get("none"), options)
 
 
-def _dealt(rows: int, parts: int, copies: int) -> Rows:
-    """As torch.chunk deals rows out: uneven at the end, some ranks with nothing; each part on ``copies`` ranks."""
-    each = -(-rows // parts) if rows else 0
-    begins = [part * each for part in range(parts) if part * each < rows] or [0]
-    holders = tuple(tuple(part + parts * copy for copy in range(copies)) for part in range(len(begins)))
-    return Rows((*begins, rows), holders)
-
-
-def _holding(spec: TensorSpec, rows: Rows, number: int, rank: int) -> Holding:
-    part = rows.part_of.get(rank)
-    if part is None:
-        return Holding(rows, -1, 0)
-    width = spec.nbytes // rows.bounds[-1] if rows.bounds[-1] else 0
-    return Holding(rows, number, rows.bounds[part] * width)
-
-
 def _parts(plan: Layout, specs: Sequence[TensorSpec], held: Sequence[Rows], ranks: int) -> list[Division]:
     """Each rank's own division, as each computes it."""
     found = []
     for rank in range(ranks):
-        holdings = [_holding(spec, rows, i, rank) for i, (spec, rows) in enumerate(zip(specs, held, strict=True))]
+        holdings = [
+            simulation.holding(spec, rows, i, rank) for i, (spec, rows) in enumerate(zip(specs, held, strict=True))
+        ]
         found.append(divide(plan, holdings, rank, OPTIONS.extent_bytes))
     return found
 
@@ -68,13 +46,15 @@ def test_every_byte_is_written_once_by_a_rank_that_has_it(
     tensors: list[tuple[tuple[int, ...], str]], parts: int, copies: int
 ) -> None:
     ranks = parts * copies
-    specs = [_spec(i, shape) for i, (shape, _) in enumerate(tensors)]
+    specs = [simulation.spec(i, shape) for i, (shape, _) in enumerate(tensors)]
     plan = _layout(specs)
     held = []
     for spec, (_, spread) in zip(specs, tensors, strict=True):
         count = spec.shape[0] if spec.shape else 1
         whole = tuple(range(ranks)) if spread == "all" else (ranks - 1,)
-        held.append(_dealt(count, parts, copies) if spread == "rows" and count else Rows((0, count), (whole,)))
+        held.append(
+            simulation.dealt(count, parts, copies) if spread == "rows" and count else Rows((0, count), (whole,))
+        )
     divisions = _parts(plan, specs, held, ranks)
     again = _parts(plan, specs, held, ranks)
     assert [one.layout for one in divisions] == [one.layout for one in again], "not a pure function"
@@ -105,10 +85,10 @@ def _loads(divisions: Sequence[Division]) -> list[int]:
 
 def test_copies_are_divided_evenly() -> None:
     """The tensors of a transformer, on every rank."""
-    specs = [_spec(0, (50257, 64))]
+    specs = [simulation.spec(0, (50257, 64))]
     for _ in range(6):
         for shape in ((256, 64), (64,), (64, 64), (768, 512), (512, 768), (768,), (768,)):
-            specs.append(_spec(len(specs), shape))
+            specs.append(simulation.spec(len(specs), shape))
     plan = _layout(specs)
     for ranks in (2, 3, 4, 8):
         held = [Rows((0, spec.shape[0]), (tuple(range(ranks)),)) for spec in specs]
@@ -118,50 +98,28 @@ def test_copies_are_divided_evenly() -> None:
 
 def test_rows_on_two_groups_of_ranks_are_divided_between_both() -> None:
     """HSDP: each part lies on two ranks."""
-    specs = [_spec(i, (4096, 1024)) for i in range(4)]
-    held = [_dealt(4096, 4, 2) for _ in specs]
+    specs = [simulation.spec(i, (4096, 1024)) for i in range(4)]
+    held = [simulation.dealt(4096, 4, 2) for _ in specs]
     loads = _loads(_parts(_layout(specs), specs, held, 8))
     assert max(loads) <= 1.05 * sum(loads) / 8, loads
-
-
-def _model(tensors: int) -> list[TensorSpec]:
-    rng = random.Random(1)
-    return [_spec(i, rng.choice([(8192, 1024), (8192, 1024), (8192,), (1024,), (50257, 64)])) for i in range(tensors)]
 
 
 def test_ten_thousand_tensors_of_1024_ranks_are_planned_in_seconds_once_and_in_milliseconds_then() -> None:
     """No processes: what one rank of 1,024 computes for FSDP, and what it looks up at the saves that follow. The bounds
     are an order of magnitude above what was measured: 0.6 s, 25 MB, 3 ms."""
-    specs = _model(10_000)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
-    plan = _layout(specs, LayoutOptions())
-    dealt = {rows: _dealt(rows, 1024, 1) for rows in {spec.shape[0] for spec in specs}}
-    holdings = [_holding(spec, dealt[spec.shape[0]], i, 700) for i, spec in enumerate(specs)]
-    division = divide(plan, holdings, 700, LayoutOptions().extent_bytes)
-    once = time.perf_counter() - began
-    assert once < 15, once
-    share = sum(extent.nbytes for extent in division.layout.extents()) / plan.nbytes
-    assert 0.5 / 1024 < share < 1.5 / 1024
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-    assert grown < 256 << 20, f"{grown >> 20} MB for one plan"
-    # a save's plan is looked up by this key, which is built and compared on the training thread
-    from asyncckpt.protocols import ComponentSnapshot, Piece
-
-    pieces = [Piece(spec, None, 0, dealt[spec.shape[0]]) for spec in specs]  # type: ignore[arg-type]
-    component = ComponentSnapshot("m", "module", pieces, {}, None)
-    kept = {planning._key([component]): plan}
-    began = time.perf_counter()
-    assert kept[planning._key([component])] is plan
-    assert time.perf_counter() - began < 0.1
+    found = simulate(10_000, 1024, 700)
+    assert found.once_seconds < 15
+    assert found.again_seconds < 0.1
+    assert 0.5 / 1024 < found.share < 1.5 / 1024
+    assert found.grown_bytes < 256 << 20, f"{found.grown_bytes >> 20} MiB for one plan"
 
 
 def test_a_tables_digest_is_what_travels_where_all_ranks_hold_alike() -> None:
     """Not 1,024 tables of 10,000 rows: rows are listed once, and the digest is 32 characters."""
     from asyncckpt.protocols import ComponentSnapshot, Piece
 
-    specs = _model(10_000)
-    dealt = {rows: _dealt(rows, 1024, 1) for rows in {spec.shape[0] for spec in specs}}
+    specs = simulation.model(10_000)
+    dealt = {rows: simulation.dealt(rows, 1024, 1) for rows in {spec.shape[0] for spec in specs}}
     pieces = [Piece(spec, None, 0, dealt[spec.shape[0]]) for spec in specs]  # type: ignore[arg-type]
     table = planning._table(ComponentSnapshot("m", "module", pieces, {}, None))
     assert len(table["rows"]) == len(dealt)

@@ -1,0 +1,1 @@
+"""Many ranks: saves, restores and planning at several world sizes."""

@@ -1,0 +1,127 @@
+"""``python -m benchmarks ranks``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import environment
+from benchmarks.figures import Row
+from benchmarks.ranks import bars
+from benchmarks.ranks.simulation import simulate
+from benchmarks.report import write
+
+SIZES = (1, 2, 4)
+RESTORES = ((4, 2), (2, 4))
+SAVES_A_ROUND = 3
+_TIMEOUT_SECONDS = 900.0
+_SIMULATED = (10_000, 1024, 700)
+_SHOWN_LINES = 60  # torchrun's own summary comes last
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """``ranks`` processes in ``mode``; ``before``: how many ranks wrote what these restore."""
+
+    mode: str
+    ranks: int
+    before: int = 0
+
+
+def plan(rounds: int) -> list[Job]:
+    """World sizes by turns: a machine that slows down slows all of them."""
+    jobs: list[Job] = []
+    for _ in range(rounds):
+        jobs += [Job("saves", ranks) for ranks in SIZES]
+        jobs += [Job("restores", after, before) for before, after in RESTORES]
+    return [*jobs, Job("replicated", 4)]
+
+
+def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool, console: Console) -> None:
+    """Measure and print; progress goes to stderr. ``out``: folder for ``ranks.json`` and ``ranks.md``."""
+    progress = Console(stderr=True)
+    events: list[dict[str, Any]] = []
+    for job in plan(rounds):
+        progress.print(f"{job.mode} on {job.ranks}" + (f" of what {job.before} wrote" if job.before else ""))
+        found = run_job(job, directory, size)
+        events += found
+        progress.print(f"  {found[-1]}", highlight=False)
+    simulated = simulate(*_SIMULATED)
+    rows = bars.rows(events, simulated)
+    described = environment.describe(str(directory))
+    body = {
+        "environment": described,
+        "options": {"suite": "ranks", "rounds": rounds, "size": size},
+        "bars": [asdict(row) for row in rows],
+        "planning": asdict(simulated),
+        "events": events,
+    }
+    text = json.dumps(body, indent=1)
+    if as_json:
+        typer.echo(text)
+    else:
+        _show(rows, described, console)
+    if out is not None:
+        asked = f"python -m benchmarks ranks --rounds {rounds} --size {size}"
+        for name, content in (("ranks.json", text), ("ranks.md", _markdown(rows, described, asked))):
+            progress.print(f"wrote {write(str(out), name, content)}")
+
+
+def run_job(job: Job, directory: Path, size: str) -> list[dict[str, Any]]:
+    """What a job reports. Blocks. Raises ``RuntimeError`` with the end of its output where it fails."""
+    folder = tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=directory)
+    try:
+        if job.before:
+            _launch(Job("written", job.before), folder, size)
+        lines = _launch(job, folder, size)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [{**json.loads(line), "ranks": job.ranks, "before": job.before} for line in lines]
+
+
+def _launch(job: Job, folder: str, size: str) -> list[str]:
+    events = os.path.join(folder, f"{job.mode}.jsonl")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"]
+    command += ["-m", "benchmarks.ranks.worker", job.mode, folder, events]
+    command += ["--size", size, "--repeats", str(SAVES_A_ROUND)]
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=_TIMEOUT_SECONDS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    if done.returncode:
+        last = "\n".join(done.stdout.splitlines()[-_SHOWN_LINES:])
+        raise RuntimeError(f"{job} failed with {done.returncode}:\n{last}")
+    return Path(events).read_text().splitlines()
+
+
+def _show(rows: Sequence[Row], described: dict[str, str | int], console: Console) -> None:
+    table = Table(title="Many ranks", title_justify="left")
+    for column in bars.HEAD:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*bars.cells(row), style=None if row.met is None else "green" if row.met else "red")
+    console.print(table)
+    console.print(environment.sentence(described), highlight=False)
+
+
+def _markdown(rows: Sequence[Row], described: dict[str, str | int], command: str) -> str:
+    lines = [bars.HEAD, ["---"] * len(bars.HEAD), *(bars.cells(row) for row in rows)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n`{command}`: {environment.sentence(described)}.\n"

@@ -1,0 +1,89 @@
+"""What planning costs one rank of a large job, without its processes."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from asyncckpt import codecs, formats, layout, planning
+from asyncckpt.division import Holding, divide
+from asyncckpt.protocols import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, TensorSpec
+
+_SHAPES = ((8192, 1024), (8192, 1024), (8192,), (1024,), (50257, 64))
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """Seconds that planning takes once, and that finding the plan again takes at a later save; bytes that the process
+    grew by; ``share``: the rank's part of all bytes."""
+
+    once_seconds: float
+    again_seconds: float
+    grown_bytes: int
+    share: float
+
+
+def model(tensors: int) -> list[TensorSpec]:
+    """Specs as of a transformer, fp32."""
+    rng = random.Random(1)
+    return [spec(number, rng.choice(_SHAPES)) for number in range(tensors)]
+
+
+def spec(number: int, shape: tuple[int, ...]) -> TensorSpec:
+    nbytes = 4
+    for size in shape:
+        nbytes *= size
+    return TensorSpec(f"t{number}", "F32", shape, nbytes)
+
+
+def dealt(rows: int, parts: int, copies: int) -> Rows:
+    """As torch.chunk deals rows out: uneven at the end, some ranks with nothing; each part on ``copies`` ranks."""
+    each = -(-rows // parts) if rows else 0
+    begins = [part * each for part in range(parts) if part * each < rows] or [0]
+    holders = tuple(tuple(part + parts * copy for copy in range(copies)) for part in range(len(begins)))
+    return Rows((*begins, rows), holders)
+
+
+def holding(of: TensorSpec, rows: Rows, number: int, rank: int) -> Holding:
+    """What ``rank`` holds of a tensor."""
+    part = rows.part_of.get(rank)
+    if part is None:
+        return Holding(rows, -1, 0)
+    width = of.nbytes // rows.bounds[-1] if rows.bounds[-1] else 0
+    return Holding(rows, number, rows.bounds[part] * width)
+
+
+def plan(specs: Sequence[TensorSpec], options: LayoutOptions) -> Layout:
+    components = (("m", tuple(specs)),)
+    return layout.plan(components, formats.get("safetensors"), codecs.get("none"), options)
+
+
+def simulate(tensors: int, ranks: int, rank: int) -> Planning:
+    """What ``rank`` of ``ranks`` computes for a model under FSDP, at the first save and at those that follow."""
+    specs = model(tensors)
+    before = _resident_bytes()
+    began = time.perf_counter()
+    planned = plan(specs, LayoutOptions())
+    rows = {count: dealt(count, ranks, 1) for count in {one.shape[0] for one in specs}}
+    holdings = [holding(one, rows[one.shape[0]], number, rank) for number, one in enumerate(specs)]
+    division = divide(planned, holdings, rank, LayoutOptions().extent_bytes)
+    once = time.perf_counter() - began
+    grown = _resident_bytes() - before
+    share = sum(extent.nbytes for extent in division.layout.extents()) / planned.nbytes
+    # a save's plan is looked up by this key, which is built and compared on the training thread
+    pieces = [Piece(one, None, 0, rows[one.shape[0]]) for one in specs]  # type: ignore[arg-type]
+    component = ComponentSnapshot("m", "module", pieces, {}, None)
+    kept = {planning.plan_key([component]): planned}
+    began = time.perf_counter()
+    found = kept.get(planning.plan_key([component]))
+    again = time.perf_counter() - began
+    if found is not planned:
+        raise LookupError("the plan was not found again")
+    return Planning(once, again, grown, share)
+
+
+def _resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
