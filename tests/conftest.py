@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,12 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) ->
         loss.backward()
         optimizer.step()
     return loss.item()
+
+
+def pytest_configure() -> None:
+    """A shell that starts the suite in the background has it, and all processes it starts, ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
