@@ -25,8 +25,10 @@ import zstandard
 from asyncckpt import errors
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
 
-_FIRST_PAUSE_SECONDS: Final = 0.002
+_FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.1
+#: From one look to the next: nobody learns of an answer much later, in proportion, than it came.
+_LONGER: Final = 1.3
 #: A report is a list of digests: this is ten million of them.
 _MAX_MESSAGE_BYTES: Final = 1 << 30
 
@@ -106,7 +108,7 @@ class Ranks:
             if time.monotonic() >= deadline:
                 raise RankLost(f"{whose} did not answer within {timeout_seconds:.0f} s: it died, hangs, or was stopped")
             time.sleep(pause)
-            pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
+            pause = min(_LONGEST_PAUSE_SECONDS, _LONGER * pause)
         return _unpacked(store.get(key))
 
     def gather(
@@ -147,7 +149,7 @@ class Ranks:
                     f"calls; one that died or hangs has to be restarted with the job"
                 )
             time.sleep(pause)
-            pause = min(_LONGEST_PAUSE_SECONDS, 2 * pause)
+            pause = min(_LONGEST_PAUSE_SECONDS, _LONGER * pause)
         return found
 
     def forget(self, *keys: str) -> None:

@@ -7,6 +7,7 @@ schema is described in docs/format.md.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncckpt import codecs, digests
+from asyncckpt.collection import held_back
 from asyncckpt.errors import (
     CheckpointDamaged,
     DigestMismatch,
@@ -49,6 +51,7 @@ STATE_FILE: Final = "state.json"
 #: Room for ten million tensors; more is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
 _SELF_DIGEST: Final = "xxh3-128"
+_REMEMBERED_BYTES: Final = 1 << 20
 
 
 def components_of(
@@ -142,6 +145,7 @@ def seal(body: bytes) -> bytes:
     return body + f',"manifest_digest":"{_SELF_DIGEST}:{digests.get(_SELF_DIGEST)(body)}"}}\n'.encode()
 
 
+@held_back()
 def decode(data: bytes, where: str) -> Manifest:
     """The manifest in these bytes.
 
@@ -221,7 +225,8 @@ def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
             f"{reader.path}/{FILE_NAME}: its digest is {file_digest(data)}, and {expected} was expected: this is "
             f"another checkpoint, or it was changed"
         )
-    manifest = decode(data, f"{reader.path}/{FILE_NAME}")
+    where = f"{reader.path}/{FILE_NAME}"
+    manifest = _remembered(data, where) if len(data) <= _REMEMBERED_BYTES else decode(data, where)
     if expected is not None and not digests.is_cryptographic(manifest.digest):
         log.warning(
             "%s: the manifest is the one expected, but its %s digests do not bind the data against forgery; save with "
@@ -230,6 +235,12 @@ def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
             manifest.digest,
         )
     return manifest
+
+
+@functools.lru_cache(maxsize=1)
+def _remembered(data: bytes, where: str) -> Manifest:
+    """Choosing a checkpoint and opening it both decode its manifest, one after the other."""
+    return decode(data, where)
 
 
 def _parse(data: bytes, where: str) -> JsonValue:

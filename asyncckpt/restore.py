@@ -13,6 +13,7 @@ import torch
 
 from asyncckpt import manifest as manifests
 from asyncckpt import plain
+from asyncckpt.collection import held_back
 from asyncckpt.copying import Window
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
@@ -62,6 +63,7 @@ class RestoreReport:
     mismatched: tuple[str, ...] = ()
 
 
+@held_back()
 def restore(
     reader: Reader,
     state: Mapping[str, Any],

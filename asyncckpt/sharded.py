@@ -108,6 +108,7 @@ class Receiver:
     finish: Callable[[], None] | None = None
 
 
+@torch.no_grad()
 def receiver(value: Any, where: str) -> Receiver:
     """Where the stored values of a live ``DTensor`` or ``ShardedTensor`` go on this rank; see ``local_rows``."""
     if is_sharded_tensor(value):

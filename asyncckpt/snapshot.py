@@ -29,6 +29,7 @@ _RESERVED = frozenset({"state", "manifest", "latest"})
 Sink = Callable[[str, torch.Tensor], None]
 
 
+@torch.no_grad()  # for autograd a DTensor's local part is a new node each time, which takes longer than all the rest
 def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) -> Snapshot:
     """Capture the training state. Runs on the training thread; takes milliseconds; blocks on nothing.
 
@@ -171,7 +172,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     pieces: list[Piece] = []
     aliases: dict[str, str] = {}
     extras: dict[str, Any] = {}
-    raw = module.state_dict()
+    raw = _state_dict(module)
     names = canonical_names(module, raw)
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
@@ -203,6 +204,17 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
         pieces.append(piece_of(name, fqn, value, frozen=value.data_ptr() in frozen))
     tree: JsonValue = plain.encode(extras, "", add, component=name)
     return ComponentSnapshot(name, "module", pieces, aliases, tree)
+
+
+def _state_dict(module: nn.Module) -> Mapping[str, Any]:
+    """The module's, in which a DTensor is the parameter itself where that is possible: detaching one takes 30 us."""
+    if type(module).state_dict is not nn.Module.state_dict or not any(map(is_distributed, module.parameters())):
+        return module.state_dict()
+    raw = module.state_dict(keep_vars=True)
+    return {
+        key: value.detach() if isinstance(value, torch.Tensor) and not is_distributed(value) else value
+        for key, value in raw.items()
+    }
 
 
 def _frozen(module: nn.Module) -> set[int]:
