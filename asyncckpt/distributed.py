@@ -24,6 +24,7 @@ import zstandard
 
 from asyncckpt import errors
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
+from asyncckpt.meeting import meet
 
 _FIRST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.1
@@ -75,7 +76,8 @@ class Ranks:
 
     @classmethod
     def of_job(cls, path: str, options: RankOptions) -> Ranks | None:
-        """The ranks of this process's job; None where it is alone."""
+        """The ranks of this process's job; None where it is alone. Blocks until all of them have called; raises
+        ``RankLost``."""
         if job_size() == 1:
             return None
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
@@ -83,8 +85,10 @@ class Ranks:
         where = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         with _instances_lock:
             number = _instances[where] = _instances.get(where, -1) + 1
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         store = PrefixStore(f"asyncckpt/{where}/{number}", _get_default_store())
-        return cls(store, torch.distributed.get_rank(), torch.distributed.get_world_size(), options)
+        session = meet(_Connection(store, options.timeout_seconds), rank, size, options.timeout_seconds)
+        return cls(PrefixStore(session, store), rank, size, options)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,15 @@ from torch import nn
 
 import asyncckpt
 
-PARALLELISMS = ("ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp", "pp", "shards")
+PARALLELISMS = ("ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp", "ep", "pp", "shards")
+
+
+class Experts(nn.Module):
+    """One matrix an expert; no number of ranks here divides theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(7, 60, 33))
 
 
 class Net(nn.Module):
@@ -30,6 +38,7 @@ class Net(nn.Module):
         self.few = nn.Linear(40, 3)
         self.one = nn.Linear(1, 1)
         self.even = nn.Linear(64, 96)
+        self.experts = Experts()
         self.last = nn.Linear(512, 768, bias=False)
         self.register_buffer("seen", torch.arange(11.0))
         self.register_buffer("nothing", torch.empty(0, 3))
@@ -83,6 +92,8 @@ def _parallel(model: nn.Module, parallelism: str, rank: int, size: int) -> nn.Mo
         return _fsdp(model, init_device_mesh("cpu", (size,)))
     if parallelism == "hsdp":
         return _fsdp(model, init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("copies", "parts")))
+    if parallelism == "ep":
+        return _ep(model, init_device_mesh("cpu", (size,)))
     if parallelism == "tp":
         return _tp(model, init_device_mesh("cpu", (size,)))
     mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("dp", "tp"))
@@ -95,6 +106,15 @@ def _fsdp(model: nn.Module, mesh: Any) -> nn.Module:
     for child in model.children():
         fully_shard(child, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def _ep(model: nn.Module, mesh: Any) -> nn.Module:
+    """Each rank has some experts; everything else is replicated."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    experts = model.experts
+    experts.weight = nn.Parameter(distribute_tensor(experts.weight.detach(), mesh, [Shard(0)]))
+    return model
 
 
 def _tp(model: nn.Module, mesh: Any) -> nn.Module:

@@ -59,6 +59,7 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 SAMPLE = [
     (1, "ddp", 4, "fsdp2+tp"),
     (2, "tp", 1, "ddp"),
+    (2, "ep", 3, "fsdp2"),
     (2, "fsdp2", 4, "hsdp"),
     (3, "fsdp2", 2, "ddp"),
     (3, "pp", 4, "fsdp2"),
@@ -66,7 +67,7 @@ SAMPLE = [
     (2, "shards", 3, "shards"),
     (4, "shards", 1, "shards"),
 ]
-WAYS = [(size, way) for way in ("ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp", "pp") for size in (1, 2, 3, 4)]
+WAYS = [(size, way) for way in ("ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp", "ep", "pp") for size in (1, 2, 3, 4)]
 WAYS = [(size, way) for size, way in WAYS if possible(way, size) or (size == 1 and way == "ddp")]
 SHARDS = [(size, "shards") for size in (1, 2, 3, 4)]
 EVERY = [(*a, *b) for ways in (WAYS, SHARDS) for a in ways for b in ways]

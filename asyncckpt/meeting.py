@@ -1,0 +1,110 @@
+"""How the ranks of a job find each other in a store that may hold the messages of a job before it.
+
+torchrun's store outlives its workers: what they left is still there when they are started again, under the same keys,
+and every rank counts from the beginning. So nothing is believed that does not answer to something of this process:
+each rank leaves a random word, rank 0 lists them, and a rank takes the list for true that has its word in it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from typing import Final, Protocol, TypeVar
+
+from asyncckpt.errors import RankLost
+
+_PAUSE_SECONDS: Final = 0.002
+_LONGEST_PAUSE_SECONDS: Final = 0.1
+_Found = TypeVar("_Found")
+
+
+class Messages(Protocol):
+    """A store's calls, each of which blocks for one round trip."""
+
+    def set(self, key: str, value: bytes) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: Sequence[str]) -> bool: ...
+
+    def delete_key(self, key: str) -> None: ...
+
+
+def meet(messages: Messages, rank: int, size: int, timeout_seconds: float) -> str:
+    """A name for what these processes do together, the same on all of them, that no processes before them had.
+
+    Blocks until all ranks have called. Raises ``RankLost`` naming those that have not, after the timeout.
+    """
+    return _lead(messages, size, timeout_seconds) if rank == 0 else _follow(messages, rank, timeout_seconds)
+
+
+def _follow(messages: Messages, rank: int, timeout_seconds: float) -> str:
+    word = uuid.uuid4().hex
+    messages.set(f"here/{rank}", word.encode())
+
+    def listed() -> str | None:
+        if not messages.check(["all"]):
+            return None
+        found = json.loads(messages.get("all"))
+        return str(found["session"]) if found["words"].get(str(rank)) == word else None
+
+    session = _until(listed, timeout_seconds)
+    if session is None:
+        raise RankLost(f"rank 0 did not begin within {timeout_seconds:.0f} s. Every rank has to make the same calls")
+    messages.set(f"met/{rank}", f"{session}/{word}".encode())
+    return session
+
+
+def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
+    session = uuid.uuid4().hex
+    others = set(range(1, size))
+    words: dict[int, str] = {}
+    missing = set(others)
+
+    def all_met() -> bool | None:
+        absent = _absent(messages, "here", others)
+        if absent:
+            missing.clear()
+            missing.update(absent)
+            return None
+        before = dict(words)
+        for rank in missing or others:  # whoever has not answered may have left the word of a process before it
+            words[rank] = messages.get(f"here/{rank}").decode()
+        if words != before:
+            body = {"session": session, "words": {str(rank): word for rank, word in words.items()}}
+            messages.set("all", json.dumps(body).encode())
+        missing.clear()
+        missing.update(_absent(messages, "met", others))
+        for rank in others - missing:
+            if messages.get(f"met/{rank}") != f"{session}/{words[rank]}".encode():
+                missing.add(rank)
+        return None if missing else True
+
+    if _until(all_met, timeout_seconds) is None:
+        raise RankLost(
+            f"ranks {sorted(missing)[:16]} did not begin within {timeout_seconds:.0f} s. Every rank has to make the "
+            f"same calls; one that died or hangs has to be restarted with the job"
+        )
+    for rank in others:
+        messages.delete_key(f"here/{rank}")
+        messages.delete_key(f"met/{rank}")
+    messages.delete_key("all")
+    return session
+
+
+def _absent(messages: Messages, kind: str, ranks: Collection[int]) -> set[int]:
+    """Of whom there is no such message; all at once where all are there."""
+    if messages.check([f"{kind}/{rank}" for rank in ranks]):
+        return set()
+    return {rank for rank in ranks if not messages.check([f"{kind}/{rank}"])}
+
+
+def _until(there: Callable[[], _Found | None], timeout_seconds: float) -> _Found | None:
+    deadline = time.monotonic() + timeout_seconds
+    pause = _PAUSE_SECONDS
+    while (found := there()) is None and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(_LONGEST_PAUSE_SECONDS, 1.3 * pause)
+    return found

@@ -1,0 +1,85 @@
+"""Ranks that are started again meet in a store that still has the messages of those before them."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import asyncckpt
+from asyncckpt import distributed
+from asyncckpt.errors import RankLost
+from asyncckpt.meeting import meet
+from ranks.harness import Crews, Me
+from ranks.points import state_of
+
+
+class _Messages:
+    """A store in memory."""
+
+    def __init__(self) -> None:
+        self.store = dist.HashStore()
+        self.check = self.store.check
+        self.get = self.store.get
+        self.set = self.store.set
+        self.delete_key = self.store.delete_key
+
+
+def _meeting(messages: _Messages, size: int, late: dict[int, float]) -> list[str]:
+    def one(rank: int) -> str:
+        time.sleep(late.get(rank, 0.0))
+        return meet(messages, rank, size, 20.0)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(one, range(size)))
+
+
+@pytest.mark.parametrize("late", [{}, {0: 0.2}, {2: 0.2}], ids=["all at once", "rank 0 late", "rank 2 late"])
+def test_what_processes_before_left_is_not_believed(late: dict[int, float]) -> None:
+    messages = _Messages()
+    words = {"1": "stale", "2": "stale"}
+    messages.set("all", json.dumps({"session": "before", "words": words}))
+    for rank in (1, 2):
+        messages.set(f"here/{rank}", "stale")
+        messages.set(f"met/{rank}", "before/stale")
+    sessions = _meeting(messages, 3, late)
+    assert len(set(sessions)) == 1
+    assert sessions[0] != "before"
+    assert len(set(_meeting(messages, 3, {}) + sessions)) == 2, "each time has a name of its own"
+
+
+def test_who_does_not_come_is_named() -> None:
+    messages = _Messages()
+    absent = threading.Thread(target=lambda: meet(messages, 1, 4, 20.0), daemon=True)
+    absent.start()
+    with pytest.raises(RankLost, match=r"ranks \[2, 3\] did not begin within 0 s"):
+        meet(messages, 0, 4, 0.3)
+    with pytest.raises(RankLost, match="rank 0 did not begin"):
+        meet(_Messages(), 1, 2, 0.2)
+
+
+def _lives(me: Me, path: str) -> list[Any]:
+    """As processes that torchrun starts twice, with one store: the first are gone before they close."""
+    found: list[Any] = []
+    for life in (1, 2):
+        distributed._instances.clear()  # a process counts from the beginning
+        run = asyncckpt.Checkpointer(path, ranks=asyncckpt.RankOptions(timeout_seconds=20), takeover=life > 1)
+        found.append(run.resume(state_of(0)))
+        for step in (3 * life - 2, 3 * life - 1):
+            run.save(step, state_of(step)).result(40)
+        dist.barrier()
+        me.kept[f"life {life}"] = run  # never closed
+    return found
+
+
+def test_ranks_that_are_started_again_save_and_resume_together(crews: Crews, tmp_path: Path) -> None:
+    assert crews(3).values(_lives, str(tmp_path / "run")) == [[0, 2]] * 3
+    run = asyncckpt.Run(tmp_path / "run")
+    assert [entry.step for entry in run.ls()] == [1, 2, 4, 5]
+    assert all(run.verify(entry.step) == [] for entry in run.ls())
