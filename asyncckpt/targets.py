@@ -102,7 +102,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
     extra_values = _decode(name, extras, stored, extra_fill, opts) if extras else {}
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
-    by_memory = _aliases(live, fqns, dict(module.named_parameters(remove_duplicate=False)))
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    by_memory = _aliases(live, fqns, parameters)
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
     wanted: set[str] = set()
@@ -134,6 +135,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
                 plan.mismatched.append(f"{qualified}: on the meta device; call to_empty(device=...) on the model first")
             else:
                 plan.take(record, value, qualified)
+                if not is_distributed(parameters.get(raw)):  # FSDP's first version gives copies, and takes them back
+                    later[raw] = value
             continue
         target = value
         if value.is_meta:
@@ -171,7 +174,8 @@ def _aliases(
     for raw, value in live.items():
         if not isinstance(value, torch.Tensor):
             continue
-        if is_distributed(value):  # this rank's part may be empty: told apart by the parameter it is of
+        if is_distributed(value) or is_sharded_tensor(value):
+            # this rank's part may be empty: told apart by the parameter it is of
             groups.setdefault((id(parameters.get(raw)),), []).append(raw)
         elif value.numel() and not value.is_meta:
             groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.device), []).append(raw)
