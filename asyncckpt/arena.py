@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from asyncckpt.environment import available_memory_bytes
-from asyncckpt.errors import ArenaBusy, InvalidOption
+from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughMemory
 from asyncckpt.protocols import ALIGNMENT_BYTES
 
 log = logging.getLogger("asyncckpt")
@@ -60,6 +60,10 @@ def aligned_buffer(nbytes: int) -> mmap.mmap:
     if size >= 2 << 20:
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return buffer
+
+
+def _whole_blocks(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 class _Region:
@@ -107,21 +111,46 @@ class Arena:
 
     def grow(self, budget_bytes: int, *, largest_bytes: int = 0, pin: bool = False) -> None:
         """Raise the budget to at least ``budget_bytes``; returns at once, memory becomes available as it is ready.
-        Slots of ``largest_bytes`` will fit, whatever the budget was raised from (a slot lies in one region).
-        ``pin``: register the new memory with CUDA, for copies that overlap with kernels."""
+        Slots of ``largest_bytes`` will fit, whatever the budget was raised from (a slot lies in one region). Where the
+        system refuses that much, it is less, as long as those fit: saves then stage piece by piece; else raises
+        ``NotEnoughMemory``. ``pin``: register the new memory with CUDA, for copies that overlap with kernels."""
         with self._changed:
             extra = budget_bytes - self.budget_bytes
-            if max((region.nbytes for region in self._regions), default=0) < largest_bytes:
-                extra = max(extra, largest_bytes)
-            extra = -(-extra // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            lacking = max((region.nbytes for region in self._regions), default=0) < largest_bytes
+            least = _whole_blocks(largest_bytes) if lacking else 0
+            extra = max(_whole_blocks(extra), least)
             if extra <= 0 or self._closed:
                 return
-            self._regions.append(_Region(extra))
+            region = self._allocate(extra, least)
+            if region is None:
+                return
+            self._regions.append(region)
             number = len(self._regions) - 1
-            self.budget_bytes += extra
+            self.budget_bytes += region.nbytes
             self._faulting += 1
-            self._cold_bytes += extra
-        threading.Thread(target=self._prepare, args=(number, pin), name="asyncckpt-arena", daemon=True).start()
+            self._cold_bytes += region.nbytes
+        try:
+            threading.Thread(target=self._prepare, args=(number, pin), name="asyncckpt-arena", daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._prepare(number, pin)
+
+    def _allocate(self, wanted: int, least: int) -> _Region | None:
+        """What the system gives of ``wanted`` bytes, at least ``least``; None where that is nothing and has to be no
+        more."""
+        nbytes = wanted
+        while True:
+            try:
+                return _Region(nbytes)
+            except (OSError, MemoryError) as error:
+                if nbytes <= max(least, ALIGNMENT_BYTES):
+                    if not least:
+                        log.warning("no more staging memory than %d bytes: saves take longer", self.budget_bytes)
+                        return None
+                    raise NotEnoughMemory(
+                        f"the system gives no {nbytes} bytes of memory to stage an extent in ({error}). Free memory, "
+                        f"raise the process's limit, or give a smaller staging_bytes"
+                    ) from error
+                nbytes = max(least, _whole_blocks(nbytes // 4))  # not the last bit: others need memory, too
 
     def acquire(
         self, nbytes: int, deadline: float | None = None, cancelled: Callable[[], bool] = lambda: False

@@ -9,6 +9,7 @@
     ├── RunLocked             (BlockingIOError)    another live run owns the directory
     ├── LeaseLost             (OSError)            another run took the directory over while this one was writing
     ├── NotEnoughSpace        (OSError)            the disk cannot hold the save
+    ├── NotEnoughMemory       (MemoryError)        nothing to stage an extent in
     ├── SaveFailed            (OSError)            a background save failed; nothing was published
     │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
     │   │   └── RankLost                           a rank of the job did not answer in time
@@ -67,6 +68,10 @@ class RunLocked(AsyncCkptError, BlockingIOError):
 
 class LeaseLost(AsyncCkptError, OSError):
     """Another run took this directory over; whatever this one was writing is not published."""
+
+
+class NotEnoughMemory(AsyncCkptError, MemoryError):
+    """The system gives no memory to stage even one extent in. Training can go on; this save is lost."""
 
 
 class NotEnoughSpace(AsyncCkptError, OSError):

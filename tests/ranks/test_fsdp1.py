@@ -1,4 +1,4 @@
-"""FSDP's first version, as far as torch still has it: its sharded state dicts are stored, and restored, like FSDP2's."""
+"""FSDP as it was first, as far as torch still has it: its sharded state dicts are stored and restored like FSDP2's."""
 
 from __future__ import annotations
 
