@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-micro clean
+.PHONY: demo test test-slow faults lint bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,22 @@ test: $(STAMP)            ## the fast suite
 
 test-slow: $(STAMP)       ## the long tests
 	$(BIN)/python -m pytest -m slow
+
+# Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
+SIGKILLS ?= 5000
+RANK_FAULTS ?= 1000
+FUZZ_RUNS ?= 10000000
+EXT4 ?= 5000
+XFS ?= 1000
+BTRFS ?= 2000
+
+faults: $(STAMP)          ## crashes, power losses, kills, full disks, damage, fuzzing, planted bugs: hours (docs/reliability.md)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[faults]'
+	ASYNCCKPT_SIGKILLS=$(SIGKILLS) ASYNCCKPT_RANK_FAULTS=$(RANK_FAULTS) ASYNCCKPT_FAULT_PAIRS=-1 \
+	FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=86400 \
+	ASYNCCKPT_BLOCK_POINTS_EXT4=$(EXT4) ASYNCCKPT_BLOCK_POINTS_XFS=$(XFS) ASYNCCKPT_BLOCK_POINTS_BTRFS=$(BTRFS) \
+	$(BIN)/python -m pytest -m "slow or not slow" -s --timeout 86400 \
+		tests/faults tests/ranks/test_failures.py tests/ranks/test_random_faults.py
 
 lint: $(STAMP)            ## style, types and the layer rule
 	$(BIN)/ruff check .

@@ -184,7 +184,9 @@ class LeadSave(Save):
         draft = self.contents.draft
         if (body["step"], body["kind"]) != (draft.step, draft.kind):
             return f"step {body['step']} ({body['kind']})"
-        return "another state (its names or shapes)" if body["layout"] != draft.layout else None
+        if body["layout"] != draft.layout:
+            return "another state (its names or shapes)"
+        return f"into another attempt ({body['attempt']})" if body["attempt"] != draft.attempt else None
 
     def _check(self, reports: Sequence[Any]) -> None:
         for rank, body in enumerate(reports):
@@ -236,6 +238,7 @@ def _report(save: Save, party: Party, files: Sequence[FileRecord]) -> dict[str, 
         "step": contents.draft.step,
         "kind": contents.draft.kind,
         "layout": contents.draft.layout,
+        "attempt": contents.draft.attempt,
         "files": [manifest.file_to_json(record) for record in files],
         "orders": {file: order for file, order in orders.items() if file in written and order},
         "own": entries,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,21 @@ def test_no_kill_and_later_power_loss_breaks_a_promise(after: int, tmp_path: Pat
     outcome = check(Scenario(f"killed after {after}", killed_anywhere(after), steps), tmp_path)
     assert outcome.violations == []
     assert outcome.states > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("writers", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", ["one save", "two saves, retention"])
+def test_no_power_loss_at_any_order_of_the_writers_operations_breaks_a_promise(
+    name: str, writers: int, tmp_path: Path
+) -> None:
+    """A file for each writer; their operations in every order that the threads' waiting for each other permits."""
+    scenario = replace(BY_NAME[name], threads=writers, shards=writers)
+    outcome = check_trace(scenario.recovery(scenario.permitted(tmp_path)))
+    print(f"{name}, {writers} writers: {outcome}")
+    assert outcome.violations == []
+    assert not outcome.sampled, "not every state was walked"
 
 
 # -- bugs that the model found -----------------------------------------------------------------------------------------

@@ -1,0 +1,291 @@
+"""Planted bugs of the protocol between ranks: each check passes without them and must see every one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import asyncckpt
+from asyncckpt import distributed, division, planning, together
+from asyncckpt.distributed import Ranks
+from asyncckpt.job import Job
+from asyncckpt.storage.posix import PosixOps
+from asyncckpt.together import LeadSave
+from ranks.harness import Crew, Crews, Fault, Me, Outcome
+from ranks.points import checkpointer, is_whole, state_of
+
+RANKS = 3
+
+
+def _saved(run: asyncckpt.Checkpointer, step: int, state: Any = None) -> str:
+    """The class of what a save ended with; empty where it was acknowledged."""
+    try:
+        error = run.save(step, state or state_of(step)).exception(30)
+    except asyncckpt.AsyncCkptError as raised:
+        error = raised
+    return type(error).__name__ if error is not None else ""
+
+
+# -- checks: scenarios that return what is wrong on this rank ---------------------------------------------------------
+
+
+def _plain(me: Me, path: str) -> list[str]:
+    run, _ = checkpointer(me, path)
+    wrong = [f"step {step}: {error}" for step in (1, 2) if (error := _saved(run, step))]
+    run.close()
+    return wrong
+
+
+def _struck(me: Me, path: str) -> list[str]:
+    """One rank fails: nobody acknowledges the save."""
+    run, ops = checkpointer(me, path)
+    wrong = [f"step 1: {error}"] if (error := _saved(run, 1)) else []
+    ops.armed = True
+    if not _saved(run, 2):
+        wrong.append("step 2 failed on a rank and was acknowledged here")
+    ops.armed = False
+    run.close()
+    return wrong
+
+
+def _odd(me: Me, path: str) -> list[str]:
+    run, _ = checkpointer(me, path)
+    wrong = [f"step 1: {error}"] if (error := _saved(run, 1)) else []
+    if (error := _saved(run, 3 if me.rank == 1 else 2)) != "RanksDisagree":
+        wrong.append(f"ranks save different steps: {error or 'acknowledged'}")
+    run.close()
+    return wrong
+
+
+def _copies(me: Me, path: str) -> list[str]:
+    run, _ = checkpointer(me, path, check_replicas=True)
+    state = {"w": torch.full((300_000,), float(me.rank == 1))}
+    wrong = [] if (error := _saved(run, 1, state)) == "RanksDisagree" else [f"copies differ: {error or 'acknowledged'}"]
+    run.close()
+    return wrong
+
+
+def _synced(me: Me, path: str) -> list[str]:
+    """When a rank reports, everything that it wrote is on the disk."""
+    run, ops = checkpointer(me, path, incremental=False)
+    dirty: set[str] = set()
+    wrong: list[str] = []
+
+    def name(fd: int) -> str:
+        return os.readlink(f"/proc/self/fd/{fd}")
+
+    pwrite, fsync, post = type(ops).pwrite, type(ops).fsync, run._job.ranks.post  # type: ignore[union-attr]
+
+    def pwriting(fd: int, data: Any, offset: int) -> int:
+        dirty.add(name(fd))
+        return pwrite(ops, fd, data, offset)
+
+    def fsyncing(fd: int) -> None:
+        fsync(ops, fd)
+        if PosixOps.fsync is _FSYNC:
+            dirty.discard(name(fd))
+
+    def posting(key: str, body: Any) -> None:
+        if key.startswith("save/") and dirty:
+            wrong.append(f"reported while {sorted(map(os.path.basename, dirty))} was not synced")
+        post(key, body)
+
+    ops.pwrite, ops.fsync, run._job.ranks.post = pwriting, fsyncing, posting  # type: ignore
+    wrong += [f"step 1: {error}"] if (error := _saved(run, 1)) else []
+    run.close()
+    return wrong
+
+
+def _again(me: Me, path: str) -> list[str]:
+    """Processes that are started again, with the store of those before them."""
+    wrong: list[str] = []
+    for life in (1, 2):
+        distributed._instances.clear()
+        try:
+            run, _ = checkpointer(me, path, takeover=life == 2)
+            wrong += [f"life {life}: {error}"] if (error := _saved(run, life)) else []
+        except asyncckpt.AsyncCkptError as error:
+            wrong.append(f"life {life}: {error}")
+        dist.barrier()
+        me.kept[f"life {life}"] = run
+    return wrong
+
+
+# -- planted bugs ----------------------------------------------------------------------------------------------------
+
+_FSYNC = PosixOps.fsync
+Patch = pytest.MonkeyPatch
+_EMPTY = {"error": None, "files": [], "orders": {}, "own": {}, "trees": {}, "aliases": {}, "replicas": {}}
+
+
+def _no_wholeness(patch: Patch) -> None:
+    """Whether the reports cover every byte is not looked at."""
+    real = together._files
+
+    def files(reports: Any, step: int) -> Any:
+        for report in reports:
+            for row in report["files"]:
+                row["nbytes_claimed"] = row["nbytes"]
+        try:
+            return real(reports, step)
+        except asyncckpt.SaveFailed:
+            from asyncckpt.records import ExtentRecord, FileRecord
+
+            found: dict[str, list[Any]] = {}
+            sizes: dict[str, int] = {}
+            for report in reports:
+                for row in report["files"]:
+                    found.setdefault(row["name"], []).extend(row["extents"])
+                    sizes[row["name"]] = row["nbytes"]
+            return [
+                FileRecord(name, sizes[name], tuple(ExtentRecord(*one) for one in sorted(map(tuple, extents))))
+                for name, extents in found.items()
+            ]
+
+    patch.setattr(together, "_files", files)
+
+
+def _gathering(patch: Patch, change: Callable[[Any, list[Any]], list[Any]], *, wait: bool) -> None:
+    real = Ranks.gather
+
+    def gather(self: Ranks, key: str, *args: Any, **options: Any) -> list[Any]:
+        if not key.startswith("save/"):
+            return real(self, key, *args, **options)
+        found = real(self, key, *args[:2]) if wait else [None] * self.size
+        return change(self, found)
+
+    patch.setattr(Ranks, "gather", gather)
+    patch.setattr(LeadSave, "_odd", lambda _self, _body: None)
+
+
+def failures_are_taken_for_empty_parts(patch: Patch) -> None:
+    _no_wholeness(patch)
+    _gathering(patch, lambda _, found: [_EMPTY if one is None or one["error"] else one for one in found], wait=True)
+
+
+def nobody_is_waited_for(patch: Patch) -> None:
+    _no_wholeness(patch)
+    _gathering(patch, lambda _, found: [dict(_EMPTY) for _ in found], wait=False)
+
+
+def any_step_will_do(patch: Patch) -> None:
+    patch.setattr(LeadSave, "_odd", lambda _self, _body: None)
+
+
+def ranks_acknowledge_their_own_part(patch: Patch) -> None:
+    real = Ranks.read
+
+    def read(self: Ranks, key: str, *args: Any, **options: Any) -> Any:
+        if key.endswith("/outcome"):
+            return {"error": None, "name": "step-00000002", "nbytes": 0}
+        return real(self, key, *args, **options)
+
+    patch.setattr(Ranks, "read", read)
+
+
+def success_is_told_before_it_is_so(patch: Patch) -> None:
+    real = LeadSave.commit
+
+    def commit(self: LeadSave, *args: Any) -> Any:
+        self._told = True
+        together._try_post(self._party, self._party.outcome, {"error": None, "name": "step-00000002", "nbytes": 0})
+        return real(self, *args)
+
+    patch.setattr(LeadSave, "commit", commit)
+
+
+def parts_are_not_synced(patch: Patch) -> None:
+    patch.setattr(PosixOps, "fsync", lambda _self, _fd: None)
+
+
+def the_store_is_believed(patch: Patch) -> None:
+    patch.setattr(distributed, "meet", lambda *_: "always")
+
+
+def every_rank_has_an_attempt_of_its_own(patch: Patch) -> None:
+    patch.setattr(Job, "attempt", lambda _self, _number: uuid.uuid4().hex)
+
+
+def a_rank_forgets_an_extent(patch: Patch) -> None:
+    _no_wholeness(patch)
+    real = division._extents
+    patch.setattr(division, "_extents", lambda *args: list(real(*args))[: -1 if dist.get_rank() == 1 else None])
+
+
+def two_ranks_think_they_are_the_same(patch: Patch) -> None:
+    """Rank 2 writes rank 1's part."""
+    _no_wholeness(patch)
+    real = planning.divide
+    patch.setattr(planning, "divide", lambda plan, held, rank, size: real(plan, held, min(rank, 1), size))
+
+
+def copies_are_not_compared(patch: Patch) -> None:
+    patch.setattr(LeadSave, "_check_replicas", lambda _self, _reports: None)
+
+
+_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+_ON_RANK_2 = Fault(2, "write", error=_FULL)
+_ON_RANK_0 = Fault(0, "publish", error=OSError(errno.EIO, os.strerror(errno.EIO)))
+CHECKS: dict[str, tuple[Callable[..., list[str]], Fault | None]] = {
+    "plain": (_plain, None),
+    "a rank fails": (_struck, _ON_RANK_2),
+    "publishing fails": (_struck, _ON_RANK_0),
+    "different steps": (_odd, None),
+    "different copies": (_copies, None),
+    "synced": (_synced, None),
+    "started again": (_again, None),
+}
+MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
+    (failures_are_taken_for_empty_parts, "a rank fails"),
+    (nobody_is_waited_for, "plain"),
+    (any_step_will_do, "different steps"),
+    (ranks_acknowledge_their_own_part, "a rank fails"),
+    (ranks_acknowledge_their_own_part, "publishing fails"),
+    (success_is_told_before_it_is_so, "publishing fails"),
+    (parts_are_not_synced, "synced"),
+    (the_store_is_believed, "started again"),
+    (every_rank_has_an_attempt_of_its_own, "plain"),
+    (a_rank_forgets_an_extent, "plain"),
+    (two_ranks_think_they_are_the_same, "plain"),
+    (copies_are_not_compared, "different copies"),
+]
+
+
+def _with(me: Me, path: str, check: str, mutant: Callable[[Patch], None] | None) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if mutant is not None:
+            mutant(patch)
+        return CHECKS[check][0](me, path)
+
+
+def _problems(path: Path, check: str, mutant: Callable[[Patch], None] | None, crews: Crews) -> list[str]:
+    """What a check sees: on the ranks, and of what is on the disk then."""
+    crews.leave_room(RANKS)
+    with Crew(RANKS) as crew:
+        outcomes: list[Outcome] = crew.run(_with, str(path), check, mutant, fault=CHECKS[check][1], timeout=60)
+    found = [text for one in outcomes for text in (one.value if one.ok else [one.message or one.trace or "silent"])]
+    try:
+        is_whole(str(path))
+    except (AssertionError, asyncckpt.AsyncCkptError) as error:
+        found.append(f"on the disk: {error}")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+def test_without_a_bug_nothing_is_seen(check: str, crews: Crews, tmp_path: Path) -> None:
+    assert _problems(tmp_path / "run", check, None, crews) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mutant", "check"), MUTANTS, ids=[f"{one.__name__}-{check}" for one, check in MUTANTS])
+def test_a_planted_bug_is_seen(mutant: Callable[[Patch], None], check: str, crews: Crews, tmp_path: Path) -> None:
+    assert _problems(tmp_path / "run", check, mutant, crews), f"{mutant.__name__}: nobody noticed"
