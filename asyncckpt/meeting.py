@@ -17,6 +17,8 @@ from asyncckpt.errors import RankLost
 
 _PAUSE_SECONDS: Final = 0.002
 _LONGEST_PAUSE_SECONDS: Final = 0.1
+#: Beyond rank 0's own patience: to hear from it whom it misses.
+_GRACE_SECONDS: Final = 10.0
 _Found = TypeVar("_Found")
 
 
@@ -44,15 +46,18 @@ def _follow(messages: Messages, rank: int, timeout_seconds: float) -> str:
     word = uuid.uuid4().hex
     messages.set(f"here/{rank}", word.encode())
 
-    def listed() -> str | None:
+    def listed() -> dict[str, str] | None:
         if not messages.check(["all"]):
             return None
         found = json.loads(messages.get("all"))
-        return str(found["session"]) if found["words"].get(str(rank)) == word else None
+        return found if found["words"].get(str(rank)) == word else None
 
-    session = _until(listed, timeout_seconds)
-    if session is None:
+    answer = _until(listed, timeout_seconds + _GRACE_SECONDS)
+    if answer is None:
         raise RankLost(f"rank 0 did not begin within {timeout_seconds:.0f} s. Every rank has to make the same calls")
+    if "lost" in answer:
+        raise RankLost(answer["lost"])
+    session = answer["session"]
     messages.set(f"met/{rank}", f"{session}/{word}".encode())
     return session
 
@@ -83,10 +88,15 @@ def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
         return None if missing else True
 
     if _until(all_met, timeout_seconds) is None:
-        raise RankLost(
-            f"ranks {sorted(missing)[:16]} did not begin within {timeout_seconds:.0f} s. Every rank has to make the "
-            f"same calls; one that died or hangs has to be restarted with the job"
+        who = ", ".join(f"rank {rank}" for rank in sorted(missing)[:16])
+        lost = (
+            f"{who} did not begin within {timeout_seconds:.0f} s. Every rank has to make the same calls; one that died "
+            f"or hangs has to be restarted with the job"
         )
+        here = {rank for rank in others if messages.check([f"here/{rank}"])}
+        known = {str(rank): messages.get(f"here/{rank}").decode() for rank in here}
+        messages.set("all", json.dumps({"lost": lost, "words": known}).encode())
+        raise RankLost(lost)
     for rank in others:
         messages.delete_key(f"here/{rank}")
         messages.delete_key(f"met/{rank}")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.protocols import Rows
@@ -75,27 +77,72 @@ def is_sharded_tensor(value: Any) -> bool:
     return module is not None and isinstance(value, module.ShardedTensor)
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What this rank holds of tensors of one shape and placement: ``wanted`` are the placements to redistribute to
+    first, if any. ``rows`` is None where the parts are not one run of rows each."""
+
+    wanted: list[Any] | None
+    rows: Rows | None
+    first: int
+
+
+class _Places:
+    """By mesh object, which a process makes anew when it becomes another rank, then by placements and shape: a training
+    state asks for the same at every save, on the training thread. Most tensors lie on the mesh asked for last."""
+
+    def __init__(self) -> None:
+        self._known: MutableMapping[Any, dict[Any, _Place]] = WeakIdKeyDictionary()
+        self._latest: tuple[Callable[[], Any], dict[Any, _Place]] = (lambda: None, {})
+
+    def of(self, value: Any, where: str) -> _Place:
+        """Raises ``UnsupportedValue`` for a rank outside the tensor's mesh."""
+        mesh = value.device_mesh
+        latest, known = self._latest
+        if latest() is not mesh:
+            known = self._of_mesh(mesh, where)
+        key = value.placements, value.shape
+        place = known.get(key)
+        if place is None:
+            place = known[key] = _place(value)
+        return place
+
+    def _of_mesh(self, mesh: Any, where: str) -> dict[Any, _Place]:
+        if mesh.get_coordinate() is None:
+            raise UnsupportedValue(
+                f"{where}: this rank is not part of the tensor's device mesh {mesh}; leave it out here"
+            )
+        known = self._known.setdefault(mesh, {})
+        self._latest = weakref.ref(mesh), known
+        return known
+
+
+def _place(value: Any) -> _Place:
+    wanted, shape = row_placements(value), tuple(value.shape)
+    placements = tuple(value.placements if wanted is None else wanted)
+    rows = _spread(value.device_mesh, placements, shape[0] if shape else 1)
+    part = rows.part_of.get(torch.distributed.get_rank()) if rows is not None else None
+    first = rows.bounds[part] * _width(shape) if rows is not None and part is not None else 0
+    return _Place(wanted, rows, first)
+
+
+_places = _Places()
+
+
 def local_rows(value: Any, where: str) -> Local:
     """The rows of a ``DTensor`` that this rank holds.
 
     Communicates, on the calling thread and on all ranks of its mesh, where the tensor is split along another dimension
     than the first or is a pending sum. Raises ``UnsupportedValue`` for a rank outside the mesh.
     """
-    mesh = value.device_mesh
-    if mesh.get_coordinate() is None:
-        raise UnsupportedValue(f"{where}: this rank is not part of the tensor's device mesh {mesh}; leave it out here")
-    wanted = row_placements(value)
-    if wanted is not None:
-        value = value.redistribute(placements=wanted)
-    shape = tuple(value.shape)
-    rows = _spread(mesh, tuple(value.placements), shape[0] if shape else 1)
-    if rows is None:
+    place = _places.of(value, where)
+    if place.rows is None:
         raise UnsupportedValue(f"{where}: its placements {value.placements} do not give each rank one run of rows")
-    part = rows.part_of.get(torch.distributed.get_rank())
-    first = rows.bounds[part] * _width(shape) if part is not None else 0
+    if place.wanted is not None:
+        value = value.redistribute(placements=place.wanted)
     local = value.to_local()
     wait = getattr(local, "wait", None)  # a collective may still be on its way
-    return Local(wait() if wait is not None else local, first, rows, private=wanted is not None)
+    return Local(wait() if wait is not None else local, place.first, place.rows, private=place.wanted is not None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 import asyncckpt
-from asyncckpt import distributed
+from asyncckpt import distributed, meeting
 from asyncckpt.errors import RankLost
 from asyncckpt.meeting import meet
 from ranks.harness import Crews, Me
@@ -56,12 +55,18 @@ def test_what_processes_before_left_is_not_believed(late: dict[int, float]) -> N
 
 def test_who_does_not_come_is_named() -> None:
     messages = _Messages()
-    absent = threading.Thread(target=lambda: meet(messages, 1, 4, 20.0), daemon=True)
-    absent.start()
-    with pytest.raises(RankLost, match=r"ranks \[2, 3\] did not begin within 0 s"):
-        meet(messages, 0, 4, 0.3)
+    with ThreadPoolExecutor(1) as pool:
+        there = pool.submit(meet, messages, 1, 4, 20.0)
+        with pytest.raises(RankLost, match=r"^rank 2, rank 3 did not begin within 1 s"):
+            meet(messages, 0, 4, 1.0)
+        with pytest.raises(RankLost, match=r"^rank 2, rank 3 did not begin within 1 s"):
+            there.result(20)
+
+
+def test_a_rank_0_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_GRACE_SECONDS", 0.1)
     with pytest.raises(RankLost, match="rank 0 did not begin"):
-        meet(_Messages(), 1, 2, 0.2)
+        meet(_Messages(), 1, 2, 0.1)
 
 
 def _lives(me: Me, path: str) -> list[Any]:
