@@ -9,6 +9,7 @@ beat for ``ttl_seconds`` by its own clock: neither timestamps nor pids of anothe
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -60,14 +61,24 @@ class Holder:
 def read_holder(directory: str) -> Holder | None:
     """The recorded holder, or None where the file is missing or unreadable (it is a record, not the lock)."""
     try:
-        fd = os.open(os.path.join(directory, LEASE_FILE), _RECORD_FLAGS)
+        return _read_record(directory)
     except OSError:
         return None
+
+
+def _read_record(directory: str) -> Holder | None:
+    """As ``read_holder``; raises ``OSError`` where nobody can tell what the file says."""
+    try:
+        fd = os.open(os.path.join(directory, LEASE_FILE), _RECORD_FLAGS)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link or a device somebody planted is no record
+            return None
+        raise
     try:
         # a planted FIFO or device is not read from: that could block, or never end
         data = os.read(fd, _MAX_RECORD_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    except OSError:
-        return None
     finally:
         os.close(fd)
     return parse_holder(data)
@@ -154,8 +165,9 @@ class Lease:
             ) from error
 
     def check(self) -> None:
-        """Raises ``LeaseLost`` where another run has taken the directory over. Called right before a publish."""
-        holder = read_holder(self.directory)
+        """Raises ``LeaseLost`` where another run has taken the directory over, and ``OSError`` where that cannot be
+        told (no descriptor left, a disk that fails). Called right before a publish."""
+        holder = _read_record(self.directory)
         try:
             same_lock = os.stat(os.path.join(self.directory, LOCK_FILE)).st_ino == self._inode
         except FileNotFoundError:
