@@ -269,7 +269,7 @@ class Save:
             )
         return SaveFailed(
             f"step {self.step}: writing {path} failed: {type(error).__name__}: {error}. Nothing was published; "
-            f"earlier checkpoints are untouched. {_WAYS_OUT.get(code, _WAY_OUT)}"
+            f"earlier checkpoints are untouched. {_WAYS_OUT.get(code or 0, _WAY_OUT)}"
         )
 
     def _start(self) -> Attempt:
