@@ -205,7 +205,7 @@ def test_a_reader_whose_newest_is_deleted_takes_the_newer_one_and_never_an_older
 
 @pytest.mark.parametrize(("scenario", "keep"), [("links", 3), ("zarr", 1)])
 def test_writers_readers_verify_and_prune_share_a_directory(scenario: str, keep: int, tmp_path: Path) -> None:
-    _crowd(tmp_path, scenario, keep, 4.0)
+    _crowd(tmp_path, scenario, keep, 3.5)
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ class _Sweep:
         return (self.failures, self.successes + 1) if error is None else (self.failures + 1, 0)
 
 
-@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("stride", [6, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "all"])
 @pytest.mark.parametrize("scenario", BOTH, ids=str)
 def test_a_disk_that_is_full_after_any_block_of_a_save(scenario: Scenario, stride: int, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", "size=64m") as disk:
@@ -150,7 +150,8 @@ def _limited(path: Path, scenario: Scenario, what: int, limits: Callable[[], Ite
             assert check_visible(path / str(number)) == durable | {3: 3}
             failures, successes = failures + (error is not None), successes + (error is None)
             del error  # its traceback may hold an event loop that was half made
-            gc.collect()
+            if set(open_files().values()) - set(before.values()):
+                gc.collect()
             left = set(open_files().values()) - set(before.values())
             assert not left, f"limit {limit}: left open: {left}"
             run.close()
@@ -185,7 +186,7 @@ def test_files_that_may_not_grow_further(scenario: Scenario, tmp_path: Path) -> 
 @pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize("scenario", BOTH, ids=str)
 def test_a_process_that_runs_out_of_descriptors(scenario: Scenario, tmp_path: Path) -> None:
-    _limited(tmp_path, scenario, resource.RLIMIT_NOFILE, lambda: iter([*range(16), 90]))
+    _limited(tmp_path, scenario, resource.RLIMIT_NOFILE, lambda: iter([0, 1, 2, 3, 4, 6, 8, 11, 14, 90]))
 
 
 class _TurnsReadOnly(InterceptedOps):

@@ -56,8 +56,7 @@ def _lost_after_each(disk: LazyFS, tmp_path: Path, scenario: Scenario, saves: in
 
 @pytest.mark.parametrize("scenario", TRIED, ids=str)
 def test_a_power_cut_after_an_acknowledgement_takes_nothing(scenario: Scenario, disk: LazyFS, tmp_path: Path) -> None:
-    saves = count("POWER_CUTS", 8)
-    assert _lost_after_each(disk, tmp_path, scenario, saves, PosixOps()) == []
+    assert _lost_after_each(disk, tmp_path, scenario, 5, PosixOps()) == []
 
 
 class _NoFsync(PosixOps):
@@ -134,8 +133,8 @@ def _cut_at_random(disk: LazyFS, scenario: Scenario, cuts: int) -> tuple[int, in
 
 @pytest.mark.parametrize("scenario", [SCENARIOS["safetensors"], SCENARIOS["zarr"]], ids=str)
 def test_power_cuts_at_random_lose_nothing(scenario: Scenario, disk: LazyFS) -> None:
-    durable, torn = _cut_at_random(disk, scenario, 10)
-    assert durable > 3, "hardly anything was saved: the test shows nothing"
+    durable, torn = _cut_at_random(disk, scenario, 6)
+    assert durable > 2, "hardly anything was saved: the test shows nothing"
     assert torn > 0, "no cut hit a save in flight"
 
 
