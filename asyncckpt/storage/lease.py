@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import stat
@@ -27,9 +28,13 @@ from typing import Any
 from asyncckpt.errors import LeaseLost, RunLocked, RunPathError
 from asyncckpt.plain import loads
 
+log = logging.getLogger("asyncckpt")
+
 LOCK_FILE = ".asyncckpt-lease.lock"
 LEASE_FILE = ".asyncckpt-lease.json"
 _RECORD_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+#: The longest that giving a directory back waits for its storage.
+_RELEASE_SECONDS = 10.0
 #: A record takes a few hundred bytes.
 _MAX_RECORD_BYTES = 64 << 10
 
@@ -179,13 +184,24 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the directory back. Idempotent."""
+        """Give the directory back. Idempotent. Blocks for at most ten seconds: where the storage hangs, the lock goes
+        when the storage is back, or with the process."""
         if not self._finalizer.alive:
             return
-        if os.getpid() == self._pid:
-            with contextlib.suppress(OSError, LeaseLost):
-                self.check()
-                self._write(released=True)
+        if os.getpid() != self._pid:
+            self._finalizer()
+            return
+        # every call to hung storage may be the last of its thread, and that must not be the one that wants to leave
+        giving = threading.Thread(target=self._give_back, name="asyncckpt-lease-release", daemon=True)
+        giving.start()
+        giving.join(_RELEASE_SECONDS)
+        if giving.is_alive():
+            log.warning("%s: the storage hangs; the lease is given back when it goes on", self.directory)
+
+    def _give_back(self) -> None:
+        with contextlib.suppress(OSError, LeaseLost):
+            self.check()
+            self._write(released=True)
         self._finalizer()
 
     def _renew(self) -> None:

@@ -14,6 +14,7 @@ import pytest
 from scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
 
 from asyncckpt import AsyncCkptError, Checkpointer, SaveAbandoned, WriterOptions, committer
+from asyncckpt.storage import lease
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import READING, InterceptedOps
 from asyncckpt.testing.lazyfs import LazyFS, reason_unavailable
@@ -141,6 +142,37 @@ def _next_save(run: Checkpointer) -> BaseException | None:
         return run.save(99, state_of(99)).exception(30)
     except AsyncCkptError as raised:
         return raised
+
+
+def test_closing_does_not_wait_for_storage_that_hangs(disk: LazyFS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It read the lease a last time, past every deadline: a job that was told to leave did not."""
+    monkeypatch.setattr(committer, "_GRACE_SECONDS", _GRACE)
+    monkeypatch.setattr(lease, "_RELEASE_SECONDS", 0.3)
+    run = _run(Path(disk.path, "run"), SCENARIOS["safetensors"])
+    run.save(1, state_of(1)).result()
+    run.wait()
+    disk.stop()
+    errors: list[BaseException] = []
+
+    def save_and_leave() -> None:
+        try:
+            with run:
+                run.save(2, state_of(2))
+        except SaveAbandoned as error:
+            errors.append(error)
+
+    leaving = threading.Thread(target=save_and_leave, daemon=True)
+    leaving.start()
+    leaving.join(_DURABLE + _GRACE + 0.3 + 2 * _SLACK)
+    left = not leaving.is_alive()
+    disk.go_on()
+    leaving.join(30)
+    assert left, "closing waits for the storage"
+    assert "step 2" in str(errors[0])
+    for thread in threading.enumerate():  # what hung comes to its end
+        if thread.name == "asyncckpt-lease-release":
+            thread.join(30)
+    assert check_visible(Path(disk.path, "run")) == {1: 1}
 
 
 @pytest.mark.parametrize("scenario", [SCENARIOS["safetensors"], SCENARIOS["zarr"]], ids=str)
