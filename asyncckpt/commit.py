@@ -8,6 +8,7 @@ from the staged bytes before they are written. Any error poisons the attempt; no
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import threading
 import time
@@ -34,6 +35,13 @@ log = logging.getLogger("asyncckpt")
 
 #: What a checkpoint needs on disk beyond its tensors, for the space estimate.
 _SMALL_FILES_BYTES = 4 << 20
+_WAY_OUT = "Check the storage, then save again"
+_WAYS_OUT = {
+    errno.EFBIG: "Files may not grow that large here: raise the limit (ulimit -f), or save with a smaller shard_bytes",
+    errno.EMFILE: "This process has too many files open: raise the limit (ulimit -n), or close some",
+    errno.ENFILE: "This machine has too many files open: raise the limit (sysctl fs.file-max), or close some",
+    errno.EROFS: "The file system is read-only, which it may have become by an error: check it, remount it, save again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,15 +260,16 @@ class Save:
     def _typed(self, error: BaseException) -> BaseException:
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
             return error
-        path = self._attempt.path if self._attempt else "the run directory"
-        if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        path = self._attempt.path if self._attempt else getattr(self._store, "path", "the run directory")
+        code = error.errno if isinstance(error, OSError) else None
+        if isinstance(error, OSError) and code in (errno.ENOSPC, errno.EDQUOT):
             return NotEnoughSpace(
                 f"step {self.step}: {path} ran out of space ({error.strerror}). Nothing was published and the attempt "
-                f"was removed; free space or keep fewer checkpoints"
+                f"was removed; free space (or inodes), or keep fewer checkpoints"
             )
         return SaveFailed(
             f"step {self.step}: writing {path} failed: {type(error).__name__}: {error}. Nothing was published; "
-            f"earlier checkpoints are untouched"
+            f"earlier checkpoints are untouched. {_WAYS_OUT.get(code or 0, _WAY_OUT)}"
         )
 
     def _start(self) -> Attempt:

@@ -20,6 +20,9 @@ from asyncckpt.restore import Rename, RestoreReport
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.verify import Progress, verify
 
+#: How often the newest checkpoint is looked for anew while another process publishes and deletes.
+_LOOKS = 20
+
 
 class Run:
     """A run directory, for reading. Thread-safe. ``Checkpointer`` adds the writing side."""
@@ -160,28 +163,34 @@ class Run:
         raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
 
     def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
-        entries = self._candidates()
-        reasons: list[str] = []
-        for entry in reversed([entry for entry in entries if entry.kind == "full"]):
-            try:
-                with self._stages().stage("choose"):
-                    if entry.damage is not None:
-                        self._refuse(entry)
-                return self._restore(entry.name, state, options)
-            except CheckpointNotFound:
-                continue  # retention took it meanwhile: a newer one is there
-            except (CheckpointDamaged, OSError) as error:
-                if self._is_gone(entry):
-                    continue  # likewise, in the middle of reading it
-                self._damaged.add(entry.name)
-                reasons.append(f"{entry.path}: {error}")
-                warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=4)
-                self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))
+        reasons: dict[str, str] = {}
+        for looks_left in reversed(range(_LOOKS)):
+            entries = self._candidates()
+            vanished = False
+            for entry in reversed([one for one in entries if one.kind == "full" and one.name not in reasons]):
+                try:
+                    with self._stages().stage("choose"):
+                        if entry.damage is not None:
+                            self._refuse(entry)
+                    return self._restore(entry.name, state, options)
+                except CheckpointNotFound:
+                    vanished = True
+                except (CheckpointDamaged, OSError) as error:
+                    vanished = self._is_gone(entry)  # in the middle of reading it
+                    if not vanished:
+                        self._damaged.add(entry.name)
+                        reasons[entry.name] = f"{entry.path}: {error}"
+                        warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=4)
+                        self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))
+                if vanished and looks_left:  # retention took it, because a newer one is there: that is the newest now
+                    break
+            if not vanished:
+                break
         if not entries:
             raise CheckpointNotFound(f"{self.path}: no checkpoint here")
         if not reasons:
-            reasons = ["there are only weights-only checkpoints, which hold no training state"]
+            reasons[""] = "there are only weights-only checkpoints, which hold no training state"
         raise NoUsableCheckpoint(
             f"{self.path}: {len(entries)} checkpoints and none can be restored; nothing was deleted. Look with "
-            f"`asyncckpt verify`, or train into another directory. " + "; ".join(reasons)
+            f"`asyncckpt verify`, or train into another directory. " + "; ".join(reasons.values())
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -122,3 +123,24 @@ def test_a_run_that_was_taken_over_notices_before_it_publishes(tmp_path: Path) -
     holder = read_holder(str(tmp_path))
     assert holder is not None
     assert holder.released
+
+
+def test_a_record_that_cannot_be_read_is_no_takeover(tmp_path: Path) -> None:
+    """A process without a free descriptor was told that another run had taken its directory over."""
+    held = Lease.acquire(str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, limits[0]), limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            held.check()
+        assert not isinstance(caught.value, LeaseLost)
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    held.check()
+    held.release()

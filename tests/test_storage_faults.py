@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from asyncckpt import Checkpointer, KeepLast, NotEnoughSpace, RunPathError, SaveFailed, SaveUndecided, StepExists
+from asyncckpt import (
+    Checkpointer,
+    KeepLast,
+    NotEnoughSpace,
+    RunLocked,
+    RunPathError,
+    SaveFailed,
+    SaveUndecided,
+    StepExists,
+)
+from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import Fault, FaultyOps, InterceptedOps, Site, SiteFaultOps
 
@@ -251,6 +261,22 @@ def test_paths_that_cannot_be_used_say_what_to_do(tmp_path: Path) -> None:
         Checkpointer(tmp_path / "file" / "run").save(1, STATE)
     with Checkpointer(tmp_path / "no" / "such" / "run", create_parents=True) as run:
         run.save(1, STATE).result()
+
+
+def test_a_probe_that_another_run_tidies_up_is_no_unusable_path(tmp_path: Path) -> None:
+    """Of two runs that began at one time, the second was told to repair its path: it has to hear of the first."""
+
+    class Tidied(InterceptedOps):
+        def after(self, name: str, args: tuple[Any, ...]) -> None:
+            if name == "mkdir" and "probe" in args[0]:
+                LocalStore(str(tmp_path / "run")).reclaim()
+
+    with Checkpointer(tmp_path / "run") as first:
+        first.prepare(STATE)
+        second = Checkpointer(tmp_path / "run")
+        second._store.ops = Tidied()
+        with pytest.raises(RunLocked):
+            second.prepare(STATE)
 
 
 def test_a_read_only_file_system_says_so(small_disk: Path) -> None:

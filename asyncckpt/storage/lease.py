@@ -9,8 +9,10 @@ beat for ``ttl_seconds`` by its own clock: neither timestamps nor pids of anothe
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import stat
@@ -26,9 +28,13 @@ from typing import Any
 from asyncckpt.errors import LeaseLost, RunLocked, RunPathError
 from asyncckpt.plain import loads
 
+log = logging.getLogger("asyncckpt")
+
 LOCK_FILE = ".asyncckpt-lease.lock"
 LEASE_FILE = ".asyncckpt-lease.json"
 _RECORD_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+#: The longest that giving a directory back waits for its storage.
+_RELEASE_SECONDS = 10.0
 #: A record takes a few hundred bytes.
 _MAX_RECORD_BYTES = 64 << 10
 
@@ -60,14 +66,24 @@ class Holder:
 def read_holder(directory: str) -> Holder | None:
     """The recorded holder, or None where the file is missing or unreadable (it is a record, not the lock)."""
     try:
-        fd = os.open(os.path.join(directory, LEASE_FILE), _RECORD_FLAGS)
+        return _read_record(directory)
     except OSError:
         return None
+
+
+def _read_record(directory: str) -> Holder | None:
+    """As ``read_holder``; raises ``OSError`` where nobody can tell what the file says."""
+    try:
+        fd = os.open(os.path.join(directory, LEASE_FILE), _RECORD_FLAGS)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link or a device somebody planted is no record
+            return None
+        raise
     try:
         # a planted FIFO or device is not read from: that could block, or never end
         data = os.read(fd, _MAX_RECORD_BYTES) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    except OSError:
-        return None
     finally:
         os.close(fd)
     return parse_holder(data)
@@ -154,8 +170,9 @@ class Lease:
             ) from error
 
     def check(self) -> None:
-        """Raises ``LeaseLost`` where another run has taken the directory over. Called right before a publish."""
-        holder = read_holder(self.directory)
+        """Raises ``LeaseLost`` where another run has taken the directory over, and ``OSError`` where that cannot be
+        told (no descriptor left, a disk that fails). Called right before a publish."""
+        holder = _read_record(self.directory)
         try:
             same_lock = os.stat(os.path.join(self.directory, LOCK_FILE)).st_ino == self._inode
         except FileNotFoundError:
@@ -167,13 +184,24 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the directory back. Idempotent."""
+        """Give the directory back. Idempotent. Blocks for at most ten seconds: where the storage hangs, the lock goes
+        when the storage is back, or with the process."""
         if not self._finalizer.alive:
             return
-        if os.getpid() == self._pid:
-            with contextlib.suppress(OSError, LeaseLost):
-                self.check()
-                self._write(released=True)
+        if os.getpid() != self._pid:
+            self._finalizer()
+            return
+        # every call to hung storage may be the last of its thread, and that must not be the one that wants to leave
+        giving = threading.Thread(target=self._give_back, name="asyncckpt-lease-release", daemon=True)
+        giving.start()
+        giving.join(_RELEASE_SECONDS)
+        if giving.is_alive():
+            log.warning("%s: the storage hangs; the lease is given back when it goes on", self.directory)
+
+    def _give_back(self) -> None:
+        with contextlib.suppress(OSError, LeaseLost):
+            self.check()
+            self._write(released=True)
         self._finalizer()
 
     def _renew(self) -> None:

@@ -71,7 +71,8 @@ class LocalStore:
                 raise RunPathError(f"{self.path} is a file; a run needs a directory. Choose another path")
             probe = os.path.join(self.path, f"{TEMP_PREFIX}probe-{uuid.uuid4().hex}")
             self.ops.mkdir(probe)
-            self.ops.rmdir(probe)
+            with contextlib.suppress(FileNotFoundError):  # a run that has just begun here tidied it up
+                self.ops.rmdir(probe)
         except RunPathError:
             raise
         except OSError as error:

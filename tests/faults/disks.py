@@ -1,0 +1,84 @@
+"""File systems to break: small tmpfs, ext4 in a file. Each is skipped where the tests may not mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def run_command(*command: object) -> bool:
+    """Whether it succeeded; its output is of no interest."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, check=False, timeout=60)
+    return done.returncode == 0
+
+
+@contextlib.contextmanager
+def tmpfs(path: Path, options: str = "size=64m") -> Iterator[Path]:
+    """A tmpfs of its own at ``path``, gone afterwards."""
+    path.mkdir(exist_ok=True)
+    if os.geteuid() or not run_command("mount", "-t", "tmpfs", "-o", options, "asyncckpt-test", path):
+        pytest.skip("needs root and a kernel that mounts a tmpfs")
+    try:
+        yield path
+    finally:
+        run_command("umount", "-l", path)
+
+
+def resize(path: Path, options: str) -> None:
+    """Give a mounted tmpfs other limits."""
+    assert run_command("mount", "-o", f"remount,{options}", path), f"cannot remount with {options}"
+
+
+def used_blocks(path: Path) -> int:
+    """In 4 KiB."""
+    stats = os.statvfs(path)
+    assert stats.f_frsize == 4096
+    return stats.f_blocks - stats.f_bfree
+
+
+def used_inodes(path: Path) -> int:
+    stats = os.statvfs(path)
+    return stats.f_files - stats.f_ffree
+
+
+class Ext4:
+    """A mounted ext4 that turns read-only at once when told of an error, whoever is writing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        source = subprocess.run(["findmnt", "-no", "SOURCE", path], capture_output=True, text=True, check=True)
+        self._trigger = Path("/sys/fs/ext4", os.path.basename(source.stdout.strip()), "trigger_fs_error")
+
+    @property
+    def can_fail(self) -> bool:
+        return self._trigger.exists()
+
+    def fail(self) -> None:
+        """As on a broken device: the kernel remounts it read-only under open files."""
+        self._trigger.write_text("planted by a test")
+
+
+@contextlib.contextmanager
+def ext4(folder: Path) -> Iterator[Ext4]:
+    """A small ext4 below ``folder`` with ``errors=remount-ro``."""
+    image, mount = folder / "image", folder / "ext4"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    if shutil.which("mkfs.ext4") is None or not run_command("mkfs.ext4", "-q", image):
+        pytest.skip("needs mkfs.ext4")
+    if os.geteuid() or not run_command("mount", "-o", "loop,errors=remount-ro", image, mount):
+        pytest.skip("needs root, a loop device and ext4")
+    try:
+        disk = Ext4(mount)
+        if not disk.can_fail:
+            pytest.skip("this kernel has no trigger_fs_error")
+        yield disk
+    finally:
+        run_command("umount", "-l", mount)
