@@ -39,13 +39,15 @@ def _told(path: Path) -> int:
     return max((int(line) for file in files for line in file.read_text().split("\n")[:-1]), default=0)
 
 
-def _strike(path: Path, first: int, rng: random.Random) -> None:
-    """One job that ends badly: a rank is killed or stopped while it saves, and goes on or does not; then all die."""
+def _strike(path: Path, first: int, rng: random.Random) -> bool:
+    """One job that ends badly: a rank is killed or stopped while it saves, and goes on or does not; then all die.
+    False where a busy machine did not let the ranks save at all within their short deadlines."""
     with Crew(RANKS) as crew:
         crew.start(_train, str(path), first, rng.random() < 0.5, rng.choice(KINDS))
         began = time.monotonic()
         while _told(path) < first:  # it saves by now
-            assert time.monotonic() < began + 30, "the ranks do not save at all"
+            if time.monotonic() > began + 30:
+                return False
             time.sleep(0.005)
         time.sleep(rng.uniform(0.0, 0.25))  # any moment of a save will do
         victim = rng.randrange(RANKS)
@@ -60,6 +62,7 @@ def _strike(path: Path, first: int, rng: random.Random) -> None:
                 time.sleep(rng.uniform(0.0, 0.1))
         for rank in rng.sample(range(RANKS), RANKS):
             crew.signal(rank, signal.SIGKILL)
+    return True
 
 
 def _litter(path: Path) -> Iterator[str]:
@@ -69,12 +72,17 @@ def _litter(path: Path) -> Iterator[str]:
 def _faults(crews: Crews, path: Path, count: int) -> tuple[int, int]:
     """How many strikes hit a save in flight, and the newest step after all of them."""
     rng = random.Random(2026)
-    in_flight = newest = 0
+    in_flight = newest = idle = 0
     crews.leave_room(RANKS)
-    for _ in range(count):
-        _strike(path, newest + 1, rng)
-        in_flight += any(_litter(path))
+    while count:
+        struck = _strike(path, newest + 1, rng)
+        count -= struck
+        idle += not struck
+        assert idle < 10, "the ranks do not save at all"
+        in_flight += struck and any(_litter(path))
         newest = is_whole(str(path), lowest=max(_told(path), newest))
+        if struck and count % 100 == 0:
+            print(f"{count} faults to go, {in_flight} hit a save so far, step {newest}", flush=True)
     return in_flight, newest
 
 
