@@ -121,6 +121,7 @@ class Checkpointer(Session):
             takeover=takeover,
             lease=lease,
             ranks=(ranks or RankOptions()) if distributed else None,
+            patience_seconds=self._writer_options.stall_timeout_seconds,
         )
         self._format = formats.get(format)
         self._codec = codecs.get(codec)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
+from concurrent.futures import Future, wait
 from typing import Any
 
 from asyncckpt import restore as restoring
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.distributed import RankOptions, Ranks
-from asyncckpt.errors import CheckpointerClosed
+from asyncckpt.errors import CheckpointerClosed, SaveAbandoned
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job, RestoreStages
 from asyncckpt.ledger import Ledger
@@ -38,12 +40,15 @@ class Session(Run):
         takeover: bool,
         lease: LeaseOptions | None,
         ranks: RankOptions | None,
+        patience_seconds: float,
     ) -> None:
         super().__init__(path, direct=direct, events=events)
         self._create_parents = create_parents
         self._takeover = takeover
         self._lease_options = lease
         self._rank_options = ranks
+        self._patience_seconds = patience_seconds
+        self._taking_over: Future[tuple[Lease, list[CheckpointInfo]]] | None = None
         self._lease: Lease | None = None
         self._job: Job | None = None
         self._opened = False
@@ -74,17 +79,35 @@ class Session(Run):
                 self._job = Job(ranks, JobPlanner(ranks, self._format, self._codec, self._layout_options))
 
     def _take_over(self) -> tuple[str, list[CheckpointInfo]]:
-        """Take the lease and tidy up; its owner, and what is there."""
-        self._store.prepare(create_parents=self._create_parents)
-        lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
+        """Take the lease and tidy up; its owner, and what is there. Raises ``SaveAbandoned`` where the storage does not
+        answer; asked again, it goes on waiting where it was."""
+        if self._taking_over is None:
+            taking_over = self._taking_over = Future()
+            # a call to hung storage may never come back, and training has to
+            threading.Thread(
+                target=self._take_directory, args=(taking_over,), name="asyncckpt-opening", daemon=True
+            ).start()
+        done, _ = wait([self._taking_over], self._patience_seconds)
+        if not done:
+            raise SaveAbandoned(
+                f"{self.path}: the storage has not answered for {self._patience_seconds:.0f} s. Check it and save "
+                f"again, or train into another directory"
+            )
+        taken, self._taking_over = self._taking_over, None
+        self._lease, entries = taken.result()
+        return self._lease.owner, entries
+
+    def _take_directory(self, taking_over: Future[tuple[Lease, list[CheckpointInfo]]]) -> None:
+        lease: Lease | None = None
         try:
+            self._store.prepare(create_parents=self._create_parents)
+            lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
             self._store.reclaim()
-            entries = self.ls()
-        except BaseException:
-            lease.release()
-            raise
-        self._lease = lease
-        return lease.owner, entries
+            taking_over.set_result((lease, self.ls()))
+        except BaseException as error:
+            if lease is not None:
+                lease.release()
+            taking_over.set_exception(error)
 
     def _leave_directory(self) -> None:
         """Give the directory back; in a job, once the others know how the last save ended."""
@@ -92,6 +115,8 @@ class Session(Run):
             self._job.close()
         if self._lease is not None:
             self._lease.release()
+        if self._taking_over is not None:  # nobody waits for it any more
+            self._taking_over.add_done_callback(_give_back)
 
     def _check_lease(self) -> None:
         if self._lease is not None:
@@ -119,3 +144,8 @@ class Session(Run):
     def _is_gone(self, entry: CheckpointInfo) -> bool:
         gone = super()._is_gone(entry)
         return self._job.any_rank("gone", gone) if self._job is not None else gone
+
+
+def _give_back(taken: Future[tuple[Lease, list[CheckpointInfo]]]) -> None:
+    if taken.exception() is None:
+        taken.result()[0].release()

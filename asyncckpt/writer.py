@@ -24,7 +24,8 @@ class WriterOptions:
     """``threads``: writers that hash and write extents. ``direct``: O_DIRECT where the file system has it.
     ``read_back``: read every byte back past the page cache and compare digests before publishing.
     ``durable_timeout_seconds``: after this a save that is not durable is given up (hung storage).
-    ``stall_timeout_seconds``: the longest the training thread ever waits for staging before the save is given up."""
+    ``stall_timeout_seconds``: the longest the training thread ever waits, for staging or for the storage when a run
+    begins, before the save is given up."""
 
     threads: int = 3
     direct: bool = True

@@ -198,19 +198,44 @@ def test_storage_that_comes_back_in_time_costs_nothing(scenario: Scenario, disk:
     assert check_visible(path) == {1: 1, 2: 2}
 
 
-def test_a_run_that_begins_on_hung_storage_is_not_ours_to_bound_but_ends_when_it_is_back(disk: LazyFS) -> None:
-    """Opening the directory is done by the caller, and waits for the storage: documented, and nothing is broken."""
+def test_a_run_that_begins_on_hung_storage_is_given_up_and_begins_when_it_is_back(disk: LazyFS) -> None:
     path = Path(disk.path, "run")
     os.mkdir(path)
     disk.stop()
-    results: list[Any] = []
-    run = Checkpointer(path)
-    opening = threading.Thread(target=lambda: results.append(run.save(1, state_of(1)).exception(30)), daemon=True)
-    opening.start()
-    opening.join(0.3)
-    assert opening.is_alive()
-    disk.go_on()
-    opening.join(30)
-    assert results == [None]
+    run = Checkpointer(path, writer=WriterOptions(stall_timeout_seconds=0.3))
+    try:
+        for _ in range(2):
+            began = time.monotonic()
+            with pytest.raises(SaveAbandoned, match=r"run: the storage has not answered for 0 s.*another directory"):
+                run.save(1, state_of(1))
+            assert time.monotonic() - began < _SLACK
+    finally:
+        disk.go_on()
+    deadline = time.monotonic() + 30
+    while True:  # the directory that was asked for in the meantime is ours
+        try:
+            run.save(1, state_of(1)).result(30)
+            break
+        except SaveAbandoned:
+            assert time.monotonic() < deadline
     run.close()
+    assert check_visible(path) == {1: 1}
+
+
+def test_a_run_that_gave_up_and_closed_leaves_the_directory_to_others(disk: LazyFS) -> None:
+    path = Path(disk.path, "run")
+    os.mkdir(path)
+    disk.stop()
+    run = Checkpointer(path, writer=WriterOptions(stall_timeout_seconds=0.2))
+    try:
+        with pytest.raises(SaveAbandoned):
+            run.save(1, state_of(1))
+        run.close()
+    finally:
+        disk.go_on()
+    opening = next((one for one in threading.enumerate() if one.name == "asyncckpt-opening"), None)
+    if opening is not None:
+        opening.join(30)
+    with Checkpointer(path) as other:
+        other.save(1, state_of(1)).result(30)
     assert check_visible(path) == {1: 1}
