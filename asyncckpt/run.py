@@ -45,19 +45,14 @@ class Run:
         """Read every byte of a checkpoint (default: the newest) past the page cache; empty means good.
 
         ``expect_digest``: as for ``restore``; another manifest is damage."""
-        catalog = Catalog(self._store, self.path)
-        entry = catalog.newest(None) if step is None else catalog.find(step)
-        return self.verify_entry(entry, progress=progress, expect_digest=expect_digest)
+        entry, reader = self._open_chosen(step)
+        return _verified(entry, reader, progress, expect_digest)
 
     def verify_entry(
         self, entry: CheckpointInfo, *, progress: Progress | None = None, expect_digest: str | None = None
     ) -> list[Damage]:
         """``verify`` for one row of ``ls``: a step can have a full and a weights-only checkpoint."""
-        with contextlib.closing(self.open_entry(entry)) as reader:
-            damage = verify(reader, progress=progress, expect_digest=expect_digest)
-        if entry.damage is not None and not damage:  # what only the directory's place in the run shows
-            damage = [Damage("manifest.json", 0, 0, entry.damage)]
-        return damage
+        return _verified(entry, self.open_entry(entry), progress, expect_digest)
 
     def restore(
         self,
@@ -114,16 +109,12 @@ class Run:
         Returns ``{"model.wte.weight": tensor, …}``. ``expect_digest``: as for ``restore``. Raises ``UnknownName`` and
         ``CheckpointDamaged``.
         """
-        catalog = Catalog(self._store, self.path)
-        entry = catalog.newest(None) if step is None else catalog.find(step)
-        with contextlib.closing(self._store.open(entry.name)) as reader:
+        with contextlib.closing(self._open_chosen(step)[1]) as reader:
             return restoring.load_tensors(reader, names, device=device, dtype=dtype, expect_digest=expect_digest)
 
     def open(self, step: int | None = None) -> Reader:
         """An open checkpoint (default: the newest of any kind), protected from retention until its ``close``."""
-        catalog = Catalog(self._store, self.path)
-        entry = catalog.newest(None) if step is None else catalog.find(step)
-        return self.open_entry(entry)
+        return self._open_chosen(step)[1]
 
     def open_entry(self, entry: CheckpointInfo) -> Reader:
         """As ``open``, for one row of ``ls``. Raises ``CheckpointNotFound`` where it was deleted meanwhile."""
@@ -136,6 +127,19 @@ class Run:
     def unpin(self, step: int) -> CheckpointInfo:
         """Undo ``pin``."""
         return Catalog(self._store, self.path).pin(step, pinned=False)
+
+    def _open_chosen(self, step: int | None) -> tuple[CheckpointInfo, Reader]:
+        """That checkpoint, or the newest of any kind, protected from retention."""
+        catalog = Catalog(self._store, self.path)
+        looks_left = _LOOKS
+        while True:
+            entry = catalog.newest(None) if step is None else catalog.find(step)
+            try:
+                return entry, self._store.open(entry.name)
+            except CheckpointNotFound:  # retention took it meanwhile, because a newer one is there
+                looks_left -= 1
+                if not looks_left:
+                    raise
 
     def _restore(self, name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
         stages = self._stages()
@@ -194,3 +198,13 @@ class Run:
             f"{self.path}: {len(entries)} checkpoints and none can be restored; nothing was deleted. Look with "
             f"`asyncckpt verify`, or train into another directory. " + "; ".join(reasons.values())
         )
+
+
+def _verified(
+    entry: CheckpointInfo, opened: Reader, progress: Progress | None, expect_digest: str | None
+) -> list[Damage]:
+    with contextlib.closing(opened) as reader:
+        damage = verify(reader, progress=progress, expect_digest=expect_digest)
+    if entry.damage is not None and not damage:  # what only the directory's place in the run shows
+        damage = [Damage("manifest.json", 0, 0, entry.damage)]
+    return damage

@@ -10,7 +10,8 @@ import torch
 from conftest import Tiny, bits
 from torch import nn
 
-from asyncckpt import Checkpointer, Run, StateMismatch
+from asyncckpt import Checkpointer, KeepLast, Run, StateMismatch
+from asyncckpt.catalog import Catalog
 from asyncckpt.storage.reader import LocalReader
 
 
@@ -180,3 +181,32 @@ def test_extra_state_may_hold_tensors(tmp_path: Path) -> None:
         fresh = nn.Sequential(Scaled())
         run.restore({"model": fresh})
         assert fresh[0].amax.tolist() == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("use", ["verify", "load_tensors", "open"])
+def test_a_reader_whose_newest_is_deleted_before_it_opens_it_takes_the_newer_one(
+    use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Checkpointer(tmp_path / "run", keep=KeepLast(1))
+    writer.save(1, {"w": torch.full((9,), 1)}).result()
+    run = Run(tmp_path / "run")
+    listed = Catalog.newest
+
+    def newest(catalog: Catalog, kind: str | None = "full") -> Any:
+        found = listed(catalog, kind)
+        if found.step == 1:
+            writer.save(2, {"w": torch.full((9,), 2)}).result()
+            writer.wait()
+        return found
+
+    monkeypatch.setattr(Catalog, "newest", newest)
+    found = getattr(run, use)()
+    if use == "verify":
+        assert found == []
+    elif use == "load_tensors":
+        assert found["w.value"].tolist() == [2] * 9
+    else:
+        assert found.path.endswith("step-00000002")
+        found.close()
+    assert [entry.step for entry in run.ls()] == [2]
+    writer.close()
