@@ -33,10 +33,10 @@ BTRFS ?= 2000
 faults: $(STAMP)          ## crashes, power losses, kills, full disks, damage, fuzzing, planted bugs: hours (docs/reliability.md)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[faults]'
 	ASYNCCKPT_SIGKILLS=$(SIGKILLS) ASYNCCKPT_RANK_FAULTS=$(RANK_FAULTS) ASYNCCKPT_FAULT_PAIRS=-1 \
-	FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=86400 \
+	FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=86400 ASYNCCKPT_CONCURRENCY_SECONDS=60 \
 	ASYNCCKPT_BLOCK_POINTS_EXT4=$(EXT4) ASYNCCKPT_BLOCK_POINTS_XFS=$(XFS) ASYNCCKPT_BLOCK_POINTS_BTRFS=$(BTRFS) \
 	$(BIN)/python -m pytest -m "slow or not slow" -s --timeout 86400 \
-		tests/faults tests/ranks/test_failures.py tests/ranks/test_random_faults.py
+		tests/faults tests/ranks/test_failures.py tests/ranks/test_mutants.py tests/ranks/test_random_faults.py
 
 lint: $(STAMP)            ## style, types and the layer rule
 	$(BIN)/ruff check .
