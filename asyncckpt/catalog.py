@@ -72,6 +72,11 @@ class Catalog:
     def find(self, step: int, kind: str | None = None) -> CheckpointInfo:
         """The checkpoint of that step, the full one where there are two kinds. Raises ``CheckpointNotFound``, naming
         the steps there are."""
+        near = [self._look(name) for name in self._store.names() if _step_in(name) == step]
+        good = [e for e in near if e is not None and e.damage is None and e.step == step and kind in (None, e.kind)]
+        if good:  # the manifests of all others may be long
+            found = min(good, key=lambda entry: entry.kind != "full")
+            return replace(found, pinned=found.name in self.pins())
         entries = self.entries()
         matches = [entry for entry in entries if entry.step == step and kind in (None, entry.kind)]
         if not matches:
@@ -133,14 +138,13 @@ class Catalog:
 
     def _look_once(self, name: str) -> CheckpointInfo | None:
         path = os.path.join(self._path, name)
-        match = _STEP_IN_NAME.search(name)
-        step = int(match.group(1) or match.group(2)) if match else -1
+        step = _step_in(name)
         try:
             reader = self._store.open(name)
         except CheckpointNotFound:
             return None  # deleted meanwhile
         except (CheckpointDamaged, OSError) as error:
-            return CheckpointInfo(step=step, name=name, path=path, damage=str(error)) if match else None
+            return CheckpointInfo(step=step, name=name, path=path, damage=str(error)) if step >= 0 else None
         try:
             listing = self._store.listing(name)
             if manifests.FILE_NAME not in listing and not _looks_ours(listing):
@@ -148,7 +152,7 @@ class Catalog:
             manifest = manifests.load(reader)
             damage = check_files(reader, manifest)
             problem = str(damage[0]) if damage else None
-            if match and name != manifest.name and step != manifest.step:
+            if step >= 0 and name != manifest.name and step != manifest.step:
                 problem = f"its manifest is that of step {manifest.step}: a stale copy, or the directory was renamed"
             return CheckpointInfo(
                 step=step if problem else manifest.step,
@@ -175,3 +179,9 @@ def _looks_ours(listing: Mapping[str, os.stat_result]) -> bool:
         and (name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", name) is not None)
         for name, info in listing.items()
     )
+
+
+def _step_in(name: str) -> int:
+    """The step that a directory's name says, -1 where it says none."""
+    match = _STEP_IN_NAME.search(name)
+    return int(match.group(1) or match.group(2)) if match else -1

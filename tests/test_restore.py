@@ -10,7 +10,7 @@ import torch
 from conftest import Tiny, bits
 from torch import nn
 
-from asyncckpt import Checkpointer, KeepLast, Run, StateMismatch
+from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, Run, StateMismatch
 from asyncckpt.catalog import Catalog
 from asyncckpt.storage.reader import LocalReader
 
@@ -210,3 +210,24 @@ def test_a_reader_whose_newest_is_deleted_before_it_opens_it_takes_the_newer_one
         found.close()
     assert [entry.step for entry in run.ls()] == [2]
     writer.close()
+
+
+def test_a_step_is_found_without_reading_the_manifests_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpointer(tmp_path / "run") as writer:
+        for step in (1, 2, 3):
+            writer.save(step, {"w": torch.full((9,), step)}).result()
+    run = Run(tmp_path / "run")
+    opened: list[str] = []
+    real = run._store.open
+
+    def counted(name: str) -> Any:
+        opened.append(name)
+        return real(name)
+
+    monkeypatch.setattr(run._store, "open", counted)
+    assert run.load_tensors(2)["w.value"].tolist() == [2] * 9
+    assert set(opened) == {"step-00000002"}
+    with pytest.raises(CheckpointNotFound, match="the newest steps there: 1, 2, 3"):
+        run.load_tensors(4)
