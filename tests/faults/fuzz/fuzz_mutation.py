@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -176,7 +177,7 @@ def _tree_mutated(tree: Any, rng: random.Random) -> Any:
         del node[key]
     elif kind == 5:
         other, name = rng.choice(slots)
-        node[key] = json.loads(json.dumps(other[name]))
+        node[key] = copy.deepcopy(other[name])
     elif kind == 6 and isinstance(node, dict):
         node[rng.choice((*HOSTILE_NAMES, *WORDS))] = node[key] if rng.random() < 0.5 else _value(rng)
     elif kind == 7 and isinstance(node, dict):  # the same under another name
