@@ -9,7 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -46,6 +46,7 @@ from asyncckpt.writer import PendingSave, WriterOptions, WriterPool, failed
 
 _MIN_STAGING_BYTES = 1 << 20
 _ENCODING_NICENESS = 10
+_PLAIN = ("safetensors", "none")
 
 
 class Checkpointer(Session):
@@ -67,7 +68,8 @@ class Checkpointer(Session):
     that holds the directory and cannot be reached.
 
     Where ``torch.distributed`` is initialised, all its ranks write each checkpoint together: every rank makes the same
-    checkpointer and the same calls (docs/parallelism.md). ``ranks``: how long they wait for each other;
+    checkpointer and the same calls (docs/parallelism.md). ``layout``: ``global``, the files that one process would
+    write; ``ranks``, files of one rank each (plain safetensors only). ``ranks``: how long they wait for each other;
     ``distributed=False``: this process is alone all the same. ``check_replicas``: before each save, on the training
     thread, digest what every rank holds a copy of; where copies differ the save fails and names them.
 
@@ -103,6 +105,7 @@ class Checkpointer(Session):
         writer: WriterOptions | None = None,
         lease: LeaseOptions | None = None,
         distributed: bool = True,
+        layout: Literal["global", "ranks"] = "global",
         ranks: RankOptions | None = None,
         check_replicas: bool = False,
     ) -> None:
@@ -136,7 +139,14 @@ class Checkpointer(Session):
         self._check_replicas = check_replicas
         if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
             extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
-        self._layout_options = LayoutOptions(shard_bytes=shard_bytes, extent_bytes=extent_bytes)
+        if layout not in ("global", "ranks") or (layout == "ranks" and (format, self._codec.name) != _PLAIN):
+            raise InvalidOption(
+                f"layout must be 'global' or, with format='safetensors' and codec='none', 'ranks'; not {layout!r} with "
+                f"{format!r} and {self._codec.name!r}"
+            )
+        self._layout_options = LayoutOptions(
+            shard_bytes=shard_bytes, extent_bytes=extent_bytes, by_rank=layout == "ranks"
+        )
         self._layouts = LayoutCache(self._format, self._codec, self._layout_options)
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save

@@ -7,6 +7,7 @@ schema is described in docs/format.md.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import logging
@@ -68,8 +69,13 @@ def components_of(
     for shard in layout.shards:
         tensors = body[shard.component]["tensors"]
         for placement in shard.placements:
-            spec = placement.spec
-            tensors[spec.name] = [spec.dtype, list(spec.shape), shard.file, placement.begin, placement.end]
+            spec, whole = placement.spec, placement.part_of
+            if whole is None:
+                tensors[spec.name] = [spec.dtype, list(spec.shape), shard.file, placement.begin, placement.end]
+                continue
+            boxed = tensors.setdefault(whole.name, {"dtype": whole.dtype, "shape": list(whole.shape), "boxes": []})
+            box = [list(placement.offsets), list(spec.shape), shard.file, placement.begin, placement.end]
+            bisect.insort(boxed["boxes"], box)
         for run in shard.runs:
             row = tensors.setdefault(run.tensor.spec.name, _chunked_row(run.tensor))
             if run.count:

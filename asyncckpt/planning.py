@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from asyncckpt import layout as layouts
+from asyncckpt.by_rank import divide_by_rank
 from asyncckpt.distributed import Ranks
 from asyncckpt.division import Holding, divide
 from asyncckpt.errors import RanksDisagree, UnsupportedValue
@@ -147,12 +148,7 @@ class JobPlanner:
     def _divide(
         self, shared: Sequence[ComponentSnapshot], components: Mapping[str, _Component], leads: set[str]
     ) -> Agreed:
-        layout = layouts.plan(
-            tuple((name, tuple(entry.spec for entry in c.entries)) for name, c in components.items()),
-            self._format,
-            self._codec,
-            self._options,
-        )
+        specs = tuple((name, tuple(entry.spec for entry in c.entries)) for name, c in components.items())
         numbers: dict[tuple[str, str], int] = {}
         begins: dict[tuple[str, str], int] = {}
         for component in shared:
@@ -166,7 +162,11 @@ class JobPlanner:
                 full = name, entry.spec.name
                 local.append(numbers.get(full, -1))
                 holdings.append(Holding(entry.rows, local[-1], begins.get(full, 0)))
-        division = divide(layout, holdings, self._ranks.rank, self._options.extent_bytes)
+        ranks, how = self._ranks, (self._format, self._codec, self._options)
+        if self._options.by_rank:
+            division = divide_by_rank(specs, holdings, ranks.rank, ranks.size, *how)
+        else:
+            division = divide(layouts.plan(specs, *how), holdings, ranks.rank, self._options.extent_bytes)
         whole = [
             (local[number], self._ranks.rank in division.whole[number])
             for number in sorted(division.whole)

@@ -138,11 +138,14 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a whole tensor lies: byte range ``[begin, end)`` of the shard's file."""
+    """Where a whole tensor lies: byte range ``[begin, end)`` of the shard's file. ``part_of``: where the file's tensor
+    is a box of a larger one, that one, and the box's ``offsets`` in it."""
 
     spec: TensorSpec
     begin: int
     end: int
+    part_of: TensorSpec | None = None
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,10 +219,11 @@ class Layout:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutOptions:
     """``shard_bytes``: data bytes after which a new shard begins. ``extent_bytes``: the unit of staging, hashing and
-    writing, a multiple of 4096."""
+    writing, a multiple of 4096. ``by_rank``: a file is written by one rank alone (``by_rank.py``)."""
 
     shard_bytes: int = 4 << 30
     extent_bytes: int = 8 << 20
+    by_rank: bool = False
 
     def __post_init__(self) -> None:
         if type(self.shard_bytes) is not int or self.shard_bytes < 1:

@@ -86,8 +86,9 @@ class SafetensorsFormat:
         return _encoded_header(shard, placed, codec), b""
 
     def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
-        """The ``*.safetensors.index.json`` that Hugging Face loaders follow; none where tensors are encoded."""
-        if any(shard.floating for shard in shards):
+        """The ``*.safetensors.index.json`` that Hugging Face loaders follow; none where tensors are encoded, or lie
+        in boxes."""
+        if any(shard.floating or any(p.part_of is not None for p in shard.placements) for shard in shards):
             return {}
         weight_map = {placement.spec.name: shard.file for shard in shards for placement in shard.placements}
         total = sum(placement.spec.nbytes for shard in shards for placement in shard.placements)

@@ -1,0 +1,103 @@
+"""Shards of one rank each: the alternative to files that ranks write together, where those are slow.
+
+Each rank's file holds the parts that it writes, as tensors of their own; the manifest says which box of the whole each
+is. Like the other layout it is a pure function of the global state and of who holds what; unlike there, the files
+depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from asyncckpt.division import Division, Holding
+from asyncckpt.layout import fingerprint
+from asyncckpt.protocols import Codec, Layout, LayoutOptions, Segment, Shard, ShardFormat, TensorSpec
+from asyncckpt.records import BoxRecord
+
+#: Components and the tensors of each, as ``layout.plan`` takes them.
+Components = Sequence[tuple[str, Sequence[TensorSpec]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of a tensor's rows that one rank writes. ``holding``: of the rank that plans; ``begin``: the part's first
+    byte in the whole."""
+
+    spec: TensorSpec
+    whole: TensorSpec
+    offsets: tuple[int, ...]
+    begin: int
+    holding: Holding
+
+
+def divide_by_rank(
+    components: Components,
+    holdings: Sequence[Holding],
+    rank: int,
+    ranks: int,
+    shard_format: ShardFormat,
+    codec: Codec,
+    options: LayoutOptions,
+) -> Division:
+    """The shards of all ranks, with the extents of this one. ``holdings[i]`` is about tensor ``i`` of all components.
+
+    A part that several ranks hold is written by the one that has least to write. Pure.
+    """
+    load = [0] * ranks
+    shards: list[Shard] = []
+    first = 0
+    for name, specs in components:
+        parts: list[list[_Part]] = [[] for _ in range(ranks)]
+        for spec, holding in zip(specs, holdings[first : first + len(specs)], strict=True):
+            for part, holders in _parts(name, spec, holding):
+                owner = min(holders, key=lambda one: (load[one], one))
+                load[owner] += part.spec.nbytes
+                parts[owner].append(part)
+        first += len(specs)
+        for owner, mine in enumerate(parts):
+            found = shard_format.shards(
+                f"{name}.rank-{owner:05d}", [part.spec for part in mine], 0, len(shards), codec, options
+            )
+            shards += [_placed(shard, name, mine, mine_here=owner == rank) for shard in found]
+    nbytes = sum(shard.nbytes for shard in shards)
+    layout = Layout(tuple(shards), nbytes, fingerprint(tuple((name, tuple(specs)) for name, specs in components)))
+    return Division(layout, {})
+
+
+def _parts(component: str, spec: TensorSpec, holding: Holding) -> list[tuple[_Part, Sequence[int]]]:
+    """A tensor's parts and who holds each; one that nobody has bytes of is rank 0's."""
+    rows = holding.rows
+    if not spec.nbytes or len(rows.holders) == 1:
+        return [(_Part(spec, spec, (), 0, holding), rows.holders[0] if spec.nbytes else (0,))]
+    width = spec.nbytes // rows.bounds[-1]
+    found: list[tuple[_Part, Sequence[int]]] = []
+    for number, holders in enumerate(rows.holders):
+        begin, end = rows.bounds[number : number + 2]
+        offsets = (begin, *(0 for _ in spec.shape[1:]))
+        shape = (end - begin, *spec.shape[1:])
+        entry = BoxRecord(offsets, shape, "", 0, 0).entry(f"{component}.{spec.name}")
+        part = TensorSpec(entry, spec.dtype, shape, width * (end - begin), spec.frozen)
+        found.append((_Part(part, spec, offsets, width * begin, holding), holders))
+    return found
+
+
+def _placed(shard: Shard, component: str, parts: Sequence[_Part], *, mine_here: bool) -> Shard:
+    """Of the component, with what its tensors are boxes of, and with this rank's numbers of the pieces."""
+    by_name = {part.spec.name: part for part in parts}
+    placements = tuple(
+        replace(placement, part_of=part.whole, offsets=part.offsets)
+        if (part := by_name[placement.spec.name]).offsets
+        else placement
+        for placement in shard.placements
+    )
+
+    def local(segment: Segment) -> Segment:
+        part = parts[segment.piece]
+        source = segment.source_offset + part.begin - part.holding.begin
+        return replace(segment, piece=part.holding.local, source_offset=source)
+
+    extents = tuple(
+        replace(extent, segments=tuple(map(local, extent.segments))) for extent in (shard.extents if mine_here else ())
+    )
+    return replace(shard, component=component, placements=placements, extents=extents)
