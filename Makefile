@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow faults lint bench bench-micro clean
+.PHONY: demo test test-slow faults coverage lint bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,12 +31,19 @@ XFS ?= 1000
 BTRFS ?= 2000
 
 faults: $(STAMP)          ## crashes, power losses, kills, full disks, damage, fuzzing, planted bugs: hours (docs/reliability.md)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[faults]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faults]'
 	ASYNCCKPT_SIGKILLS=$(SIGKILLS) ASYNCCKPT_RANK_FAULTS=$(RANK_FAULTS) ASYNCCKPT_FAULT_PAIRS=-1 \
 	FUZZ_RUNS=$(FUZZ_RUNS) FUZZ_SECONDS=86400 ASYNCCKPT_CONCURRENCY_SECONDS=60 \
 	ASYNCCKPT_BLOCK_POINTS_EXT4=$(EXT4) ASYNCCKPT_BLOCK_POINTS_XFS=$(XFS) ASYNCCKPT_BLOCK_POINTS_BTRFS=$(BTRFS) \
 	$(BIN)/python -m pytest -m "slow or not slow" -s --timeout 86400 \
 		tests/faults tests/ranks/test_failures.py tests/ranks/test_mutants.py tests/ranks/test_random_faults.py
+
+coverage: $(STAMP)        ## branch coverage of what commits, finds, deletes and stores checkpoints (pyproject.toml), by the fast suite
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faults]'
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest --timeout 1200
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 lint: $(STAMP)            ## style, types and the layer rule
 	$(BIN)/ruff check .
@@ -45,7 +52,7 @@ lint: $(STAMP)            ## style, types and the layer rule
 	$(BIN)/lint-imports
 
 bench: $(STAMP)           ## the table of the README, on this machine (about 20 minutes, 6 GB of disk)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[peers]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python -m benchmarks
 
 bench-micro: $(STAMP)     ## pytest-benchmark: hashes, copies, layout, manifest

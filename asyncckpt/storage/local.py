@@ -25,7 +25,7 @@ from asyncckpt.errors import (
     StepExists,
 )
 from asyncckpt.protocols import ALIGNMENT_BYTES, Attempt, Reader, ShardWriter
-from asyncckpt.storage.posix import NO_DIRECT, NO_LINK, NO_REFLINK, PosixOps
+from asyncckpt.storage.posix import NO_DIRECT, NO_FLAGS, NO_LINK, NO_REFLINK, PosixOps
 from asyncckpt.storage.reader import MANIFEST_FILE, LocalReader
 
 log = logging.getLogger("asyncckpt")
@@ -349,6 +349,11 @@ class LocalAttempt:
                 raise StepExists(
                     f"{target} already exists; it was left as it is (step {self._step}). Save another step, or pass "
                     f"overwrite=True"
+                ) from error
+            if exchanged and error.errno in NO_FLAGS:
+                raise SaveFailed(
+                    f"step {self._step}: the file system of {target} cannot exchange two names in one instant ({error}), "
+                    f"and without that no checkpoint is replaced. Save another step, or move that one away first"
                 ) from error
             if error.errno == errno.EXDEV:
                 raise SaveFailed(f"{target} lies on another file system than {self.path}; both must be one") from error

@@ -34,7 +34,7 @@ _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
 _RENAME_EXCHANGE: Final = 2
 #: Answers that mean "this file system or kernel cannot do that kind of rename" (NFS says EINVAL).
-_NO_FLAGS: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+NO_FLAGS: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class PosixOps:
@@ -113,7 +113,7 @@ class PosixOps:
         code = self.try_rename_noreplace(source, target)
         if code == 0:
             return
-        if code not in _NO_FLAGS:
+        if code not in NO_FLAGS:
             raise OSError(code, os.strerror(code), source, None, target)
         parent = os.open(os.path.dirname(target) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
