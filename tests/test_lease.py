@@ -9,7 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,63 @@ def test_a_run_that_was_taken_over_notices_before_it_publishes(tmp_path: Path) -
     holder = read_holder(str(tmp_path))
     assert holder is not None
     assert holder.released
+
+
+def _at_the_next_beat(lease: Lease, then: Callable[[], object]) -> None:
+    """Call ``then`` between that lease's look at the record and its writing, and let it write."""
+    check, called = lease.check, threading.Event()
+
+    def checked() -> None:
+        check()
+        if threading.current_thread().name == "asyncckpt-lease" and not called.is_set():
+            lease.check = check  # type: ignore[method-assign]
+            then()
+            called.set()
+
+    lease.check = checked  # type: ignore[method-assign]
+    assert called.wait(10)
+    time.sleep(0.1)  # it writes now
+
+
+def test_a_late_beat_does_not_undo_giving_back(tmp_path: Path) -> None:
+    """The directory then looked held, and a newcomer on another host waited for its end."""
+    held = Lease.acquire(str(tmp_path), options=FAST)
+    _at_the_next_beat(held, held._give_back)
+    holder = read_holder(str(tmp_path))
+    assert holder is not None
+    assert holder.released
+
+
+def test_a_late_beat_of_a_run_that_was_cut_off_does_not_cut_off_its_successor(tmp_path: Path) -> None:
+    """The record was the old run's again: the new one took itself for taken over, and both ended."""
+    old = Lease.acquire(str(tmp_path), options=FAST)
+    successors: list[Lease] = []
+    patient = LeaseOptions(beat_seconds=60.0)
+    _at_the_next_beat(old, lambda: successors.append(Lease.acquire(str(tmp_path), takeover=True, options=patient)))
+    (new,) = successors
+    holder = read_holder(str(tmp_path))
+    assert holder is not None
+    assert holder.owner == old.owner, "the beat came before the takeover"
+    new.check()
+    with pytest.raises(LeaseLost):
+        old.check()
+    new._renew()
+    holder = read_holder(str(tmp_path))
+    assert holder is not None
+    assert holder.owner == new.owner
+    old.release()
+    new.check()
+    new.release()
+
+
+def test_whoever_comes_by_the_same_lock_file_has_taken_the_directory_over(tmp_path: Path) -> None:
+    """On another host, where locks do not hold across hosts."""
+    held = Lease.acquire(str(tmp_path), options=LeaseOptions(beat_seconds=60.0))
+    record = json.loads((tmp_path / LEASE_FILE).read_text())
+    (tmp_path / LEASE_FILE).write_text(json.dumps(record | {"owner": "another", "host": "node7"}))
+    with pytest.raises(LeaseLost, match="taken over by host node7"):
+        held.check()
+    held.release()
 
 
 def test_a_record_that_cannot_be_read_is_no_takeover(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class LeaseOptions:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a run directory."""
+    """Who holds a run directory. ``lock``: the inode of the lock file that it holds, 0 where the record says none."""
 
     owner: str
     host: str
@@ -58,6 +58,7 @@ class Holder:
     pid: int
     beat: int
     released: bool
+    lock: int = 0
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}"
@@ -100,8 +101,9 @@ def parse_holder(data: bytes) -> Holder | None:
             int(body["pid"]),
             int(body["beat"]),
             bool(body["released"]),
+            int(body.get("lock", 0)),
         )
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
 
 
@@ -118,6 +120,7 @@ class Lease:
         self._inode = os.fstat(fd).st_ino
         self._pid = os.getpid()
         self._beat = 0
+        self._given_back = False
         self._stop = threading.Event()
         self._write_lock = threading.Lock()
         self._write(released=False)
@@ -177,7 +180,10 @@ class Lease:
             same_lock = os.stat(os.path.join(self.directory, LOCK_FILE)).st_ino == self._inode
         except FileNotFoundError:
             same_lock = False
-        if not same_lock or holder is None or holder.owner != self.owner:
+        # Who was cut off may have been about to write its beat, and the record is then its own, with the lock file it
+        # had. Somebody who came by this lock file (where locks do not hold across hosts) did take the directory over.
+        ours = holder is not None and (holder.owner == self.owner or holder.lock not in (0, self._inode))
+        if not same_lock or not ours:
             raise LeaseLost(
                 f"{self.directory}: this run was taken over by {holder or 'another run'}; nothing more is published "
                 f"from here. Stop this process, or save into another directory"
@@ -211,8 +217,12 @@ class Lease:
 
     def _write(self, *, released: bool) -> None:
         with self._write_lock:
+            if self._given_back:
+                return  # a beat that was on its way when the directory was given back
+            self._given_back = released
             self._beat += 1
-            holder = Holder(self.owner, socket.gethostname(), _boot_id(), self._pid, self._beat, released)
+            host, boot = socket.gethostname(), _boot_id()
+            holder = Holder(self.owner, host, boot, self._pid, self._beat, released, self._inode)
             temp = os.path.join(self.directory, f".tmp-lease-{self.owner}")
             Path(temp).write_text(json.dumps(asdict(holder)))
             os.replace(temp, os.path.join(self.directory, LEASE_FILE))
