@@ -164,8 +164,6 @@ class Catalog:
                 created_unix_seconds=manifest.created_unix_seconds,
                 damage=problem,
             )
-        except FileNotFoundError:
-            return None
         except (AsyncCkptError, OSError) as error:
             return CheckpointInfo(step=step, name=name, path=path, damage=str(error))
         finally:

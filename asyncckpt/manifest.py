@@ -252,8 +252,6 @@ def _remembered(data: bytes, where: str) -> Manifest:
 def _parse(data: bytes, where: str) -> JsonValue:
     try:
         return loads(data, where)
-    except ManifestInvalid:
-        raise
     except ValueError as error:
         raise ManifestInvalid(str(error)) from error
 

@@ -249,10 +249,8 @@ def _boxed(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> 
 def _apart(boxes: Sequence[BoxRecord]) -> bool:
     """Whether no two share an element: a sweep along the dimension in which they begin at the most places."""
     solid = [box for box in boxes if box.begin < box.end]
-    if len(solid) < 2:
-        return True
-    if not solid[0].shape:
-        return False
+    if len(solid) < 2 or not solid[0].shape:
+        return len(solid) < 2  # there is one place in a tensor without dimensions
     along = max(range(len(solid[0].shape)), key=lambda i: len({box.offsets[i] for box in solid}))
     compared = 0
     open_boxes: list[BoxRecord] = []

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,30 @@ def test_a_save_that_is_poisoned_before_it_has_a_directory_makes_none(tmp_path: 
     assert attempts(run) == []
     run._store.free_bytes = free  # type: ignore[method-assign]
     run.save(3, STATE).result()
+    run.close()
+
+
+def test_giving_an_attempt_up_does_not_wait_for_storage_that_hangs(tmp_path: Path) -> None:
+    run = checkpointer(tmp_path, PosixOps())
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        assert go_on.wait(30)
+
+    run._store.ops = Between("mkdir", hang)
+    pending = run.save(2, STATE)
+    assert hangs.wait(10)
+    (flight,) = run._committer.in_flight()
+    flight.save.fail(SaveFailed("given up"))
+    began = time.monotonic()
+    flight.save.discard(0.05)
+    assert time.monotonic() - began < 5
+    go_on.set()
+    with pytest.raises(SaveFailed, match="given up"):
+        pending.result()
+    drain(run)
+    assert attempts(run) == []
     run.close()
 
 

@@ -352,8 +352,8 @@ class LocalAttempt:
                 ) from error
             if exchanged and error.errno in NO_FLAGS:
                 raise SaveFailed(
-                    f"step {self._step}: the file system of {target} cannot exchange two names in one instant ({error}), "
-                    f"and without that no checkpoint is replaced. Save another step, or move that one away first"
+                    f"step {self._step}: the file system of {target} cannot exchange two names ({error}), and without "
+                    f"that no checkpoint is replaced. Save another step, or move that one away first"
                 ) from error
             if error.errno == errno.EXDEV:
                 raise SaveFailed(f"{target} lies on another file system than {self.path}; both must be one") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from asyncckpt import CheckpointDamaged, manifest
+from asyncckpt import CheckpointDamaged, manifest, manifest_rows
 
 DIGEST = "00000000"
 #: Where quadratic work takes minutes, linear work takes a second or two.
@@ -60,8 +60,20 @@ def layered(order: Any, part: Any) -> dict[str, Any]:
     return body(files=files, components={"c": component([part], 3)})
 
 
+def boxed(*boxes: Any, shape: tuple[int, ...] = (2, 2)) -> dict[str, Any]:
+    """``t`` in boxes of a file of 16 bytes."""
+    tensor = {"dtype": "F32", "shape": list(shape), "boxes": list(boxes)}
+    return body(components={"c": component() | {"tensors": {"t": tensor}}})
+
+
+#: The rows of a 2 x 2 tensor.
+UPPER, LOWER = [[0, 0], [1, 2], "f", 0, 8], [[1, 0], [1, 2], "f", 8, 16]
+
+
 def test_the_body_these_attacks_start_from_is_good() -> None:
     assert decode(body()).files[0].name == "f"
+    assert len(decode(boxed(UPPER, LOWER)).components["c"].tensors["t"].boxes) == 2
+    assert decode(boxed([[], [], "f", 0, 4], shape=())).components["c"].tensors["t"].nbytes == 4
     assert decode(layered([2, 1, 3], ["f", 1, 3])).files[1].order == (2, 1, 3)
 
 
@@ -101,6 +113,22 @@ ATTACKS: dict[str, Callable[[], dict[str, Any]]] = {
         components={"c": component() | {"tensors": {"a": ["F32", [2], "f", 0, 8], "b": ["F32", [2], "f", 4, 12]}}}
     ),
     "a tensor past the end": lambda: body(components={"c": component() | {"tensors": {"a": ["F32", [5], "f", 0, 20]}}}),
+    "a chunk that is two in one part": lambda: body(components={"c": component([["f", [0, 0]]], 2)}),
+    "a box that is no list": lambda: boxed("upper", LOWER),
+    "a box of four things": lambda: boxed(UPPER[:4], LOWER),
+    "a box at no place": lambda: boxed([None, *UPPER[1:]], LOWER),
+    "a box of one dimension": lambda: boxed([[0], [2], "f", 0, 8], LOWER),
+    "a box at a place of one dimension": lambda: boxed([[0], *UPPER[1:]], LOWER),
+    "a box past the end of its tensor": lambda: boxed(UPPER, [[2, 0], *LOWER[1:]]),
+    "a box of other bytes than its shape": lambda: boxed(UPPER, [*LOWER[:4], 12]),
+    "a box that is missing": lambda: boxed(UPPER),
+    "a box twice": lambda: boxed(UPPER, UPPER),
+    "boxes that cross": lambda: boxed([[0, 0], [2, 1], "f", 0, 8], [[0, 0], [1, 2], "f", 8, 16], shape=(2, 2)),
+    "two boxes of a single number": lambda: boxed([[], [], "f", 0, 4], [[], [], "f", 4, 8], shape=()),
+    "boxes that share bytes": lambda: boxed(UPPER, [*LOWER[:3], 4, 12]),
+    "boxes in a file of chunks": lambda: body(
+        components={"c": component(count=2), "d": boxed(UPPER, LOWER)["components"]["c"]}
+    ),
     "a chunk of a terabyte": lambda: body(
         components={"c": component() | {"tensors": {"t": component()["tensors"]["t"] | {"chunk": 1 << 40}}}}
     ),
@@ -114,6 +142,17 @@ def test_a_hostile_manifest_is_refused_with_a_typed_error(attack: Callable[[], d
     with pytest.raises((CheckpointDamaged, VersionUnsupported)) as refused:
         decode(attack())
     assert len(str(refused.value)) < 2000, "the message repeats what the attacker wrote"
+
+
+def test_more_boxes_than_can_be_compared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparing each with each takes quadratic time: there is an end to it."""
+    places = [(row, column) for row in range(4) for column in range(4)]
+    grid = boxed(*([[*at], [1, 1], "f", 4 * i, 4 * i + 4] for i, at in enumerate(places)), shape=(4, 4))
+    grid["files"] = [file("f", 16)]
+    assert decode(grid).components["c"].tensors["t"].nbytes == 64
+    monkeypatch.setattr(manifest_rows, "_MAX_COMPARED", 10)
+    with pytest.raises(CheckpointDamaged, match="too many"):
+        decode(grid)
 
 
 @pytest.mark.parametrize(

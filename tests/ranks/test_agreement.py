@@ -192,3 +192,18 @@ def test_the_store_may_be_a_file(crews: Crews, tmp_path: Path) -> None:
         found = crew.values(_disagree, str(tmp_path / "run"), "nothing")
     assert found == [[("NoneType", "None")] * 2] * 3
     assert [entry.step for entry in asyncckpt.Run(tmp_path / "run").ls()] == [1, 2, 9]
+
+
+def _retention(me: Me, path: str) -> list[int]:
+    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, keep=()) as run:
+        for step in (1, 2, 3):
+            run.save(step, _state()).result(30)
+    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, keep=asyncckpt.KeepLast(1)) as run:
+        run.resume(_state())
+        deleted = run.prune()
+        dist.barrier()
+        return [entry.step for entry in deleted]
+
+
+def test_rank_0_alone_deletes(crews: Crews, tmp_path: Path) -> None:
+    assert crews(2).values(_retention, str(tmp_path / "run")) == [[1, 2], []]
