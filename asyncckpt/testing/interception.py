@@ -24,6 +24,9 @@ READING: Final = frozenset(
     {"open_to_read", "close_read", "read", "preadv", "stat", "lstat", "names", "scan", "lock", "free_bytes"}
 )
 
+#: Those whose last argument is the path they make.
+_TWO_PATHS: Final = frozenset({"rename_noreplace", "try_rename_noreplace", "exchange", "replace", "link", "reflink"})
+
 
 class InterceptedOps(PosixOps):
     """Calls ``before(name, args)`` and ``after(name, args)`` around every operation: override either.
@@ -179,7 +182,7 @@ class SiteFaultOps(InterceptedOps):
         return due
 
     def _subject(self, name: str, args: tuple[Any, ...]) -> str:
-        subject = args[-1] if name in ("rename_noreplace", "exchange", "replace", "link", "reflink") else args[0]
+        subject = args[-1] if name in _TWO_PATHS else args[0]
         if isinstance(subject, int):
             subject = _path_of(subject)
         elif name in ("open_to_read", "lstat") and isinstance(args[-1], int):
