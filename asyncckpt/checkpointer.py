@@ -354,20 +354,26 @@ class Checkpointer(Session):
         save.on_error = job.cancel
         flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire))
         flight.pending.add_done_callback(functools.partial(self._ended, step, kind))
-        self._committer.submit(flight)
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
         try:
-            self._stager.submit(job)
             if deferred:
                 job.stage_now(eager, deadline)
             else:
+                self._start(flight)
                 job.finish(deadline)
         finally:
             if job.error is not None:
                 save.fail(job.error)
+            if deferred:  # last of all: a thread that wakes up takes the interpreter from this one
+                self._start(flight)
         self._occasions.saved()
         self._note_stall(job, began, "save")
         return flight.pending
+
+    def _start(self, flight: InFlight) -> None:
+        """Background threads take it from here."""
+        self._committer.submit(flight)
+        self._stager.submit(flight.job)
 
     def _ended(self, step: int, kind: str, done: PendingSave) -> None:
         if done.failed():

@@ -211,7 +211,8 @@ class WriterPool:
         ident = threading.get_ident()
         if self._niceness and hasattr(os, "setpriority"):
             with contextlib.suppress(OSError):  # a thread has a priority of its own on Linux
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), self._niceness)
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + self._niceness)
         while (task := self._tasks.get()) is not None:
             with self._lock:
                 self._busy_since[ident] = time.monotonic()
