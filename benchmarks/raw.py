@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import mmap
 import os
@@ -59,7 +60,7 @@ class Ceiling:
         fd = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT, 0o644)
         try:
             os.posix_fallocate(fd, 0, len(self._view))
-            self._chunks(WRITE_THREADS, lambda offset, end: os.pwrite(fd, self._view[offset:end], offset))
+            self._chunks(WRITE_THREADS, lambda offset, end: os.pwrite(fd, self._view[offset:end], offset), self.nbytes)
             os.ftruncate(fd, self.nbytes)
             os.fsync(fd)
         finally:
@@ -70,16 +71,27 @@ class Ceiling:
         shutil.rmtree(self._folder(self._written - 1), ignore_errors=True)
         return seconds
 
-    def read(self) -> float:
-        """Seconds of a cold O_DIRECT read of what ``write`` wrote, several requests deep, into the warm buffer."""
-        drop_page_cache(self._path)
+    def read(self, files: Sequence[str] = ()) -> float:
+        """Seconds of a cold O_DIRECT read, several requests deep, into the warm buffer: of what ``write`` wrote, or of
+        these files (as far as the buffer holds each), since some devices read some places faster than others."""
+        paths = files or [self._path]
+        for path in paths:
+            drop_page_cache(path)
         began = time.perf_counter()
-        fd = os.open(self._path, os.O_RDONLY | os.O_DIRECT)
-        try:
-            self._chunks(READ_THREADS, lambda offset, end: os.preadv(fd, [self._view[offset:end]], offset))
-        finally:
-            os.close(fd)
+        for path in paths:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                self._chunks(
+                    READ_THREADS,
+                    functools.partial(self._read_chunk, fd),
+                    min(os.path.getsize(path), self.nbytes),
+                )
+            finally:
+                os.close(fd)
         return time.perf_counter() - began
+
+    def _read_chunk(self, fd: int, offset: int, end: int) -> int:
+        return os.preadv(fd, [self._view[offset:end]], offset)
 
     def close(self) -> None:
         """Remove the file; the memory goes with the object."""
@@ -92,8 +104,8 @@ class Ceiling:
     def _folder(self, number: int) -> str:
         return os.path.join(self._directory, f"raw-{number:08d}")
 
-    def _chunks(self, threads: int, move: Callable[[int, int], int]) -> None:
-        total = len(self._view)
+    def _chunks(self, threads: int, move: Callable[[int, int], int], nbytes: int) -> None:
+        total = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         offsets = itertools.count(0, CHUNK_BYTES)  # ``next`` on it is atomic under the GIL
         errors: list[Exception] = []
 
@@ -104,7 +116,7 @@ class Ceiling:
                         return
                     end = min(offset + CHUNK_BYTES, total)
                     moved = move(offset, end)
-                    if offset + moved < min(end, self.nbytes):
+                    if offset + moved < min(end, nbytes):
                         raise OSError(f"moved {moved} of {end - offset} bytes at {offset}")
             except Exception as error:
                 errors.append(error)

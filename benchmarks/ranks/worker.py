@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import glob
 import json
 import os
 import time
@@ -99,17 +100,15 @@ def written(directory: str, size: str, _repeats: int) -> Iterator[dict[str, Any]
 
 
 def restores(directory: str, size: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """Restoring what another number of ranks wrote, by turns with a raw cold read of as many bytes by one process."""
+    """Restoring what another number of ranks wrote, by turns with a raw cold read of the same files by one process."""
     state = sharded_state(size)
     ceiling = _ceiling(state, directory)
-    if ceiling is not None:
-        ceiling.write()
     path = os.path.join(directory, "run")
     with asyncckpt.Checkpointer(path) as run:
         for number in range(repeats + 1):
             raw = 0.0
             if ceiling is not None:
-                raw = ceiling.read()
+                raw = ceiling.read(glob.glob(os.path.join(glob.escape(path), "step-*", "*.safetensors")))
                 drop_page_cache(path)
             dist.barrier()
             began = time.perf_counter()
