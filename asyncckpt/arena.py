@@ -102,7 +102,8 @@ class Arena:
 
     def __init__(self) -> None:
         self.budget_bytes = 0
-        self._regions: list[_Region] = []
+        self._regions: dict[int, _Region] = {}
+        self._used_bytes: dict[int, int] = {}  # by region
         self._free: list[tuple[int, int, int]] = []  # (region, offset, nbytes), sorted, never adjacent
         self._changed = threading.Condition()
         self._faulting = 0
@@ -116,7 +117,7 @@ class Arena:
         ``NotEnoughMemory``. ``pin``: register the new memory with CUDA, for copies that overlap with kernels."""
         with self._changed:
             extra = budget_bytes - self.budget_bytes
-            lacking = max((region.nbytes for region in self._regions), default=0) < largest_bytes
+            lacking = self._largest_bytes() < largest_bytes
             least = _whole_blocks(largest_bytes) if lacking else 0
             extra = max(_whole_blocks(extra), least)
             if extra <= 0 or self._closed:
@@ -124,15 +125,17 @@ class Arena:
             region = self._allocate(extra, least)
             if region is None:
                 return
-            self._regions.append(region)
-            number = len(self._regions) - 1
+            number = len(self._regions)
+            self._regions[number] = region
+            self._used_bytes[number] = 0
             self.budget_bytes += region.nbytes
             self._faulting += 1
             self._cold_bytes += region.nbytes
         try:
-            threading.Thread(target=self._prepare, args=(number, pin), name="asyncckpt-arena", daemon=True).start()
+            prepared = (number, region, pin)
+            threading.Thread(target=self._prepare, args=prepared, name="asyncckpt-arena", daemon=True).start()
         except RuntimeError:  # no more threads
-            self._prepare(number, pin)
+            self._prepare(number, region, pin)
 
     def _allocate(self, wanted: int, least: int) -> _Region | None:
         """What the system gives of ``wanted`` bytes, at least ``least``; None where that is nothing and has to be no
@@ -162,12 +165,12 @@ class Arena:
         """
         need = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         with self._changed:
-            if need > max((region.nbytes for region in self._regions), default=0):
+            if need > self._largest_bytes() and not self._closed:
                 raise InvalidOption(
                     f"the arena of {self.budget_bytes} bytes cannot hold an extent of {need} bytes; raise staging_bytes"
                 )
             while True:
-                for position, (region, offset, size) in enumerate(self._free):
+                for position, (region, offset, size) in enumerate(() if self._closed else self._free):
                     if size >= need:
                         if size == need:
                             del self._free[position]
@@ -181,6 +184,10 @@ class Arena:
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; whatever is still in it may be overwritten at once."""
+        with self._changed:
+            self._used_bytes[slot.region] -= slot.nbytes
+            if self._closed:
+                self._let_go()
         self._put(slot.region, slot.offset, slot.nbytes)
 
     def free_bytes(self) -> int:
@@ -199,13 +206,22 @@ class Arena:
             return self._changed.wait_for(lambda: not self._faulting, timeout)
 
     def close(self) -> None:
-        """Wake whoever waits. The memory goes when the last slot does."""
+        """Wake whoever waits, and give the memory back: what is in use goes when its last slot does."""
         with self._changed:
             self._closed = True
+            self._let_go()
             self._changed.notify_all()
 
-    def _prepare(self, number: int, pin: bool) -> None:
-        region = self._regions[number]
+    def _let_go(self) -> None:
+        """Of memory that nobody uses; of a closed arena."""
+        for number, used_bytes in self._used_bytes.items():
+            if not used_bytes:
+                self._regions.pop(number, None)
+
+    def _largest_bytes(self) -> int:
+        return max((region.nbytes for region in self._regions.values()), default=0)
+
+    def _prepare(self, number: int, region: _Region, pin: bool) -> None:
         try:
             if pin:
                 region.pin()
@@ -241,6 +257,7 @@ class Arena:
 
     def _slot(self, region: int, offset: int, nbytes: int) -> Slot:
         home = self._regions[region]
+        self._used_bytes[region] += nbytes
         return Slot(
             region,
             offset,

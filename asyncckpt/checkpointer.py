@@ -19,7 +19,7 @@ from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.commit import Save, config_tree, contents_of
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.distributed import RankOptions
-from asyncckpt.encoder import Encoder, slot_bytes
+from asyncckpt.encoder import Encoder, padded, slot_bytes
 from asyncckpt.errors import (
     ArenaBusy,
     CheckpointNotFound,
@@ -31,7 +31,7 @@ from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled,
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
 from asyncckpt.layers import Delta, chain_of
 from asyncckpt.layout import LayoutCache
-from asyncckpt.leaving import drain_at_exit
+from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Ledger, numbers
 from asyncckpt.occasions import Occasions
 from asyncckpt.planning import Planned, alone
@@ -151,11 +151,19 @@ class Checkpointer(Session):
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._committer = Committer(
-            self._store, policies, self._writer_options, self.events, self._check_lease, self._damaged, max_in_flight
+            self._store,
+            policies,
+            self._writer_options,
+            self.events,
+            weakly(self._check_lease),
+            self._damaged,
+            max_in_flight,
         )
-        self._watched = Watched(self._before_change)
+        self._watched = Watched(weakly(self._before_change))
         self._occasions = Occasions(every, preempt)
         self._arena = Arena()
+        #: The layout whose saves the arena was last seen to be large enough for.
+        self._fits: tuple[int, int, str] | None = None
         self._stager = Stager()
         threads = self._writer_options.threads
         self._encoder = Encoder(self._codec, threads)
@@ -451,10 +459,16 @@ class Checkpointer(Session):
         return functools.partial(LeadSave if self._job.leads else PartSave, party=party)
 
     def _grow_arena(self, planned: Planned) -> None:
-        sizes = [slot_bytes(extent) for extent in planned.layout.extents()]
+        extents = planned.layout.extents()
+        key = len(extents), planned.layout.nbytes, planned.layout.fingerprint
+        if key == self._fits:  # the arena never shrinks
+            return
+        sizes = [slot_bytes(extent) for extent in extents]
         budget = default_budget(sizes) if self._staging_bytes is None else self._staging_bytes
         pin = any(piece.tensor.is_cuda for piece in planned.pieces)
         self._arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
+        if self._arena.budget_bytes >= (self._staging_bytes or sum(map(padded, sizes))):
+            self._fits = key
 
     def _before_change(self, where: str) -> None:
         """What watched optimizers own is about to change: whatever is not copied yet is copied now."""

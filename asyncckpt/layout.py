@@ -4,6 +4,7 @@ which tensors are frozen). The formats know how to fill one component's shards; 
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 
 from asyncckpt.protocols import Codec, Layout, LayoutOptions, Shard, ShardFormat, TensorSpec
 
@@ -33,19 +34,19 @@ def fingerprint(components: Components) -> str:
 
 
 class LayoutCache:
-    """Keeps the latest layouts: in steady state, a save's layout is one comparison. Not thread-safe."""
+    """Keeps the latest layouts: in steady state, a save's layout is one comparison, not a hash of every name and shape:
+    ``capture`` gives the same ``TensorSpec`` objects save after save. Not thread-safe."""
 
     def __init__(self, shard_format: ShardFormat, codec: Codec, options: LayoutOptions) -> None:
         self._format = shard_format
         self._codec = codec
         self._options = options
-        self._kept: dict[Components, Layout] = {}
+        # full and weights-only saves, before and after the optimizer has state
+        self._kept: deque[tuple[Components, Layout]] = deque(maxlen=4)
 
     def get(self, components: Components) -> Layout:
-        layout = self._kept.get(components)
+        layout = next((kept for known, kept in self._kept if known == components), None)
         if layout is None:
             layout = plan(components, self._format, self._codec, self._options)
-            while len(self._kept) >= 4:  # full and weights-only saves, before and after the optimizer has state
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[components] = layout
+            self._kept.append((components, layout))
         return layout

@@ -1,4 +1,5 @@
-"""A script that ends without ``close`` must not lose an unfinished save silently."""
+"""The end of a checkpointer that nobody closes: a script that ends must not lose an unfinished save silently, and one
+that is dropped must not live on in its own threads and hooks."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import atexit
 import logging
 import threading
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import ParamSpec, Protocol
 
+_P = ParamSpec("_P")
 log = logging.getLogger("asyncckpt")
 
 
@@ -43,3 +46,15 @@ def drain_at_exit(target: Drainable) -> None:
 
     register = getattr(threading, "_register_atexit", atexit.register)
     register(drain)
+
+
+def weakly(method: Callable[_P, None]) -> Callable[_P, None]:
+    """The method of an object that it does not keep alive: does nothing once that is gone."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: _P.args, **options: _P.kwargs) -> None:
+        found = reference()
+        if found is not None:
+            found(*args, **options)
+
+    return call

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,7 +75,8 @@ class JobPlanner:
         self._format = shard_format
         self._codec = codec
         self._options = options
-        self._kept: dict[Any, Agreed] = {}
+        #: By what ``plan_key`` gives: compared, which costs little, as its parts are the same objects each time.
+        self._kept: deque[tuple[Any, Agreed]] = deque(maxlen=8)
 
     def plan(self, snapshot: Snapshot, key: str, unless: str | None = None, *, gather: bool = True) -> Planned:
         """The plan of a save. Blocks, until all ranks have called with the same ``key``, where this rank's names or
@@ -111,7 +113,7 @@ class JobPlanner:
 
     def known(self, snapshot: Snapshot) -> bool:
         """Whether ``plan`` would not have to ask the other ranks."""
-        return plan_key([component for component in snapshot.components if component.shared]) in self._kept
+        return self._find(plan_key([component for component in snapshot.components if component.shared])) is not None
 
     def forget(self) -> None:
         """Ask the other ranks at the next save, whatever it holds."""
@@ -119,13 +121,14 @@ class JobPlanner:
 
     def _agreed(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
         key = plan_key(shared)
-        found = self._kept.get(key)
+        found = self._find(key)
         if found is None:
             found = self._agree(shared, call, unless)
-            while len(self._kept) >= 8:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = found
+            self._kept.append((key, found))
         return found
+
+    def _find(self, key: Any) -> Agreed | None:
+        return next((agreed for known, agreed in self._kept if known == key), None)
 
     def _agree(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
         ranks = self._ranks
@@ -191,7 +194,12 @@ class _Component:
 
 
 def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
-    return tuple((c.name, c.kind, tuple((p.spec, p.rows, p.span) for p in c.pieces)) for c in shared)
+    """What has to be the same for a plan to be good for another save; cheap to compare, as ``Rows`` and specs are the
+    same objects at every save of one state."""
+    return [
+        (c.name, c.kind, [p.spec for p in c.pieces], [p.rows for p in c.pieces], [p.span for p in c.pieces])
+        for c in shared
+    ]
 
 
 def _table(component: ComponentSnapshot) -> Any:

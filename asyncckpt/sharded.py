@@ -87,13 +87,21 @@ class _Place:
     first: int
 
 
+#: Placements that are known by their identity; a state has as many as it has tensors, or fewer.
+_MOST_PLACEMENTS = 1 << 16
+
+
 class _Places:
     """By mesh object, which a process makes anew when it becomes another rank, then by placements and shape: a training
-    state asks for the same at every save, on the training thread. Most tensors lie on the mesh asked for last."""
+    state asks for the same at every save, on the training thread. Most tensors lie on the mesh asked for last, and a
+    tensor's placements are the same object each time: hashing them calls Python for every dimension of the mesh."""
 
     def __init__(self) -> None:
         self._known: MutableMapping[Any, dict[Any, _Place]] = WeakIdKeyDictionary()
         self._latest: tuple[Callable[[], Any], dict[Any, _Place]] = (lambda: None, {})
+        #: ``id`` → the placements, which that keeps alive, and the number of all that are equal to them.
+        self._by_id: dict[int, tuple[Any, int]] = {}
+        self._equal: dict[Any, int] = {}
 
     def of(self, value: Any, where: str) -> _Place:
         """Raises ``UnsupportedValue`` for a rank outside the tensor's mesh."""
@@ -101,11 +109,21 @@ class _Places:
         latest, known = self._latest
         if latest() is not mesh:
             known = self._of_mesh(mesh, where)
-        key = value.placements, value.shape
+        placements = value.placements
+        held = self._by_id.get(id(placements))
+        key = (self._remember(placements) if held is None else held[1]), value.shape
         place = known.get(key)
         if place is None:
             place = known[key] = _place(value)
         return place
+
+    def _remember(self, placements: Any) -> int:
+        """A number for placements that are equal."""
+        if len(self._by_id) >= _MOST_PLACEMENTS:
+            self._by_id.clear()
+        number = self._equal.setdefault(placements, len(self._equal))
+        self._by_id[id(placements)] = placements, number
+        return number
 
     def _of_mesh(self, mesh: Any, where: str) -> dict[Any, _Place]:
         if mesh.get_coordinate() is None:

@@ -172,12 +172,12 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     pieces: list[Piece] = []
     aliases: dict[str, str] = {}
     extras: dict[str, Any] = {}
-    raw = _state_dict(module)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    raw = _state_dict(module, parameters)
     names = canonical_names(module, raw)
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
-    frozen = _frozen(module)
-    parameters = dict(module.named_parameters(remove_duplicate=False))
+    frozen = _frozen(parameters)
     first_names: dict[int, str] = {}
     for key, value in raw.items():
         fqn = names[key]
@@ -206,9 +206,9 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     return ComponentSnapshot(name, "module", pieces, aliases, tree)
 
 
-def _state_dict(module: nn.Module) -> Mapping[str, Any]:
+def _state_dict(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
     """The module's, in which a DTensor is the parameter itself where that is possible: detaching one takes 30 us."""
-    if type(module).state_dict is not nn.Module.state_dict or not any(map(is_distributed, module.parameters())):
+    if type(module).state_dict is not nn.Module.state_dict or not any(map(is_distributed, parameters.values())):
         return module.state_dict()
     raw = module.state_dict(keep_vars=True)
     return {
@@ -217,17 +217,13 @@ def _state_dict(module: nn.Module) -> Mapping[str, Any]:
     }
 
 
-def _frozen(module: nn.Module) -> set[int]:
+def _frozen(parameters: Mapping[str, nn.Parameter]) -> set[int]:
     """Where the parameters lie that training does not change; one tied to a trained one is no such."""
-    parameters = [
-        parameter
-        for parameter in module.parameters()
-        if parameter.numel() and not parameter.is_meta and not is_distributed(parameter)
-    ]
-    if all(parameter.requires_grad for parameter in parameters):
+    if all(parameter.requires_grad for parameter in parameters.values()):
         return set()
-    trained = {parameter.data_ptr() for parameter in parameters if parameter.requires_grad}
-    return {parameter.data_ptr() for parameter in parameters} - trained
+    here = [p for p in parameters.values() if p.numel() and not p.is_meta and not is_distributed(p)]
+    trained = {parameter.data_ptr() for parameter in here if parameter.requires_grad}
+    return {parameter.data_ptr() for parameter in here} - trained
 
 
 def _sink(component: str, pieces: list[Piece], shards: Mapping[int, Shard] = MappingProxyType({})) -> Sink:

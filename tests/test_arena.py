@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -84,3 +85,23 @@ def test_memory_being_faulted_in_counts_as_free() -> None:
     arena.grow(256 << 20)
     assert arena.free_bytes() == 256 << 20
     arena.close()
+
+
+def test_a_closed_arena_gives_its_memory_back_with_the_last_slot() -> None:
+    arena = Arena()
+    arena.grow(8192)
+    assert arena.wait_prepared(10)
+    gone = weakref.ref(arena._regions[0])
+    slot = arena.acquire(4096)
+    arena.close()
+    assert gone() is not None, "memory was taken away from whoever still uses it"
+    arena.release(slot)
+    assert gone() is None
+
+
+def test_a_closed_arena_hands_out_nothing() -> None:
+    arena = Arena()
+    arena.grow(4096)
+    arena.close()
+    with pytest.raises(ArenaBusy):
+        arena.acquire(4096)

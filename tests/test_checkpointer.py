@@ -480,3 +480,23 @@ def test_a_forked_child_cannot_use_the_parents_checkpointer(tmp_path: Path) -> N
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
         run.save(2, STATE).result()
     gc.collect()
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["closed", "dropped"])
+def test_a_checkpointer_that_is_done_with_keeps_neither_itself_nor_its_memory(close: bool, tmp_path: Path) -> None:
+    """A notebook makes one after the other in one process: each holds memory for a whole state."""
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    run = Checkpointer(tmp_path / "run")
+    run.watch(optimizer)
+    run.save(1, {"model": model}).result()
+    run.wait()
+    arena, itself = weakref.ref(run._arena._regions[0]), weakref.ref(run)
+    if close:
+        run.close()
+        assert arena() is None, "closed, and its memory is still there"
+    del run
+    gc.collect()
+    assert itself() is None
+    assert arena() is None
+    optimizer.step()  # the hooks of one that is gone do nothing
