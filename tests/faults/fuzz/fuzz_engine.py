@@ -1,8 +1,9 @@
 """Runs one parser's fuzzer until a count or a time is reached: ``python fuzz_engine.py PARSER --runs N --seconds S``.
 
-With atheris (libFuzzer: guided by coverage of the parser's own bytecode) where it is installed, and with plain seeded
-mutation otherwise. Prints one JSON line: executions, seconds, executions a second, peak memory over the start. Exits
-with another code than 0 where anything but a typed error came out, an input took over 10 s, or memory passed the limit.
+With atheris (libFuzzer: guided by coverage of the parser's own bytecode) where it is installed, for the first
+executions; the rest, several times as fast, mutates what those found. Plain seeded mutation alone otherwise. Prints one
+JSON line: executions, seconds, executions a second, peak memory over the start. Exits with another code than 0 where
+anything but a typed error came out, an input took over 10 s, or memory passed the limit.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 #: What one child runs: atheris keeps some hundred bytes for every execution (a plain loop over the same parsers keeps
 #: none), which would end a long run at libFuzzer's memory limit.
 RUNS_A_CHILD = 1_000_000
+#: After so many executions guidance finds next to nothing new, and costs most of the time.
+GUIDED_RUNS = 1_000_000
 #: Beyond what a parser's input and output may take by themselves (``max_bytes`` and what is declared: 256 KiB here).
 MEMORY_ALLOWANCE_MIB = 64
 INSTRUMENTED = (
@@ -42,15 +46,16 @@ def resident_mib(key: str = "VmRSS") -> float:
     return 0.0
 
 
-def plain_run(parser: Any, seconds: float, runs: int, seed: int) -> dict[str, Any]:
-    """Seeded mutation without guidance: what still finds a new outcome is kept as a seed."""
+def plain_run(parser: Any, seconds: float, runs: int, seed: int, more: Sequence[bytes] = ()) -> dict[str, Any]:
+    """Seeded mutation without guidance, of the parser's seeds and ``more``: what still finds a new outcome is kept."""
     rng = random.Random(seed)
-    corpus = list(parser.seeds())
+    corpus = [*parser.seeds(), *more]
     outcomes = {parser.execute(data) for data in corpus}
     start, before = time.perf_counter(), resident_mib()
     done = 0
     while done < runs and time.perf_counter() - start < seconds:
-        data = parser.mutated(rng.choice(corpus), rng)
+        # rather the shorter of two: it says as much, and is done sooner
+        data = parser.mutated(min(rng.choice(corpus), rng.choice(corpus), key=len), rng)
         began = time.perf_counter()
         try:
             outcome = parser.execute(data)
@@ -111,15 +116,31 @@ def guided_run(chosen: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         while True:
             seconds = chosen.seconds - (time.perf_counter() - start)
-            if executions >= chosen.runs or (executions and seconds < 1):
+            if executions >= min(chosen.runs, GUIDED_RUNS) or (executions and seconds < 1):
                 break
-            runs = min(RUNS_A_CHILD, chosen.runs - executions)
+            runs = min(RUNS_A_CHILD, min(chosen.runs, GUIDED_RUNS) - executions)
             executions += _child(chosen.parser, folder, chosen.seed + executions, seconds, runs)
-        spent = time.perf_counter() - start
         rise = Path(folder, "rise")
         grown = round(float(rise.read_text()), 1) if rise.exists() else 0.0
-    line = {"parser": chosen.parser, "engine": "atheris", "executions": executions, "seconds": round(spent, 1)}
-    print(json.dumps({**line, "grown_mib": grown, "per_second": round(executions / spent)}), flush=True)
+        guided = executions
+        if executions < chosen.runs and seconds >= 1:
+            found = _unguided(chosen, folder, seconds, chosen.runs - executions)
+            executions += found["executions"]
+            grown = max(grown, found["grown_mib"])
+    spent = time.perf_counter() - start
+    line = {"parser": chosen.parser, "engine": "atheris", "executions": executions, "guided": guided}
+    line |= {"seconds": round(spent, 1), "grown_mib": grown, "per_second": round(executions / spent)}
+    print(json.dumps(line), flush=True)
+
+
+def _unguided(chosen: argparse.Namespace, folder: str, seconds: float, runs: int) -> Any:
+    """The rest, in a process whose parser is not instrumented."""
+    command = [sys.executable, __file__, chosen.parser, "--unguided", f"--corpus={folder}/corpus"]
+    command += [f"--seed={chosen.seed}", f"--seconds={seconds}", f"--runs={runs}"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise SystemExit(f"{chosen.parser}: code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _child(parser: str, folder: str, seed: int, seconds: float, runs: int) -> int:
@@ -139,6 +160,7 @@ def main() -> None:
     options.add_argument("--runs", type=int, default=10**9)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--unguided", action="store_true")
+    options.add_argument("--corpus", help="with --unguided: a folder of further seeds")
     options.add_argument("--child", help=argparse.SUPPRESS)
     chosen = options.parse_args()
     sys.path.insert(0, os.path.dirname(__file__))
@@ -159,7 +181,8 @@ def main() -> None:
     if guided:
         guided_child(parser, chosen.seconds, chosen.runs, chosen.seed, chosen.child)
         return
-    found = plain_run(parser, chosen.seconds, chosen.runs, chosen.seed)
+    more = [path.read_bytes() for path in sorted(Path(chosen.corpus).iterdir())] if chosen.corpus else []
+    found = plain_run(parser, chosen.seconds, chosen.runs, chosen.seed, more)
     found["per_second"] = round(found["executions"] / found["seconds"])
     print(json.dumps({"parser": parser.name, "engine": "mutation", **found}), flush=True)
     if found["grown_mib"] > MEMORY_ALLOWANCE_MIB:
