@@ -26,10 +26,15 @@ from asyncckpt import errors
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
 from asyncckpt.meeting import meet
 
-_FIRST_PAUSE_SECONDS: Final = 0.001
+_SHORTEST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.1
-#: From one look to the next: nobody learns of an answer much later, in proportion, than it came.
-_LONGER: Final = 1.3
+#: From one look to the next, of the time waited so far: nobody learns of an answer much later, in proportion, than it
+#: came.
+_LATENESS: Final = 0.03
+#: Looks a second that all ranks together may ask of the store.
+_LOOKS_A_SECOND: Final = 10_000
+#: Who waits longer than this looks at one rank after the other, and asks whether waiting is vain.
+_A_WHILE_SECONDS: Final = 0.4
 #: A report is a list of digests: this is ten million of them.
 _MAX_MESSAGE_BYTES: Final = 1 << 30
 
@@ -104,15 +109,14 @@ class Ranks:
         """The message under ``key``, once it is there. Raises ``RankLost`` naming ``whose`` it is after the timeout,
         or where the store is gone (with the process that ran it), and ``PlanChanged`` once ``unless`` is there."""
         store = self._connection()
-        deadline = time.monotonic() + timeout_seconds
-        pause = _FIRST_PAUSE_SECONDS
+        began = time.monotonic()
         while not _checked(store, [key], whose):
             if unless is not None and _checked(store, [unless], whose):
                 raise PlanChanged("names or shapes changed on this rank alone; the next save is planned anew")
-            if time.monotonic() >= deadline:
+            waited = time.monotonic() - began
+            if waited >= timeout_seconds:
                 raise RankLost(f"{whose} did not answer within {timeout_seconds:.0f} s: it died, hangs, or was stopped")
-            time.sleep(pause)
-            pause = min(_LONGEST_PAUSE_SECONDS, _LONGER * pause)
+            self._pause(waited)
         return _unpacked(store.get(key))
 
     def gather(
@@ -132,12 +136,13 @@ class Ranks:
         store = self._connection()
         found: list[Any] = [None] * self.size
         missing = set(range(1, self.size))
-        deadline = time.monotonic() + timeout_seconds
-        pause = _FIRST_PAUSE_SECONDS
+        began = time.monotonic()
         while missing:
+            waited = time.monotonic() - began
+            late = waited >= _A_WHILE_SECONDS
             # all at once where all are there, which is the rule; else one by one, for an early word of trouble
             ready = missing if _checked(store, [f"{key}/{rank}" for rank in missing], "the job's store") else set()
-            if not ready and pause >= _LONGEST_PAUSE_SECONDS:
+            if not ready and late:
                 ready = {rank for rank in missing if store.check([f"{key}/{rank}"])}
             for rank in sorted(ready):
                 found[rank] = _unpacked(store.get(f"{key}/{rank}"))
@@ -145,16 +150,20 @@ class Ranks:
                 if given_up(rank, found[rank]):
                     return found
             missing = missing - ready
-            if not missing or (pause >= _LONGEST_PAUSE_SECONDS and any(excused(rank) for rank in missing)):
+            if not missing or (late and any(excused(rank) for rank in missing)):
                 break
-            if time.monotonic() >= deadline:
+            if waited >= timeout_seconds:
                 raise RankLost(
                     f"{_names(missing)} did not {what} within {timeout_seconds:.0f} s. Every rank has to make the same "
                     f"calls; one that died or hangs has to be restarted with the job"
                 )
-            time.sleep(pause)
-            pause = min(_LONGEST_PAUSE_SECONDS, _LONGER * pause)
+            self._pause(waited)
         return found
+
+    def _pause(self, waited_seconds: float) -> None:
+        """Between two looks at the store."""
+        shortest = max(_SHORTEST_PAUSE_SECONDS, self.size / _LOOKS_A_SECOND)
+        time.sleep(min(_LONGEST_PAUSE_SECONDS, max(shortest, _LATENESS * waited_seconds)))
 
     def forget(self, *keys: str) -> None:
         """Take messages out of the store. Never raises."""
