@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from asyncckpt import Checkpointer, CheckpointNotFound, RunPathError
 from asyncckpt.catalog import Catalog
 from asyncckpt.protocols import Reader
 from asyncckpt.storage.local import LocalStore
+from asyncckpt.testing import InterceptedOps
 
 STATE = {"w": torch.arange(10)}
 
@@ -80,6 +83,21 @@ def test_a_checkpoint_whose_manifest_goes_first_is_none(path: Path) -> None:
 
     entries = catalog(Deleting(str(path))).entries()
     assert [entry.step for entry in entries if entry.damage is None] == [1]
+
+
+def test_a_checkpoint_that_may_not_be_opened_is_damaged_and_a_foreign_directory_is_none(path: Path) -> None:
+    class Closed(InterceptedOps):
+        def before(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            if name == "open_to_read" and args[0].endswith(("lost+found", "step-00000002")):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), args[0])
+            return args
+
+    (path / "lost+found").mkdir()
+    whole, closed = catalog(LocalStore(str(path), ops=Closed())).entries()
+    assert (whole.step, whole.damage) == (1, None)
+    assert closed.step == 2
+    assert closed.damage is not None
+    assert "Permission denied" in closed.damage
 
 
 def test_pins_are_set_and_taken_back_and_taking_back_twice_is_no_error(path: Path) -> None:

@@ -178,6 +178,27 @@ def test_giving_an_attempt_up_does_not_wait_for_storage_that_hangs(tmp_path: Pat
     run.close()
 
 
+def test_an_attempt_that_others_may_be_about_to_publish_is_let_go_and_not_removed(tmp_path: Path) -> None:
+    """As the ranks of a job do, which cannot know whether rank 0 gave up."""
+    run = checkpointer(tmp_path, PosixOps())
+    left: list[list[str]] = []
+
+    def let_go() -> None:
+        (flight,) = run._committer.in_flight()
+        flight.save.fail(SaveFailed("rank 0 does not answer"))
+        flight.save.discard(10.0, keep=True)
+        left.append([name for attempt in attempts(run) for name in os.listdir(tmp_path / "run" / attempt)])
+
+    run._store.ops = Between("fsync_directory", let_go, lambda path: ".tmp-" in path)
+    with pytest.raises(SaveFailed, match="rank 0 does not answer"):
+        run.save(2, STATE).result()
+    assert "state.json" in left[0]
+    assert any(name.startswith("w-") for name in left[0])
+    drain(run)
+    assert attempts(run) == [], "this one is alone, and removes what it made"
+    run.close()
+
+
 def test_without_the_checkpoint_before_everything_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What cannot be listed cannot be taken over from; the save does not need it."""
     with Checkpointer(tmp_path / "run") as run:

@@ -144,6 +144,65 @@ def test_a_hostile_manifest_is_refused_with_a_typed_error(attack: Callable[[], d
     assert len(str(refused.value)) < 2000, "the message repeats what the attacker wrote"
 
 
+def rows(*extents: list[Any]) -> dict[str, Any]:
+    """``f`` with these extents, and no component."""
+    return body(files=[{"name": "f", "nbytes": 4 * len(extents), "extents": list(extents)}], components={})
+
+
+def chunked(parts: list[Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """``t`` in chunks, with these fields changed."""
+    good = component(parts)
+    return body(components={"c": good | {"tensors": {"t": good["tensors"]["t"] | changes}}})
+
+
+def whole(row: list[Any]) -> dict[str, Any]:
+    """``t`` in one piece."""
+    return body(components={"c": component() | {"tensors": {"t": row}}})
+
+
+def plain_chunks(nbytes: int) -> dict[str, Any]:
+    """``t`` in two chunks of ``nbytes``, by extents of four bytes that do not say what they hold."""
+    short = {"name": "f", "nbytes": 8, "extents": [[0, 4, DIGEST], [4, 4, DIGEST]]}
+    tensor = {"dtype": "F32", "shape": [nbytes // 2], "chunk": nbytes, "run": 2 * nbytes, "padded": False}
+    return body(files=[short], components={"c": component() | {"tensors": {"t": tensor | {"parts": [["f", 0, 2]]}}}})
+
+
+#: Each with what the refusal says: a rule is not there because another one happens to refuse the same.
+BROKEN_ROWS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "an extent of four things": (lambda: rows([0, 4, DIGEST, DIGEST]), "malformed extent of 'f'"),
+    "a content digest in words": (lambda: rows([0, 4, DIGEST, "words", 4]), "malformed content digest of 'f'"),
+    "a content digest that is a number": (lambda: rows([0, 4, DIGEST, 7, 4]), "malformed content digest of 'f'"),
+    "an extent that holds more than it has": (lambda: rows([0, 4, DIGEST, DIGEST, 5]), "holds more than its bytes"),
+    "a plan that is a list": (lambda: body(files=[file("f", 4, plan=["p"])]), "malformed plan of 'f'"),
+    "a base twice": (
+        lambda: body(files=[file("base/a/f", 4, plan="p"), file("f", 4, plan="p", bases=["base/a/f"] * 2)]),
+        "with a base twice",
+    ),
+    "a shape in words": (lambda: whole(["F32", "4", "f", 0, 16]), "malformed shape"),
+    "a shape of 65 dimensions": (lambda: whole(["F32", [1] * 65, "f", 0, 4]), "malformed shape"),
+    "a run that does not divide the tensor": (lambda: chunked(run=12), "chunks that do not fit its shape"),
+    "a chunk of half a number": (lambda: chunked(chunk=2), "chunks that do not fit its shape"),
+    "a chunk too few": (lambda: chunked([["f", 0, 3]]), "lacks chunks of tensor 't'"),
+    "a chunk of the wrong size": (lambda: plain_chunks(8), "chunk of tensor 't' of the wrong size"),
+    "chunks in a file that is not listed": (lambda: chunked([["g", 0, 4]]), "chunks of tensor 't' into a file"),
+    "a part of one thing": (lambda: chunked([["f"]]), "chunks of tensor 't' into a file"),
+    "chunks in words": (lambda: chunked([["f", "0123"]]), "in extents that are not there"),
+}
+
+
+def test_the_rows_that_are_broken_are_good_before() -> None:
+    assert decode(rows([0, 4, DIGEST, DIGEST, 4])).files[0].extents[0].stored == 4
+    for good in (whole(["F32", [1] * 64, "f", 0, 4]), chunked(), chunked([["f", [0, 1, 2, 3]]])):
+        assert "t" in decode(good).components["c"].tensors
+    assert decode(plain_chunks(4)).components["c"].tensors["t"].nbytes == 8
+
+
+@pytest.mark.parametrize(("broken", "rule"), BROKEN_ROWS.values(), ids=BROKEN_ROWS)
+def test_a_row_that_breaks_a_rule_is_refused_by_that_rule(broken: Callable[[], dict[str, Any]], rule: str) -> None:
+    with pytest.raises(CheckpointDamaged, match=rule):
+        decode(broken())
+
+
 def test_more_boxes_than_can_be_compared_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comparing each with each takes quadratic time: there is an end to it."""
     places = [(row, column) for row in range(4) for column in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -114,8 +115,10 @@ def _cut_at_random(disk: LazyFS, scenario: Scenario, cuts: int) -> tuple[int, in
     rng = random.Random(f"{scenario}")
     path = Path(disk.path, "run")
     durable = torn = 0
-    for _ in range(cuts):
+    for number in range(cuts):
         pid, pipe = fork(lambda end: _train(path, scenario, end))
+        if number % 3:  # or a busy machine cuts them all before their first save; others may be cut while they begin
+            select.select([pipe], [], [])
         time.sleep(rng.uniform(0.0, 0.3))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
