@@ -1,19 +1,22 @@
 """What the host asks a guest to do: saves, readers, rivals. Each function is called by its name, see ``calls.py``.
 
 Paths are of the guest; what is returned is JSON. An assertion that fails here fails the test on the host.
+
+This process forks and never has a second thread: whatever has some is a child. In User-Mode Linux a fork of a process
+whose threads have ended crashes when it starts its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
 import random
+import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,6 @@ from asyncckpt import (
     AsyncCkptError,
     Checkpointer,
     CheckpointNotFound,
-    KeepLast,
     LeaseOptions,
     Run,
     RunLocked,
@@ -47,13 +49,41 @@ def call(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def call_apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    CALLS[function.__name__] = lambda **arguments: apart(lambda: function(**arguments))
+    return function
+
+
+def apart(function: Callable[[], Any]) -> Any:
+    """What the function returns, through JSON, called in a child."""
+
+    def answer(pipe: int) -> None:
+        try:
+            body = {"value": function()}
+        except BaseException:
+            body = {"error": traceback.format_exc()}
+        with os.fdopen(pipe, "w") as file:
+            json.dump(body, file)
+
+    pid, read_end = fork(answer)
+    with os.fdopen(read_end) as file:
+        text = file.read()
+    status = os.waitpid(pid, 0)[1]
+    if not text:
+        raise AssertionError(f"a child died, status {status}")
+    body = json.loads(text)
+    if "error" in body:
+        raise AssertionError(body["error"])
+    return body["value"]
+
+
 @call
 def ready() -> str:
     """Everything is imported."""
-    return torch.__version__
+    return str(torch.__version__)
 
 
-@call
+@call_apart
 def round_trip(path: str, scenario: str) -> dict[str, Any]:
     """Four generations, and all of what retention leaves restored; what the last save wrote."""
     with SCENARIOS[scenario].checkpointer(Path(path)) as run:
@@ -68,7 +98,7 @@ def round_trip(path: str, scenario: str) -> dict[str, Any]:
     }
 
 
-@call
+@call_apart
 def refuse_to_replace(path: str) -> str:
     """What ``overwrite=True`` says of a step that is there; the one that is there must stay."""
     with SCENARIOS["overwrite"].checkpointer(Path(path)) as run:
@@ -82,7 +112,7 @@ def refuse_to_replace(path: str) -> str:
     return str(raised.value)
 
 
-@call
+@call_apart
 def doctor(path: str) -> dict[str, Any]:
     done = CliRunner().invoke(app, ["doctor", path, "--json", "--seconds", "0"])
     return {"exit_code": done.exit_code, **json.loads(done.stdout)}
@@ -116,7 +146,7 @@ def let_die(path: str) -> None:
     os.waitpid(pid, 0)
 
 
-@call
+@call_apart
 def try_to_save(path: str, step: int, ttl_seconds: float = 20.0) -> dict[str, Any]:
     """As another run: what it is told, and after how long."""
     began = time.monotonic()
@@ -130,7 +160,7 @@ def try_to_save(path: str, step: int, ttl_seconds: float = 20.0) -> dict[str, An
     return {"refused": refused, "seconds": time.monotonic() - began}
 
 
-@call
+@call_apart
 def delete_while_open(path: str) -> dict[str, Any]:
     """Retention deletes a checkpoint of which somebody, who takes no lock, has a file open."""
     folder = Path(path)
@@ -153,7 +183,7 @@ def delete_while_open(path: str) -> dict[str, Any]:
     return {"renamed": renamed, "left": left, "left_after_the_next_run": leftovers(folder)}
 
 
-@call
+@call_apart
 def delete_while_read(path: str, reader_path: str) -> list[int]:
     """Retention meets a checkpoint that a reader holds by its lock: what is there while, and after it is read."""
     with SCENARIOS["retention"].checkpointer(Path(path)) as run:
@@ -167,12 +197,19 @@ def delete_while_read(path: str, reader_path: str) -> list[int]:
             reader.close()
 
 
+class _Trainers(Trainers):
+    def _check(self, durable: int) -> None:
+        visible = apart(lambda: check_visible(self.path))
+        self.newest = max(visible.values(), default=0)
+        assert self.newest >= durable, f"generation {durable} was acknowledged, {self.newest} is the newest left"
+
+
 @call
 def kills(path: str, number: int, seed: str) -> dict[str, int]:
     """Trainers that die at random moments, one after the other, in a directory for each scenario."""
     os.mkdir(path)
     rng = random.Random(seed)
-    runs = [Trainers(Path(path, name), SCENARIOS[name]) for name in SCENARIOS if name != "overwrite"]
+    runs = [_Trainers(Path(path, name), SCENARIOS[name]) for name in SCENARIOS if name != "overwrite"]
     for _ in range(number):
         rng.choice(runs).at_random(rng, within_seconds=5.0)
     return {
@@ -215,80 +252,70 @@ def bury_trainer() -> bool:
     return os.WIFSIGNALED(os.waitpid(_children.pop("trainer"), 0)[1])
 
 
-@call
+@call_apart
 def visible(path: str) -> dict[int, int]:
     """All that is visible, verified and restored: the generation of each step."""
     return check_visible(Path(path))
 
 
-class _Training:
-    """A training loop in a thread: steps that take a hundredth of a second, a save at each where none is in flight."""
+def _train(path: str, options: dict[str, float], told: Path) -> None:
+    """A training loop: steps that take a hundredth of a second, a save at each. How it goes is in the file ``told``;
+    ends once there is a file ``end`` beside it."""
+    writer = WriterOptions(threads=2, **options)
+    run = SCENARIOS["links"].checkpointer(Path(path), writer=writer, every=1)
+    state: dict[str, Any] = {"steps": 0, "errors": [], "untyped": [], "longest_seconds": 0.0, "ended": False}
 
-    def __init__(self, path: str, durable_timeout_seconds: float, stall_timeout_seconds: float, keep: int) -> None:
-        self.saved: list[int] = []
-        self.errors: list[str] = []
-        self.untyped: list[str] = []
-        self.longest_seconds = 0.0
-        self.steps = 0
-        self._path = path
-        self._writer = WriterOptions(
-            threads=2,
-            durable_timeout_seconds=durable_timeout_seconds,
-            stall_timeout_seconds=stall_timeout_seconds,
-        )
-        self._keep = KeepLast(keep)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._train, daemon=True)
-        self._thread.start()
+    def tell() -> None:
+        told.with_suffix(".part").write_text(json.dumps(state))
+        told.with_suffix(".part").rename(told)
 
-    def _train(self) -> None:
-        run = SCENARIOS["links"].checkpointer(Path(self._path), writer=self._writer, keep=self._keep, every=1)
-        run.prepare(state_of(0))
-        while not self._stop.is_set():
-            self.steps += 1
-            began = time.monotonic()
-            try:
-                run.step(self.steps, state_of(self.steps))
-            except AsyncCkptError as error:
-                self.errors.append(f"{type(error).__name__}: {error}")
-            except BaseException as error:
-                self.untyped.append(repr(error))
-            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
-            time.sleep(0.01)
-        with contextlib.suppress(AsyncCkptError):
-            run.close()
-
-    def end(self) -> None:
-        self._stop.set()
-        self._thread.join(60)
-        assert not self._thread.is_alive(), "training does not come to its end"
+    while not told.with_name("end").exists():
+        tell()
+        began = time.monotonic()
+        try:
+            if not state["steps"]:
+                run.prepare(state_of(0))
+            run.step(state["steps"] + 1, state_of(state["steps"] + 1))
+        except AsyncCkptError as error:
+            state["errors"].append(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            state["untyped"].append(repr(error))
+        state["steps"] += 1
+        state["longest_seconds"] = max(state["longest_seconds"], time.monotonic() - began)
+        time.sleep(0.01)
+    try:
+        run.close()
+    except AsyncCkptError as error:
+        state["errors"].append(f"{type(error).__name__}: {error}")
+    state["ended"] = True
+    tell()
 
 
-_training: list[_Training] = []
+_TOLD = Path("/run/tmp/training/told")
 
 
 @call
-def start_training(
-    path: str, durable_timeout_seconds: float = 3600.0, stall_timeout_seconds: float = 600.0, keep: int = 2
-) -> None:
-    _training.append(_Training(path, durable_timeout_seconds, stall_timeout_seconds, keep))
+def start_training(path: str, options: dict[str, float]) -> None:
+    """``options``: of ``WriterOptions``."""
+    shutil.rmtree(_TOLD.parent, ignore_errors=True)
+    _TOLD.parent.mkdir()
+    pid, pipe = fork(lambda _pipe: _train(path, options, _TOLD))
+    os.close(pipe)
+    _children["training"] = pid
 
 
 @call
 def training(*, end: bool = False) -> dict[str, Any]:
-    """How it goes."""
-    now = _training[-1]
+    """How it goes, or went."""
     if end:
-        _training.pop().end()
-    return {
-        "steps": now.steps,
-        "errors": now.errors,
-        "untyped": now.untyped,
-        "longest_seconds": now.longest_seconds,
-    }
+        _TOLD.with_name("end").touch()
+        os.waitpid(_children.pop("training"), 0)
+    told = json.loads(_TOLD.read_text()) if _TOLD.exists() else {"steps": 0, "errors": []}
+    assert not end or told["ended"], f"training died: {told}"
+    return told
 
 
-@call
+@call_apart
 def watch(path: str, seconds: float) -> dict[str, Any]:
     """Read the newest checkpoint of somebody else's run, again and again, as it changes and goes."""
     seen: list[int] = []

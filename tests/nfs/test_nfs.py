@@ -95,7 +95,7 @@ def test_a_reader_elsewhere_sees_complete_checkpoints_only(machines: Machines, r
     point = machines.mount(f"/run/reader-{reader[0]}", guest=guest)
     folder = f"read-while-{reader[0]}"
     guest.call("ready")
-    machines.client.call("start_training", path=f"/run/a/{folder}")
+    machines.client.call("start_training", path=f"/run/a/{folder}", options={})
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while machines.client.call("training")["steps"] < 20:
         assert time.monotonic() < deadline, "training does not begin"

@@ -73,7 +73,7 @@ def _trainers(machines: Machines, crash: str) -> list[Trainers]:
 
 def test_a_server_that_stops_for_a_moment_costs_no_save(machines: Machines) -> None:
     path = "/run/a/moment"
-    machines.client.call("start_training", path=path)
+    machines.client.call("start_training", path=path, options={})
     for _ in range(count("NFS_STOPS", 3)):
         _steps(machines, 20)
         machines.server.run("rpc.nfsd", "0")
@@ -90,8 +90,7 @@ def test_training_goes_on_while_the_server_is_away(machines: Machines) -> None:
     machines.client.call(
         "start_training",
         path=path,
-        durable_timeout_seconds=_DURABLE_SECONDS,
-        stall_timeout_seconds=_STALL_SECONDS,
+        options={"durable_timeout_seconds": _DURABLE_SECONDS, "stall_timeout_seconds": _STALL_SECONDS},
     )
     _saved(machines, path)
     machines.server.run("rpc.nfsd", "0")
