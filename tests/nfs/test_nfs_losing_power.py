@@ -149,6 +149,23 @@ def test_two_machines_that_lose_their_power_lose_nothing_acknowledged(
     print(f"NFS v{machines.version}: {crashes} power losses of both machines, {_sum(trainers)}")
 
 
+def test_a_server_that_confirms_what_it_has_not_written_is_caught(machines: Machines) -> None:
+    """Were it not, the tests above would show nothing."""
+    run = Trainers(machines, "async", "safetensors")
+    machines.export = "async"
+    machines.server.kill()
+    machines.start_server()
+    with pytest.raises(AssertionError, match=r"was acknowledged, \d+ is the newest left|visible and damaged|torn and"):
+        for _ in range(10):
+            run.start()
+            run.progress()
+            machines.server.kill()
+            machines.client.call("kill_trainer")
+            machines.start_server()
+            machines.client.call("bury_trainer")
+            run.check()
+
+
 def _sum(trainers: list[Trainers]) -> str:
     return (
         f"{sum(run.in_flight for run in trainers)} with a save in flight, {sum(run.newest for run in trainers)} saves"
