@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,18 @@ class Machines:
         for wire in self._wires:
             wire.close()
         self._image.unlink()
+
+
+@contextlib.contextmanager
+def running(folder: Path, version: str) -> Iterator[Machines]:
+    """Both, up and with all imported, until the block ends."""
+    machines = Machines(folder, version)
+    try:
+        machines.client.call("ready")
+        yield machines
+    finally:
+        machines.close()
+        print(f"NFS v{version}: {machines.boots} boots")
 
 
 def _services(guest: Guest) -> None:

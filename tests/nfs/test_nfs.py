@@ -6,9 +6,10 @@ Server and client are Linux machines of their own (User-Mode Linux), joined by a
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
-from machines import Machines, reason_unavailable
+from machines import Machines, reason_unavailable, running
 from scenarios import SCENARIOS, count
 
 pytestmark = [
@@ -21,6 +22,12 @@ pytestmark = [
 SCENARIO_NAMES = [name for name in SCENARIOS if name != "overwrite"]
 #: Before anything counts as hung: these machines are slow.
 _PATIENCE_SECONDS = 120.0
+
+
+@pytest.fixture(scope="module", params=["3", "4.2"], ids=["v3", "v4.2"])
+def machines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    with running(tmp_path_factory.mktemp("nfs"), request.param) as machines:
+        yield machines
 
 
 @pytest.mark.parametrize("scenario", SCENARIO_NAMES)

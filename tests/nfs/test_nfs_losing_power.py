@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 from calls import CallFailed
-from machines import Machines, reason_unavailable
+from machines import Machines, reason_unavailable, running
 from scenarios import SCENARIOS, count
 
 pytestmark = [
@@ -27,6 +28,12 @@ _PATIENCE_SECONDS = 120.0
 _DURABLE_SECONDS, _STALL_SECONDS = 4.0, 3.0
 #: What ``committer`` adds to a save's deadline before its thread is given up.
 _GRACE_SECONDS = 10.0
+
+
+@pytest.fixture(scope="module", params=["3", "4.2"], ids=["v3", "v4.2"])
+def machines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    with running(tmp_path_factory.mktemp("nfs"), request.param) as machines:
+        yield machines
 
 
 @dataclass
