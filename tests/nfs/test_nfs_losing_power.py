@@ -67,7 +67,8 @@ class Trainers:
         """By a mount of its own, which has nothing in its cache."""
         durable = max(self.acknowledged, self.newest)
         point = self.machines.mount("/run/check")
-        self.in_flight += ".tmp-0" in self.machines.client.run("ls", "-a", f"{point}/{self.name}")
+        names = self.machines.client.run("find", point, "-path", f"{point}/{self.name}/.tmp-0*", "-prune", "-print")
+        self.in_flight += bool(names)
         visible = self.machines.client.call("visible", path=f"{point}/{self.name}")
         self.machines.client.run("umount", point)
         self.newest = max(visible.values(), default=0)
