@@ -15,11 +15,7 @@ from pathlib import Path
 from calls import serve
 
 _FINIT_MODULE = 313  # the number of the call on x86-64, the only machine that User-Mode Linux is built for in Debian
-_MODULES = {
-    "nfsd": "",
-    "nfsv3": "",
-    "nfsv4": "",
-}
+_MODULES = ("nfsd", "nfsv3", "nfsv4")
 #: A server that comes back waits that long for clients to say which locks they had: the kernel's minute and a half
 #: would be most of a test.
 _LOCK_GRACE = {"lockd": "nlm_timeout=3 nlm_grace_period=6"}
