@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow faults coverage lint bench bench-micro clean
+.PHONY: demo test test-slow faults nfs coverage lint bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ test: $(STAMP)            ## the fast suite
 	$(BIN)/python -m pytest
 
 test-slow: $(STAMP)       ## the long tests
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not nfs'
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000
@@ -37,6 +37,16 @@ faults: $(STAMP)          ## crashes, power losses, kills, full disks, damage, f
 	ASYNCCKPT_BLOCK_POINTS_EXT4=$(EXT4) ASYNCCKPT_BLOCK_POINTS_XFS=$(XFS) ASYNCCKPT_BLOCK_POINTS_BTRFS=$(BTRFS) \
 	$(BIN)/python -m pytest -m "slow or not slow" -s --timeout 86400 \
 		tests/faults tests/ranks/test_failures.py tests/ranks/test_mutants.py tests/ranks/test_random_faults.py
+
+# Counts of `make nfs`, for each of v3 and v4.2
+NFS_SIGKILLS ?= 100
+NFS_SERVER_CRASHES ?= 28
+NFS_CRASHES ?= 7
+
+nfs: $(STAMP)             ## saves on NFS v3 and v4.2, server and client in User-Mode Linux: kills, servers that lose their power
+	$(BIN)/python tests/nfs/machines.py
+	ASYNCCKPT_NFS_SIGKILLS=$(NFS_SIGKILLS) ASYNCCKPT_NFS_SERVER_CRASHES=$(NFS_SERVER_CRASHES) \
+	ASYNCCKPT_NFS_CRASHES=$(NFS_CRASHES) $(BIN)/python -m pytest -m nfs -s tests/nfs
 
 coverage: $(STAMP)        ## branch coverage of what commits, finds, deletes and stores checkpoints (pyproject.toml), by the fast suite
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faults]'

@@ -7,6 +7,7 @@ fresh memory page faults cost more than ten times the copy (docs/design/001-aren
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
 import logging
 import mmap
@@ -58,8 +59,13 @@ def aligned_buffer(nbytes: int) -> mmap.mmap:
     size = max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
     buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= 2 << 20:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        _in_huge_pages(buffer)
     return buffer
+
+
+def _in_huge_pages(memory: mmap.mmap) -> None:
+    with contextlib.suppress(OSError):  # EINVAL of a kernel built without them: they are speed, not memory
+        memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _whole_blocks(nbytes: int) -> int:
@@ -71,7 +77,7 @@ class _Region:
         self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # a fork must not copy or inherit gigabytes of staging memory (data loader workers)
         self.memory.madvise(mmap.MADV_DONTFORK)
-        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        _in_huge_pages(self.memory)
         self.nbytes = nbytes
         self.view = memoryview(self.memory)
         self.tensor = torch.frombuffer(self.memory, dtype=torch.uint8)

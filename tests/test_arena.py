@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import random
 import threading
 import time
@@ -9,7 +11,7 @@ import weakref
 
 import pytest
 
-from asyncckpt.arena import Arena, Slot
+from asyncckpt.arena import Arena, Slot, aligned_buffer
 from asyncckpt.errors import ArenaBusy, InvalidOption
 
 
@@ -105,3 +107,23 @@ def test_a_closed_arena_hands_out_nothing() -> None:
     arena.close()
     with pytest.raises(ArenaBusy):
         arena.acquire(4096)
+
+
+class _WithoutHugePages(mmap.mmap):
+    """Memory of a kernel that was built without transparent huge pages."""
+
+    def madvise(self, option: int, *args: int) -> None:
+        if option == mmap.MADV_HUGEPAGE:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        super().madvise(option, *args)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux")
+def test_a_kernel_without_huge_pages_gives_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every save failed there: its answer was taken for memory that cannot be had."""
+    monkeypatch.setattr(mmap, "mmap", _WithoutHugePages)
+    arena = Arena()
+    arena.grow(1 << 20)
+    assert arena.wait_prepared(10)
+    arena.release(arena.acquire(1 << 20, deadline=time.monotonic()))
+    assert len(aligned_buffer(4 << 20)) == 4 << 20

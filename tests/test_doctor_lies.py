@@ -139,6 +139,15 @@ def nothing(honest: object, *args: object) -> None:
     """Says that it is done."""
 
 
+def nothing_renamed(honest: Any, source: str, target: str) -> int:
+    return errno.EEXIST if os.path.lexists(target) else 0
+
+
+def flags_refused_late(honest: Any, source: str, target: str) -> int:
+    """As on NFS: the kernel sees a target that is there before it asks the file system."""
+    return errno.EEXIST if os.path.lexists(target) else errno.EINVAL
+
+
 NO_NOREPLACE = {"try_rename_noreplace": lambda honest, source, target: errno.EINVAL}
 
 LIES = [
@@ -148,7 +157,8 @@ LIES = [
     ("exclusive creation", "unsafe", "created twice", {"open": creates_twice}),
     ("directory fsync", "unsafe", "failed: Invalid argument", {"fsync_directory": refuse(errno.EINVAL)}),
     ("rename without replacing", "unsafe", "directory was replaced", {"try_rename_noreplace": replaces}),
-    ("rename without replacing", "unsafe", "did not rename", {"rename_noreplace": nothing}),
+    ("rename without replacing", "unsafe", "did not rename", {"try_rename_noreplace": nothing_renamed}),
+    ("rename without replacing", "note", "not by the kernel (EINVAL)", {"try_rename_noreplace": flags_refused_late}),
     ("rename without replacing", "note", "not by the kernel (EINVAL)", NO_NOREPLACE),
     ("rename without replacing", "unsafe", "the stand-in", NO_NOREPLACE | {"rename_noreplace": replaces}),
     ("rename exchanging", "note", "not here", {"exchange": refuse(errno.EINVAL)}),

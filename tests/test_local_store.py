@@ -16,6 +16,7 @@ import pytest
 from asyncckpt import CheckpointDamaged, RunPathError, SaveFailed
 from asyncckpt.storage import local
 from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import InterceptedOps
 
 PAGE = 4096
@@ -421,3 +422,73 @@ def test_two_transfers_refused_at_one_time_both_go_through_the_cache(store: Loca
         thread.join(10)
     writer.finish(2 * PAGE)
     assert Path(store.path, ".tmp-00000001-a", "m").read_bytes() == b"x" * 2 * PAGE
+
+
+# ----------------------------------------------------------------------------------------------------------- NFS
+
+
+def test_retention_spares_what_is_read_where_a_lock_takes_a_descriptor_for_writing(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS v4 answers EBADF to others. That was taken for a file system without locks, and the checkpoint deleted."""
+    honest = fcntl.flock
+
+    def as_on_nfs(fd: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        honest(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    checkpoint = Path(store.path, "step-00000001")
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    reader = store.open(checkpoint.name)
+    assert not store.remove(checkpoint.name)
+    assert checkpoint.is_dir()
+    reader.close()
+    assert store.remove(checkpoint.name)
+
+
+def test_a_manifest_that_may_only_be_read_is_locked_all_the_same(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Path(store.path, "step-00000001")
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    honest = os.open
+
+    def no_writing(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        if str(path).endswith("manifest.json") and flags & os.O_ACCMODE != os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return honest(path, flags, *args, **options)
+
+    monkeypatch.setattr(os, "open", no_writing)
+    reader = store.open(checkpoint.name)
+    assert not store.remove(checkpoint.name)
+    reader.close()
+    assert store.remove(checkpoint.name)
+
+
+class _Remembering(PosixOps):
+    """As NFS: what was looked at once is not looked at again before the directory is opened."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, os.stat_result] = {}
+
+    def lstat(self, path: str, folder: int | None = None) -> os.stat_result:
+        if path not in self.known:
+            self.known[path] = super().lstat(path, folder)
+        return self.known[path]
+
+    def open_to_read(self, path: str, flags: int, folder: int | None = None) -> int:
+        self.known.clear()
+        return super().open_to_read(path, flags, folder)
+
+
+def test_what_another_machine_deleted_is_gone_though_nfs_remembers_it(tmp_path: Path) -> None:
+    """A reader called a checkpoint damaged that another machine's retention had deleted while it looked."""
+    store = LocalStore(str(tmp_path), ops=_Remembering())
+    (tmp_path / "step-00000001").mkdir()
+    assert store.identity("step-00000001") is not None
+    (tmp_path / "step-00000001").rmdir()
+    assert store.identity("step-00000001") is None

@@ -128,6 +128,10 @@ class LocalStore:
         return [name for name, info in entries.items() if not name.startswith(".") and stat.S_ISDIR(info.st_mode)]
 
     def identity(self, name: str) -> int | None:
+        # NFS answers from what it remembers, for half a minute after another machine deleted that; opening the
+        # directory has it ask
+        with contextlib.suppress(OSError):
+            self.ops.close_read(self.ops.open_to_read(self.path, os.O_RDONLY | os.O_DIRECTORY))
         try:
             return self.ops.lstat(os.path.join(self.path, name)).st_ino
         except FileNotFoundError:
@@ -549,8 +553,12 @@ class LocalShardWriter:
 
 def _try_exclusive(path: str) -> int | None:
     """A descriptor that holds the file's exclusive lock; -1 where there is nothing to lock; None where it is taken."""
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fd = os.open(path, os.O_RDWR | flags)  # NFS gives an exclusive lock to those alone who may write
+        except OSError:
+            fd = os.open(path, os.O_RDONLY | flags)
     except OSError:
         return -1
     try:

@@ -56,11 +56,11 @@ class Trainers:
         pid, pipe = fork(lambda end: self._train(end, KillingOps(number, after=after), GENERATIONS, False))
         return self._follow(pid, pipe)
 
-    def at_random(self, rng: random.Random) -> None:
-        """Let one die within a tenth of a second."""
+    def at_random(self, rng: random.Random, within_seconds: float = 0.12) -> None:
+        """Let one die, by default within a tenth of a second."""
         deferred = rng.random() < 0.5
         pid, pipe = fork(lambda end: self._train(end, None, 1000, deferred))
-        time.sleep(rng.uniform(0.0, 0.12))
+        time.sleep(rng.uniform(0.0, within_seconds))
         os.kill(pid, signal.SIGKILL)
         assert self._follow(pid, pipe), "the trainer ended by itself"
 
