@@ -31,10 +31,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fork and SIGKIL
 #: Saves before a writer gives the directory back for the other to have.
 _TENURE = 25
 _LOCKED, _NOT_FOUND = 4, 3
+#: What has to have happened more often than this for a crowd's life to show something.
+_LEAST = {"killed": 2, "refused": 5, "read": 5, "verified": 1, "prune 4": 1}
+#: How much longer than asked for a crowd lives where that takes longer.
+_PATIENCE_SECONDS = 60.0
 
 
 class Crowd:
-    """Processes that share a directory until ``seconds`` have passed, and what each of them tells of itself."""
+    """Processes that share a directory for ``seconds``, or until enough has happened, and what each tells of itself."""
 
     def __init__(self, folder: Path, scenario: Scenario, keep: int, seconds: float) -> None:
         self.path = folder / "run"
@@ -45,6 +49,8 @@ class Crowd:
         self._acknowledged = folder / "acknowledged"
         self._acknowledged.touch()
         self._said = folder / "said"
+        self._said.touch()
+        self._over = folder / "over"
         self._members: dict[int, Callable[[], None]] = {}
 
     # -- what the members do -----------------------------------------------------------------------------------------
@@ -96,7 +102,12 @@ class Crowd:
             time.sleep(0.005)  # a directory that is pruned all the time is held all the time
 
     def _goes_on(self) -> bool:
-        return time.monotonic() < self.deadline
+        return not self._over.exists() and time.monotonic() < self.deadline + _PATIENCE_SECONDS
+
+    def _seen_enough(self) -> bool:
+        """On a busy machine what has to happen takes longer."""
+        told = Counter(self._said.read_text().splitlines()) | self.told
+        return len(self.acknowledged()) > 5 and all(told[what] > least for what, least in _LEAST.items())
 
     def _say(self, what: str) -> None:
         _append(self._said, f"{what}\n".encode())
@@ -117,18 +128,19 @@ class Crowd:
         os.kill(pid, signal.SIGKILL)
         del self._members[pid]
         _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status) or time.monotonic() > self.deadline, "it had failed by itself"
+        assert os.WIFSIGNALED(status) or not self._goes_on(), "it had failed by itself"
 
     def live(self, rng: random.Random) -> None:
         """Two writers, of whom one dies every now and then, and all the others."""
         for role in (self.write, self.write, self.read, self.verify, self.prune):
             self.add(role)
         try:
-            while time.monotonic() < self.deadline - 0.5:
+            while time.monotonic() < self.deadline or (self._goes_on() and not self._seen_enough()):
                 time.sleep(rng.uniform(0.02, 0.4))
                 self.kill(rng.choice([pid for pid, role in self._members.items() if role == self.write]))
                 self.told["killed"] += 1
                 self.add(self.write)
+            self._over.touch()
             for pid in list(self._members):
                 _, status = os.waitpid(pid, 0)
                 role = self._members.pop(pid)
@@ -176,11 +188,8 @@ def _crowd(tmp_path: Path, scenario: str, keep: int, seconds: float) -> dict[str
     crowd.check()
     told = crowd.told
     assert len(crowd.acknowledged()) > 5, "hardly anything was saved: the test shows nothing"
-    assert told["killed"] > 2
-    assert told["refused"] > 5
-    assert told["read"] > 5
-    assert told["verified"] > 1
-    assert told["prune 4"] > 1
+    for what, least in _LEAST.items():
+        assert told[what] > least, f"{what}: {told}"
     print(f"{scenario}, keep {keep}: {len(crowd.acknowledged())} acknowledged, {dict(told)}")
     return dict(told)
 
