@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from asyncckpt import CheckpointDamaged, RunPathError, SaveFailed
-from asyncckpt.storage import local
+from asyncckpt.storage import local, shard_file
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import InterceptedOps
@@ -381,7 +381,7 @@ def test_ranks_that_share_blocks_of_a_file_do_not_spoil_each_others_bytes(store:
 def test_shared_edges_are_written_before_they_fill_the_memory(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "_MAX_EDGES_BYTES", 150)
+    monkeypatch.setattr(shard_file, "_MAX_EDGES_BYTES", 150)
     attempt = store.begin(1, "a", shared=True)
     writer = attempt.create_shard("m", 1 << 20, shared=True)
     writer.write_at(pages(1), 100, 0)

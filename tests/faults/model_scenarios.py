@@ -18,7 +18,7 @@ from asyncckpt.errors import AsyncCkptError
 from asyncckpt.protocols import Reader
 from asyncckpt.restore import load_tensors, restore
 from asyncckpt.retention import Policy
-from asyncckpt.storage import local
+from asyncckpt.storage import shard_file
 from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace, permitted
 from asyncckpt.testing.recovery import Saved
 from asyncckpt.writer import PendingSave, SaveReport
@@ -116,7 +116,7 @@ class Scenario:
     def play(self, root: Path, ops: RecordingOps) -> None:
         with pytest.MonkeyPatch.context() as patch:
             if self.small_bytes is not None:  # shards larger than this are reserved, written in parts and cut to size
-                patch.setattr(local, "_SMALL_BYTES", self.small_bytes)
+                patch.setattr(shard_file, "_SMALL_BYTES", self.small_bytes)
             saver = Saver(root / self.run, ops, dict(self.options), self.threads, self.shards)
             patch.setattr(PendingSave, "resolve", _marking(saver, PendingSave.resolve))
             try:

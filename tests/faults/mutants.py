@@ -24,8 +24,10 @@ from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
 from asyncckpt.progress import Progress
 from asyncckpt.records import ExtentRecord
 from asyncckpt.storage import lease, local
-from asyncckpt.storage.local import LocalAttempt, LocalShardWriter, LocalStore
+from asyncckpt.storage.attempt import LocalAttempt
+from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps
 from asyncckpt.writer import SaveReport
 from asyncckpt.writing import ShardsWriting
