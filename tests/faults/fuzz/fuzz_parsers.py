@@ -28,7 +28,8 @@ Run = Callable[[bytes], object]
 
 @dataclass(frozen=True)
 class Parser:
-    """``prefix``: leading bytes that choose a case; what follows is JSON where ``text``. ``seeds`` makes the corpus."""
+    """``prefix``: leading bytes that choose a case; what follows is JSON where ``text``. ``seeds`` makes the corpus.
+    ``weight``: how many executions of a parser one of this counts for, being more than a parser."""
 
     name: str
     run: Run
@@ -36,6 +37,7 @@ class Parser:
     prefix: int = 0
     text: bool = True
     max_bytes: int = 16 << 10
+    weight: int = 1
 
     def mutated(self, data: bytes, rng: random.Random, max_size: int = 1 << 20) -> bytes:
         """A neighbour of ``data``."""
@@ -342,8 +344,8 @@ PARSERS: dict[str, Parser] = {
         Parser("zarr-index", _zarr_index, _index_seeds, prefix=2, text=False, max_bytes=2 << 10),
         Parser("codecs", _codec, _codec_seeds, prefix=4, text=False, max_bytes=64 << 10),
         Parser("lease", _lease, _lease_seeds, max_bytes=4 << 10),
-        Parser("views", _views, _view_seeds, prefix=2),
-        Parser("restore", _restore, _restore_seeds),
-        Parser("checkpoint", _checkpoint, _checkpoint_seeds, prefix=1, max_bytes=32 << 10),
+        Parser("views", _views, _view_seeds, prefix=2, weight=100),
+        Parser("restore", _restore, _restore_seeds, weight=200),
+        Parser("checkpoint", _checkpoint, _checkpoint_seeds, prefix=1, max_bytes=32 << 10, weight=100),
     )
 }
