@@ -6,33 +6,31 @@ decode a checkpoint. All hot calls release the GIL.
 
 from __future__ import annotations
 
-import struct
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Final, Literal, TypeAlias
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
-import zstandard
 from numcodecs import blosc
 
-from asyncckpt.errors import CheckpointDamaged, InvalidOption, UnknownName
+from asyncckpt.errors import InvalidOption, UnknownName
+from asyncckpt.frames import (
+    BLOSC_HEADER_BYTES,
+    Array,
+    as_view,
+    blosc_into,
+    compressor,
+    literals,
+    put,
+    put_header,
+    put_length,
+    scratch,
+    stored_frame,
+    wrong_size,
+    zstd_into,
+)
 from asyncckpt.protocols import Codec
 
-#: Begins the content digest of a chunk whose staged image was split into planes: the same data has another image then.
-SPLIT_MARK: Final = "planes:"
-#: What a frame may add to its data: Blosc's header, block start and one length a plane, or zstd's headers.
-FRAME_OVERHEAD_BYTES: Final = 512
-#: The Blosc 1 frame header: format version, inner codec's version, flags, typesize, nbytes, blocksize, cbytes.
-#: Source: c-blosc's README_CHUNK_FORMAT.
-_BLOSC_HEADER = struct.Struct("<BBBBIII")
-BLOSC_HEADER_BYTES: Final = _BLOSC_HEADER.size
-_BLOSC_FORMAT: Final = 2
-_SHUFFLED: Final = 0x1
-_COPIED: Final = 0x2
-_ZSTD_INSIDE: Final = 4 << 5
-_ZSTD_VERSION: Final = 1
 #: Decoders before c-blosc 1.21 take a block for split only where a plane has this many bytes.
 _MIN_PLANE_BYTES: Final = 128
 #: Below this a chunk is stored as it is: a file system block is 4 KiB, and the calls would cost more than the bytes.
@@ -44,7 +42,6 @@ _SAMPLE_BYTES: Final = 8 << 10
 #: A plane is compressed where its sample shrinks at least this much.
 _PAYS: Final = 0.97
 
-Array: TypeAlias = "npt.NDArray[np.uint8]"
 Shuffle = Literal["noshuffle", "shuffle", "bitshuffle"]
 _SHUFFLES: Final[Mapping[str, int]] = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 
@@ -66,7 +63,7 @@ class Raw:
 
     def decode(self, frame: Array, out: Array) -> None:
         if frame.nbytes != out.nbytes:
-            raise _wrong_size(frame.nbytes, out.nbytes)
+            raise wrong_size(frame.nbytes, out.nbytes)
         out[:] = frame
 
     def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
@@ -88,12 +85,12 @@ class Zstd:
         return asdict(self)
 
     def encode(self, data: Array, item_bytes: int, out: Array) -> int:
-        return _put(out, 0, _compressor(self.level).compress(_view(data)))
+        return put(out, 0, compressor(self.level).compress(as_view(data)))
 
     attempt = encode
 
     def decode(self, frame: Array, out: Array) -> None:
-        _zstd_into(frame, out)
+        zstd_into(frame, out)
 
     def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
         return [{"name": "zstd", "configuration": {"level": self.level, "checksum": False}}]
@@ -128,12 +125,12 @@ class Blosc:
             return _copied(data, item_bytes, out)
         shuffle = _SHUFFLES[self.shuffle]
         frame = blosc.compress(data, self.cname.encode(), self.clevel, shuffle, self.blocksize, item_bytes)
-        return _put(out, 0, frame)
+        return put(out, 0, frame)
 
     attempt = encode
 
     def decode(self, frame: Array, out: Array) -> None:
-        _blosc_into(frame, out)
+        blosc_into(frame, out)
 
     def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
         return [_blosc_json(self.cname, self.clevel, self.shuffle, item_bytes, self.blocksize)]
@@ -154,7 +151,7 @@ class Lz4:
     attempt = encode
 
     def decode(self, frame: Array, out: Array) -> None:
-        _blosc_into(frame, out)
+        blosc_into(frame, out)
 
     def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
         return _LZ4.zarr(item_bytes)
@@ -196,21 +193,21 @@ class Planes:
         position = BLOSC_HEADER_BYTES + 4  # the start of the one block follows the header
         for number, plane in enumerate(planes):
             if number in paying:
-                packed = _literals().compress(_view(_contiguous(plane)))
+                packed = literals().compress(as_view(_contiguous(plane)))
                 if len(packed) < count:
-                    position = _put_length(out, position, len(packed))
-                    position = _put(out, position, packed)
+                    position = put_length(out, position, len(packed))
+                    position = put(out, position, packed)
                     continue
-            position = _put_length(out, position, count)
+            position = put_length(out, position, count)
             np.copyto(out[position : position + count], plane)
             position += count
         if position >= count * item_bytes + BLOSC_HEADER_BYTES:
             return 0
-        _put_header(out, item_bytes, count * item_bytes, position)
+        put_header(out, item_bytes, count * item_bytes, position)
         return position
 
     def decode(self, frame: Array, out: Array) -> None:
-        _blosc_into(frame, out)
+        blosc_into(frame, out)
 
     def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
         return [_blosc_json("zstd", 1, "shuffle", item_bytes, 0)]
@@ -236,7 +233,7 @@ class Auto:
         return _PLANES.attempt_split(planes, out)
 
     def decode(self, frame: Array, out: Array) -> None:
-        _blosc_into(frame, out)
+        blosc_into(frame, out)
 
     def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
         return _PLANES.zarr(item_bytes)
@@ -271,140 +268,6 @@ def names() -> tuple[str, ...]:
     return tuple(_TABLE)
 
 
-def stored_frame(header: Array, nbytes: int, item_bytes: int) -> int:
-    """Make what follows ``header`` (16 bytes, then ``nbytes`` of data) a Blosc frame as it lies; the frame's size."""
-    total = nbytes + BLOSC_HEADER_BYTES
-    flags = _SHUFFLED | _COPIED | _ZSTD_INSIDE
-    _put(header, 0, _BLOSC_HEADER.pack(_BLOSC_FORMAT, _ZSTD_VERSION, flags, item_bytes, nbytes, nbytes, total))
-    return total
-
-
-def split_places(nbytes: int, item_bytes: int) -> list[int]:
-    """Where each plane of a chunk lies in a Blosc frame that holds it split and otherwise as it is."""
-    count = nbytes // item_bytes
-    return [BLOSC_HEADER_BYTES + 4 + 4 + plane * (4 + count) for plane in range(item_bytes)]
-
-
-def split_frame(image: Array, nbytes: int, item_bytes: int) -> int:
-    """Make an image whose planes lie at ``split_places`` such a frame; the frame's size."""
-    count = nbytes // item_bytes
-    for place in split_places(nbytes, item_bytes):
-        _put_length(image, place - 4, count)
-    total = split_places(nbytes, item_bytes)[-1] + count
-    _put_header(image, item_bytes, nbytes, total)
-    return total
-
-
-def _put_header(out: Array, item_bytes: int, nbytes: int, total: int) -> None:
-    """Of a frame of one split block."""
-    flags = _SHUFFLED | _ZSTD_INSIDE
-    _put(out, 0, _BLOSC_HEADER.pack(_BLOSC_FORMAT, _ZSTD_VERSION, flags, item_bytes, nbytes, nbytes, total))
-    _put_length(out, BLOSC_HEADER_BYTES, BLOSC_HEADER_BYTES + 4)
-
-
-def _contiguous(plane: Array) -> Array:
-    if plane.flags.c_contiguous:
-        return plane
-    scratch = _scratch(len(plane))
-    np.copyto(scratch, plane)
-    return scratch
-
-
-def _copied(data: Array, item_bytes: int, out: Array) -> int:
-    out[BLOSC_HEADER_BYTES : BLOSC_HEADER_BYTES + data.nbytes] = data
-    return stored_frame(out, data.nbytes, item_bytes)
-
-
-def _pays(plane: Array) -> bool:
-    piece = min(_SAMPLE_BYTES, len(plane) // _SAMPLES)
-    starts = [(len(plane) - piece) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
-    sample = np.concatenate([plane[start : start + piece] for start in starts])
-    return len(_literals().compress(_view(sample))) < _PAYS * sample.nbytes
-
-
-class _Coders(threading.local):
-    """Compressors and scratch memory of one thread: neither may be shared, and making them anew costs page faults."""
-
-    def __init__(self) -> None:
-        self.by_level: dict[int, zstandard.ZstdCompressor] = {}
-        self.literals: zstandard.ZstdCompressor | None = None
-        self.decompressor: zstandard.ZstdDecompressor | None = None
-        self.scratch: Array = np.empty(0, np.uint8)
-
-
-_coders = _Coders()
-
-
-def _compressor(level: int) -> zstandard.ZstdCompressor:
-    found = _coders.by_level.get(level)
-    if found is None:
-        found = _coders.by_level[level] = zstandard.ZstdCompressor(level=level)
-    return found
-
-
-def _literals() -> zstandard.ZstdCompressor:
-    """zstd reduced to its Huffman coder: 64 hash entries and long matches find next to nothing in noise, and skip it.
-
-    Exponents are noise of few symbols; matches in it cost more bits and time than they save: 2.7 times the speed of
-    level 1 at a better ratio.
-    """
-    if _coders.literals is None:
-        parameters = zstandard.ZstdCompressionParameters(
-            strategy=zstandard.STRATEGY_FAST,
-            window_log=17,
-            hash_log=6,
-            chain_log=6,
-            search_log=1,
-            min_match=7,
-            target_length=0,
-            write_content_size=True,
-        )
-        _coders.literals = zstandard.ZstdCompressor(compression_params=parameters)
-    return _coders.literals
-
-
-def _scratch(nbytes: int) -> Array:
-    if _coders.scratch.nbytes < nbytes:
-        _coders.scratch = np.empty(nbytes, np.uint8)
-    return _coders.scratch[:nbytes]
-
-
-def _zstd_into(frame: Array, out: Array) -> None:
-    if _coders.decompressor is None:
-        _coders.decompressor = zstandard.ZstdDecompressor()
-    try:
-        parameters = zstandard.get_frame_parameters(_view(frame))
-        if parameters.content_size != out.nbytes:
-            raise _wrong_size(parameters.content_size, out.nbytes)
-        data = _coders.decompressor.decompress(_view(frame), max_output_size=out.nbytes, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CheckpointDamaged(f"a zstd frame cannot be decoded: {error}") from error
-    if len(data) != out.nbytes:
-        raise _wrong_size(len(data), out.nbytes)
-    _put(out, 0, data)
-
-
-def _blosc_into(frame: Array, out: Array) -> None:
-    """Everything the frame says of sizes is checked first: the decoder trusts its header."""
-    if frame.nbytes < BLOSC_HEADER_BYTES:
-        raise CheckpointDamaged(f"a Blosc frame of {frame.nbytes} bytes is shorter than its header")
-    version, _, _, _, nbytes, blocksize, total = _BLOSC_HEADER.unpack_from(_view(frame))
-    if version != _BLOSC_FORMAT or total != frame.nbytes:
-        raise CheckpointDamaged(f"a Blosc frame of version {version} says {total} bytes and has {frame.nbytes}")
-    if nbytes != out.nbytes or blocksize > max(nbytes, 1 << 20):
-        raise _wrong_size(nbytes, out.nbytes)
-    if not nbytes:
-        return
-    try:
-        blosc.decompress(frame, out)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointDamaged(f"a Blosc frame cannot be decoded: {error}") from error
-
-
-def _wrong_size(found: int, expected: int) -> CheckpointDamaged:
-    return CheckpointDamaged(f"a frame decodes to {found} bytes, not to {expected}")
-
-
 def _blosc_json(cname: str, clevel: int, shuffle: str, item_bytes: int, blocksize: int) -> dict[str, Any]:
     configuration = {
         "typesize": item_bytes,
@@ -416,17 +279,21 @@ def _blosc_json(cname: str, clevel: int, shuffle: str, item_bytes: int, blocksiz
     return {"name": "blosc", "configuration": configuration}
 
 
-def _put(out: Array, position: int, data: bytes) -> int:
-    end = position + len(data)
-    if end > out.nbytes:
-        raise ValueError(f"a frame of {end} bytes does not fit into {out.nbytes}")
-    out[position:end] = np.frombuffer(data, np.uint8)
-    return end
+def _contiguous(plane: Array) -> Array:
+    if plane.flags.c_contiguous:
+        return plane
+    place = scratch(len(plane))
+    np.copyto(place, plane)
+    return place
 
 
-def _put_length(out: Array, position: int, length: int) -> int:
-    return _put(out, position, length.to_bytes(4, "little"))
+def _copied(data: Array, item_bytes: int, out: Array) -> int:
+    out[BLOSC_HEADER_BYTES : BLOSC_HEADER_BYTES + data.nbytes] = data
+    return stored_frame(out, data.nbytes, item_bytes)
 
 
-def _view(array: Array) -> memoryview:
-    return array.data
+def _pays(plane: Array) -> bool:
+    piece = min(_SAMPLE_BYTES, len(plane) // _SAMPLES)
+    starts = [(len(plane) - piece) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
+    sample = np.concatenate([plane[start : start + piece] for start in starts])
+    return len(literals().compress(as_view(sample))) < _PAYS * sample.nbytes

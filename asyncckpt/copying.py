@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from asyncckpt.arena import Slot
-from asyncckpt.codecs import MIN_PLANES_CHUNK_BYTES, split_places
+from asyncckpt.codecs import MIN_PLANES_CHUNK_BYTES
+from asyncckpt.frames import split_places
 from asyncckpt.protocols import LEAD_BYTES, Extent, Piece, Segment
 
 _libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy

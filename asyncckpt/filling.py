@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asyncckpt import codecs, digests
+from asyncckpt import codecs, digests, frames
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.boxes import Region, Target, regions, scatter_box, span
 from asyncckpt.copying import Window, is_plain, scatter
@@ -229,17 +229,17 @@ class _Decoder:
             first, last = max(begin, low), min(begin + nbytes, high)
             scatter(window.tensor, first - low, data[first - begin : last - begin], dtype)
 
-    def _content(self, data: codecs.Array, item_bytes: int, expected: str) -> str:
+    def _content(self, data: frames.Array, item_bytes: int, expected: str) -> str:
         """The content digest of decoded data: that of the image it was staged as (docs/format.md)."""
-        if expected.startswith(codecs.SPLIT_MARK):
-            places = codecs.split_places(data.nbytes, item_bytes)
+        if expected.startswith(frames.SPLIT_MARK):
+            places = frames.split_places(data.nbytes, item_bytes)
             image = np.zeros(padded(places[-1] + data.nbytes // item_bytes), np.uint8)
             for plane, place in enumerate(places):
                 np.copyto(image[place : place + data.nbytes // item_bytes], data.reshape(-1, item_bytes)[:, plane])
-            codecs.split_frame(image, data.nbytes, item_bytes)
-            return f"{codecs.SPLIT_MARK}{self._digest(image.data)}"
-        header = np.empty(codecs.BLOSC_HEADER_BYTES, np.uint8)
-        codecs.stored_frame(header, data.nbytes, item_bytes)
+            frames.split_frame(image, data.nbytes, item_bytes)
+            return f"{frames.SPLIT_MARK}{self._digest(image.data)}"
+        header = np.empty(frames.BLOSC_HEADER_BYTES, np.uint8)
+        frames.stored_frame(header, data.nbytes, item_bytes)
         return self._digest(
             header.data, data.data, bytes(padded(len(header) + data.nbytes) - len(header) - data.nbytes)
         )

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from asyncckpt import digests
-from asyncckpt.codecs import SPLIT_MARK
 from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import ManifestInvalid
+from asyncckpt.frames import SPLIT_MARK
 from asyncckpt.records import (
     BoxedRecord,
     BoxRecord,

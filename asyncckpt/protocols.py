@@ -242,10 +242,10 @@ class Codec(Protocol):
 
     def encode(self, data: Any, item_bytes: int, out: Any) -> int:
         """Encode a uint8 array of items of ``item_bytes`` into another; the frame's size. Never more than the data
-        and ``codecs.FRAME_OVERHEAD_BYTES``."""
+        and ``frames.FRAME_OVERHEAD_BYTES``."""
 
     def attempt(self, data: Any, item_bytes: int, out: Any) -> int:
-        """As ``encode``; 0 where the data had better lie as it is in a frame of ``codecs.stored_frame``."""
+        """As ``encode``; 0 where the data had better lie as it is in a frame of ``frames.stored_frame``."""
 
     def decode(self, frame: Any, out: Any) -> None:
         """Decode a whole frame into exactly ``out``. Raises ``CheckpointDamaged``, before anything over ``out``'s

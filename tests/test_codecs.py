@@ -18,8 +18,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numcodecs import blosc
 
-from asyncckpt import CheckpointDamaged, InvalidOption, UnknownName, codecs
-from asyncckpt.codecs import FRAME_OVERHEAD_BYTES, Blosc, Zstd
+from asyncckpt import CheckpointDamaged, InvalidOption, UnknownName, codecs, frames
+from asyncckpt.codecs import Blosc, Zstd
+from asyncckpt.frames import FRAME_OVERHEAD_BYTES
 from asyncckpt.protocols import Codec
 
 CODECS: list[Codec] = [
@@ -132,7 +133,7 @@ def test_an_attempt_that_gives_up_can_be_stored_as_it_lies(codec: Codec, data: b
         assert _decode(codec, bytes(out[:stored]), len(data)) == data
         return
     image = np.concatenate([np.empty(16, np.uint8), np.frombuffer(data, np.uint8)])
-    assert codecs.stored_frame(image, len(data), item_bytes) == len(data) + 16
+    assert frames.stored_frame(image, len(data), item_bytes) == len(data) + 16
     assert _decode(codec, image.tobytes(), len(data)) == data
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from asyncckpt import codecs
 from asyncckpt.arena import aligned_buffer
-from asyncckpt.codecs import FRAME_OVERHEAD_BYTES
 from asyncckpt.doctor.scratch import Scratch
+from asyncckpt.frames import FRAME_OVERHEAD_BYTES
 from asyncckpt.protocols import ALIGNMENT_BYTES
 
 _THREADS = (1, 2, 4, 8)

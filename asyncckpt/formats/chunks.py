@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import xxhash
 
-from asyncckpt.codecs import FRAME_OVERHEAD_BYTES
 from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
+from asyncckpt.frames import FRAME_OVERHEAD_BYTES
 from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Chunking, Codec, Extent, Segment, Shard, TensorSpec
 
 

@@ -15,7 +15,7 @@ import torch
 from numcodecs import blosc
 
 from asyncckpt import codecs
-from asyncckpt.codecs import FRAME_OVERHEAD_BYTES, Array
+from asyncckpt.frames import FRAME_OVERHEAD_BYTES, Array
 from asyncckpt.protocols import Codec
 from benchmarks.codecs.groups import CHUNK_BYTES
 

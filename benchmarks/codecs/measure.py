@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from asyncckpt import codecs
-from asyncckpt.codecs import Array
+from asyncckpt.frames import Array
 from benchmarks.codecs.contenders import OURS, Contender, OwnCodec, contenders, one_core
 from benchmarks.codecs.groups import Group
 from benchmarks.figures import Spread, spread

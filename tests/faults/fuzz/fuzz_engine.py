@@ -32,7 +32,14 @@ GUIDED_RUNS = 1_000_000
 #: Beyond what a parser's input and output may take by themselves (``max_bytes`` and what is declared: 256 KiB here).
 MEMORY_ALLOWANCE_MIB = 64
 INSTRUMENTED = (
-    *("asyncckpt.manifest", "asyncckpt.plain", "asyncckpt.formats", "asyncckpt.views", "asyncckpt.codecs"),
+    *(
+        "asyncckpt.manifest",
+        "asyncckpt.plain",
+        "asyncckpt.formats",
+        "asyncckpt.views",
+        "asyncckpt.codecs",
+        "asyncckpt.frames",
+    ),
     *("asyncckpt.reading", "asyncckpt.restore", "asyncckpt.targets", "asyncckpt.filling", "asyncckpt.records"),
     *("asyncckpt.storage.lease", "asyncckpt.layers"),
 )
