@@ -113,6 +113,9 @@ class Arena:
         self._free: list[tuple[int, int, int]] = []  # (region, offset, nbytes), sorted, never adjacent
         self._changed = threading.Condition()
         self._faulting = 0
+        #: Threads that wait for memory, and who is told when there is one more.
+        self.waiting = 0
+        self._told_when_short: list[Callable[[], None]] = []
         self._cold_bytes = 0
         self._closed = False
 
@@ -175,18 +178,45 @@ class Arena:
                 raise InvalidOption(
                     f"the arena of {self.budget_bytes} bytes cannot hold an extent of {need} bytes; raise staging_bytes"
                 )
-            while True:
-                for position, (region, offset, size) in enumerate(() if self._closed else self._free):
-                    if size >= need:
-                        if size == need:
-                            del self._free[position]
-                        else:
-                            self._free[position] = (region, offset + need, size - need)
-                        return self._slot(region, offset, need)
-                remaining = None if deadline is None else deadline - time.monotonic()
-                if self._closed or cancelled() or (remaining is not None and remaining <= 0):
-                    raise ArenaBusy(f"no {need} bytes of the {self.budget_bytes} byte arena came free in time")
-                self._changed.wait(remaining)
+            slot = self._take(need)
+            if slot is not None:
+                return slot
+            self.waiting += 1
+            try:
+                for told in list(self._told_when_short):
+                    told()
+                while True:
+                    remaining = None if deadline is None else deadline - time.monotonic()
+                    if self._closed or cancelled() or (remaining is not None and remaining <= 0):
+                        raise ArenaBusy(f"no {need} bytes of the {self.budget_bytes} byte arena came free in time")
+                    self._changed.wait(remaining)
+                    slot = self._take(need)
+                    if slot is not None:
+                        return slot
+            finally:
+                self.waiting -= 1
+
+    def _take(self, need: int) -> Slot | None:
+        if self._closed:
+            return None
+        for position, (region, offset, size) in enumerate(self._free):
+            if size >= need:
+                if size == need:
+                    del self._free[position]
+                else:
+                    self._free[position] = (region, offset + need, size - need)
+                return self._slot(region, offset, need)
+        return None
+
+    def tell_when_short(self, told: Callable[[], None]) -> None:
+        """Call ``told``, which must not block, whenever somebody begins to wait for memory."""
+        with self._changed:
+            self._told_when_short.append(told)
+
+    def tell_no_longer(self, told: Callable[[], None]) -> None:
+        """Undo ``tell_when_short``. Idempotent."""
+        with self._changed, contextlib.suppress(ValueError):
+            self._told_when_short.remove(told)
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; whatever is still in it may be overwritten at once."""

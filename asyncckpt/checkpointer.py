@@ -42,10 +42,9 @@ from asyncckpt.snapshot import capture
 from asyncckpt.staging import Stager, StagingJob, split_eager
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.together import LeadSave, PartSave, Party
-from asyncckpt.writer import PendingSave, WriterOptions, WriterPool, failed
+from asyncckpt.writer import PendingSave, Pools, WriterOptions, failed
 
 _MIN_STAGING_BYTES = 1 << 20
-_ENCODING_NICENESS = 10
 _PLAIN = ("safetensors", "none")
 
 
@@ -167,14 +166,12 @@ class Checkpointer(Session):
         self._stager = Stager()
         threads = self._writer_options.threads
         self._encoder = Encoder(self._codec, threads)
-        self._pool = WriterPool(threads)
-        # encoding is work for the processor, which training may need more; its threads start where there is some
-        self._encoding_pool = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
+        self._pools = Pools(threads)
         self._prepared = self._plan_anew = False
         self._preparations = 0
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        weakref.finalize(self, _end_threads, self._stager, self._pool, self._encoding_pool, self._committer)
+        weakref.finalize(self, _end_threads, self._stager, self._pools, self._committer)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +285,7 @@ class Checkpointer(Session):
             self._closed = True
             self._watched.close()
             self._occasions.close()
-            _end_threads(self._stager, self._pool, self._encoding_pool, self._committer)
+            _end_threads(self._stager, self._pools, self._committer)
             self._arena.close()
             self._leave_directory()
         error = self._committer.take_error()
@@ -439,8 +436,7 @@ class Checkpointer(Session):
         return self._kind_of_save(planned, number)(
             contents,
             store=self._store,
-            pool=self._pool,
-            encoding_pool=self._encoding_pool,
+            pools=self._pools,
             arena=self._arena,
             encoder=self._encoder,
             previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
@@ -508,6 +504,6 @@ class Checkpointer(Session):
             raise error
 
 
-def _end_threads(*threads: Stager | WriterPool | Committer) -> None:
+def _end_threads(*threads: Stager | Pools | Committer) -> None:
     for ended in threads:
         ended.close()

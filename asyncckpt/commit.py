@@ -28,7 +28,7 @@ from asyncckpt.previous import Previous
 from asyncckpt.protocols import Attempt, Codec, ComponentSnapshot, JsonValue, Layout, Store
 from asyncckpt.records import FileRecord, Manifest
 from asyncckpt.staging import Ready
-from asyncckpt.writer import WriterPool
+from asyncckpt.writer import Pools
 from asyncckpt.writing import ShardsWriting
 
 log = logging.getLogger("asyncckpt")
@@ -123,8 +123,7 @@ class Save:
         contents: Contents,
         *,
         store: Store,
-        pool: WriterPool,
-        encoding_pool: WriterPool,
+        pools: Pools,
         arena: Arena,
         encoder: Encoder,
         previous: Callable[[], Previous | None],
@@ -157,8 +156,7 @@ class Save:
             encoder=encoder,
             previous=previous,
             chain=chain,
-            pool=pool,
-            encoding_pool=encoding_pool,
+            pools=pools,
             arena=arena,
             events=events,
             start=self._start,

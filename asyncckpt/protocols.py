@@ -20,6 +20,8 @@ JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, J
 
 #: Room for a frame header before a chunk that is staged for a codec: stored as it is, it becomes a frame where it lies.
 LEAD_BYTES = 16
+#: A shard of up to this size is one write through the page cache and its fsync: more calls cost more than its bytes.
+SMALL_SHARD_BYTES = 256 << 10
 #: File offsets, extent boundaries and memory handed to O_DIRECT are multiples of this many bytes.
 ALIGNMENT_BYTES = 4096
 

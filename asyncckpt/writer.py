@@ -227,3 +227,24 @@ class WriterPool:
                     self._abandoned.discard(ident)
                     self._threads -= 1
                     return
+
+
+#: Small files written at one time: each is a write and an fsync, which the device can do together.
+_SMALL_THREADS = 8
+#: How far encoding stands back: it is work for the processor, which training may need more.
+_ENCODING_NICENESS = 10
+
+
+class Pools:
+    """The threads of one checkpointer. ``writing``: digests and writes of extents. ``small``: the same of shards that
+    are small, where there are many. ``encoding``: codecs. Threads start with the first task of their pool."""
+
+    def __init__(self, threads: int) -> None:
+        self.writing = WriterPool(threads)
+        self.small = WriterPool(_SMALL_THREADS, "asyncckpt-small")
+        self.encoding = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
+
+    def close(self) -> None:
+        """End the threads after what was submitted. Does not wait."""
+        for pool in (self.writing, self.small, self.encoding):
+            pool.close()

@@ -24,10 +24,20 @@ from asyncckpt.frames import SPLIT_MARK, Array
 from asyncckpt.layers import LayerReader, layer_name
 from asyncckpt.previous import KnownFile, Previous
 from asyncckpt.progress import Parked, Progress
-from asyncckpt.protocols import LEAD_BYTES, Attempt, Digest, Extent, Layout, Placed, ShardFormat, ShardWriter
+from asyncckpt.protocols import (
+    LEAD_BYTES,
+    Attempt,
+    Digest,
+    Extent,
+    Layout,
+    Placed,
+    ShardFormat,
+    ShardWriter,
+)
 from asyncckpt.records import ExtentRecord, FileRecord
+from asyncckpt.small_shards import SmallShards
 from asyncckpt.staging import Ready
-from asyncckpt.writer import WriterPool
+from asyncckpt.writer import Pools, WriterPool
 
 #: Frames that wait for their turn outside the arena.
 _MAX_SET_ASIDE_BYTES = 256 << 20
@@ -52,8 +62,7 @@ class ShardsWriting:
         encoder: Encoder,
         previous: Callable[[], Previous | None],
         chain: int,
-        pool: WriterPool,
-        encoding_pool: WriterPool,
+        pools: Pools,
         arena: Arena,
         events: EventBus,
         start: Callable[[], Attempt],
@@ -71,8 +80,7 @@ class ShardsWriting:
         self._unused: list[FileRecord] = []
         self._previous: Previous | None = None
         self._begun = False
-        self._pool = pool
-        self._encoding_pool = encoding_pool
+        self._pools = pools
         self._arena = arena
         self._events = events
         self._start = start
@@ -95,6 +103,7 @@ class ShardsWriting:
             progress.finished = not shard.extents
             self._shards.append(progress)
             first += len(shard.extents)
+        self._small = SmallShards(layout, pools, arena)
 
     def _begin(self) -> None:
         with self._open_lock:
@@ -139,6 +148,7 @@ class ShardsWriting:
             self._parked_bytes = self._set_aside_bytes = 0
         for item in waiting:
             self._let_go(item)
+        self._small.hold_no_longer()
 
     def records(self) -> list[FileRecord]:
         """The files as written, those they build on included; to be asked once nothing is unfinished."""
@@ -177,12 +187,15 @@ class ShardsWriting:
 
     def take(self, number: int, slot: Slot, ready: Ready, digest: str | None) -> None:
         """Accept a staged extent, with its content digest where it was taken already. Never blocks."""
-        self._submit(lambda: self._handle(number, slot, ready, digest))
-
-    def _submit(self, work: Callable[[], None], pool: WriterPool | None = None) -> None:
         with self._lock:
             self._in_flight += 1
-        (pool or self._pool).submit(lambda: self._run(work))
+        shard = self._shards[self._extents[number].shard].shard
+        self._small.submit(shard, slot.nbytes, lambda: self._run(lambda: self._handle(number, slot, ready, digest)))
+
+    def _submit(self, work: Callable[[], None], pool: WriterPool) -> None:
+        with self._lock:
+            self._in_flight += 1
+        pool.submit(lambda: self._run(work))
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -241,14 +254,14 @@ class ShardsWriting:
             return True
         progress.matching = False
         for copied in copies:
-            self._submit(functools.partial(self._copy, progress, copied))
+            self._submit(functools.partial(self._copy, progress, copied), self._small.pool(progress.shard))
         return False
 
     def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
         """Encode a chunk, or not, and write it; the slot is released on the way."""
         if self._chain or self._encoder.wanted(extent):
             work = functools.partial(self._encode, progress, number, extent, slot, found)
-            self._submit(work, self._encoding_pool)
+            self._submit(work, self._pools.encoding)
         else:
             self._write_all(progress, self._place(progress, Parked(number, slot, as_it_is(extent, slot), found)))
 
@@ -261,7 +274,7 @@ class ShardsWriting:
             self._arena.release(slot)
             raise
         for placed in self._place(progress, Parked(number, slot, frame, found)):
-            self._submit(functools.partial(self._write_placed, progress, *placed))
+            self._submit(functools.partial(self._write_placed, progress, *placed), self._small.pool(progress.shard))
 
     def _frame(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> Frame:
         layers = self._layers_of(progress)
@@ -343,7 +356,7 @@ class ShardsWriting:
     def _write_all(self, progress: Progress, placed: Sequence[tuple[Parked, int]]) -> None:
         """The first on this thread, the others on any."""
         for later in placed[1:]:
-            self._submit(functools.partial(self._write_placed, progress, *later))
+            self._submit(functools.partial(self._write_placed, progress, *later), self._small.pool(progress.shard))
         for item, offset in placed[:1]:
             self._write_placed(progress, item, offset)
 
@@ -466,3 +479,4 @@ class ShardsWriting:
         with self._lock:
             progress.finished = True
             self.unfinished -= 1
+        self._small.done(progress.shard)

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ log = logging.getLogger("asyncckpt")
 
 #: Small files written at one time: each holds a descriptor and a thread.
 _SMALL_AT_ONCE = 64
+#: Directories synced at one time, by further threads where there are many (zarr has one a tensor).
+_SYNCS_AT_ONCE = 8
+_SYNCS_A_THREAD = 16
 
 
 class LocalAttempt:
@@ -97,8 +101,28 @@ class LocalAttempt:
     def sync_directory(self) -> None:
         with self._lock:
             folders, self._unsynced = self._unsynced, set()
-        for folder in sorted(folders, reverse=True):  # children first
-            self._store.ops.fsync_directory(os.path.join(self.path, folder) if folder else self.path)
+        todo = deque(sorted(folders, reverse=True))
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):
+                while not errors:
+                    folder = todo.popleft()
+                    try:
+                        self._store.ops.fsync_directory(os.path.join(self.path, folder) if folder else self.path)
+                    except BaseException as error:
+                        errors.append(error)
+
+        # each waits for the device, which does several at a time; nothing here depends on their order
+        others = min(_SYNCS_AT_ONCE, len(todo) // _SYNCS_A_THREAD)
+        threads = [threading.Thread(target=work, name="asyncckpt-sync", daemon=True) for _ in range(others)]
+        for thread in threads:
+            thread.start()
+        work()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
 
     def _make_folder(self, file: str) -> None:
         """The directories of a file's name; each is made once, by whichever thread comes first."""

@@ -10,14 +10,13 @@ import threading
 from typing import TYPE_CHECKING
 
 from asyncckpt.errors import SaveFailed
-from asyncckpt.protocols import ALIGNMENT_BYTES
+from asyncckpt.protocols import ALIGNMENT_BYTES, SMALL_SHARD_BYTES
 from asyncckpt.storage.posix import NO_DIRECT
 
 if TYPE_CHECKING:
     from asyncckpt.storage.local import LocalStore
 
-#: Shards up to this size go through the page cache.
-_SMALL_BYTES = 256 << 10
+_SMALL_BYTES = SMALL_SHARD_BYTES
 #: Bytes of blocks that are shared with other ranks, kept until the others are written.
 _MAX_EDGES_BYTES = 16 << 20
 
@@ -36,7 +35,6 @@ class LocalShardWriter:
         self._in_flight = 0
         self._aborted = False
         self._end = 0
-        # a small file is one buffered write and its fsync: everything else costs more than its bytes
         self._small = nbytes <= _SMALL_BYTES
         self._direct = store.direct and not self._small
         self._shared = shared

@@ -31,17 +31,12 @@ RUNS_A_CHILD = 1_000_000
 GUIDED_RUNS = 1_000_000
 #: Beyond what a parser's input and output may take by themselves (``max_bytes`` and what is declared: 256 KiB here).
 MEMORY_ALLOWANCE_MIB = 64
-INSTRUMENTED = (
-    *(
-        "asyncckpt.manifest",
-        "asyncckpt.plain",
-        "asyncckpt.formats",
-        "asyncckpt.views",
-        "asyncckpt.codecs",
-        "asyncckpt.frames",
-    ),
-    *("asyncckpt.reading", "asyncckpt.restore", "asyncckpt.targets", "asyncckpt.filling", "asyncckpt.records"),
-    *("asyncckpt.storage.lease", "asyncckpt.layers"),
+INSTRUMENTED = tuple(
+    f"asyncckpt.{name}"
+    for name in (
+        *("manifest", "plain", "formats", "views", "codecs", "frames", "reading", "restore", "targets", "filling"),
+        *("records", "storage.lease", "layers"),
+    )
 )
 
 

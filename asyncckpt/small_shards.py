@@ -1,0 +1,70 @@
+"""Small shards wait until the large ones are written: an fsync in the midst of large writes takes many times as long as
+one on a quiet device, where several take as long as one (docs/design/006-zarr.md)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from asyncckpt.arena import Arena
+from asyncckpt.protocols import SMALL_SHARD_BYTES, Layout, Shard
+from asyncckpt.writer import Pools, WriterPool
+
+#: Where there are no more, they are written by the threads that write everything else, as they come.
+_FEW = 16
+#: Of the arena, which must never be full of what waits.
+_SHARE = 8
+
+
+class SmallShards:
+    """Where and when the extents of one save's shards are worked on. Thread-safe; never blocks."""
+
+    def __init__(self, layout: Layout, pools: Pools, arena: Arena) -> None:
+        self._pools = pools
+        self._arena = arena
+        self._lock = threading.Lock()
+        shards = [shard for shard in layout.shards if shard.extents]
+        self._large = sum(not _is_small(shard) for shard in shards)
+        self._few = len(shards) - self._large <= _FEW
+        self._room = arena.budget_bytes // _SHARE
+        self._held: list[Callable[[], None]] | None = None
+        if not self._few and self._large:
+            self._held = []
+            arena.tell_when_short(self.hold_no_longer)
+
+    def pool(self, shard: Shard) -> WriterPool:
+        """The threads that write this one."""
+        return self._pools.small if _is_small(shard) and not self._few else self._pools.writing
+
+    def submit(self, shard: Shard, nbytes: int, task: Callable[[], None]) -> None:
+        """Run ``task``, which holds ``nbytes`` of the arena: now, or, for a small shard, when its turn has come."""
+        with self._lock:
+            if self._held is not None and _is_small(shard) and nbytes <= self._room and not self._arena.waiting:
+                self._room -= nbytes
+                self._held.append(task)
+                return
+        self.pool(shard).submit(task)
+
+    def done(self, shard: Shard) -> None:
+        """This one is durable."""
+        if _is_small(shard):
+            return
+        with self._lock:
+            self._large -= 1
+            if self._large:
+                return
+        self.hold_no_longer()
+
+    def hold_no_longer(self) -> None:
+        """Whatever waits has its turn: the large ones are written, memory is short (of whichever save: nobody may wait
+        for what waits here), or the save has failed. Idempotent."""
+        with self._lock:
+            held, self._held = self._held, None
+        for task in held or ():
+            self._pools.small.submit(task)
+        if held is not None:
+            self._arena.tell_no_longer(self.hold_no_longer)
+
+
+def _is_small(shard: Shard) -> bool:
+    return shard.nbytes <= SMALL_SHARD_BYTES
