@@ -115,7 +115,7 @@ class Arena:
         self._faulting = 0
         #: Threads that wait for memory, and who is told when there is one more.
         self.waiting = 0
-        self._told_when_short: list[Callable[[], None]] = []
+        self._told_when_short: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._cold_bytes = 0
         self._closed = False
 
@@ -183,8 +183,10 @@ class Arena:
                 return slot
             self.waiting += 1
             try:
-                for told in list(self._told_when_short):
-                    told()
+                for reference in list(self._told_when_short):
+                    told = reference()
+                    if told is not None:
+                        told()
                 while True:
                     remaining = None if deadline is None else deadline - time.monotonic()
                     if self._closed or cancelled() or (remaining is not None and remaining <= 0):
@@ -209,14 +211,16 @@ class Arena:
         return None
 
     def tell_when_short(self, told: Callable[[], None]) -> None:
-        """Call ``told``, which must not block, whenever somebody begins to wait for memory."""
+        """Call the method ``told``, which must not block, whenever somebody begins to wait for memory, as long as its
+        object lives."""
         with self._changed:
-            self._told_when_short.append(told)
+            alive = [reference for reference in self._told_when_short if reference() is not None]
+            self._told_when_short = [*alive, weakref.WeakMethod(told)]
 
     def tell_no_longer(self, told: Callable[[], None]) -> None:
         """Undo ``tell_when_short``. Idempotent."""
         with self._changed, contextlib.suppress(ValueError):
-            self._told_when_short.remove(told)
+            self._told_when_short.remove(weakref.WeakMethod(told))
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; whatever is still in it may be overwritten at once."""
