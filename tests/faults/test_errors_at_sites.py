@@ -7,6 +7,7 @@ import errno
 import gc
 import itertools
 import random
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,7 @@ class Ordeal:
         for step, generation in visible.items():
             known = generation in (self.durable.get(step), self.undecided.get(step))
             assert known, f"step {step}, generation {generation}: its save failed, and it is there"
+        self._forget_undecided(visible)
         arena = self.run._arena
         assert arena.wait_prepared(10)
         assert arena.free_bytes() == arena.budget_bytes, "memory of the arena was not given back"
@@ -129,6 +131,13 @@ class Ordeal:
             if self._open() != self._files:
                 gc.collect()
             assert self._open() == self._files, "descriptors left open"
+
+    def _forget_undecided(self, visible: dict[int, int]) -> None:
+        """They are looked at once more, and go: a run keeps them as evidence, and each check reads all there is."""
+        newest = max(self.durable)
+        for step in [step for step in self.undecided if step < newest and step in visible]:
+            shutil.rmtree(self.path / f"step-{step:08d}")
+            del self.undecided[step]
 
     def _open(self) -> list[str]:
         return sorted(target for target in open_files().values() if target.startswith(str(self.path)))
