@@ -52,8 +52,9 @@ class Catalog:
         self._known: dict[str, CheckpointInfo] = {}
 
     def entries(self, *, fresh: bool = True) -> list[CheckpointInfo]:
-        """All checkpoints, damaged ones included, oldest step first. ``fresh=False`` re-reads only new names."""
-        known = self._known
+        """All checkpoints, damaged ones included, oldest step first. ``fresh=False`` re-reads only new names, and what
+        looked damaged: one error of reading, of a moment ago, must not keep retention from it for ever."""
+        known = {name: entry for name, entry in self._known.items() if entry.damage is None}
         for _ in range(_LOOKS):
             names = set(self._store.names())
             known = {} if fresh else {name: entry for name, entry in known.items() if name in names}

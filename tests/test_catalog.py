@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from asyncckpt import Checkpointer, CheckpointNotFound, RunPathError
+from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, RunPathError
 from asyncckpt.catalog import Catalog
 from asyncckpt.protocols import Reader
 from asyncckpt.storage.local import LocalStore
-from asyncckpt.testing import InterceptedOps
+from asyncckpt.testing import Fault, InterceptedOps, Site, SiteFaultOps
 
 STATE = {"w": torch.arange(10)}
 
@@ -126,3 +126,16 @@ def test_what_is_not_there_is_named_with_what_is(path: Path) -> None:
         found.newest("weights")
     (path / "step-00000001" / "manifest.json").write_text("{}")
     assert found.find(1).damage is not None, "a damaged one is found, and says so"
+
+
+def test_one_error_of_reading_does_not_keep_a_checkpoint_for_ever(tmp_path: Path) -> None:
+    """The disk filled with what retention had once failed to look at."""
+    with Checkpointer(tmp_path / "run", keep=KeepLast(1)) as run:
+        ops = run._store.ops = SiteFaultOps(str(tmp_path / "run"))
+        for step in (1, 2, 3):
+            # at step 2: what retention looks at is what was just published
+            ops.arm(*[Fault(Site("open_to_read", ".", 1), "before", errno.EIO, True)] if step == 2 else [])
+            run.save(step, STATE).result()
+            run.wait()
+            assert bool(ops.hits) == (step == 2)
+        assert [entry.step for entry in run.ls()] == [3]
