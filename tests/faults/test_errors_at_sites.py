@@ -9,6 +9,7 @@ import itertools
 import random
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,6 +125,9 @@ class Ordeal:
         self._forget_undecided(visible)
         arena = self.run._arena
         assert arena.wait_prepared(10)
+        patience = time.monotonic() + 10  # whoever wrote the last extent of a durable save has yet to give its slot back
+        while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
+            time.sleep(0.001)
         assert arena.free_bytes() == arena.budget_bytes, "memory of the arena was not given back"
         if hasattr(self, "_threads"):
             extra = {thread.name for thread in threading.enumerate()} - self._threads
