@@ -125,7 +125,7 @@ class Ordeal:
         self._forget_undecided(visible)
         arena = self.run._arena
         assert arena.wait_prepared(10)
-        patience = time.monotonic() + 10  # whoever wrote the last extent of a durable save has yet to give its slot back
+        patience = time.monotonic() + 10  # who wrote the last extent of a durable save gives its slot back after that
         while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
             time.sleep(0.001)
         assert arena.free_bytes() == arena.budget_bytes, "memory of the arena was not given back"
