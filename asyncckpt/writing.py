@@ -22,6 +22,7 @@ from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.frames import SPLIT_MARK, Array
 from asyncckpt.layers import LayerReader, layer_name
+from asyncckpt.parking import Parking
 from asyncckpt.previous import KnownFile, Previous
 from asyncckpt.progress import Parked, Progress
 from asyncckpt.protocols import (
@@ -38,9 +39,6 @@ from asyncckpt.records import ExtentRecord, FileRecord
 from asyncckpt.small_shards import SmallShards
 from asyncckpt.staging import Ready
 from asyncckpt.writer import Pools, WriterPool
-
-#: Frames that wait for their turn outside the arena.
-_MAX_SET_ASIDE_BYTES = 256 << 20
 
 
 class ShardsWriting:
@@ -91,8 +89,7 @@ class ShardsWriting:
         self._lock = threading.Lock()
         self._open_lock = threading.Lock()
         self._in_flight = 0
-        self._parked_bytes = self._set_aside_bytes = 0
-        self._abandoned = False
+        self._parking = Parking(self._lock, encoder, arena)
         self.written_bytes = 0
         #: Shards that are not durable yet.
         self.unfinished = sum(bool(shard.extents) for shard in layout.shards)
@@ -140,14 +137,7 @@ class ShardsWriting:
 
     def abandon(self) -> None:
         """The save is poisoned: give back what waits for its turn. Idempotent."""
-        with self._lock:
-            self._abandoned = True
-            waiting = [item for progress in self._shards for item in progress.parked.values()]
-            for progress in self._shards:
-                progress.parked.clear()
-            self._parked_bytes = self._set_aside_bytes = 0
-        for item in waiting:
-            self._let_go(item)
+        self._parking.abandon(self._shards)
         self._small.hold_no_longer()
 
     def records(self) -> list[FileRecord]:
@@ -263,7 +253,9 @@ class ShardsWriting:
             work = functools.partial(self._encode, progress, number, extent, slot, found)
             self._submit(work, self._pools.encoding)
         else:
-            self._write_all(progress, self._place(progress, Parked(number, slot, as_it_is(extent, slot), found)))
+            self._write_all(
+                progress, self._parking.place(progress, Parked(number, slot, as_it_is(extent, slot), found))
+            )
 
     def _encode(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
         try:
@@ -273,7 +265,7 @@ class ShardsWriting:
         except BaseException:
             self._arena.release(slot)
             raise
-        for placed in self._place(progress, Parked(number, slot, frame, found)):
+        for placed in self._parking.place(progress, Parked(number, slot, frame, found)):
             self._submit(functools.partial(self._write_placed, progress, *placed), self._small.pool(progress.shard))
 
     def _frame(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> Frame:
@@ -305,54 +297,6 @@ class ShardsWriting:
                 self._unused += [layer for layer, there in zip(layers, linked, strict=True) if there]
             return progress.layers
 
-    def _place(self, progress: Progress, item: Parked) -> list[tuple[Parked, int]]:
-        """What can be written now, and where: frames get their places in the layout's order, so that equal states give
-        equal files whoever writes them; one whose turn has not come is parked in its slot. So that parked slots can
-        never keep the others from being staged, frames are parked in memory of their own where slots hold much of the
-        arena, and order is given up where that too is much: the manifest says where everything is."""
-        with self._lock:
-            slot = item.slot
-            if self._abandoned:
-                self._let_go(item)
-                return []
-            room = slot is not None and self._parked_bytes + slot.nbytes <= self._arena.budget_bytes // 4
-            if slot is not None and item.number != progress.turn:
-                if room:
-                    self._encoder.park(item.frame, slot)
-                    progress.parked[item.number] = item
-                    self._parked_bytes += slot.nbytes
-                    return []
-                if self._set_aside_bytes + padded(item.frame.stored) <= _MAX_SET_ASIDE_BYTES:
-                    progress.parked[item.number] = self._set_aside(item)
-                    return []
-            placed = [(item, progress.place(item))]
-            while (after := progress.parked.pop(progress.turn, None)) is not None:
-                if after.slot is not None:
-                    self._parked_bytes -= after.slot.nbytes
-                else:
-                    self._set_aside_bytes -= padded(after.frame.stored)
-                placed.append((after, progress.place(after)))
-        if item.frame.buffer is not None and slot is not None:  # what was staged is in the buffer now
-            item.slot = None
-            self._arena.release(slot)
-        return placed
-
-    def _set_aside(self, item: Parked) -> Parked:
-        """The frame in memory of its own."""
-        frame = item.frame
-        nbytes = padded(frame.stored)
-        buffer = memoryview(aligned_buffer(nbytes))
-        buffer[:nbytes] = frame.view[:nbytes]
-        self._let_go(item)
-        self._set_aside_bytes += nbytes
-        return Parked(item.number, None, Frame(buffer, frame.stored, None, frame.unchanged), item.content)
-
-    def _let_go(self, item: Parked) -> None:
-        """Give back the memory a frame lies in."""
-        self._encoder.release(item.frame.buffer)
-        if item.slot is not None:
-            self._arena.release(item.slot)
-
     def _write_all(self, progress: Progress, placed: Sequence[tuple[Parked, int]]) -> None:
         """The first on this thread, the others on any."""
         for later in placed[1:]:
@@ -372,7 +316,7 @@ class ShardsWriting:
             record = ExtentRecord(offset, nbytes, digest, item.content, frame.stored)
             self._write(progress, frame.view, record, item.number)
         finally:
-            self._let_go(item)
+            self._parking.let_go(item)
 
     def _write(self, progress: Progress, view: memoryview, record: ExtentRecord, number: int) -> None:
         began = time.perf_counter()
@@ -408,7 +352,7 @@ class ShardsWriting:
             self._write(progress, buffer, old, number)
             return
         item = Parked(number, None, Frame(buffer, old.stored, None), old.content)
-        self._write_all(progress, self._place(progress, item))
+        self._write_all(progress, self._parking.place(progress, item))
 
     def _copy_image(self, progress: Progress, number: int, known: KnownFile) -> None:
         """Likewise, of a chunk that is stored in layers: decoded, and encoded again on the layers it has now."""
@@ -419,7 +363,7 @@ class ShardsWriting:
             self._layer_reader.add(known.layers, number, np.frombuffer(buffer, np.uint8)[LEAD_BYTES : extent.nbytes])
         finish_image(extent, slot)
         item = Parked(number, None, self._frame(progress, number, extent, slot), known.ordered[number].content)
-        self._write_all(progress, self._place(progress, item))
+        self._write_all(progress, self._parking.place(progress, item))
 
     # -- shards ------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from asyncckpt import Checkpointer, Delta, KeepLast, Run, WriterOptions
+from asyncckpt.storage.lease import read_holder
 
 #: The step that is saved again and again where ``overwrite`` is tried.
 SAME_STEP = 7
@@ -85,8 +86,11 @@ def check_visible(path: Path) -> dict[int, int]:
 
 
 def leftovers(path: Path) -> list[str]:
-    """Attempts and deletions that nobody has tidied up."""
-    return [name for name in os.listdir(path) if name.startswith((".tmp-", ".trash-"))] if path.exists() else []
+    """Attempts and deletions that nobody has tidied up. Not the lease's next record while its holder writes it."""
+    holder = read_holder(str(path))
+    beat = f".tmp-lease-{holder.owner}" if holder is not None and not holder.released else None
+    names = os.listdir(path) if path.exists() else []
+    return [name for name in names if name.startswith((".tmp-", ".trash-")) and name != beat]
 
 
 def open_files() -> dict[str, str]:

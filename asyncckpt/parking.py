@@ -1,0 +1,86 @@
+"""Where encoded frames wait for their turn in a file, and the memory they wait in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from asyncckpt.arena import Arena, aligned_buffer
+from asyncckpt.encoder import Encoder, Frame, padded
+from asyncckpt.progress import Parked, Progress
+
+#: Frames that wait for their turn outside the arena.
+_MAX_SET_ASIDE_BYTES = 256 << 20
+
+
+class Parking:
+    """Gives frames their places, in the layout's order, so that equal states give equal files whoever writes them; one
+    whose turn has not come is parked in its slot.
+
+    So that parked slots can never keep the others from being staged, frames are parked in memory of their own where
+    slots hold much of the arena, and order is given up where that too is much: the manifest says where everything is.
+    ``lock`` guards the progress of the shards. Thread-safe, except ``let_go`` of one item.
+    """
+
+    def __init__(self, lock: threading.Lock, encoder: Encoder, arena: Arena) -> None:
+        self._lock = lock
+        self._encoder = encoder
+        self._arena = arena
+        self._parked_bytes = self._set_aside_bytes = 0
+        self._abandoned = False
+
+    def place(self, progress: Progress, item: Parked) -> list[tuple[Parked, int]]:
+        """What can be written now, and where."""
+        with self._lock:
+            slot = item.slot
+            if self._abandoned:
+                self.let_go(item)
+                return []
+            room = slot is not None and self._parked_bytes + slot.nbytes <= self._arena.budget_bytes // 4
+            if slot is not None and item.number != progress.turn:
+                if room:
+                    self._encoder.park(item.frame, slot)
+                    progress.parked[item.number] = item
+                    self._parked_bytes += slot.nbytes
+                    return []
+                if self._set_aside_bytes + padded(item.frame.stored) <= _MAX_SET_ASIDE_BYTES:
+                    progress.parked[item.number] = self._set_aside(item)
+                    return []
+            placed = [(item, progress.place(item))]
+            while (after := progress.parked.pop(progress.turn, None)) is not None:
+                if after.slot is not None:
+                    self._parked_bytes -= after.slot.nbytes
+                else:
+                    self._set_aside_bytes -= padded(after.frame.stored)
+                placed.append((after, progress.place(after)))
+        if item.frame.buffer is not None and slot is not None:  # what was staged is in the buffer now
+            item.slot = None
+            self._arena.release(slot)
+        return placed
+
+    def _set_aside(self, item: Parked) -> Parked:
+        """The frame in memory of its own."""
+        frame = item.frame
+        nbytes = padded(frame.stored)
+        buffer = memoryview(aligned_buffer(nbytes))
+        buffer[:nbytes] = frame.view[:nbytes]
+        self.let_go(item)
+        self._set_aside_bytes += nbytes
+        return Parked(item.number, None, Frame(buffer, frame.stored, None, frame.unchanged), item.content)
+
+    def let_go(self, item: Parked) -> None:
+        """Give back the memory a frame lies in."""
+        self._encoder.release(item.frame.buffer)
+        if item.slot is not None:
+            self._arena.release(item.slot)
+
+    def abandon(self, shards: Sequence[Progress]) -> None:
+        """Give back all that waits in these, and whatever comes after. Idempotent."""
+        with self._lock:
+            self._abandoned = True
+            waiting = [item for progress in shards for item in progress.parked.values()]
+            for progress in shards:
+                progress.parked.clear()
+            self._parked_bytes = self._set_aside_bytes = 0
+        for item in waiting:
+            self.let_go(item)
