@@ -24,7 +24,8 @@ from asyncckpt.protocols import JsonValue, Reader
 from asyncckpt.reading import check_files, read_record, read_small_file
 from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.snapshot import check_state
-from asyncckpt.targets import Options, Plan, new_tensor, plan_component, qualified_records
+from asyncckpt.target_plan import Options, Plan, new_tensor, qualified_records
+from asyncckpt.targets import plan_component
 from asyncckpt.views import MAX_STATE_BYTES
 
 log = logging.getLogger("asyncckpt")

@@ -7,8 +7,7 @@ An adapter first says what would go where (``Plan``), touching nothing; bytes ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,52 +20,10 @@ from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.names import canonical_names, parameter_names
 from asyncckpt.protocols import JsonValue
-from asyncckpt.records import ComponentRecord, StoredTensor
-from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, like, receiver
+from asyncckpt.records import ComponentRecord
+from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, like
 from asyncckpt.snapshot import kind_of, optimizer_names, without_shards
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What the caller of ``restore`` chose: ``device`` for tensors not living yet, ``dtype`` for floating ones."""
-
-    device: torch.device
-    dtype: torch.dtype | None
-    selected: Callable[[str], bool]
-
-
-@dataclass(slots=True)
-class Plan:
-    """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled. ``used``:
-    tensors that a tree refers to, each at most once."""
-
-    fill: list[tuple[StoredTensor, list[Window]]] = field(default_factory=list)
-    finish: list[Callable[[], None]] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
-
-    def take(self, record: StoredTensor, value: Any, where: str) -> None:
-        """``value`` takes the stored tensor, or, where ranks hold it together, this rank's part of it."""
-        if not is_distributed(value) and not is_sharded_tensor(value):
-            self.fill.append((record, [Window(value)]))
-            return
-        part = receiver(value, where)
-        self.fill.append((record, [Window(part.tensor, part.first)]))
-        if part.finish is not None:
-            self.finish.append(part.finish)
-
-    def merge(self, other: Plan) -> None:
-        self.fill += other.fill
-        self.finish += other.finish
-        self.missing += other.missing
-        self.unexpected += other.unexpected
-        self.mismatched += other.mismatched
-
-
-#: Stored tensors by qualified live name (``model.wte.weight``), after the rename map.
-Stored = Mapping[str, StoredTensor]
+from asyncckpt.target_plan import Options, Plan, Stored, decode, lookup, mismatch, new_tensor, new_tensors, on_host
 
 
 def plan_component(
@@ -99,7 +56,7 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
         if not t.is_meta and not is_distributed(t)
     }
     extra_fill = Plan()
-    extra_values = _decode(name, extras, stored, extra_fill, opts) if extras else {}
+    extra_values = decode(name, extras, stored, extra_fill, opts) if extras else {}
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -217,7 +174,7 @@ def _optimizer(
     names = optimizer_names(name, optimizer, owners, state)
     index_of = {fqn: index for index, fqn in names.items()}
     parameters = _parameters(optimizer)
-    saved_groups = [_decode(name, group, stored, plan, opts) for group in group_trees]
+    saved_groups = [decode(name, group, stored, plan, opts) for group in group_trees]
     if not all(_is_group(group) for group in saved_groups):
         raise CheckpointDamaged(f"component {name!r}: a param group of it does not look like one")
     saved_names = {fqn for group in saved_groups for fqn in group["params"]}
@@ -235,11 +192,11 @@ def _optimizer(
         index = index_of.get(key)
         if index is None:
             if key not in saved_names:  # state an optimizer keeps beside its parameters
-                values[key] = _decode(name, subtree, stored, plan, opts)
+                values[key] = decode(name, subtree, stored, plan, opts)
             continue
         live = optimizer.state.get(parameters[index], {})
         tensors = _state_tensors(name, parameters[index], live, stored, plan, opts)
-        values[index] = plain.decode(subtree, tensors, _on_host(name, stored, plan))
+        values[index] = plain.decode(subtree, tensors, on_host(name, stored, plan))
     groups: list[dict[str, Any]] = []
     counted = 0
     for live_group in optimizer.param_groups:
@@ -251,7 +208,7 @@ def _optimizer(
         if source is not None and group_names.intersection(source["params"]):
             base.update({key: value for key, value in source.items() if key != "params"})
         groups.append({**base, "params": indexes})
-    others = {k: _decode(name, v, stored, plan, opts) for k, v in tree.items() if k not in _TORCH_KEYS}
+    others = {k: decode(name, v, stored, plan, opts) for k, v in tree.items() if k not in _TORCH_KEYS}
     loaded = {**others, "state": values, "param_groups": groups}
     plan.finish.append(lambda: _load(name, lambda: optimizer.load_state_dict(loaded)))
     return plan
@@ -281,7 +238,7 @@ def _state_tensors(
     """Live state tensors where they fit, new ones on the parameter's device where there are none yet."""
 
     def get(key: str) -> torch.Tensor:
-        record = _lookup(component, key, stored, plan)
+        record = lookup(component, key, stored, plan)
         found = live.get(key.rpartition(".")[2]) if isinstance(live, dict) else None
         usable = isinstance(found, torch.Tensor) and not mismatch(key, record, found, opts) and not found.is_meta
         if is_distributed(parameter) and record.shape == tuple(parameter.shape):
@@ -300,41 +257,8 @@ def _state_tensors(
     return get
 
 
-def _decode(component: str, tree: JsonValue, stored: Stored, plan: Plan, opts: Options) -> Any:
-    """A decoded tree with new tensors that ``plan`` fills; arrays lie in host memory, whatever the device."""
-    return plain.decode(tree, _fresh(component, stored, plan, opts), _on_host(component, stored, plan))
-
-
-def _on_host(component: str, stored: Stored, plan: Plan) -> Callable[[str], torch.Tensor]:
-    host = Options(device=torch.device("cpu"), dtype=None, selected=lambda _name: True)
-    return _fresh(component, stored, plan, host)
-
-
-def _fresh(component: str, stored: Stored, plan: Plan, opts: Options) -> Callable[[str], torch.Tensor]:
-    def get(key: str) -> torch.Tensor:
-        record = _lookup(component, key, stored, plan)
-        tensor = new_tensor(record, DTYPES[record.dtype], opts.device)
-        plan.fill.append((record, [Window(tensor)]))
-        return tensor
-
-    return get
-
-
-def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
-    """Memory for a stored tensor. Raises ``CheckpointDamaged`` for a shape that torch cannot have, ``MemoryError``."""
-    try:
-        return torch.empty(record.shape, dtype=dtype, device=device)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        problem = f"a tensor of shape {list(record.shape)} and {record.nbytes} bytes cannot be made ({error})"
-        if not record.nbytes:
-            raise CheckpointDamaged(problem) from error
-        raise MemoryError(problem) from error
-
-
 def _tensor(name: str, value: torch.Tensor, stored: Stored, opts: Options) -> Plan:
-    record = _lookup(name, "value", stored, Plan())
+    record = lookup(name, "value", stored, Plan())
     problem = mismatch(name, record, value, opts)
     if problem:
         return Plan(mismatched=[problem])
@@ -356,7 +280,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
     bare = without_shards(holder, shards)
     if kind_of(value) == "plain" or shards or (holder is not value and _has_distributed(holder)):
         plain.encode(bare, "", live.__setitem__, component=name)
-    fresh = _fresh(name, stored, plan, opts)
+    fresh = new_tensors(name, stored, plan, opts)
 
     def tensors(key: str) -> torch.Tensor:
         found = live.get(key)
@@ -365,7 +289,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
             return fresh(key)
         shard = shards.get(id(found))
         if shard is not None:
-            _lookup(name, key, stored, plan)
+            lookup(name, key, stored, plan)
             shape = tuple(shard.global_shape)
             if shape != record.shape or DTYPES[record.dtype] != shard.tensor.dtype:
                 plan.mismatched.append(f"{name}.{key}: saved as {record.dtype} {list(record.shape)}, live {shard}")
@@ -374,11 +298,11 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
             return shard.tensor
         if found is None or mismatch(key, record, found, opts):
             return fresh(key)
-        _lookup(name, key, stored, plan)
+        lookup(name, key, stored, plan)
         plan.take(record, found, f"{name}.{key}")
         return found
 
-    decoded = with_shards(plain.decode(tree, tensors, _on_host(name, stored, plan)), shards)
+    decoded = with_shards(plain.decode(tree, tensors, on_host(name, stored, plan)), shards)
     if kind_of(value) == "stateful":
         plan.finish.append(lambda: value.load_state_dict(decoded))
     else:
@@ -415,35 +339,3 @@ def _replace_plain(name: str, state: Mapping[str, Any], live: Any, decoded: Any)
         live[:] = decoded
     elif isinstance(state, dict):
         state[name] = decoded
-
-
-def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options) -> str | None:
-    """Why the stored tensor cannot go into the live one, or None."""
-    if record.shape != tuple(live.shape):
-        return f"{name}: saved with shape {list(record.shape)}, live {list(live.shape)}"
-    saved = DTYPES[record.dtype]
-    if saved == live.dtype:
-        return None
-    wanted = opts.dtype if live.is_floating_point() and saved.is_floating_point else None
-    if wanted is not None and (live.is_meta or live.dtype == wanted):
-        return None
-    return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
-
-
-def _lookup(component: str, key: str, stored: Stored, plan: Plan) -> StoredTensor:
-    record = stored.get(f"{component}.{key}")
-    if record is None:
-        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80}, which the manifest does not list")
-    if key in plan.used:  # thirty characters that would cost the tensor's memory each time
-        raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80} twice")
-    plan.used.add(key)
-    return record
-
-
-def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tuple[str, StoredTensor]]:
-    """Every stored tensor under each of its names (a tied tensor's aliases too), as ``component.fqn``."""
-    for component, record in components.items():
-        for fqn, tensor in record.tensors.items():
-            yield f"{component}.{fqn}", tensor
-        for alias, target in record.aliases.items():
-            yield f"{component}.{alias}", record.tensors[target]

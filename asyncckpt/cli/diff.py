@@ -16,7 +16,7 @@ from asyncckpt.filling import fill
 from asyncckpt.protocols import JsonValue, Reader
 from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.restore import open_manifest, read_trees
-from asyncckpt.targets import qualified_records
+from asyncckpt.target_plan import qualified_records
 
 #: Small tensors are read together: one by one, each would cost the whole extent it lies in.
 _BATCH_BYTES = 64 << 20
