@@ -243,8 +243,11 @@ class ShardsWriting:
         if complete and self._link(progress, old):
             return True
         progress.matching = False
+        # what is encoded again waits for a buffer, which only those that write give back: it is not for their threads
+        encodes = self._chain and progress.shard.floating
+        pool = self._pools.encoding if encodes else self._small.pool(progress.shard)
         for copied in copies:
-            self._submit(functools.partial(self._copy, progress, copied), self._small.pool(progress.shard))
+            self._submit(functools.partial(self._copy, progress, copied), pool)
         return False
 
     def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:

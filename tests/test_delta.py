@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import bits
 
-from asyncckpt import Checkpointer, InvalidOption, KeepLast, ManifestInvalid, Run
+from asyncckpt import Checkpointer, InvalidOption, KeepLast, ManifestInvalid, Run, WriterOptions
 from asyncckpt import manifest as manifests
 from asyncckpt.layers import Delta
-from asyncckpt.testing import Fault, FaultyOps, Site, SiteFaultOps
+from asyncckpt.testing import Fault, FaultyOps, Site, SiteFaultOps, SlowOps
 
 
 def _weights() -> dict[str, torch.Tensor]:
@@ -102,6 +102,21 @@ def test_a_shard_of_which_only_a_part_changed(tmp_path: Path) -> None:
             run.save(step, {"w": weights}).result()
             _same(run, step, weights)
             weights["z"][-1] += 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_file_that_changed_in_part_is_saved_though_the_disk_is_behind(threads: int, tmp_path: Path) -> None:
+    """What is copied from a base is encoded again, and buffers for that come back from those that write: once all of
+    them copied, the save stood still until its deadline."""
+    weights = {"part": torch.randn(400_000), "all": torch.randn(800_000)}
+    writer = WriterOptions(threads=threads, durable_timeout_seconds=20)
+    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta(), extent_bytes=32768, writer=writer) as run:
+        run._store.ops = SlowOps(0.002)
+        for step in range(1, 4):
+            run.save(step, weights).result()
+            assert run.verify(step) == []
+            weights["part"][-1] += 1
+            weights["all"] += 1
 
 
 @pytest.mark.parametrize("damage", ["missing", "flipped", "swapped"])

@@ -34,7 +34,7 @@ class Scenario:
 
     def checkpointer(self, path: Path, **more: Any) -> Checkpointer:
         options = {"keep": KeepLast(2), "extent_bytes": 64 << 10, "staging_bytes": 1 << 20, **self.options, **more}
-        return Checkpointer(path, **{"writer": WriterOptions(threads=2), **options})
+        return Checkpointer(path, **{"writer": WriterOptions(threads=2, durable_timeout_seconds=60), **options})
 
 
 SCENARIOS = {

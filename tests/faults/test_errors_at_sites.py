@@ -81,6 +81,8 @@ class Ordeal:
             error = self.run.save(step, state_of(self.generation)).exception(30)
         except AsyncCkptError as raised:  # an error of the disk that the training thread met itself
             error = raised
+        except TimeoutError:
+            raise AssertionError(f"step {step} stands still") from None
         self._drain()
         if error is None:
             self.durable[step] = self.generation
