@@ -329,21 +329,23 @@ class Save:
         attempt.sync_directory()
         return replaced(draft, size_bytes=len(data), file_digest=manifest.file_digest(data))
 
-    def discard(self, timeout_seconds: float, *, keep: bool = False) -> None:
-        """Remove a failed attempt, once no write of it is in the kernel; given up after ``timeout_seconds`` (hung
-        storage), to be called again, or left to the next run. ``keep``: only close its files. Idempotent; never
-        raises."""
+    def discard(self, timeout_seconds: float, *, keep: bool = False) -> bool:
+        """Remove a failed attempt, once no write of it is in the kernel; False where one still is after
+        ``timeout_seconds`` (hung storage): to be called again, or left to the next run. ``keep``: only close its files.
+        Idempotent; never raises."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             if not self._changed.wait_for(lambda: self.shards.in_flight == 0, timeout_seconds):
-                return
-        if self._start_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            attempt = self._attempt  # nobody can create files from here on: the error is set
-            self._start_lock.release()
-            if attempt is not None and keep:
-                attempt.close()
-            elif attempt is not None:
-                attempt.discard()
+                return False
+        if not self._start_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return False
+        attempt = self._attempt  # nobody can create files from here on: the error is set
+        self._start_lock.release()
+        if attempt is not None and keep:
+            attempt.close()
+        elif attempt is not None:
+            attempt.discard()
+        return True
 
 
 def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> str:

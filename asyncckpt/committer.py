@@ -37,6 +37,8 @@ log = logging.getLogger("asyncckpt")
 
 #: Beyond a save's own deadline, before a committer stuck in the kernel is given up.
 _GRACE_SECONDS = 10.0
+#: How long a failed save's writes may stay in the kernel before their threads are given up.
+_STUCK_SECONDS = 30.0
 
 
 OnBusy = Literal["wait", "skip", "error"]
@@ -80,6 +82,8 @@ class Committer:
         self._pool = WriterPool(1, "asyncckpt-committer")
         self._in_flight: list[InFlight] = []
         self._failed: list[PendingSave] = []
+        #: Failed saves of which a write hangs. For the committer's thread.
+        self._left: list[Save] = []
         self._changed = threading.Condition()
         self._retention_lock = threading.Lock()
         self._damaged = damaged
@@ -179,6 +183,8 @@ class Committer:
 
     def close(self) -> None:
         """End the thread after what was submitted."""
+        if self._left:
+            self._pool.submit(lambda: self._discard(None, _STUCK_SECONDS))
         self._pool.close()
 
     def make_room(self, nbytes: int, step: int) -> None:
@@ -259,8 +265,17 @@ class Committer:
         elif isinstance(error, SaveUndecided):
             self._damaged.add(save.contents.draft.name)
         self._end(flight, error)
-        if error is not None:
-            save.discard(30.0)  # only where writes hung: the failure was not to wait for them
+        self._discard(save if error is not None else None)
+
+    def _discard(self, failed: Save | None, wait_seconds: float = 0.0) -> None:
+        """Remove what is left of failed saves. Waits for writes that hang, which the failure was not to wait for, and
+        gives up on threads that they hold for long: a file that hangs for good costs its save, and no other. For what
+        hung before it waits ``wait_seconds``."""
+        if failed is not None and not failed.discard(_STUCK_SECONDS):
+            log.warning("step %d: a write of it hangs; its files go once it returns, or with the next run", failed.step)
+            failed.shards.give_up(_STUCK_SECONDS)
+            self._left.append(failed)
+        self._left = [save for save in self._left if not save.discard(wait_seconds)]
 
     def _before_publish(self, save: Save) -> Callable[[], None]:
         def check() -> None:

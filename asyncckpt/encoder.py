@@ -217,6 +217,12 @@ class Encoder:
                 self._buffers.append(buffer)
                 self._changed.notify()
 
+    def give_up(self, count: int) -> None:
+        """As many buffers may never come back: there may be as many others."""
+        with self._changed:
+            self._left += count
+            self._changed.notify_all()
+
     def _acquire(self, nbytes: int) -> memoryview:
         """Blocks while the disk is behind: whoever writes never waits for whoever encodes."""
         with self._changed:

@@ -109,9 +109,9 @@ class PartSave(Save):
             raise retold(outcome["error"])
         return replace(self.contents.draft, name=outcome["name"], size_bytes=outcome["nbytes"])
 
-    def discard(self, timeout_seconds: float, *, keep: bool = False) -> None:
+    def discard(self, timeout_seconds: float, *, keep: bool = False) -> bool:
         # unless rank 0 gave up too, it may be about to publish, and these are its files
-        super().discard(timeout_seconds, keep=keep or not self._given_up)
+        return super().discard(timeout_seconds, keep=keep or not self._given_up)
 
 
 class LeadSave(Save):
@@ -139,11 +139,11 @@ class LeadSave(Save):
             party.ranks.forget(replace(party, number=party.number - 2).outcome)
         return written
 
-    def discard(self, timeout_seconds: float, *, keep: bool = False) -> None:
+    def discard(self, timeout_seconds: float, *, keep: bool = False) -> bool:
         # the others are told why before their files are gone
         if self.error is not None:
             self._tell(self._typed(self.error))
-        super().discard(timeout_seconds, keep=keep)
+        return super().discard(timeout_seconds, keep=keep)
 
     def _tell(self, error: BaseException) -> None:
         if not self._told:

@@ -244,6 +244,10 @@ class Pools:
         self.small = WriterPool(_SMALL_THREADS, "asyncckpt-small")
         self.encoding = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
 
+    def replace_stuck(self, stuck_seconds: float) -> int:
+        """Replace threads that have been inside one task for longer than ``stuck_seconds``; how many."""
+        return sum(pool.replace_stuck(stuck_seconds) for pool in (self.writing, self.small, self.encoding))
+
     def close(self) -> None:
         """End the threads after what was submitted. Does not wait."""
         for pool in (self.writing, self.small, self.encoding):

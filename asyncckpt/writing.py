@@ -140,6 +140,10 @@ class ShardsWriting:
         self._parking.abandon(self._shards)
         self._small.hold_no_longer()
 
+    def give_up(self, stuck_seconds: float) -> None:
+        """What of it has been in the kernel for that long may never come back: others take the threads' place."""
+        self._encoder.give_up(self._pools.replace_stuck(stuck_seconds))
+
     def records(self) -> list[FileRecord]:
         """The files as written, those they build on included; to be asked once nothing is unfinished."""
         written = [progress.record() for progress in self._shards if progress.shard.extents]

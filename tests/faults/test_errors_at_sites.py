@@ -152,7 +152,9 @@ class Ordeal:
             del self.undecided[step]
 
     def _open(self) -> list[str]:
-        return sorted(target for target in open_files().values() if target.startswith(str(self.path)))
+        """Of this run; not the lease's next record, which its holder may be writing."""
+        ours = (target for target in open_files().values() if target.startswith(str(self.path)))
+        return sorted(target for target in ours if ".tmp-lease-" not in target)
 
     def close(self) -> None:
         self.run.close()
