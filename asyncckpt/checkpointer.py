@@ -7,19 +7,16 @@ import functools
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 
 from asyncckpt import cadence, codecs, digests, formats, naming, retention
-from asyncckpt.arena import Arena, default_budget
 from asyncckpt.catalog import CheckpointInfo
-from asyncckpt.commit import Save, config_tree, contents_of
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.distributed import RankOptions
-from asyncckpt.encoder import Encoder, padded, slot_bytes
 from asyncckpt.errors import (
     ArenaBusy,
     CheckpointNotFound,
@@ -30,18 +27,15 @@ from asyncckpt.errors import (
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
 from asyncckpt.layers import Delta, chain_of
-from asyncckpt.layout import LayoutCache
 from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Ledger, numbers
 from asyncckpt.occasions import Occasions
-from asyncckpt.planning import Planned, alone
 from asyncckpt.protocols import Codec, LayoutOptions
 from asyncckpt.restore import RestoreReport
+from asyncckpt.saves import Saves
 from asyncckpt.session import Session
-from asyncckpt.snapshot import capture
 from asyncckpt.staging import Stager, StagingJob, split_eager
 from asyncckpt.storage.lease import LeaseOptions
-from asyncckpt.together import LeadSave, PartSave, Party
 from asyncckpt.writer import PendingSave, Pools, WriterOptions, failed
 
 _MIN_STAGING_BYTES = 1 << 20
@@ -127,15 +121,9 @@ class Checkpointer(Session):
         )
         self._format = formats.get(format)
         self._codec = codecs.get(codec)
-        self._incremental = incremental
-        self._chain = chain_of(delta, format, self._codec.name, incremental)
-        self._digest = digest
+        chain = chain_of(delta, format, self._codec.name, incremental)
         self._ledger = Ledger(self.path, naming.NameTemplate(name), self._damaged, overwrite=overwrite)
-        self._config = config_tree(config)
-        self._staging_bytes = staging_bytes
         self._on_busy = on_busy
-        self._overwrite = overwrite
-        self._check_replicas = check_replicas
         if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
             extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
         if layout not in ("global", "ranks") or (layout == "ranks" and (format, self._codec.name) != _PLAIN):
@@ -146,7 +134,6 @@ class Checkpointer(Session):
         self._layout_options = LayoutOptions(
             shard_bytes=shard_bytes, extent_bytes=extent_bytes, by_rank=layout == "ranks"
         )
-        self._layouts = LayoutCache(self._format, self._codec, self._layout_options)
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._committer = Committer(
@@ -160,18 +147,29 @@ class Checkpointer(Session):
         )
         self._watched = Watched(weakly(self._before_change))
         self._occasions = Occasions(every, preempt)
-        self._arena = Arena()
-        #: The layout whose saves the arena was last seen to be large enough for.
-        self._fits: tuple[int, int, str] | None = None
+        self._saves = Saves(
+            shard_format=self._format,
+            codec=self._codec,
+            layout=self._layout_options,
+            digest=digest,
+            config=config,
+            overwrite=overwrite,
+            incremental=incremental,
+            chain=chain,
+            check_replicas=check_replicas,
+            staging_bytes=staging_bytes,
+            threads=self._writer_options.threads,
+            store=self._store,
+            events=self.events,
+            committer=self._committer,
+        )
+        self._arena = self._saves.arena
         self._stager = Stager()
-        threads = self._writer_options.threads
-        self._encoder = Encoder(self._codec, threads)
-        self._pools = Pools(threads)
-        self._prepared = self._plan_anew = False
+        self._prepared = False
         self._preparations = 0
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        weakref.finalize(self, _end_threads, self._stager, self._pools, self._committer)
+        weakref.finalize(self, _end_threads, self._stager, self._saves.pools, self._committer)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -217,7 +215,8 @@ class Checkpointer(Session):
         the others. Returns at once; ``step`` and ``resume`` do it by themselves."""
         self._open()
         self._committer.follows = self._job is not None and not self._job.leads
-        self._grow_arena(self._plan(state, 0, weights_only=False, call=f"prepare/{self._preparations}"))
+        planned = self._saves.plan(self._job, state, 0, weights_only=False, call=f"prepare/{self._preparations}")
+        self._saves.grow_arena(planned)
         self._preparations += 1
         self._prepared = True
 
@@ -285,7 +284,7 @@ class Checkpointer(Session):
             self._closed = True
             self._watched.close()
             self._occasions.close()
-            _end_threads(self._stager, self._pools, self._committer)
+            _end_threads(self._stager, self._saves.pools, self._committer)
             self._arena.close()
             self._leave_directory()
         error = self._committer.take_error()
@@ -320,7 +319,7 @@ class Checkpointer(Session):
         except Skipped:
             raise
         except PlanChanged as error:  # training goes on, here as on the other ranks
-            self._plan_anew = True
+            self._saves.plan_anew = True
             self.events.emit(Failed(step=step, error=error))
             return failed(step, error)
         except BaseException as error:
@@ -341,18 +340,21 @@ class Checkpointer(Session):
         values = numbers(metrics)
         name = self._ledger.claim(step, kind, values)
         try:
-            planned = self._plan(state, step, weights_only=kind == "weights", call=f"save/{number}", number=number)
+            planned = self._saves.plan(
+                self._job, state, step, weights_only=kind == "weights", call=f"save/{number}", number=number
+            )
             layout, pieces = planned.layout, planned.pieces
-            self._grow_arena(planned)
+            self._saves.grow_arena(planned)
             policy: OnBusy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
             self._admit(step, sum(extent.nbytes for extent in layout.extents()), policy)
-            save = self._new_save(planned, number, name, kind, values, began)
+            save = self._saves.make(self._job, planned, number, name, kind, values, began)
             deferred = bool(self._watched)
             self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
             digest = save.digest if deferred else None  # an eager save's copies must not wait for digests
-            splits = self._encoder.splits and not self._chain  # differences are taken of whole items
-            job = StagingJob(step, pieces, layout.extents(), self._arena, save.take, self.events, began, digest, splits)
+            job = StagingJob(
+                step, pieces, layout.extents(), self._arena, save.take, self.events, began, digest, self._saves.splits
+            )
         except BaseException:
             self._ledger.release(step, kind)
             raise
@@ -383,7 +385,7 @@ class Checkpointer(Session):
     def _ended(self, step: int, kind: str, done: PendingSave) -> None:
         if done.failed():
             self._ledger.release(step, kind)
-            self._plan_anew = self._plan_anew or isinstance(done.failure(), PlanChanged)
+            self._saves.plan_anew = self._saves.plan_anew or isinstance(done.failure(), PlanChanged)
 
     def _admit(self, step: int, nbytes: int, policy: OnBusy) -> None:
         """As the committer says; where that is not to wait, what one rank cannot do, all do not."""
@@ -397,74 +399,6 @@ class Checkpointer(Session):
             busy = error
         if self._job.any_rank("busy", busy is not None):
             raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
-
-    def _plan(
-        self, state: Mapping[str, Any], step: int, *, weights_only: bool, call: str, number: int | None = None
-    ) -> Planned:
-        """``call`` tells this planning from others, ``number`` the save that it is for."""
-        snapshot = capture(state, step, weights_only=weights_only)
-        if self._job is not None:
-            planner = self._job.planner
-            if self._plan_anew:
-                self._plan_anew = False
-                planner.forget()
-            ask = number is not None and not planner.known(snapshot)
-            unless = self._job.replan(number) if ask and number is not None else None
-            return planner.plan(snapshot, call, unless, gather=number is not None)
-        components = tuple((one.name, tuple(p.spec for p in one.pieces)) for one in snapshot.components)
-        return alone(snapshot, self._layouts.get(components))
-
-    def _new_save(
-        self, planned: Planned, number: int, name: str, kind: str, metrics: dict[str, float], began: float
-    ) -> Save:
-        job = self._job
-        contents = contents_of(
-            planned.components,
-            planned.layout,
-            step=planned.step,
-            name=name,
-            kind=kind,
-            metrics=metrics,
-            shard_format=self._format.name,
-            codec=self._codec,
-            digest=self._digest,
-            config=self._config,
-            replace=self._overwrite,
-            attempt=job.attempt(number) if job is not None else None,
-            world_size=job.ranks.size if job is not None else 1,
-        )
-        return self._kind_of_save(planned, number)(
-            contents,
-            store=self._store,
-            pools=self._pools,
-            arena=self._arena,
-            encoder=self._encoder,
-            previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
-            chain=self._chain,
-            events=self.events,
-            make_room=functools.partial(self._committer.make_room, step=planned.step),
-            started_seconds=began,
-        )
-
-    def _kind_of_save(self, planned: Planned, number: int) -> Callable[..., Save]:
-        if self._job is None:
-            return Save
-        replicas = self._job.replica_digests(planned.components) if self._check_replicas else {}
-        anew = self._job.replanned(number)
-        party = Party(self._job.ranks, number, planned.own, planned.leads, replicas, anew)
-        return functools.partial(LeadSave if self._job.leads else PartSave, party=party)
-
-    def _grow_arena(self, planned: Planned) -> None:
-        extents = planned.layout.extents()
-        key = len(extents), planned.layout.nbytes, planned.layout.fingerprint
-        if key == self._fits:  # the arena never shrinks
-            return
-        sizes = [slot_bytes(extent) for extent in extents]
-        budget = default_budget(sizes) if self._staging_bytes is None else self._staging_bytes
-        pin = any(piece.tensor.is_cuda for piece in planned.pieces)
-        self._arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
-        if self._arena.budget_bytes >= (self._staging_bytes or sum(map(padded, sizes))):
-            self._fits = key
 
     def _before_change(self, where: str) -> None:
         """What watched optimizers own is about to change: whatever is not copied yet is copied now."""

@@ -1,0 +1,157 @@
+"""How one save is made: its layout, agreed on with the other ranks, memory to stage it in, and the ``Save`` itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from asyncckpt.arena import Arena, default_budget
+from asyncckpt.commit import Save, config_tree, contents_of
+from asyncckpt.committer import Committer
+from asyncckpt.encoder import Encoder, padded, slot_bytes
+from asyncckpt.events import EventBus
+from asyncckpt.job import Job
+from asyncckpt.layout import LayoutCache
+from asyncckpt.planning import Planned, alone
+from asyncckpt.protocols import Codec, LayoutOptions, ShardFormat, Store
+from asyncckpt.snapshot import capture
+from asyncckpt.together import LeadSave, PartSave, Party
+from asyncckpt.writer import Pools
+
+
+class Saves:
+    """What the saves of one checkpointer have in common, and how one is made of it. For the training thread.
+
+    ``config``: plain values for every manifest. ``chain``: how often in a row a file may be saved as differences.
+    ``staging_bytes``: the arena's budget, None for as much as the state takes. The options are those of
+    ``Checkpointer``, checked there.
+    """
+
+    def __init__(
+        self,
+        *,
+        shard_format: ShardFormat,
+        codec: Codec,
+        layout: LayoutOptions,
+        digest: str,
+        config: Any,
+        overwrite: bool,
+        incremental: bool,
+        chain: int,
+        check_replicas: bool,
+        staging_bytes: int | None,
+        threads: int,
+        store: Store,
+        events: EventBus,
+        committer: Committer,
+    ) -> None:
+        self._format = shard_format
+        self._codec = codec
+        self._digest = digest
+        self._config = config_tree(config)
+        self._overwrite = overwrite
+        self._incremental = incremental
+        self._chain = chain
+        self._check_replicas = check_replicas
+        self._staging_bytes = staging_bytes
+        self._store = store
+        self._events = events
+        self._committer = committer
+        self._layouts = LayoutCache(shard_format, codec, layout)
+        #: The layout whose saves the arena was last seen to be large enough for.
+        self._fits: tuple[int, int, str] | None = None
+        self.arena = Arena()
+        self.pools = Pools(threads)
+        self._encoder = Encoder(codec, threads)
+        #: Whether the job's ranks must agree on their layout again.
+        self.plan_anew = False
+
+    @property
+    def splits(self) -> bool:
+        """Whether chunks may be staged as planes; differences are taken of whole items."""
+        return self._encoder.splits and not self._chain
+
+    def plan(
+        self,
+        job: Job | None,
+        state: Mapping[str, Any],
+        step: int,
+        *,
+        weights_only: bool,
+        call: str,
+        number: int | None = None,
+    ) -> Planned:
+        """``call`` tells this planning from others, ``number`` the save that it is for. Raises as ``capture`` does,
+        and in a job ``PlanChanged`` where another rank must plan anew."""
+        snapshot = capture(state, step, weights_only=weights_only)
+        if job is not None:
+            planner = job.planner
+            if self.plan_anew:
+                self.plan_anew = False
+                planner.forget()
+            ask = number is not None and not planner.known(snapshot)
+            unless = job.replan(number) if ask and number is not None else None
+            return planner.plan(snapshot, call, unless, gather=number is not None)
+        components = tuple((one.name, tuple(p.spec for p in one.pieces)) for one in snapshot.components)
+        return alone(snapshot, self._layouts.get(components))
+
+    def grow_arena(self, planned: Planned) -> None:
+        """Have the memory that a save of this layout takes. Returns at once: it is faulted in in the background."""
+        extents = planned.layout.extents()
+        key = len(extents), planned.layout.nbytes, planned.layout.fingerprint
+        if key == self._fits:  # the arena never shrinks
+            return
+        sizes = [slot_bytes(extent) for extent in extents]
+        budget = default_budget(sizes) if self._staging_bytes is None else self._staging_bytes
+        pin = any(piece.tensor.is_cuda for piece in planned.pieces)
+        self.arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
+        if self.arena.budget_bytes >= (self._staging_bytes or sum(map(padded, sizes))):
+            self._fits = key
+
+    def make(
+        self,
+        job: Job | None,
+        planned: Planned,
+        number: int,
+        name: str,
+        kind: str,
+        metrics: dict[str, float],
+        began: float,
+    ) -> Save:
+        """The attempt to write what is planned. ``began``: when the save was asked for, by ``time.perf_counter``."""
+        contents = contents_of(
+            planned.components,
+            planned.layout,
+            step=planned.step,
+            name=name,
+            kind=kind,
+            metrics=metrics,
+            shard_format=self._format.name,
+            codec=self._codec,
+            digest=self._digest,
+            config=self._config,
+            replace=self._overwrite,
+            attempt=job.attempt(number) if job is not None else None,
+            world_size=job.ranks.size if job is not None else 1,
+        )
+        return self._kind_of_save(job, planned, number)(
+            contents,
+            store=self._store,
+            pools=self.pools,
+            arena=self.arena,
+            encoder=self._encoder,
+            previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
+            chain=self._chain,
+            events=self._events,
+            make_room=functools.partial(self._committer.make_room, step=planned.step),
+            started_seconds=began,
+        )
+
+    def _kind_of_save(self, job: Job | None, planned: Planned, number: int) -> Callable[..., Save]:
+        if job is None:
+            return Save
+        replicas = job.replica_digests(planned.components) if self._check_replicas else {}
+        anew = job.replanned(number)
+        party = Party(job.ranks, number, planned.own, planned.leads, replicas, anew)
+        return functools.partial(LeadSave if job.leads else PartSave, party=party)
