@@ -4,6 +4,7 @@ buffers and threads are shared by everything that one save does, so that each co
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def _try(seeds: range, tmp_path: Path) -> None:
             _trial(seed, tmp_path / str(seed))
         except Exception as error:
             raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+        shutil.rmtree(tmp_path / str(seed))
 
 
 def test_a_save_comes_to_its_end_whatever_it_is_made_of(tmp_path: Path) -> None:
