@@ -217,14 +217,15 @@ class StagingJob:
     def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
         slot = self._arena.acquire(slot_bytes(work.extent), deadline, self._is_cancelled)
         began = time.perf_counter()
-        on_device = any(self._pieces[segment.piece].tensor.device.type in _DEVICES for segment in work.extent.segments)
         try:
+            pieces = self._pieces  # gone, once the save has failed: then this one fails, too
+            on_device = any(pieces[segment.piece].tensor.device.type in _DEVICES for segment in work.extent.segments)
             with self._streams.entered():
-                if self._splits_on_device and on_device and can_split(self._pieces, work.extent):
+                if self._splits_on_device and on_device and can_split(pieces, work.extent):
                     slot = replace(slot, split=True)
-                    copy_planes(self._pieces, work.extent, slot)
+                    copy_planes(pieces, work.extent, slot)
                 else:
-                    copy_segments(self._pieces, work.extent.segments, slot)
+                    copy_segments(pieces, work.extent.segments, slot)
                     fill_rest(slot, work.extent)
                 ready = self._streams.ready()
             if work.extent.header:

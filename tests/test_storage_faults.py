@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from asyncckpt import (
     SaveUndecided,
     StepExists,
 )
+from asyncckpt.arena import Slot
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import Fault, FaultyOps, InterceptedOps, Site, SiteFaultOps
@@ -402,3 +404,32 @@ def test_a_hint_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
     assert ops.hits
     assert not [name for name in os.listdir(run.path) if name.startswith(".tmp-latest")]
     run.close()
+
+
+def test_an_extent_that_is_being_staged_while_its_save_fails_gives_its_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors were let go of between the memory and the copy: the slot was lost to all saves after."""
+    state = {"w": torch.randn(100_000)}
+    with Checkpointer(tmp_path / "run", extent_bytes=64 << 10) as run:
+        run.save(1, state).result()
+        run.wait()
+        arena = run._arena
+        acquire = arena.acquire
+
+        def fail_meanwhile(*args: Any) -> Slot:
+            slot = acquire(*args)
+            for flight in run._committer.in_flight():
+                flight.save.fail(OSError(errno.EIO, "late"))
+                assert isinstance(flight.pending.exception(30), SaveFailed)
+            return slot
+
+        monkeypatch.setattr(arena, "acquire", fail_meanwhile)
+        assert run.save(2, state).failed()
+        monkeypatch.undo()
+        run.save(3, state).result()
+        assert arena.wait_prepared(10)
+        patience = time.monotonic() + 10  # who wrote the last extent gives its slot back after the save is durable
+        while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
+            time.sleep(0.001)
+        assert arena.free_bytes() == arena.budget_bytes
