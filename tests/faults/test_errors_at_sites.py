@@ -27,8 +27,10 @@ LATE = (errno.EIO, errno.ENOSPC, errno.ESTALE, errno.EINTR)
 HALVES = {"open", "write_file", "pwrite", "reflink"}
 READS = READING - {"close_read"}
 NEVER_LATE = {"open"} | READS
-#: Saves until a site is met again: what is saved as differences depends on how many were before.
+#: Saves until a site is met again: a file of the scenarios changes with every third.
 _LIFE = 4
+#: Likewise where what is saved as differences depends on how many were before: with each third, it is all.
+_DELTA_LIFE = 9
 #: Failures after which the rest is not tried.
 _ENOUGH = 10
 
@@ -51,13 +53,14 @@ class Ordeal:
         self.path = path
         self.scenario = scenario
         self.generation = 0
+        self._life = _DELTA_LIFE if "delta" in scenario.options else _LIFE
         self.faults = self.failures = self.unmet = 0
         self.run = scenario.checkpointer(path)
         self.ops = SiteFaultOps(str(path))
         self.run._store.ops = self.ops
         self.durable: dict[int, int] = {}
         self.undecided: dict[int, int] = {}
-        for _ in range(_LIFE):
+        for _ in range(self._life):
             self.save()
         self.check()
         self._threads = {thread.name for thread in threading.enumerate()}
@@ -66,7 +69,7 @@ class Ordeal:
     def sites(self) -> list[Site]:
         """Every site that the saves of one life visit."""
         seen: dict[Site, None] = {}
-        for _ in range(_LIFE):
+        for _ in range(self._life):
             self.ops.arm()
             self.save()
             seen.update(dict.fromkeys(self.ops.sites))
@@ -100,7 +103,7 @@ class Ordeal:
         """Save until these faults have happened, and check; False where they were not met."""
         before = set(leftovers(self.path))
         self.ops.arm(*faults)
-        for _ in range(_LIFE):
+        for _ in range(self._life):
             error = self.save()
             if self.ops.hits:
                 break
