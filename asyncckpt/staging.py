@@ -124,7 +124,7 @@ class StagingJob:
         """Copy every extent that holds one of the pieces in ``eager`` before returning.
 
         Whole extents, so that a slot is never held half filled: two saves doing that could wait for each other's.
-        Raises what cancelled the job.
+        Never raises: an error cancels the job.
         """
         with self._lock:
             now = deque(w for w in self._queue if any(s.piece in eager for s in w.extent.segments))
@@ -137,8 +137,6 @@ class StagingJob:
             self._queue.extendleft(now)
         self._drop_queue()
         self._streams.make_current_wait()
-        if self._error is not None:
-            raise self._error
 
     def run(self, deadline: float | None = None) -> None:
         """Work until nothing is left to start. Never raises: an error cancels the job."""

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -433,3 +433,38 @@ def test_an_extent_that_is_being_staged_while_its_save_fails_gives_its_memory_ba
         while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
             time.sleep(0.001)
         assert arena.free_bytes() == arena.budget_bytes
+
+
+def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a watched optimizer ``save`` raised the bare error of the background, without step or path."""
+    owned, other = torch.randn(1000), torch.randn(1_000_000)  # too large to be cloned instead
+    ops = FaultyOps()
+    with Checkpointer(tmp_path / "run", extent_bytes=512 << 10) as run:
+        optimizer = torch.optim.SGD([owned], lr=0.1)
+        run.watch(optimizer)
+        run.save(1, {"owned": owned, "other": other}).result()
+        run._store.ops = ops
+        acquire = run._arena.acquire
+
+        slots: list[Slot] = []
+
+        def all_but_the_first_once_the_disk_has_failed(
+            nbytes: int, deadline: float | None, cancelled: Callable[[], bool]
+        ) -> Slot:
+            patience = time.monotonic() + 10
+            while slots and not cancelled() and time.monotonic() < patience:
+                time.sleep(0.001)
+            slots.append(acquire(nbytes, deadline))
+            return slots[-1]
+
+        monkeypatch.setattr(run._arena, "acquire", all_but_the_first_once_the_disk_has_failed)
+        ops.fail = ("mkdir", 1, errno.EIO)
+        other += 1
+        pending = run.save(2, {"owned": owned, "other": other})
+        with pytest.raises(SaveFailed, match=r"step 2: writing .*Input/output error.*Check the storage"):
+            pending.result(30)
+        assert len(slots) == 2, "the training thread copied on, or nothing"
+        monkeypatch.undo()
+        run.save(3, {"owned": owned, "other": other}).result(30)

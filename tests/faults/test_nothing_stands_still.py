@@ -96,6 +96,11 @@ def _trial(seed: int, path: Path, *, with_errors: bool) -> int:
     failures = 0
     with Checkpointer(path, **options) as run:
         run.prepare(weights)
+        # copied behind training's back until the optimizer's next step; the rest, before ``save`` returns
+        owned = [tensor for tensor in state.values() if rng.random() < 0.7] if rng.random() < 0.5 else []
+        optimizer = torch.optim.SGD(owned, lr=0.1) if owned else None
+        if optimizer is not None:
+            run.watch(optimizer)
         ops = run._store.ops = _Moody(rng, rng.choice([0.0, 0.001, 0.004]))
         for step in range(1, _SAVES + 1):
             ops.errors = rng.choice([0.002, 0.01, 0.05]) if with_errors and step < _SAVES else 0.0
@@ -115,6 +120,8 @@ def _trial(seed: int, path: Path, *, with_errors: bool) -> int:
                 if not with_errors:
                     raise
                 failures += 1
+            if optimizer is not None:
+                optimizer.step()
             _change(rng, state)
         assert run.wait(4 * _DEADLINE_SECONDS)
         _gives_back(run._arena)
