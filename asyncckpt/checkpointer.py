@@ -23,6 +23,7 @@ from asyncckpt.errors import (
     InvalidOption,
     PlanChanged,
     SaveAbandoned,
+    storage_errors,
 )
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
@@ -244,7 +245,8 @@ class Checkpointer(Session):
         """Apply the retention policies now; the checkpoints deleted (or that would be). Blocks on the disk."""
         if not dry_run:
             self._open()
-        return self._committer.prune(dry_run=dry_run)
+        with storage_errors(self.path):
+            return self._committer.prune(dry_run=dry_run)
 
     def resume(self, state: Mapping[str, Any]) -> int:
         """Restore the newest full checkpoint that verifies and return its step; 0 where there is none at all.

@@ -6,6 +6,7 @@
     ├── InvalidOption         (ValueError)         an argument of the API that makes no sense
     ├── StepExists            (FileExistsError)    the step is already saved
     ├── RunPathError          (OSError)            the run directory cannot be used (missing, a file, read-only)
+    ├── StorageFailed         (OSError)            the storage failed while checkpoints were looked at, read or deleted
     ├── RunLocked             (BlockingIOError)    another live run owns the directory
     ├── LeaseLost             (OSError)            another run took the directory over while this one was writing
     ├── NotEnoughSpace        (OSError)            the disk cannot hold the save
@@ -34,8 +35,9 @@ the step and the rank where there is one, and ends with what to do.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class AsyncCkptError(Exception):
@@ -60,6 +62,28 @@ class StepExists(AsyncCkptError, FileExistsError):
 
 class RunPathError(AsyncCkptError, OSError):
     """The run directory cannot be used as it is."""
+
+
+class StorageFailed(AsyncCkptError, OSError):
+    """The storage failed while checkpoints were listed, read or deleted. Nothing is known to be wrong with them.
+    ``errno`` is the system's."""
+
+
+@contextlib.contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """Around what reaches the storage of the run at ``path``: an error that only the system has named is raised as
+    ``StorageFailed``."""
+    try:
+        yield
+    except AsyncCkptError:
+        raise
+    except OSError as error:
+        failed = StorageFailed(
+            f"{path}: the storage failed ({type(error).__name__}: {error}). Nothing is known to be wrong with the "
+            f"checkpoints: check the storage and its permissions, then try again"
+        )
+        failed.errno = error.errno
+        raise failed from error
 
 
 class RunLocked(AsyncCkptError, BlockingIOError):

@@ -12,7 +12,7 @@ import torch
 
 from asyncckpt import restore as restoring
 from asyncckpt.catalog import Catalog, CheckpointInfo
-from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, Restored
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import Damage
@@ -37,7 +37,8 @@ class Run:
     def ls(self) -> list[CheckpointInfo]:
         """The checkpoints of this run, oldest first, unusable ones included (``.damage`` says why). Reads manifests
         and sizes, not data."""
-        return Catalog(self._store, self.path).entries()
+        with storage_errors(self.path):
+            return Catalog(self._store, self.path).entries()
 
     def verify(
         self, step: int | None = None, *, progress: Progress | None = None, expect_digest: str | None = None
@@ -45,14 +46,16 @@ class Run:
         """Read every byte of a checkpoint (default: the newest) past the page cache; empty means good.
 
         ``expect_digest``: as for ``restore``; another manifest is damage."""
-        entry, reader = self._open_chosen(step)
-        return _verified(entry, reader, progress, expect_digest)
+        with storage_errors(self.path):
+            entry, reader = self._open_chosen(step)
+            return _verified(entry, reader, progress, expect_digest)
 
     def verify_entry(
         self, entry: CheckpointInfo, *, progress: Progress | None = None, expect_digest: str | None = None
     ) -> list[Damage]:
         """``verify`` for one row of ``ls``: a step can have a full and a weights-only checkpoint."""
-        return _verified(entry, self.open_entry(entry), progress, expect_digest)
+        with storage_errors(self.path):
+            return _verified(entry, self._store.open(entry.name), progress, expect_digest)
 
     def restore(
         self,
@@ -82,18 +85,17 @@ class Run:
         ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointDamaged`` on bad bytes.
         """
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
-        if expect_digest is not None:
-            options["expect_digest"] = expect_digest
-            catalog = Catalog(self._store, self.path)
-            entry = catalog.newest() if step is None else catalog.find(step)
-            report = self._restore(entry.name, state, options)
-        elif step is None:
-            report = self._restore_newest(state, options)
-        else:
+        with storage_errors(self.path):
+            if expect_digest is not None:
+                options["expect_digest"] = expect_digest
+                catalog = Catalog(self._store, self.path)
+                entry = catalog.newest() if step is None else catalog.find(step)
+                return self._restore(entry.name, state, options)
+            if step is None:
+                return self._restore_newest(state, options)
             with self._stages().stage("find"):
                 name = Catalog(self._store, self.path).find(step).name
-            report = self._restore(name, state, options)
-        return report
+            return self._restore(name, state, options)
 
     def load_tensors(
         self,
@@ -109,24 +111,28 @@ class Run:
         Returns ``{"model.wte.weight": tensor, …}``. ``expect_digest``: as for ``restore``. Raises ``UnknownName`` and
         ``CheckpointDamaged``.
         """
-        with contextlib.closing(self._open_chosen(step)[1]) as reader:
+        with storage_errors(self.path), contextlib.closing(self._open_chosen(step)[1]) as reader:
             return restoring.load_tensors(reader, names, device=device, dtype=dtype, expect_digest=expect_digest)
 
     def open(self, step: int | None = None) -> Reader:
         """An open checkpoint (default: the newest of any kind), protected from retention until its ``close``."""
-        return self._open_chosen(step)[1]
+        with storage_errors(self.path):
+            return self._open_chosen(step)[1]
 
     def open_entry(self, entry: CheckpointInfo) -> Reader:
         """As ``open``, for one row of ``ls``. Raises ``CheckpointNotFound`` where it was deleted meanwhile."""
-        return self._store.open(entry.name)
+        with storage_errors(self.path):
+            return self._store.open(entry.name)
 
     def pin(self, step: int) -> CheckpointInfo:
         """Never let retention delete this checkpoint. Raises ``CheckpointNotFound``."""
-        return Catalog(self._store, self.path).pin(step)
+        with storage_errors(self.path):
+            return Catalog(self._store, self.path).pin(step)
 
     def unpin(self, step: int) -> CheckpointInfo:
         """Undo ``pin``."""
-        return Catalog(self._store, self.path).pin(step, pinned=False)
+        with storage_errors(self.path):
+            return Catalog(self._store, self.path).pin(step, pinned=False)
 
     def _open_chosen(self, step: int | None) -> tuple[CheckpointInfo, Reader]:
         """That checkpoint, or the newest of any kind, protected from retention."""

@@ -11,7 +11,7 @@ from typing import Any
 from asyncckpt import restore as restoring
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.distributed import RankOptions, Ranks
-from asyncckpt.errors import CheckpointerClosed, SaveAbandoned
+from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job, RestoreStages
 from asyncckpt.ledger import Ledger
@@ -100,10 +100,11 @@ class Session(Run):
     def _take_directory(self, taking_over: Future[tuple[Lease, list[CheckpointInfo]]]) -> None:
         lease: Lease | None = None
         try:
-            self._store.prepare(create_parents=self._create_parents)
-            lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
-            self._store.reclaim()
-            taking_over.set_result((lease, self.ls()))
+            with storage_errors(self.path):
+                self._store.prepare(create_parents=self._create_parents)
+                lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
+                self._store.reclaim()
+                taking_over.set_result((lease, self.ls()))
         except BaseException as error:
             if lease is not None:
                 lease.release()

@@ -31,6 +31,8 @@ NEVER_LATE = {"open"} | READS
 _LIFE = 4
 #: Likewise where what is saved as differences depends on how many were before: with each third, it is all.
 _DELTA_LIFE = 9
+#: Failed saves shift the one against the other; so do we.
+_PHASES = 3
 #: Failures after which the rest is not tried.
 _ENOUGH = 10
 
@@ -103,10 +105,12 @@ class Ordeal:
         """Save until these faults have happened, and check; False where they were not met."""
         before = set(leftovers(self.path))
         self.ops.arm(*faults)
-        for _ in range(self._life):
+        for attempt in range(1, _PHASES * self._life + 1):
             error = self.save()
             if self.ops.hits:
                 break
+            # what changes when is shifted against the chain of differences
+            self.generation += attempt % self._life == 0
         hits = self.ops.hits
         self.ops.arm()
         self.faults += bool(hits)
