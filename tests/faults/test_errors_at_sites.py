@@ -65,6 +65,7 @@ class Ordeal:
         for _ in range(self._life):
             self.save()
         self.check()
+        self._links = self.run._store.links, self.run._store.reflinks
         self._threads = {thread.name for thread in threading.enumerate()}
         self._files = self._open()
 
@@ -113,6 +114,8 @@ class Ordeal:
             self.generation += attempt % self._life == 0
         hits = self.ops.hits
         self.ops.arm()
+        # that the file system has none is remembered: later faults are to meet links again
+        self.run._store.links, self.run._store.reflinks = self._links
         self.faults += bool(hits)
         self.failures += error is not None
         self.unmet += not hits
