@@ -55,7 +55,7 @@ class Run:
     ) -> list[Damage]:
         """``verify`` for one row of ``ls``: a step can have a full and a weights-only checkpoint."""
         with storage_errors(self.path):
-            return _verified(entry, self._store.open(entry.name), progress, expect_digest)
+            return _verified(entry, self.open_entry(entry), progress, expect_digest)
 
     def restore(
         self,
