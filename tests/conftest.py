@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer
+from asyncckpt.arena import Arena
 
 
 class Tiny(nn.Module):
@@ -56,6 +58,15 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) ->
         loss.backward()
         optimizer.step()
     return loss.item()
+
+
+def assert_all_memory_came_back(arena: Arena) -> None:
+    """Who wrote the last extent of a save gives its slot back after the save is durable: waits for that."""
+    assert arena.wait_prepared(10)
+    patience = time.monotonic() + 10
+    while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
+        time.sleep(0.001)
+    assert arena.free_bytes() == arena.budget_bytes, "memory of the arena was not given back"
 
 
 def pytest_configure() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_all_memory_came_back
 
 from asyncckpt import (
     Checkpointer,
@@ -428,11 +429,7 @@ def test_an_extent_that_is_being_staged_while_its_save_fails_gives_its_memory_ba
         assert run.save(2, state).failed()
         monkeypatch.undo()
         run.save(3, state).result()
-        assert arena.wait_prepared(10)
-        patience = time.monotonic() + 10  # who wrote the last extent gives its slot back after the save is durable
-        while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
-            time.sleep(0.001)
-        assert arena.free_bytes() == arena.budget_bytes
+        assert_all_memory_came_back(arena)
 
 
 def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(

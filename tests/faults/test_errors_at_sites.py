@@ -9,11 +9,11 @@ import itertools
 import random
 import shutil
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from conftest import assert_all_memory_came_back
 from scenarios import SCENARIOS, Scenario, check_visible, count, leftovers, open_files, state_of
 
 from asyncckpt import AsyncCkptError, SaveUndecided
@@ -141,12 +141,7 @@ class Ordeal:
             known = generation in (self.durable.get(step), self.undecided.get(step))
             assert known, f"step {step}, generation {generation}: its save failed, and it is there"
         self._forget_undecided(visible)
-        arena = self.run._arena
-        assert arena.wait_prepared(10)
-        patience = time.monotonic() + 10  # who wrote the last extent of a durable save gives its slot back after that
-        while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
-            time.sleep(0.001)
-        assert arena.free_bytes() == arena.budget_bytes, "memory of the arena was not given back"
+        assert_all_memory_came_back(self.run._arena)
         if hasattr(self, "_threads"):
             extra = {thread.name for thread in threading.enumerate()} - self._threads
             assert not extra, f"threads left: {extra}"

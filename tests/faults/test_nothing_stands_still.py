@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import assert_all_memory_came_back
 from scenarios import count
 
 from asyncckpt import AsyncCkptError, Checkpointer, Delta, KeepLast, Run, WriterOptions
-from asyncckpt.arena import Arena
 from asyncckpt.testing import READING, InterceptedOps
 
 _DEADLINE_SECONDS = 20.0
@@ -124,7 +124,7 @@ def _trial(seed: int, path: Path, *, with_errors: bool) -> int:
                 optimizer.step()
             _change(rng, state)
         assert run.wait(4 * _DEADLINE_SECONDS)
-        _gives_back(run._arena)
+        assert_all_memory_came_back(run._arena)
     found = Run(path)
     infos = {info.step: info for info in found.ls()}
     assert infos[max(acknowledged)].damage is None
@@ -136,14 +136,6 @@ def _trial(seed: int, path: Path, *, with_errors: bool) -> int:
                 stored = loaded[f"w.{name}" if weights is not state else f"{name}.value"]
                 assert torch.equal(stored.reshape(tensor.shape), tensor), f"step {step}: {name}"
     return failures
-
-
-def _gives_back(arena: Arena) -> None:
-    assert arena.wait_prepared(10)
-    patience = time.monotonic() + 10  # who wrote the last extent gives its slot back after the save is durable
-    while arena.free_bytes() != arena.budget_bytes and time.monotonic() < patience:
-        time.sleep(0.001)
-    assert arena.free_bytes() == arena.budget_bytes, "memory of the arena was not given back"
 
 
 def _try(seeds: range, tmp_path: Path, *, with_errors: bool) -> int:
