@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import stat
@@ -13,9 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from asyncckpt import manifest as manifests
-from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError
+from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError, StepExists
 from asyncckpt.protocols import Store
 from asyncckpt.reading import check_files
+from asyncckpt.retention import age
+
+log = logging.getLogger("asyncckpt")
 
 PINS = ".pins"
 #: The text file that names the newest full checkpoint: a hint, never truth.
@@ -29,7 +33,11 @@ _STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointInfo:
     """One checkpoint as ``ls`` sees it. ``damage`` says why it cannot be used, or is None: manifest, names and sizes
-    are right (``verify`` reads the bytes). ``nbytes`` is its size on disk. ``kind`` is ``full`` or ``weights``."""
+    are right (``verify`` reads the bytes). ``nbytes`` is its size on disk. ``kind`` is ``full`` or ``weights``.
+
+    ``sequence`` rises from save to save of a run: the largest was acknowledged last, whatever its step. ``attempt`` is
+    the save's uuid. ``renamed``: somebody has given the directory another name than its manifest has, or copied it. It
+    is theirs: listed and readable, never deleted, and neither resumed from nor counted by retention."""
 
     step: int
     name: str
@@ -40,6 +48,9 @@ class CheckpointInfo:
     created_unix_seconds: float = 0.0
     pinned: bool = False
     damage: str | None = None
+    sequence: int = 0
+    attempt: str = ""
+    renamed: bool = False
 
 
 class Catalog:
@@ -48,17 +59,18 @@ class Catalog:
 
     def __init__(self, store: Store, path: str) -> None:
         self._store = store
-        self._path = path
+        self.path = path
         self._known: dict[str, CheckpointInfo] = {}
 
     def entries(self, *, fresh: bool = True) -> list[CheckpointInfo]:
-        """All checkpoints, damaged ones included, oldest step first. ``fresh=False`` re-reads only new names, and what
-        looked damaged: one error of reading, of a moment ago, must not keep retention from it for ever."""
+        """All checkpoints, damaged and renamed ones included, the oldest save first. ``fresh=False`` re-reads only new
+        names, and what looked damaged: one error of reading, of a moment ago, must not keep retention from it for
+        ever."""
         known = {name: entry for name, entry in self._known.items() if entry.damage is None}
         for _ in range(_LOOKS):
             names = set(self._store.names())
             known = {} if fresh else {name: entry for name, entry in known.items() if name in names}
-            looked = {name: self._look(name) for name in names - set(known)}
+            looked = {name: self.look(name) for name in names - set(known)}
             known.update((name, entry) for name, entry in looked.items() if entry is not None)
             # what vanished under our eyes was deleted because something newer is there: look for that too
             vanished = any(entry is None and self._store.identity(name) is None for name, entry in looked.items())
@@ -68,33 +80,69 @@ class Catalog:
         self._known = known
         pins = self.pins()
         found = [replace(entry, pinned=entry.name in pins) for entry in known.values()]
-        return sorted(found, key=lambda entry: (entry.step, entry.kind, entry.name))
+        return _oldest_first(found)
 
     def find(self, step: int, kind: str | None = None) -> CheckpointInfo:
-        """The checkpoint of that step, the full one where there are two kinds. Raises ``CheckpointNotFound``, naming
-        the steps there are."""
-        near = [self._look(name) for name in self._store.names() if _step_in(name) == step]
-        good = [e for e in near if e is not None and e.damage is None and e.step == step and kind in (None, e.kind)]
+        """The checkpoint of that step, the full one where there are two kinds, and the run's own where somebody has
+        copied it. Raises ``CheckpointNotFound``, naming the steps there are."""
+
+        def choice(entry: CheckpointInfo) -> tuple[bool, bool, bool, int]:
+            return entry.renamed, entry.damage is not None, entry.kind != "full", -entry.sequence
+
+        near = [self.look(name) for name in self._store.names() if _step_in(name) == step]
+        here = [entry for entry in near if entry is not None and entry.step == step and kind in (None, entry.kind)]
+        good = [entry for entry in here if entry.damage is None and not entry.renamed]
         if good:  # the manifests of all others may be long
-            found = min(good, key=lambda entry: entry.kind != "full")
+            found = min(good, key=choice)
             return replace(found, pinned=found.name in self.pins())
         entries = self.entries()
         matches = [entry for entry in entries if entry.step == step and kind in (None, entry.kind)]
         if not matches:
             have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
-            raise CheckpointNotFound(f"{self._path}: no checkpoint of step {step}; the newest steps there: {have}")
-        return min(matches, key=lambda entry: (entry.damage is not None, entry.kind != "full"))
+            raise CheckpointNotFound(f"{self.path}: no checkpoint of step {step}; the newest steps there: {have}")
+        return min(matches, key=choice)
 
     def newest(self, kind: str | None = "full") -> CheckpointInfo:
-        """The newest checkpoint that looks whole. Raises ``CheckpointNotFound``."""
-        usable = [entry for entry in self.entries() if entry.damage is None and kind in (None, entry.kind)]
+        """The checkpoint of the run's own that was saved last and looks whole. Raises ``CheckpointNotFound``."""
+        own = [entry for entry in self.entries() if not entry.renamed]
+        usable = [entry for entry in own if entry.damage is None and kind in (None, entry.kind)]
         if not usable:
-            raise CheckpointNotFound(f"{self._path}: no checkpoint here")
+            raise CheckpointNotFound(f"{self.path}: no checkpoint here")
         return usable[-1]
 
     def forget(self, name: str) -> None:
         """Read this one anew next time."""
         self._known.pop(name, None)
+
+    def check_replaceable(self, name: str) -> None:
+        """Raises ``StepExists`` where something that is not this run's bears a name that is to be overwritten."""
+        if self._store.identity(name) is None:
+            return
+        if name in self._store.names():
+            entry = self.look(name)
+            if not self._store.listing(name) or (entry is not None and not entry.renamed):
+                return
+        raise StepExists(
+            f"{os.path.join(self.path, name)} is no checkpoint of this run; it was left as it is. Move it elsewhere, "
+            f"or save another step"
+        )
+
+    def settle_replaced(self) -> None:
+        """Finish what a run that is gone had begun: a checkpoint that had made way for a later save of its step goes
+        where that save was published, and gets its name back where it was not. For whoever holds the run's lease, after
+        ``Store.reclaim``."""
+        waiting = self._store.replaced()
+        if not waiting:
+            return
+        published = {entry.attempt: entry for entry in self.entries() if not entry.renamed}
+        for one in waiting:
+            successor = published.get(one.attempt)
+            if successor is None:
+                self._store.put_back(one)
+            elif successor.damage is None:
+                self._store.remove(one.hidden)
+            else:
+                log.error("%s is kept, because %s, which was to replace it, is damaged", one.hidden, successor.path)
 
     def pins(self) -> set[str]:
         """Names of pinned checkpoints."""
@@ -104,7 +152,7 @@ class Catalog:
         """Protect a checkpoint from retention (or stop doing so). Atomic; safe while another process prunes. Raises
         ``RunPathError`` where the pins lead out of the run directory."""
         entry = self.find(step)
-        folder = os.path.join(self._path, PINS)
+        folder = os.path.join(self.path, PINS)
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder)
         try:  # a link somebody planted is not followed, nor is a FIFO waited for
@@ -121,7 +169,7 @@ class Catalog:
             raise RunPathError(f"{folder}: cannot change the pin of {entry.name} ({error}); repair the path") from error
         return replace(entry, pinned=pinned)
 
-    def _look(self, name: str) -> CheckpointInfo | None:
+    def look(self, name: str) -> CheckpointInfo | None:
         """What is there under this name, None where nothing is. Damage only counts in a directory that stayed: one
         that is deleted or replaced while it is read looks damaged, and is not."""
         entry: CheckpointInfo | None = None
@@ -138,7 +186,7 @@ class Catalog:
         return entry
 
     def _look_once(self, name: str) -> CheckpointInfo | None:
-        path = os.path.join(self._path, name)
+        path = os.path.join(self.path, name)
         step = _step_in(name)
         try:
             reader = self._store.open(name)
@@ -152,23 +200,37 @@ class Catalog:
                 return None
             manifest = manifests.load(reader)
             damage = check_files(reader, manifest)
-            problem = str(damage[0]) if damage else None
-            if step >= 0 and name != manifest.name and step != manifest.step:
-                problem = f"its manifest is that of step {manifest.step}: a stale copy, or the directory was renamed"
             return CheckpointInfo(
-                step=step if problem else manifest.step,
+                step=manifest.step,
                 name=name,
                 path=path,
                 kind=manifest.kind,
                 metrics=manifest.metrics,
                 nbytes=manifest.nbytes,
                 created_unix_seconds=manifest.created_unix_seconds,
-                damage=problem,
+                damage=str(damage[0]) if damage else None,
+                sequence=manifest.sequence,
+                attempt=manifest.attempt,
+                renamed=name != manifest.name,
             )
         except (AsyncCkptError, OSError) as error:
             return CheckpointInfo(step=step, name=name, path=path, damage=str(error))
         finally:
             reader.close()
+
+
+def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
+    """In the order they were saved in. Where a manifest cannot be read nobody knows when that was: such a one comes
+    after the newest of the steps up to its own."""
+    known = [entry for entry in entries if entry.attempt and not entry.renamed]
+
+    def key(entry: CheckpointInfo) -> tuple[int, int, str, str]:
+        sequence, step = age(entry)
+        if not entry.attempt:
+            sequence = max((one.sequence for one in known if one.step <= step), default=0)
+        return sequence, step, entry.kind, entry.name
+
+    return sorted(entries, key=key)
 
 
 def _looks_ours(listing: Mapping[str, os.stat_result]) -> bool:

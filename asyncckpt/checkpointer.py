@@ -29,7 +29,7 @@ from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled,
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
 from asyncckpt.layers import Delta, chain_of
 from asyncckpt.leaving import drain_at_exit, weakly
-from asyncckpt.ledger import Ledger, numbers
+from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
 from asyncckpt.protocols import Codec, LayoutOptions
 from asyncckpt.restore import RestoreReport
@@ -144,6 +144,7 @@ class Checkpointer(Session):
             self.events,
             weakly(self._check_lease),
             self._damaged,
+            self._ledger,
             max_in_flight,
         )
         self._watched = Watched(weakly(self._before_change))
@@ -260,13 +261,15 @@ class Checkpointer(Session):
         except CheckpointNotFound:
             self.prepare(state)
             return 0
+        self._ledger.go_to(report.step)
         self.prepare(state)
         return report.step
 
     def restore(self, state: Mapping[str, Any], step: int | None = None, **options: Any) -> RestoreReport:
         self._before_change("guard")
         report = super().restore(state, step, **options)
-        self._ledger.go_to(report.step)
+        if report.whole:  # a part of a state, or weights alone, sends training nowhere
+            self._ledger.go_to(report.step)
         return report
 
     def unfinished(self) -> int:
@@ -340,7 +343,7 @@ class Checkpointer(Session):
         began: float,
     ) -> PendingSave:
         values = numbers(metrics)
-        name = self._ledger.claim(step, kind, values)
+        claim = self._ledger.claim(step, kind, values)
         try:
             planned = self._saves.plan(
                 self._job, state, step, weights_only=kind == "weights", call=f"save/{number}", number=number
@@ -349,7 +352,7 @@ class Checkpointer(Session):
             self._saves.grow_arena(planned)
             policy: OnBusy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
             self._admit(step, sum(extent.nbytes for extent in layout.extents()), policy)
-            save = self._saves.make(self._job, planned, number, name, kind, values, began)
+            save = self._saves.make(self._job, planned, number, claim, kind, values, began)
             deferred = bool(self._watched)
             self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
@@ -358,11 +361,11 @@ class Checkpointer(Session):
                 step, pieces, layout.extents(), self._arena, save.take, self.events, began, digest, self._saves.splits
             )
         except BaseException:
-            self._ledger.release(step, kind)
+            self._ledger.release(step, kind, claim)
             raise
         save.on_error = job.cancel
         flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire))
-        flight.pending.add_done_callback(functools.partial(self._ended, step, kind))
+        flight.pending.add_done_callback(functools.partial(self._ended, step, kind, claim))
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
         try:
             if deferred:
@@ -384,9 +387,9 @@ class Checkpointer(Session):
         self._committer.submit(flight)
         self._stager.submit(flight.job)
 
-    def _ended(self, step: int, kind: str, done: PendingSave) -> None:
+    def _ended(self, step: int, kind: str, claim: Claim, done: PendingSave) -> None:
         if done.failed():
-            self._ledger.release(step, kind)
+            self._ledger.release(step, kind, claim)
             self._saves.plan_anew = self._saves.plan_anew or isinstance(done.failure(), PlanChanged)
 
     def _admit(self, step: int, nbytes: int, policy: OnBusy) -> None:

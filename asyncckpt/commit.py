@@ -81,6 +81,7 @@ def contents_of(
     digest: str,
     config: JsonValue,
     replace: bool,
+    sequence: int,
     attempt: str | None = None,
     world_size: int = 1,
 ) -> Contents:
@@ -103,6 +104,7 @@ def contents_of(
         components={},
         codec=codec.name,
         codec_options=codec.to_dict(),
+        sequence=sequence,
     )
     return Contents(
         draft=draft,

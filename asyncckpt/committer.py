@@ -25,7 +25,9 @@ from asyncckpt.errors import (
     SaveUndecided,
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
+from asyncckpt.ledger import Ledger
 from asyncckpt.previous import KnownFile, Previous, files_of
+from asyncckpt.protocols import Replaced
 from asyncckpt.reading import Damage
 from asyncckpt.retention import Policy, plan
 from asyncckpt.staging import StagingJob
@@ -68,6 +70,7 @@ class Committer:
         events: EventBus,
         check_lease: Callable[[], None],
         damaged: set[str],
+        ledger: Ledger,
         max_in_flight: int,
     ) -> None:
         if type(max_in_flight) is not int or max_in_flight < 1:
@@ -87,6 +90,9 @@ class Committer:
         self._changed = threading.Condition()
         self._retention_lock = threading.Lock()
         self._damaged = damaged
+        self._ledger = ledger
+        #: Checkpoints that have made way for one that is durable, and are still being read.
+        self._replaced: list[Replaced] = []
         #: Another rank of the job publishes, and looks after the directory.
         self.follows = False
         #: By kind: the checkpoint that the next save may take files over from.
@@ -174,8 +180,7 @@ class Committer:
             return None
 
     def _newest(self, kind: str) -> tuple[str, Mapping[str, KnownFile]] | None:
-        usable = [e for e in self._catalog.entries(fresh=False) if e.kind == kind and e.damage is None]
-        usable = [entry for entry in usable if entry.name not in self._damaged]
+        usable = [entry for entry in self._own() if entry.kind == kind]
         if not usable:
             return None
         with contextlib.closing(self._store.open(usable[-1].name)) as reader:
@@ -207,10 +212,7 @@ class Committer:
         if self.follows:
             return []
         with self._retention_lock:
-            entries = [
-                e for e in self._catalog.entries(fresh=False) if e.damage is None and e.name not in self._damaged
-            ]
-            doomed = plan(entries, self.policies)
+            doomed = plan(self._own(), self.policies)
             if dry_run:
                 return doomed
             deleted: list[CheckpointInfo] = []
@@ -219,16 +221,24 @@ class Committer:
                 if self._store.remove(entry.name):
                     deleted.append(entry)
                     self._catalog.forget(entry.name)
+                    self._ledger.deleted(entry.step, entry.kind, entry.name)
                 self._events.emit(Pruned(step=entry.step, name=entry.name, deleted=entry in deleted))
             return deleted
 
+    def _own(self) -> list[CheckpointInfo]:
+        """The run's own checkpoints that can be used, the oldest save first."""
+        entries = self._catalog.entries(fresh=False)
+        return [e for e in entries if e.damage is None and not e.renamed and e.name not in self._damaged]
+
     def _commit(self, flight: InFlight) -> None:
         save = flight.save
+        replaced: list[Replaced] = []
         error: BaseException | None = None
         began = time.perf_counter()
         try:
             read_back = self._read_back if self._options.read_back else None
-            written = save.commit(self._before_publish(save), self._options.durable_timeout_seconds, read_back)
+            before = self._before_publish(save, replaced)
+            written = save.commit(before, self._options.durable_timeout_seconds, read_back)
             now = time.perf_counter()
             report = SaveReport(
                 step=save.step,
@@ -259,11 +269,15 @@ class Committer:
             flight.job.cancel(caught)
         save.shards.close()
         if error is None:
+            self._replaced += replaced
             self._after(save, written.name)
-        elif isinstance(error, CheckpointDamaged):  # of the one before: write everything next time
-            self._last[save.contents.draft.kind] = None
-        elif isinstance(error, SaveUndecided):
+        elif isinstance(error, SaveUndecided):  # the next run looks which of the two the disk has
             self._damaged.add(save.contents.draft.name)
+        else:
+            for one in replaced:
+                self._store.put_back(one)
+            if isinstance(error, CheckpointDamaged):  # of the one before: write everything next time
+                self._last[save.contents.draft.kind] = None
         self._end(flight, error)
         self._discard(save if error is not None else None)
 
@@ -277,10 +291,18 @@ class Committer:
             self._left.append(failed)
         self._left = [save for save in self._left if not save.discard(wait_seconds)]
 
-    def _before_publish(self, save: Save) -> Callable[[], None]:
+    def _before_publish(self, save: Save, replaced: list[Replaced]) -> Callable[[], None]:
         def check() -> None:
             self._check_lease()
-            name = save.contents.draft.name
+            draft = save.contents.draft
+            name = draft.name
+            for old in self._ledger.replaced_by(draft.step, draft.kind, draft.sequence):
+                hidden = self._store.make_way(old, draft.attempt) if old not in self._damaged else None
+                if hidden is not None:
+                    replaced.append(hidden)
+                    self._catalog.forget(old)
+            if save.contents.replace:
+                self._catalog.check_replaceable(name)
             if name in self._damaged:
                 with contextlib.suppress(FileNotFoundError):  # somebody has taken it away already
                     log.error("step %d: the damaged %s is kept as %s", save.step, name, self._store.set_aside(name))
@@ -292,14 +314,26 @@ class Committer:
         """Nothing here can undo the acknowledgement: trouble is logged and comes up again at the next save."""
         try:
             self._catalog.forget(name)
+            self._ledger.durable(save.step, save.contents.draft.kind, save.contents.draft.sequence)
             if self.follows:
                 return
+            self._remove_replaced()
             if save.contents.draft.kind == "full":
                 self._store.write_hint(LATEST, f"{name}\n")
             if self.policies:
                 self.prune()
         except Exception as error:
             log.warning("step %d is durable, but tidying up after it failed: %s", save.step, error)
+
+    def _remove_replaced(self) -> None:
+        """Delete what has made way for a checkpoint that is durable now; later, where it is still being read."""
+        kept: list[Replaced] = []
+        for one in self._replaced:
+            self._check_lease()
+            with contextlib.suppress(FileNotFoundError):  # somebody has taken it away already
+                if not self._store.remove(one.hidden):
+                    kept.append(one)
+        self._replaced = kept
 
     def _read_back(self, path: str) -> None:
         reader = self._store.open_attempt(path)

@@ -11,7 +11,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 import torch
@@ -37,12 +37,18 @@ _FAREWELL_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A checkpoint that was there when the job began."""
+    """A checkpoint that was there when the run was opened; see ``CheckpointInfo``."""
 
     step: int
     kind: str
     name: str
+    sequence: int
     damaged: bool
+    renamed: bool
+
+    @classmethod
+    def of(cls, entry: CheckpointInfo) -> Known:
+        return cls(entry.step, entry.kind, entry.name, entry.sequence, entry.damage is not None, entry.renamed)
 
 
 class Job:
@@ -70,7 +76,7 @@ class Job:
         if self.leads:
             try:
                 owner, entries = lead()
-                known = [[e.step, e.kind, e.name, e.damage is not None] for e in entries]
+                known = [astuple(Known.of(entry)) for entry in entries]
                 body = {"session": uuid.uuid4().hex, "owner": owner, "known": known}
             except BaseException as error:
                 body, own = {"error": told(error)}, error

@@ -1,13 +1,26 @@
-"""Which steps of a run are saved or being saved, and what a new save may be called."""
+"""Which steps of a run are saved or being saved, which is the newest, and what a new save may be called."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from asyncckpt.errors import InvalidOption, InvalidStep, StepExists
 from asyncckpt.naming import NameTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One step that is saved, or being saved, under ``name``. ``sequence`` is what its manifest says. ``given_up``: it
+    belongs to a branch that training has left, so that the step may be saved again. ``replaces``: the one of such a
+    branch that this one takes the place of, once it is durable."""
+
+    name: str
+    sequence: int
+    given_up: bool = False
+    replaces: Claim | None = None
 
 
 class Ledger:
@@ -22,66 +35,137 @@ class Ledger:
         self._damaged = damaged
         self._overwrite = overwrite
         self._lock = threading.Lock()
-        self._names: dict[tuple[int, str], str] = {}
-        self._last: dict[str, int] = {}
+        self._claims: dict[tuple[int, str], Claim] = {}
+        #: By kind: the step that training has reached.
+        self._reached: dict[str, int] = {}
+        self._sequence = 0
+        #: Directories that somebody else has named, and the step that each holds.
+        self._foreign: dict[str, int] = {}
+        self._opened = False
+        self._went_to: int | None = None
 
-    def learn(self, step: int, kind: str, name: str) -> None:
-        """Take note of what the directory holds already."""
+    def learn(self, step: int, kind: str, name: str, sequence: int) -> None:
+        """Take note of what the directory holds already; to be called with the oldest save first."""
         with self._lock:
-            self._names[step, kind] = name
-            self._last[kind] = max(step, self._last.get(kind, -1))
+            self._claims[step, kind] = Claim(name, sequence)
+            self._reached[kind] = step
+            self._sequence = max(self._sequence, sequence)
 
-    def claim(self, step: int, kind: str, metrics: Mapping[str, float]) -> str:
-        """The directory name for a new save.
+    def learn_foreign(self, step: int, name: str) -> None:
+        """Take note of a checkpoint that somebody copied or renamed: its name is taken, its step is not."""
+        with self._lock:
+            self._foreign[name] = step
 
-        Raises ``InvalidStep`` for no whole number >= 0 or a step before the newest, ``StepExists`` for one that is
-        saved or in flight, ``InvalidOption`` where the name template lacks a metric.
+    def opened(self) -> None:
+        """The directory's checkpoints have all been learnt."""
+        with self._lock:
+            self._opened = True
+            for kind, step in list(self._reached.items()):
+                self._give_up_after(step, kind)
+            if self._went_to is not None:
+                self._go_to(self._went_to)
+
+    def claim(self, step: int, kind: str, metrics: Mapping[str, float]) -> Claim:
+        """Claim a step for a new save.
+
+        Raises ``InvalidStep`` for no whole number >= 0 or a step before the one that training has reached,
+        ``StepExists`` for one that is saved or in flight, or whose name somebody else has given to a directory, and
+        ``InvalidOption`` where the name template lacks a metric.
         """
         if type(step) is not int or step < 0:
             raise InvalidStep(f"step must be a whole number >= 0, not {step!r}")
         name = self._template.name(step, kind, metrics)
         with self._lock:
-            existing = self._names.get((step, kind))
-            last = self._last.get(kind, -1)
-            if not self._overwrite:
-                if existing is not None and existing not in self._damaged:
-                    raise StepExists(
-                        f"{self._path}: step {step} is already saved as {existing}. Save another step, use another "
-                        f"directory, or pass overwrite=True"
-                    )
-                if step < last:
-                    raise InvalidStep(
-                        f"{self._path}: step {step} goes backwards, the newest is {last}. To continue the run call "
-                        f"resume() first; to go back, restore(state, step=…) first; to start anew use another "
-                        f"directory or overwrite=True"
-                    )
-            elif existing is not None and existing != name:
+            existing = self._claims.get((step, kind))
+            reached = self._reached.get(kind, -1)
+            if name in self._foreign:
                 raise StepExists(
-                    f"{self._path}: step {step} is already saved as {existing}; overwriting needs the same name, and "
-                    f"this one would be {name}"
+                    f"{self._path}/{name} is a copy of the checkpoint of step {self._foreign[name]}, or was renamed; "
+                    f"it is left as it is. Move it elsewhere, or save another step"
                 )
-            self._names[step, kind] = name
-            self._last[kind] = max(step, last)
-        return name
+            given_up = existing is not None and existing.given_up
+            if not self._overwrite:
+                if existing is not None and not given_up and existing.name not in self._damaged:
+                    raise StepExists(
+                        f"{self._path}: step {step} is already saved as {existing.name}. Save another step, use "
+                        f"another directory, or pass overwrite=True"
+                    )
+                if step < reached:
+                    raise InvalidStep(
+                        f"{self._path}: step {step} goes backwards, the newest is {reached}. To continue the run "
+                        f"call resume() first; to go back, restore(state, step=…) the whole state first; to start "
+                        f"anew use another directory or overwrite=True"
+                    )
+            elif existing is not None and not given_up and existing.name != name:
+                raise StepExists(
+                    f"{self._path}: step {step} is already saved as {existing.name}; overwriting needs the same name, "
+                    f"and this one would be {name}"
+                )
+            self._sequence += 1
+            claim = Claim(name, self._sequence, replaces=existing if given_up else None)
+            self._claims[step, kind] = claim
+            self._reached[kind] = max(step, reached)
+        return claim
 
-    def release(self, step: int, kind: str) -> None:
-        """The save failed: the step is free again."""
+    def release(self, step: int, kind: str, claim: Claim) -> None:
+        """The save failed: the step is free again, or what it was to replace has it still."""
         with self._lock:
-            self._names.pop((step, kind), None)
+            known = self._claims.get((step, kind))
+            if known is None or known.sequence != claim.sequence:
+                return
+            if known.replaces is None:
+                del self._claims[step, kind]
+            else:
+                self._claims[step, kind] = known.replaces
+
+    def durable(self, step: int, kind: str, sequence: int) -> None:
+        """The save with this number is durable: what it took the place of is nobody's any more."""
+        with self._lock:
+            known = self._claims.get((step, kind))
+            if known is not None and known.sequence == sequence:
+                self._claims[step, kind] = replace(known, replaces=None)
+
+    def replaced_by(self, step: int, kind: str, sequence: int) -> list[str]:
+        """The directory that has to make way for the save with this number, if there is one."""
+        with self._lock:
+            known = self._claims.get((step, kind))
+            if known is None or known.sequence != sequence or known.replaces is None:
+                return []
+            return [known.replaces.name]
+
+    def deleted(self, step: int, kind: str, name: str) -> None:
+        """Retention has deleted a checkpoint: its step is free."""
+        with self._lock:
+            known = self._claims.get((step, kind))
+            if known is not None and known.name == name and known.replaces is None:
+                del self._claims[step, kind]
 
     def go_to(self, step: int) -> None:
-        """Training continues from this step."""
+        """Training continues from this full checkpoint: what was saved of later steps belongs to a branch that is given
+        up. Where the directory's checkpoints have not been learnt yet, this holds as soon as they are."""
         with self._lock:
-            self._last["full"] = step
+            self._went_to = step
+            if self._opened:
+                self._go_to(step)
+
+    def _go_to(self, step: int) -> None:
+        self._reached = {kind: min(step, reached) for kind, reached in self._reached.items()} | {"full": step}
+        for kind in self._reached:
+            self._give_up_after(step, kind)
+
+    def _give_up_after(self, step: int, kind: str) -> None:
+        for key, claim in self._claims.items():
+            if key[1] == kind:
+                self._claims[key] = replace(claim, given_up=key[0] > step)
 
     def last(self) -> int | None:
         """The newest full step, saved, in flight or resumed from."""
-        return self._last.get("full")
+        return self._reached.get("full")
 
     def holds(self, step: int) -> bool:
         """Whether a full checkpoint of this step is saved or in flight."""
-        name = self._names.get((step, "full"))
-        return name is not None and name not in self._damaged
+        claim = self._claims.get((step, "full"))
+        return claim is not None and not claim.given_up and claim.name not in self._damaged
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:

@@ -113,6 +113,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "step": manifest.step,
         "name": manifest.name,
         "attempt": manifest.attempt,
+        **({"sequence": manifest.sequence} if manifest.sequence else {}),
         "kind": manifest.kind,
         "created_unix_seconds": manifest.created_unix_seconds,
         "world_size": manifest.world_size,
@@ -194,6 +195,7 @@ def decode(data: bytes, where: str) -> Manifest:
         codec_options=codec_options,
         size_bytes=len(data),
         file_digest=file_digest(data),
+        sequence=body.size("sequence", body.optional("sequence", 0)),
     )
     if manifest.kind not in ("full", "weights"):
         body.fail(f"names the unknown kind {manifest.kind!r:.80}")

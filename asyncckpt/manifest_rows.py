@@ -65,6 +65,10 @@ class Body:
             self.fail(f"has a {key!r} of the wrong type")
         return value
 
+    def optional(self, key: str, default: Any) -> Any:
+        """The value, not checked; ``default`` where the manifest does not have it."""
+        return self._value.get(key, default)
+
     def whole(self, key: str) -> int:
         return self.size(key, self._value.get(key))
 

@@ -324,6 +324,15 @@ class Attempt(Protocol):
         """Remove what was written. Idempotent; never raises."""
 
 
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A checkpoint that lies under a hidden name: the save with the uuid ``attempt`` takes the place of ``name``."""
+
+    hidden: str
+    name: str
+    attempt: str
+
+
 class Store(Protocol):
     """Where a run's checkpoints live. Thread-safe; every call may block on the device."""
 
@@ -348,6 +357,16 @@ class Store(Protocol):
 
     def set_aside(self, name: str) -> str:
         """Move a damaged checkpoint out of the way without deleting it; the new name."""
+
+    def make_way(self, name: str, attempt: str) -> Replaced | None:
+        """Hide a checkpoint, durably, that the save with that attempt uuid takes the place of; None where there is none
+        of that name."""
+
+    def put_back(self, replaced: Replaced) -> bool:
+        """Give a hidden checkpoint its name back, durably; False where that failed, which is logged."""
+
+    def replaced(self) -> list[Replaced]:
+        """The checkpoints that are hidden."""
 
 
 class Reader(Protocol):

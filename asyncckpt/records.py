@@ -174,6 +174,8 @@ class ComponentRecord:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """A whole checkpoint, as recorded. ``metrics`` and ``config`` are the user's; ``environment`` is recorded.
+    ``sequence`` rises from save to save of a run, whatever their steps are: the largest is the newest. It is 0 in
+    manifests that are older than the field.
     ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the manifest's own file."""
 
     step: int
@@ -194,6 +196,7 @@ class Manifest:
     codec_options: Mapping[str, JsonValue] = field(default_factory=dict)
     size_bytes: int = field(default=0)
     file_digest: str = ""
+    sequence: int = 0
 
     @property
     def nbytes(self) -> int:

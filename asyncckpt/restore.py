@@ -52,7 +52,8 @@ Rename = Mapping[str, str] | Callable[[str], str | None]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoreReport:
     """What was restored. ``nbytes`` is what was read and verified. The three lists are empty unless
-    ``strict=False``: qualified names (``component.fqn``) that were left as they are."""
+    ``strict=False``: qualified names (``component.fqn``) that were left as they are. ``whole``: every component and
+    every tensor of a full checkpoint was restored, so that training goes on from its step."""
 
     step: int
     path: str
@@ -62,6 +63,7 @@ class RestoreReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    whole: bool = False
 
 
 @held_back()
@@ -112,6 +114,13 @@ def restore(
         nbytes = fill(reader, manifest, plan.fill)
     for step in plan.finish:
         step()
+    whole = (
+        manifest.kind == "full"
+        and include is None
+        and not (plan.missing or plan.unexpected or plan.mismatched)
+        and len(stored) == sum(1 for _ in qualified_records(manifest.components))
+        and {_without_rank(name) for name in manifest.components} <= set(state)
+    )
     return RestoreReport(
         step=manifest.step,
         path=reader.path,
@@ -121,7 +130,14 @@ def restore(
         missing=tuple(plan.missing),
         unexpected=tuple(plan.unexpected),
         mismatched=tuple(plan.mismatched),
+        whole=bool(together.in_all(["whole"] if whole else [])),
     )
+
+
+def _without_rank(component: str) -> str:
+    """What a component is called on every rank; see ``naming.rank_name``."""
+    name, _, rank = component.rpartition("+")
+    return name if name and rank.isdecimal() else component
 
 
 def load_tensors(

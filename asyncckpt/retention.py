@@ -14,10 +14,14 @@ from asyncckpt.errors import InvalidOption
 
 
 class Candidate(Protocol):
-    """What a policy may know of a checkpoint. ``kind`` is ``full`` or ``weights``."""
+    """What a policy may know of a checkpoint. ``kind`` is ``full`` or ``weights``. ``sequence`` rises from save to save
+    of a run, also where training went back to an earlier step; it is 0 where nobody knows it, and the step decides."""
 
     @property
     def step(self) -> int: ...
+
+    @property
+    def sequence(self) -> int: ...
 
     @property
     def metrics(self) -> Mapping[str, float]: ...
@@ -34,7 +38,7 @@ class Policy(Protocol):
     """A retention policy. Must be pure: the same candidates give the same answer, on every rank."""
 
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
-        """The steps to keep. ``candidates`` are of one kind, oldest step first."""
+        """The steps to keep. ``candidates`` are of one kind, the oldest save first."""
         ...
 
     def describe(self) -> str:
@@ -55,7 +59,7 @@ class KeepAll:
 
 @dataclass(frozen=True, slots=True)
 class KeepLast:
-    """Keep the newest ``k``."""
+    """Keep the newest ``k``: those that were saved last, which after going back are not those of the largest steps."""
 
     k: int
 
@@ -63,7 +67,8 @@ class KeepLast:
         _check_count("KeepLast: k", self.k)
 
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
-        return set(sorted({candidate.step for candidate in candidates})[-self.k :])
+        newest_first = [candidate.step for candidate in sorted(candidates, key=age, reverse=True)]
+        return set(list(dict.fromkeys(newest_first))[: self.k])
 
     def describe(self) -> str:
         return f"KeepLast({self.k})"
@@ -106,11 +111,11 @@ class KeepBest:
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
         sign = 1 if self.mode == "min" else -1
         ranked = sorted(
-            (sign * candidate.metrics[self.metric], -candidate.step)
+            (sign * candidate.metrics[self.metric], [-part for part in age(candidate)], candidate.step)
             for candidate in candidates
             if not math.isnan(candidate.metrics.get(self.metric, math.nan))
         )
-        return {-step for _, step in ranked[: self.n]}
+        return {step for _, _, step in ranked[: self.n]}
 
     def describe(self) -> str:
         return f"KeepBest({self.metric!r}, n={self.n}, mode={self.mode!r})"
@@ -135,8 +140,13 @@ class KeepSteps:
 C = TypeVar("C", bound=Candidate)
 
 
+def age(candidate: Candidate) -> tuple[int, int]:
+    """What checkpoints of one kind are sorted by, the oldest save first."""
+    return getattr(candidate, "sequence", 0), candidate.step
+
+
 def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collection[int] = ()) -> list[C]:
-    """The candidates to delete, oldest step first: those that no policy keeps. Pure.
+    """The candidates to delete, the oldest save first: those that no policy keeps. Pure.
 
     Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, and the
     newest full checkpoint are never among them; without policies nothing is. Raises ``InvalidOption`` for a policy that
@@ -148,7 +158,7 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     if not policies:
         return []
     groups: dict[str, list[C]] = {}
-    for candidate in sorted(candidates, key=lambda candidate: candidate.step):
+    for candidate in sorted(candidates, key=age):
         groups.setdefault(candidate.kind, []).append(candidate)
     doomed: list[C] = []
     for kind, group in groups.items():
@@ -156,7 +166,7 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
         if kind == "full":
             kept.add(group[-1].step)
         doomed += [candidate for candidate in group if candidate.step not in kept and not candidate.pinned]
-    return sorted(doomed, key=lambda candidate: candidate.step)
+    return sorted(doomed, key=age)
 
 
 def _check_count(what: str, value: object) -> None:

@@ -28,7 +28,7 @@ class Run:
     """A run directory, for reading. Thread-safe. ``Checkpointer`` adds the writing side."""
 
     def __init__(self, path: str | os.PathLike[str], *, direct: bool = True, events: EventBus | None = None) -> None:
-        self.path = os.fspath(path)
+        self.path = os.path.abspath(os.fspath(path))  # now: programs change their working directory
         self.events = events or EventBus()
         self._store = LocalStore(self.path, direct=direct)
         #: Names found damaged inside: never counted by retention, set aside when their step is saved again.
@@ -177,7 +177,8 @@ class Run:
         for looks_left in reversed(range(_LOOKS)):
             entries = self._candidates()
             vanished = False
-            for entry in reversed([one for one in entries if one.kind == "full" and one.name not in reasons]):
+            own = [entry for entry in entries if not entry.renamed]
+            for entry in reversed([one for one in own if one.kind == "full" and one.name not in reasons]):
                 try:
                     with self._stages().stage("choose"):
                         if entry.damage is not None:
@@ -198,7 +199,12 @@ class Run:
                 break
         if not entries:
             raise CheckpointNotFound(f"{self.path}: no checkpoint here")
-        if not reasons:
+        if not own:
+            reasons[""] = (
+                "they are copies, or were renamed: give one the name back that its manifest has, or restore(state, "
+                "step=…) one of them and train into another directory"
+            )
+        elif not reasons:
             reasons[""] = "there are only weights-only checkpoints, which hold no training state"
         raise NoUsableCheckpoint(
             f"{self.path}: {len(entries)} checkpoints and none can be restored; nothing was deleted. Look with "

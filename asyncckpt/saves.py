@@ -13,6 +13,7 @@ from asyncckpt.encoder import Encoder, padded, slot_bytes
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
 from asyncckpt.layout import LayoutCache
+from asyncckpt.ledger import Claim
 from asyncckpt.planning import Planned, alone
 from asyncckpt.protocols import Codec, LayoutOptions, ShardFormat, Store
 from asyncckpt.snapshot import capture
@@ -114,7 +115,7 @@ class Saves:
         job: Job | None,
         planned: Planned,
         number: int,
-        name: str,
+        claim: Claim,
         kind: str,
         metrics: dict[str, float],
         began: float,
@@ -124,7 +125,8 @@ class Saves:
             planned.components,
             planned.layout,
             step=planned.step,
-            name=name,
+            name=claim.name,
+            sequence=claim.sequence,
             kind=kind,
             metrics=metrics,
             shard_format=self._format.name,

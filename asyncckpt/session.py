@@ -9,11 +9,11 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 from asyncckpt import restore as restoring
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog import Catalog, CheckpointInfo
 from asyncckpt.distributed import RankOptions, Ranks
 from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
-from asyncckpt.job import Job, RestoreStages
+from asyncckpt.job import Job, Known, RestoreStages
 from asyncckpt.ledger import Ledger
 from asyncckpt.planning import JobPlanner
 from asyncckpt.protocols import Codec, LayoutOptions, ShardFormat
@@ -62,13 +62,17 @@ class Session(Run):
         self._check_usable()
         self._join()
         if self._job is None:
-            found = [(e.step, e.kind, e.name, e.damage is not None) for e in self._take_over()[1]]
+            found = list(map(Known.of, self._take_over()[1]))
         else:
-            found = [(k.step, k.kind, k.name, k.damaged) for k in self._job.open(self.path, self._take_over)]
-        for step, kind, name, damaged in found:
-            if damaged:
-                self._damaged.add(name)
-            self._ledger.learn(step, kind, name)
+            found = self._job.open(self.path, self._take_over)
+        for known in found:
+            if known.renamed:
+                self._ledger.learn_foreign(known.step, known.name)
+                continue
+            if known.damaged:
+                self._damaged.add(known.name)
+            self._ledger.learn(known.step, known.kind, known.name, known.sequence)
+        self._ledger.opened()
         self._opened = True
 
     def _join(self) -> None:
@@ -104,6 +108,7 @@ class Session(Run):
                 self._store.prepare(create_parents=self._create_parents)
                 lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
                 self._store.reclaim()
+                Catalog(self._store, self.path).settle_replaced()
                 taking_over.set_result((lease, self.ls()))
         except BaseException as error:
             if lease is not None:

@@ -52,7 +52,7 @@ class ChromeTrace:
     def __init__(self, path: str | os.PathLike[str], *, max_events: int = 500_000) -> None:
         if type(max_events) is not int or max_events < 1:
             raise InvalidOption(f"ChromeTrace: max_events must be a whole number >= 1, not {max_events!r}")
-        self.path = os.fspath(path)
+        self.path = os.path.abspath(os.fspath(path))
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._records: deque[dict[str, Any]] = deque(maxlen=max_events)

@@ -159,26 +159,28 @@ def test_a_signal_ends_the_command_and_leaves_nothing(tmp_path: Path, number: in
 
 
 def test_what_a_killed_doctor_left_goes_with_the_next(tmp_path: Path) -> None:
-    for name in ("dead", "dead-early", "alive", "young", "not-ours"):
-        folder = tmp_path / (f"{PREFIX}{name}" if name != "not-ours" else ".tmp-00000001-x")
+    ours = {name: f"{PREFIX}{str(n) * 32}" for n, name in enumerate(("dead", "dead-early", "alive", "young"))}
+    for name, called in {**ours, "not-ours": ".tmp-00000001-x", "a user's": f"{PREFIX}notes"}.items():
+        folder = tmp_path / called
         folder.mkdir()
         if name != "dead-early":
             (folder / "in-use").touch()
         (folder / "speed").write_bytes(bytes(5))
         if name != "young":
             os.utime(folder, (1, 1))
-    alive = os.open(tmp_path / f"{PREFIX}alive" / "in-use", os.O_RDWR)
+    alive = os.open(tmp_path / ours["alive"] / "in-use", os.O_RDWR)
     DoctorOps().lock_whole(alive)
     examine(tmp_path, **QUICK)
     os.close(alive)
-    assert sorted(os.listdir(tmp_path)) == [".tmp-00000001-x", f"{PREFIX}alive", f"{PREFIX}young"]
+    assert set(os.listdir(tmp_path)) == {".tmp-00000001-x", f"{PREFIX}notes", ours["alive"], ours["young"]}
 
 
 def test_a_run_that_begins_deletes_what_a_killed_doctor_left(tmp_path: Path) -> None:
-    (tmp_path / "run" / f"{PREFIX}dead").mkdir(parents=True)
+    dead = tmp_path / "run" / f"{PREFIX}{'d' * 32}"
+    dead.mkdir(parents=True)
     with Checkpointer(tmp_path / "run") as run:
         run.save(1, {"w": torch.zeros(3)}).result()
-    assert not (tmp_path / "run" / f"{PREFIX}dead").exists()
+    assert not dead.exists()
 
 
 def test_what_cannot_be_deleted_is_said(memory: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_checkpoint_that_is_read_is_not_deleted_and_one_without_a_manifest_is(
 def test_what_cannot_be_read_or_renamed_is_left_for_the_next_run(
     store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    attempt = store.begin(1, "abc")
+    attempt = store.begin(1, "ab" * 16)
     store.ops = Answering("scan", errno.EIO)
     with pytest.raises(RunPathError, match="cannot be read or synced"):
         store.reclaim()
@@ -142,10 +142,47 @@ def test_what_cannot_be_read_or_renamed_is_left_for_the_next_run(
     store.ops = Answering("rename_noreplace", errno.ENOENT)  # another rank was faster
     store.reclaim()
     store.ops = InterceptedOps()
-    Path(store.path, ".tmp-latest-1").write_text("")
-    Path(store.path, ".tmp-link").symlink_to("elsewhere")  # nothing of ours
+    Path(store.path, f".tmp-latest-{'1' * 32}").write_text("")
+    Path(store.path, f".tmp-probe-{'2' * 32}").symlink_to("elsewhere")  # nothing of ours
     store.reclaim()
-    assert os.listdir(store.path) == [".tmp-link"]
+    assert os.listdir(store.path) == [f".tmp-probe-{'2' * 32}"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".tmp-mydata",
+        ".tmp-notes.txt",
+        ".trash-can",
+        ".tmp-00000001-x",
+        ".tmp-1-" + "a" * 32,  # ours have eight digits at least
+        ".tmp-00000001-" + "a" * 31,
+        ".tmp-00000001-" + "A" * 32,
+        ".tmp-00000001-" + "a" * 32 + ".bak",
+        ".tmp-lease-",
+        ".trash-step-00000001",
+        ".trash-step-00000001-" + "a" * 31,
+        ".replaced-step-00000001-" + "a" * 32,  # ours, but not to be deleted unseen
+        ".replaced-mine",
+        ".damaged-step-00000001-01234567",
+        "tmp-00000001-" + "a" * 32,
+    ],
+)
+def test_a_name_that_is_not_a_leftover_of_ours_is_never_deleted(store: LocalStore, name: str) -> None:
+    folder = Path(store.path, name)
+    folder.mkdir(parents=True)
+    (folder / "precious").write_text("a year of work")
+    assert store.reclaim() == []
+    assert (folder / "precious").read_text() == "a year of work"
+
+
+@pytest.mark.parametrize("kind", ["00000007", "123456789", "probe", "latest", "lease", "doctor"])
+def test_leftovers_of_ours_are_deleted(store: LocalStore, kind: str) -> None:
+    names = [f".tmp-{kind}-{'0123456789abcdef' * 2}", f".trash-step-{kind}-{'0123456789abcdef' * 2}"]
+    for name in names:
+        Path(store.path, name, "deep").mkdir(parents=True)
+    assert sorted(store.reclaim()) == sorted(names)
+    assert os.listdir(store.path) == []
 
 
 def test_a_tree_that_vanishes_while_it_is_deleted_is_deleted(store: LocalStore) -> None:

@@ -350,7 +350,7 @@ def test_what_is_visible_is_made_durable_before_anything_is_deleted_for_it(tmp_p
     run = Checkpointer(tmp_path / "run")
     run.save(1, STATE).result()
     run.close()
-    (tmp_path / "run" / ".tmp-00000002-0123").mkdir()
+    (tmp_path / "run" / f".tmp-00000002-{'01' * 16}").mkdir()
     after = Checkpointer(tmp_path / "run")
     ops = FaultyOps()
     after._store.ops = ops

@@ -87,8 +87,8 @@ def find_all(run: Run, step: str) -> list[CheckpointInfo]:
     """
     entries = checkpoints(run)
     if step == "latest":
-        usable = [entry for entry in entries if entry.damage is None and entry.kind == "full"]
-        usable = usable or [entry for entry in entries if entry.damage is None]
+        good = [entry for entry in entries if entry.damage is None and not entry.renamed]
+        usable = [entry for entry in good if entry.kind == "full"] or good
         if not usable:
             raise CheckpointNotFound(f"{run.path}: no usable checkpoint here")
         return usable[-1:]
@@ -98,7 +98,7 @@ def find_all(run: Run, step: str) -> list[CheckpointInfo]:
     if not matches:
         have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
         raise CheckpointNotFound(f"{run.path}: no checkpoint of step {step}; the newest steps there: {have}")
-    return sorted(matches, key=lambda entry: (entry.damage is not None, entry.kind != "full"))
+    return sorted(matches, key=lambda entry: (entry.renamed, entry.damage is not None, entry.kind != "full"))
 
 
 def read(run: Run, step: str, use: Callable[[CheckpointInfo, Reader], T]) -> T:
@@ -224,6 +224,8 @@ def as_json(entry: CheckpointInfo) -> dict[str, Any]:
         "created_unix_seconds": entry.created_unix_seconds,
         "pinned": entry.pinned,
         "damage": entry.damage,
+        "sequence": entry.sequence,
+        "renamed": entry.renamed,
     }
 
 

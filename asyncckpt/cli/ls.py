@@ -39,6 +39,8 @@ def ls(run: RunArgument, json: JsonOption = False) -> None:
                 age(entry.created_unix_seconds) if entry.created_unix_seconds else "",
                 numbers(entry.metrics),
                 "pinned" if entry.pinned else "",
-                Text("ok", "green") if good else Text.assemble(("damaged", "red"), f": {clean(entry.damage)}"),
+                Text("ok, a copy or renamed" if entry.renamed else "ok", "green")
+                if good
+                else Text.assemble(("damaged", "red"), f": {clean(entry.damage)}"),
             )
         console.print(table)

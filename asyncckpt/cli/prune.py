@@ -45,7 +45,7 @@ def prune(
     newest that stays is verified first: where it is damaged, nothing is deleted."""
     with exits():
         opened = open_run(run)
-        entries = [entry for entry in checkpoints(opened) if entry.damage is None]
+        entries = [entry for entry in checkpoints(opened) if entry.damage is None and not entry.renamed]
         policies = _policies(keep_last, keep_every, keep_best, keep_step or [], entries)
         doomed = retention.plan(entries, policies)
         in_use: list[CheckpointInfo] = []
@@ -88,7 +88,7 @@ def _newest_kept(entries: list[CheckpointInfo], doomed: list[CheckpointInfo]) ->
     kept = [entry for entry in entries if entry.name not in names]
     if not kept:
         raise InvalidOption("these policies keep none of the checkpoints; nothing was deleted. Add --keep-last 1")
-    return max(kept, key=lambda entry: (entry.kind == "full", entry.step))
+    return max(kept, key=lambda entry: (entry.kind == "full", *retention.age(entry)))
 
 
 def _delete(run: Run, policies: list[retention.Policy], newest: CheckpointInfo) -> list[CheckpointInfo]:

@@ -78,5 +78,5 @@ def verify(
 
 def _named(run: Run, step: str) -> list[CheckpointInfo]:
     """``latest`` means the newest there is, damaged or not: that is the question asked."""
-    entries = checkpoints(run)
+    entries = [entry for entry in checkpoints(run) if not entry.renamed]
     return entries[-1:] if step == "latest" and entries else find_all(run, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import uuid
 from types import TracebackType
@@ -15,6 +16,7 @@ from asyncckpt.errors import RunLocked
 from asyncckpt.storage.local import TEMP_PREFIX, LocalStore
 
 PREFIX = f"{TEMP_PREFIX}doctor-"
+_OURS = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{32}}")
 #: A doctor that has made its directory takes the lock in it in less.
 _YOUNG_SECONDS = 60.0
 _LOCK = "in-use"
@@ -79,7 +81,7 @@ class Scratch:
         now = self.ops.lstat(self.path).st_mtime
         for name, info in entries.items():
             old = os.path.join(folder, name)
-            ours = name.startswith(PREFIX) and stat.S_ISDIR(info.st_mode)
+            ours = _OURS.fullmatch(name) is not None and stat.S_ISDIR(info.st_mode)
             if ours and now - info.st_mtime > _YOUNG_SECONDS and self._abandoned(old):
                 self._store.delete_tree(old)
 

@@ -1,7 +1,8 @@
 """A run directory on a local or network file system.
 
-Names: a checkpoint is a plain directory; ``.tmp-<step>-<uuid>`` is an unpublished attempt, ``.trash-…`` is being
-deleted, ``.damaged-…`` was set aside. All of ours start with a dot, so that no framework takes them for checkpoints.
+Names: a checkpoint is a plain directory; ``.tmp-<step>-<uuid>`` is an unpublished attempt, ``.trash-<name>-<uuid>`` is
+being deleted, ``.replaced-<name>-<uuid>`` makes way for the attempt with that uuid, ``.damaged-…`` was set aside. All
+of ours start with a dot, so that no framework takes them for checkpoints.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import stat
 import uuid
 from collections.abc import Mapping
 
 from asyncckpt.errors import RunPathError
-from asyncckpt.protocols import Attempt, Reader
+from asyncckpt.protocols import Attempt, Reader, Replaced
 from asyncckpt.storage.attempt import LocalAttempt
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.reader import MANIFEST_FILE, LocalReader
@@ -26,6 +28,11 @@ log = logging.getLogger("asyncckpt")
 TEMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
 DAMAGED_PREFIX = ".damaged-"
+REPLACED_PREFIX = ".replaced-"
+#: Names that this library alone gives, to what may be deleted once its owner is gone. Whatever else begins with a dot
+#: is somebody else's.
+_LEFTOVER = re.compile(r"\.tmp-([0-9]{8,}|probe|latest|lease|doctor)-[0-9a-f]{32}|\.trash-.+-[0-9a-f]{32}")
+_REPLACED = re.compile(r"\.replaced-(?P<name>.+)-(?P<attempt>[0-9a-f]{32})")
 #: Answers that mean "that directory is not yours to sync", of one that was there before.
 _NO_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL})
 
@@ -37,7 +44,7 @@ class LocalStore:
     path: str
 
     def __init__(self, path: str, *, ops: PosixOps | None = None, direct: bool = True) -> None:
-        self.path = path
+        self.path = os.path.abspath(path)
         self.ops = ops or PosixOps()
         self.direct = direct and hasattr(os, "O_DIRECT")
         #: Whether the file system shares blocks between files, and files between names: found out by trying.
@@ -158,6 +165,31 @@ class LocalStore:
         self.ops.fsync_directory(self.path)
         return target
 
+    def make_way(self, name: str, attempt: str) -> Replaced | None:
+        hidden = f"{REPLACED_PREFIX}{name}-{attempt}"
+        try:
+            self.ops.rename_noreplace(os.path.join(self.path, name), os.path.join(self.path, hidden))
+        except FileNotFoundError:
+            return None
+        self.ops.fsync_directory(self.path)
+        return Replaced(hidden, name, attempt)
+
+    def put_back(self, replaced: Replaced) -> bool:
+        hidden, target = os.path.join(self.path, replaced.hidden), os.path.join(self.path, replaced.name)
+        try:
+            self.ops.rename_noreplace(hidden, target)
+            self.ops.fsync_directory(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            log.error("%s could not get its name back and is %s (%s): the next run tries again", target, hidden, error)
+            return False
+        return True
+
+    def replaced(self) -> list[Replaced]:
+        found = map(_REPLACED.fullmatch, self.ops.scan(self.path))
+        return [Replaced(match[0], match["name"], match["attempt"]) for match in found if match is not None]
+
     def reclaim(self) -> list[str]:
         """Delete what dead attempts and interrupted deletions left behind; the names. Only while holding the run's
         lease: holding it means that whoever made them is gone or cut off. Raises ``RunPathError`` where the directory
@@ -169,7 +201,7 @@ class LocalStore:
             entries = self.ops.scan(self.path)
         except OSError as error:
             raise RunPathError(f"{self.path}: cannot be read or synced ({error}); repair the path") from error
-        found = {name: info for name, info in entries.items() if name.startswith((TEMP_PREFIX, TRASH_PREFIX))}
+        found = {name: info for name, info in entries.items() if _LEFTOVER.fullmatch(name)}
         for name, info in found.items():
             path = os.path.join(self.path, name)
             if stat.S_ISDIR(info.st_mode):

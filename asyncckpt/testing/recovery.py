@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog import Catalog, CheckpointInfo
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
 from asyncckpt.protocols import Reader
 from asyncckpt.retention import Policy, plan
 from asyncckpt.run import Run
-from asyncckpt.storage.local import DAMAGED_PREFIX, TRASH_PREFIX
+from asyncckpt.storage.local import DAMAGED_PREFIX, REPLACED_PREFIX, TRASH_PREFIX
 from asyncckpt.testing.crashes import CrashModel, Tree
 from asyncckpt.testing.memory import MemoryOps
 from asyncckpt.testing.recording import Trace
@@ -95,6 +95,10 @@ class Recovery:
         ops = MemoryOps(items)
         run = Run(f"/{self._run_name}", direct=False)
         run._store.ops = ops
+        if any(name.startswith(REPLACED_PREFIX) for name in run._store.listing("")):
+            # a step was being saved again after going back: whoever opens the run decides which of the two is there
+            run._store.reclaim()
+            Catalog(run._store, run.path).settle_replaced()
         good: set[Saved] = set()
         bad: list[str] = []
         usable: list[CheckpointInfo] = []
@@ -119,7 +123,7 @@ class Recovery:
         run._store.reclaim()
         if self._visible(ops) != before:
             bad.append("clearing up changed what is visible")
-        if any(name.startswith((".tmp-", TRASH_PREFIX)) for name in run._store.listing("")):
+        if any(name.startswith((".tmp-", TRASH_PREFIX, REPLACED_PREFIX)) for name in run._store.listing("")):
             bad.append("clearing up left something behind")
         return Recovered(frozenset(good), tuple(bad), restored)
 
@@ -203,12 +207,13 @@ def _judge(found: Recovered, promises: _Promises, decided: int) -> str | None:
         return found.bad[0]
     acknowledged = [saved for number, saved in promises.acknowledged.items() if decided >> number & 1]
     retired = {step for number, step in promises.retired.items() if decided >> number & 1}
-    newest = max(acknowledged, default=None)
+    newest = acknowledged[-1] if acknowledged else None  # whatever its step: training may have gone back
     there = dict(sorted(found.good))
     for step, version in acknowledged:
         if there.get(step, -1) < version and (step not in retired or not any(other > step for other in there)):
             return f"step {step} was acknowledged (version {version}) and is gone or older"
-    if newest is not None and (found.restored is None or found.restored < newest[0]):
+    older = set(acknowledged) - {newest}
+    if newest is not None and (found.restored is None or (found.restored, there.get(found.restored)) in older):
         return f"step {newest[0]} was acknowledged and a restore gives {found.restored}"
     if found.restored is None and there:
         return f"steps {sorted(there)} are good and a restore finds nothing"

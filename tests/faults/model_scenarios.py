@@ -71,6 +71,11 @@ class Saver:
         if wait:
             pending.result()
 
+    def go_back(self, step: int) -> None:
+        """Restore the whole state of an earlier step: what was saved later is given up."""
+        run = self.run or self.open()
+        run.restore(state_of(-1, 0, self.shards), step)
+
     def close(self) -> None:
         """Wait for everything, retention included, and give the directory back."""
         run, self.run = self.run, None
@@ -173,6 +178,26 @@ def _overwritten(saver: Saver) -> None:
     saver.save(1)
 
 
+def _gone_back(saver: Saver) -> None:
+    for step in (1, 2, 3):
+        saver.save(step)
+    saver.go_back(1)
+    saver.save(2)
+
+
+def _gone_back_then_killed(saver: Saver) -> None:
+    """Killed when the step that is saved again had made way, and the new one had not got its name."""
+    saver.save(1)
+    saver.save(2)
+    saver.go_back(1)
+    saver.ops.kill_after = lambda event: event.kind == "rename" and ".replaced-" in event.target
+    with contextlib.suppress(AsyncCkptError):
+        saver.save(2)
+    saver.killed()
+    saver.versions[2] -= 1  # that one was never acknowledged
+    saver.save(3)
+
+
 def _linked(saver: Saver) -> None:
     """What does not change is taken over, from saves that retention takes away meanwhile; nobody waits."""
     for step in (1, 2, 3):
@@ -218,6 +243,8 @@ SCENARIOS = [
     Scenario("one save", lambda saver: saver.save(1), {1: 1}),
     Scenario("two saves, retention", _two_saves, {1: 1, 2: 1}, {"keep": KeepLast(1)}, policies=(KeepLast(1),)),
     Scenario("a step saved again", _overwritten, {1: 2}, {"overwrite": True}),
+    Scenario("a step saved again after going back", _gone_back, {1: 1, 2: 2, 3: 1}),
+    Scenario("killed while a step made way", _gone_back_then_killed, {1: 1, 2: 2, 3: 1}),
     Scenario("parents made", lambda saver: saver.save(1), {1: 1}, {"create_parents": True}, run="a/b/run"),
     Scenario("links and retention", _linked, {1: 1, 2: 1, 3: 1}, {"keep": KeepLast(1)}, policies=(KeepLast(1),)),
     Scenario("large shards", _two_saves, {1: 1, 2: 1}, {"extent_bytes": 4096}, small_bytes=0),

@@ -17,6 +17,7 @@ from model_scenarios import SCENARIOS
 
 from asyncckpt import (
     Checkpointer,
+    CheckpointNotFound,
     KeepLast,
     NoUsableCheckpoint,
     Run,
@@ -195,7 +196,10 @@ def foreign_files_and_stale_copies_are_refused(root: Path) -> None:
     assert run.verify(1), "a file too many, and it verifies"
     shutil.rmtree(root / "run" / "step-00000001")
     shutil.copytree(root / "run" / "step-00000002", root / "run" / "step-00000009")
-    assert run.ls()[-1].damage is not None, "a copy under another step's name is taken for that step"
+    assert [(entry.step, entry.renamed) for entry in run.ls()] == [(2, False), (2, True)], "a copy is taken for its own"
+    with contextlib.suppress(CheckpointNotFound):
+        run.restore(_state(-1), step=9)
+        raise AssertionError("a copy under another step's name is taken for that step")
 
 
 def a_damaged_newest_is_passed_over_loudly(root: Path) -> None:
@@ -307,3 +311,38 @@ def errors_are_reported_once_and_in_time(root: Path) -> None:
         with contextlib.suppress(AsyncCkptError):
             run.close()
     raise AssertionError("a failed save was never reported")
+
+
+def what_was_saved_last_is_the_newest(root: Path) -> None:
+    """After going back, for a restore and for retention, in this process and in a new one."""
+    _saved(root / "run", 1, 2, 3, 4)
+    with Checkpointer(root / "run", keep=KeepLast(2)) as run:
+        run.restore(_state(-1), step=1)
+        run.save(2, _state(12)).result()
+        run.wait()
+        assert [entry.step for entry in run.ls()] == [4, 2]
+    for restore in (Run(root / "run").restore, Checkpointer(root / "run").restore):
+        restore(found := _state(-1))
+        assert found["meta"] == {"step": 12}
+
+
+def a_failed_save_replaces_nothing(root: Path) -> None:
+    _saved(root / "run", 1, 2)
+    with contextlib.suppress(AsyncCkptError), Checkpointer(root / "run") as run:
+        run.restore(_state(-1), step=1)
+        run._store.ops = ops = FaultyOps()
+        ops.fail = ("rename_noreplace", 2, errno.EIO)  # the first makes room
+        assert run.save(2, _state(12)).exception(60) is not None
+        ops.fail = None
+        _holds(root / "run", 2)
+
+
+def what_others_made_stays(root: Path) -> None:
+    """A checkpoint that was renamed, a copy of one, and what only looks like a leftover."""
+    _saved(root / "run", 1, 2)
+    (root / "run" / "step-00000001").rename(root / "run" / "best")
+    shutil.copytree(root / "run" / "step-00000002", root / "run" / "copy")
+    (root / "run" / ".tmp-mydata").mkdir()
+    _saved(root / "run", 3, 4, keep=KeepLast(1))
+    there = set(os.listdir(root / "run"))
+    assert {"best", "copy", ".tmp-mydata", "step-00000004"} <= there, f"something of somebody else's is gone: {there}"

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import re
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ Patch = pytest.MonkeyPatch
 ONE, TWO, AGAIN = model("one save"), model("two saves, retention"), model("a step saved again")
 LARGE, ZARR, REFLINKS = model("large shards"), model("zarr"), model("reflinks")
 LINKS, PARENTS = model("links and retention"), model("parents made")
+BACK, BACK_KILLED = model("a step saved again after going back"), model("killed while a step made way")
 RENAMED, MADE = model("killed after the rename, then pruned"), model("killed when the run was made")
 
 
@@ -440,8 +442,9 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     def look(original: Any, self: Any, name: str) -> Any:
         entry = original(self, name)
-        stale = entry is not None and entry.damage is not None and "stale copy" in entry.damage
-        return replace(entry, damage=None) if stale else entry
+        if entry is None or not entry.renamed:
+            return entry
+        return replace(entry, renamed=False, step=int(name.removeprefix("step-")))
 
     _around(patch, catalog.Catalog, "_look_once", look)
 
@@ -541,3 +544,62 @@ def _(patch: Patch) -> None:
 @mutant("the lease is not checked before the publish", checks.a_run_that_was_cut_off_publishes_nothing)
 def _(patch: Patch) -> None:
     patch.setattr(Checkpointer, "_check_lease", lambda self: None)
+
+
+# -- going back --------------------------------------------------------------------------------------------------------
+
+
+@mutant("a step that is saved again after going back is deleted first", BACK)
+def _(patch: Patch) -> None:
+    def make_way(self: LocalStore, name: str, attempt: str) -> None:
+        _remove(self, name)
+
+    patch.setattr(LocalStore, "make_way", make_way)
+
+
+@mutant("what had made way when a run was killed is deleted unseen", BACK, BACK_KILLED)
+def _(patch: Patch) -> None:
+    def settle(self: catalog.Catalog) -> None:
+        for one in self._store.replaced():
+            self._store.remove(one.hidden)
+
+    patch.setattr(catalog.Catalog, "settle_replaced", settle)
+
+
+@mutant("what had made way gets its name back though its successor is there", BACK)
+def _(patch: Patch) -> None:
+    def settle(self: catalog.Catalog) -> None:
+        for one in self._store.replaced():
+            if self._store.identity(one.name) is not None:
+                _remove(self._store, one.name)  # type: ignore[arg-type]
+            self._store.put_back(one)
+
+    patch.setattr(catalog.Catalog, "settle_replaced", settle)
+
+
+@mutant("a save that failed does not give its step back to what made way", checks.a_failed_save_replaces_nothing)
+def _(patch: Patch) -> None:
+    patch.setattr(LocalStore, "put_back", lambda self, replaced: True)
+
+
+@mutant("the largest step is taken for the newest", checks.what_was_saved_last_is_the_newest, BACK)
+def _(patch: Patch) -> None:
+    patch.setattr(catalog, "age", lambda entry: (0, entry.step))
+
+
+@mutant("retention keeps the largest steps", checks.what_was_saved_last_is_the_newest)
+def _(patch: Patch) -> None:
+    patch.setattr(asyncckpt.retention, "age", lambda candidate: (0, candidate.step))
+
+
+@mutant("retention takes copies that somebody made", checks.what_others_made_stays)
+def _(patch: Patch) -> None:
+    def own(self: Committer) -> Any:
+        return [entry for entry in self._catalog.entries(fresh=False) if entry.damage is None]
+
+    patch.setattr(Committer, "_own", own)
+
+
+@mutant("whatever begins with .tmp- is deleted", checks.what_others_made_stays)
+def _(patch: Patch) -> None:
+    patch.setattr(local, "_LEFTOVER", re.compile(r"\.(tmp|trash)-.*"))

@@ -159,7 +159,7 @@ def test_what_a_dead_run_left_is_deleted_though_it_is_of_the_future(clock: Clock
     path = tmp_path / "run"
     with SCENARIOS["links"].checkpointer(path) as run:
         run.save(1, state_of(1)).result()
-    for name in (".tmp-00000002-0123", ".trash-step-00000000-0123"):
+    for name in (f".tmp-00000002-{'01' * 16}", f".trash-step-00000000-{'01' * 16}"):
         (path / name).mkdir()
         (path / name / "shard").write_bytes(b"rest")
     age(path, clock.now() + YEARS)

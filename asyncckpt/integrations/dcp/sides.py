@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from asyncckpt import digests, environment, plain
 from asyncckpt import manifest as manifests
 from asyncckpt.arena import Slot, aligned_buffer
+from asyncckpt.catalog import Catalog
 from asyncckpt.copying import copy_segments, write_header
 from asyncckpt.encoder import cut_digest
 from asyncckpt.errors import SaveFailed, StepExists
@@ -55,6 +56,7 @@ class Live:
         self.staged = False
         #: Faulted-in memory that writing threads reuse.
         self.buffers: list[Slot] = []
+        self._catalog: Catalog | None = None
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -76,9 +78,13 @@ class Live:
         store.prepare(create_parents=True)
         if os.path.lexists(os.path.join(run, name)) and not overwrite:
             raise StepExists(f"{run}/{name} already exists; save another step, or pass overwrite=True")
+        if self._catalog is None or self._catalog.path != store.path:
+            self._catalog = Catalog(store, store.path)
+        self._catalog.check_replaceable(name)
         self.lease = Lease.acquire(run)
         try:
             store.reclaim()
+            self._catalog.settle_replaced()
             self.attempt = store.begin(step, uuid.uuid4().hex)
         except BaseException:
             self.end()
@@ -139,8 +145,8 @@ class Live:
         overwrite: bool,
     ) -> None:
         """Small files, manifest, directory, name: in that order, each durable before the next."""
-        attempt, lease = self.attempt, self.lease
-        if attempt is None or lease is None:
+        attempt, lease, catalog = self.attempt, self.lease, self._catalog
+        if attempt is None or lease is None or catalog is None:
             raise SaveFailed("no save has begun")
         components, trees = components_of(records, paths, values)
         small = {manifests.STATE_FILE: plain.dumps(trees)}
@@ -163,6 +169,7 @@ class Live:
                 environment=environment.record(),
                 files=(*files, *(manifests.whole_file(file, body, take) for file, body in small.items())),
                 components=components,
+                sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
             )
         )
         manifests.decode(data, f"{attempt.path}/{manifests.FILE_NAME}")  # never publish what no reader takes
