@@ -500,3 +500,19 @@ def test_a_checkpointer_that_is_done_with_keeps_neither_itself_nor_its_memory(cl
     assert itself() is None
     assert arena() is None
     optimizer.step()  # the hooks of one that is gone do nothing
+
+
+def test_a_relative_path_stays_where_it_was_when_the_program_changes_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("run") as run:
+        looked, events = Run("run"), ChromeTrace("trace.json")
+        run.save(1, STATE).result()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        run.save(2, STATE).result()
+        assert [entry.step for entry in looked.ls()] == [1, 2]
+        events.close()
+    assert os.listdir(tmp_path / "elsewhere") == []
+    assert run.path == str(tmp_path / "run")
