@@ -43,6 +43,7 @@ from asyncckpt import (
 from asyncckpt.events import Busy, Committed, Event, Failed, Pruned, SaveStarted, Staged, Stalled, Written
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import GatedOps
+from asyncckpt.trace import ChromeTrace
 
 STATE = {"w": torch.arange(1000.0), "meta": {"a": 1}}
 
