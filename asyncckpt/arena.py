@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from asyncckpt import forks
 from asyncckpt.environment import available_memory_bytes
 from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughMemory
 from asyncckpt.protocols import ALIGNMENT_BYTES
@@ -72,11 +73,22 @@ def _whole_blocks(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+class _Memory(mmap.mmap):
+    """Staging memory, which a fork must not copy or inherit: it is gigabytes (data loader workers)."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        forks.disarm_in_child(self)
+        self.madvise(mmap.MADV_DONTFORK)
+
+    def disarm(self) -> None:
+        # The child has something else at these addresses by the time it lets go of this object, and would unmap that:
+        # it never lets go.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+
+
 class _Region:
     def __init__(self, nbytes: int) -> None:
-        self.memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # a fork must not copy or inherit gigabytes of staging memory (data loader workers)
-        self.memory.madvise(mmap.MADV_DONTFORK)
+        self.memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _in_huge_pages(self.memory)
         self.nbytes = nbytes
         self.view = memoryview(self.memory)
@@ -96,7 +108,7 @@ class _Region:
                 "could not pin %d bytes of staging memory (CUDA error %d): copies are slower", self.nbytes, code
             )
             return
-        weakref.finalize(self, cudart.cudaHostUnregister, self.address)
+        forks.finalize(self, cudart.cudaHostUnregister, self.address)
 
 
 class Arena:

@@ -6,14 +6,13 @@ import contextlib
 import functools
 import os
 import time
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 
-from asyncckpt import cadence, codecs, digests, formats, naming, retention
+from asyncckpt import cadence, codecs, digests, forks, formats, naming, retention
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.distributed import RankOptions
@@ -171,7 +170,7 @@ class Checkpointer(Session):
         self._preparations = 0
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        weakref.finalize(self, _end_threads, self._stager, self._saves.pools, self._committer)
+        forks.finalize(self, _end_threads, self._stager, self._saves.pools, self._committer)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -226,6 +225,7 @@ class Checkpointer(Session):
         """Let snapshots overlap forward and backward: ``save`` returns at once, and what these optimizers own is
         copied until their next ``step``, which waits for what is left. Change parameters in no other way meanwhile,
         or do so inside ``guard()``."""
+        self._check_process()
         for optimizer in optimizers:
             self._watched.add(optimizer)
 
@@ -238,12 +238,14 @@ class Checkpointer(Session):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until every save is durable; False where ``timeout`` seconds passed first. Raises background errors."""
+        self._check_usable()
         drained = self._committer.wait_below(1, timeout)
         self._surface()
         return drained
 
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply the retention policies now; the checkpoints deleted (or that would be). Blocks on the disk."""
+        self._check_process()
         if not dry_run:
             self._open()
         with storage_errors(self.path):
@@ -279,19 +281,20 @@ class Checkpointer(Session):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait until every save is durable, give the directory back and raise what failed. Idempotent."""
-        if self._closed:
+        """Wait until every save is durable, give the directory back and raise what failed. Idempotent; nothing in a
+        forked child."""
+        if os.getpid() != self._pid:
             return
-        try:
-            if os.getpid() == self._pid:
+        if not self._closed:
+            try:
                 self._committer.wait_below(1, None)
-        finally:
-            self._closed = True
-            self._watched.close()
-            self._occasions.close()
-            _end_threads(self._stager, self._saves.pools, self._committer)
-            self._arena.close()
-            self._leave_directory()
+            finally:
+                self._closed = True
+                self._watched.close()
+                self._occasions.close()
+                _end_threads(self._stager, self._saves.pools, self._committer)
+                self._arena.close()
+                self._leave_directory()
         error = self._committer.take_error()
         if error is not None:
             raise error
@@ -407,6 +410,8 @@ class Checkpointer(Session):
 
     def _before_change(self, where: str) -> None:
         """What watched optimizers own is about to change: whatever is not copied yet is copied now."""
+        if os.getpid() != self._pid:  # a forked child's parameters are its own
+            return
         for flight in self._committer.in_flight():
             if flight.job.done and not flight.job.on_device:
                 continue

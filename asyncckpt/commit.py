@@ -21,6 +21,7 @@ from typing import Any
 from asyncckpt import environment, formats, manifest, plain
 from asyncckpt.arena import Arena, Slot
 from asyncckpt.digests import get as get_digest
+from asyncckpt.digests import second as second_digest
 from asyncckpt.encoder import Encoder
 from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
@@ -155,6 +156,7 @@ class Save:
             step=self.step,
             shard_format=self._format,
             digest=self.digest,
+            second=second_digest(contents.draft.digest),
             encoder=encoder,
             previous=previous,
             chain=chain,

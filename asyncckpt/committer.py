@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from asyncckpt import forks
 from asyncckpt import manifest as manifests
 from asyncckpt.arena import Arena
 from asyncckpt.catalog import LATEST, Catalog, CheckpointInfo
@@ -27,7 +28,7 @@ from asyncckpt.errors import (
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.ledger import Ledger
 from asyncckpt.previous import KnownFile, Previous, files_of
-from asyncckpt.protocols import Replaced
+from asyncckpt.protocols import Reader, Replaced
 from asyncckpt.reading import Damage
 from asyncckpt.retention import Policy, plan
 from asyncckpt.staging import StagingJob
@@ -146,12 +147,14 @@ class Committer:
                 self._changed.wait(remaining)
 
     def take_error(self) -> BaseException | None:
-        """The oldest error of a failed save that nobody has seen yet; each is handed out once."""
+        """The oldest error of a failed save that nobody has seen yet, with the others as notes; each is handed out
+        once."""
         with self._changed:
             failed, self._failed = self._failed, []
             errors = [error for error in (pending.unobserved_error() for pending in failed) if error is not None]
         for error in errors[1:]:
             log.error("a further save failed too: %s", error)
+            errors[0].add_note(f"asyncckpt: a further background save failed too: {error}")
         return errors[0] if errors else None
 
     def expire(self) -> None:
@@ -174,16 +177,22 @@ class Committer:
             last = self._last.get(kind)
             if kind not in self._last or (last is not None and last[0] in self._damaged):
                 last = self._last[kind] = self._newest(kind)
-            return None if last is None else Previous(self._store.open(last[0]), last[1])
+            return None if last is None else Previous(self._open(last[0]), last[1])
         except (AsyncCkptError, OSError) as error:
             log.warning("nothing is taken over from the checkpoint before: %s", error)
             return None
+
+    def _open(self, name: str) -> Reader:
+        """A checkpoint to take files over from. A forked child does not have it open."""
+        reader = self._store.open(name)
+        forks.disarm_in_child(reader)
+        return reader
 
     def _newest(self, kind: str) -> tuple[str, Mapping[str, KnownFile]] | None:
         usable = [entry for entry in self._own() if entry.kind == kind]
         if not usable:
             return None
-        with contextlib.closing(self._store.open(usable[-1].name)) as reader:
+        with contextlib.closing(self._open(usable[-1].name)) as reader:
             return usable[-1].name, files_of(manifests.load(reader))
 
     def close(self) -> None:

@@ -90,6 +90,12 @@ def get(name: str) -> Digest:
     return row[0]()
 
 
+def second(name: str) -> Digest | None:
+    """What has to agree too before two contents of one digest of that algorithm are taken for equal: another digest, of
+    128 bits, where that one has fewer. None where it has enough. Raises ``UnknownName``."""
+    return get(DEFAULT) if hex_length(name) < hex_length(DEFAULT) else None
+
+
 def is_cryptographic(name: str) -> bool:
     """Whether nobody can make other bytes of the same digest on purpose."""
     return name in _CRYPTOGRAPHIC

@@ -13,7 +13,6 @@ import os
 import queue
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any, Final
 import torch
 import zstandard
 
-from asyncckpt import errors
+from asyncckpt import errors, forks
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
 from asyncckpt.meeting import meet
 
@@ -56,10 +55,25 @@ _instances: dict[str, int] = {}
 _instances_lock = threading.Lock()
 
 
-def job_size() -> int:
-    """Ranks of this process's job; 1 where ``torch.distributed`` is not initialised."""
+#: The job of the process that this one was forked from, where there was one: a child is no rank of it.
+_inherited: list[object] = []
+
+
+def _leave_job() -> None:
+    _inherited[:] = [torch.distributed.group.WORLD] if _initialized() else []
+
+
+os.register_at_fork(after_in_child=_leave_job)
+
+
+def _initialized() -> bool:
     available: Callable[[], bool] = torch.distributed.is_available
-    if not available() or not torch.distributed.is_initialized():
+    return available() and torch.distributed.is_initialized()
+
+
+def job_size() -> int:
+    """Ranks of this process's job; 1 where ``torch.distributed`` is not initialised, and in a rank's forked child."""
+    if not _initialized() or torch.distributed.group.WORLD in _inherited:
         return 1
     return torch.distributed.get_world_size()
 
@@ -218,7 +232,7 @@ class _Connection:
         self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None] = queue.SimpleQueue()
         self._lost = False
         threading.Thread(target=_serve, args=(store, self._calls), name="asyncckpt-store", daemon=True).start()
-        weakref.finalize(self, self._calls.put, None)
+        forks.finalize(self, self._calls.put, None)
 
     def set(self, key: str, value: bytes) -> None:
         self._call("set", key, value)

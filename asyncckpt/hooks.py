@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from asyncckpt import forks
 from asyncckpt.errors import InvalidOption
 from asyncckpt.staging import storages
 
@@ -90,7 +92,8 @@ class Preempted(SystemExit):
 
 
 class SignalWatch:
-    """Remembers that a signal came; never saves inside the handler, where nothing is safe."""
+    """Remembers that a signal came; never saves inside the handler, where nothing is safe. A forked child has the
+    handlers that were there before."""
 
     def __init__(self, preemption: Preemption) -> None:
         self.preemption = preemption
@@ -98,7 +101,9 @@ class SignalWatch:
         self._deadline = 0.0
         if threading.current_thread() is not threading.main_thread():
             raise InvalidOption("preempt: signals can only be watched from a Checkpointer made on the main thread")
+        self._pid = os.getpid()
         self._previous = {number: signal.signal(number, self._handle) for number in preemption.signals}
+        forks.disarm_in_child(self)
 
     def notice(self) -> None:
         """Another rank of the job was signalled: as if this one had been, now."""
@@ -120,9 +125,28 @@ class SignalWatch:
         for number, previous in self._previous.items():
             if signal.getsignal(number) == self._handle and threading.current_thread() is threading.main_thread():
                 signal.signal(number, previous)
-        self._previous = {}
 
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
+    def disarm(self) -> None:
+        for number in self._previous:
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, self._before(number))
+
+    def _before(self, number: int) -> Any:
+        """The handler that was there before any of this library's."""
+        found: Any = self._previous.get(signal.Signals(number))
+        while isinstance(watch := getattr(found, "__self__", None), SignalWatch):
+            found = watch._previous.get(signal.Signals(number))
+        return signal.SIG_DFL if found is None else found
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a forked child's own handler has called this one
+            before = self._before(number)
+            if callable(before):
+                before(number, frame)
+            elif before == signal.SIG_DFL:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         if self.received is None:
             self._deadline = time.monotonic() + self.preemption.deadline_seconds
             self.received = signal.Signals(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -28,12 +29,14 @@ def drain_at_exit(target: Drainable) -> None:
     """Close ``target`` when the interpreter ends, if it still lives, and say so where saves were unfinished.
 
     ``threading._register_atexit`` runs while threads and executors still work; plain ``atexit`` comes too late to
-    write anything, and is the fallback only so that the loss is at least reported.
+    write anything, and is the fallback only so that the loss is at least reported. A forked child ends by the same
+    way, and has nothing to wait for.
     """
     reference = weakref.ref(target)
+    pid = os.getpid()
 
     def drain() -> None:
-        alive = reference()
+        alive = reference() if os.getpid() == pid else None
         if alive is None:
             return
         count = alive.unfinished()

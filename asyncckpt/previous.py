@@ -12,11 +12,13 @@ from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest,
 @dataclass(frozen=True, slots=True)
 class KnownFile:
     """A file of the previous checkpoint; ``ordered`` are its extents in the order of the layout that it was made by
-    (what a format adds around them is only in the record), each part of one a record of its own until ``fitted``."""
+    (what a format adds around them is only in the record), each part of one a record of its own until ``fitted``.
+    ``seconds``: their second digests (``digests.second``), which only the process that wrote the file knows."""
 
     record: FileRecord
     ordered: tuple[ExtentRecord, ...]
     bases: tuple[FileRecord, ...] = ()
+    seconds: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[FileRecord, ...]:

@@ -28,7 +28,8 @@ class Parked:
 class Progress:
     """One shard. ``records`` are its extents by number; ``edges`` what the format adds; ``old`` the previous
     checkpoint's file that it may be equal to, ``matched`` the extents that are; ``layers`` the files that its chunks
-    are differences to (None: not decided). Not thread-safe."""
+    are differences to (None: not decided); ``seconds`` the extents' second digests, where one is not enough. Not
+    thread-safe."""
 
     shard: Shard
     first: int
@@ -46,6 +47,7 @@ class Progress:
     parked: dict[int, Parked] = field(default_factory=dict)
     records: dict[int, ExtentRecord] = field(default_factory=dict)
     edges: list[ExtentRecord] = field(default_factory=list)
+    seconds: dict[int, str] = field(default_factory=dict)
     nbytes: int = 0
 
     @property
@@ -58,6 +60,16 @@ class Progress:
     def frozen(self) -> bool:
         """Whether training changes nothing of it."""
         return all(spec.frozen for spec in specs_of(self.shard))
+
+    def known(self) -> KnownFile:
+        """The file as the next save compares with it."""
+        seconds = tuple(digest for _, digest in sorted(self.seconds.items()))
+        return KnownFile(self.record(), tuple(self.parts()), self.layers or (), seconds)
+
+    def equal(self, old: KnownFile, number: int, found: str) -> bool:
+        """Whether an extent, of this content digest, is the old file's."""
+        record, second = old.ordered[number], self.seconds.get(number)
+        return (record.content or record.digest) == found and (second is None or old.seconds[number] == second)
 
     def place(self, item: Parked) -> int:
         """The offset of a frame; those after it in the layout's order may follow where it was its turn."""

@@ -57,6 +57,7 @@ class Session(Run):
 
     def _open(self) -> None:
         """Become the directory's writer, once; learn what is there."""
+        self._check_process()
         if self._opened:
             return
         self._check_usable()
@@ -131,12 +132,16 @@ class Session(Run):
     def _check_usable(self) -> None:
         if self._closed:
             raise CheckpointerClosed(f"{self.path}: this Checkpointer is closed; make a new one")
+        self._check_process()
+
+    def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise CheckpointerClosed(f"{self.path}: made in process {self._pid}; make a Checkpointer in this one")
 
     # -- restoring together ------------------------------------------------------------------------------------------
 
     def restore(self, state: Mapping[str, Any], step: int | None = None, **options: Any) -> RestoreReport:
+        self._check_process()
         self._join()
         return super().restore(state, step, **options)
 

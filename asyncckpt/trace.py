@@ -130,8 +130,8 @@ class ChromeTrace:
             raise
 
     def close(self) -> None:
-        """Write the file; later events are ignored. Idempotent."""
-        if not self._closed:
+        """Write the file; later events are ignored. Idempotent; nothing in a forked child, where events are missing."""
+        if not self._closed and os.getpid() == self._pid:
             self.flush()
             self._closed = True
 

@@ -9,12 +9,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
-from asyncckpt.errors import InvalidOption
+from asyncckpt import forks
+from asyncckpt.errors import CheckpointerClosed, InvalidOption
 
 log = logging.getLogger("asyncckpt")
 
@@ -59,7 +60,8 @@ class SaveReport:
 
 
 class PendingSave:
-    """A save in flight. Thread-safe; awaitable from asyncio (``report = await pending``)."""
+    """A save in flight. Thread-safe; awaitable from asyncio (``report = await pending``). In a forked child, one that
+    was not done has failed with ``CheckpointerClosed``: only the process that saves learns how it ends."""
 
     step: int
 
@@ -71,7 +73,23 @@ class PendingSave:
         self._future.set_running_or_notify_cancel()
         self._wait_staged = wait_staged
         self._expire = expire
+        #: Whether somebody has been given the outcome: who waited in vain has not.
         self._observed = False
+        #: Of a save that is done; read in a forked child, where the future's lock may be held for ever.
+        self._outcome: SaveReport | BaseException | None = None
+        forks.disarm_in_child(self)
+
+    def disarm(self) -> None:
+        self._future = Future()
+        self._wait_staged = lambda _timeout: True
+        if isinstance(self._outcome, SaveReport):
+            self._future.set_result(self._outcome)
+            return
+        if self._outcome is None:
+            self._outcome = CheckpointerClosed(
+                f"step {self.step}: it is saved by the process that this one was forked from; ask there how it ends"
+            )
+        self._future.set_exception(self._outcome)
 
     def staged(self, timeout: float | None = None) -> bool:
         """Block until training may change anything (the snapshot is copied, or the save failed); False where
@@ -84,19 +102,13 @@ class PendingSave:
         Raises what made the save fail (``SaveFailed``, ``NotEnoughSpace``, …), or ``TimeoutError`` after ``timeout``
         seconds (the save goes on).
         """
-        self._wait(timeout)
-        try:
-            return self._future.result(0)
-        finally:
-            self._observed = self._observed or self._future.done()
+        self._deliver(timeout)
+        return self._future.result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Block until durable or failed; the error, or None."""
-        self._wait(timeout)
-        try:
-            return self._future.exception(0)
-        finally:
-            self._observed = self._observed or self._future.done()
+        self._deliver(timeout)
+        return self._future.exception(0)
 
     def done(self) -> bool:
         """Whether it is durable or failed."""
@@ -111,22 +123,47 @@ class PendingSave:
         return self._future.done() and self._future.exception() is not None
 
     def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
-        """Call ``callback(self)`` when durable or failed, on the thread where that happens (at once if it has)."""
-        self._future.add_done_callback(lambda _: callback(self))
+        """Call ``callback(self)`` when durable or failed, on the thread where that happens (at once if it has). What it
+        raises is logged."""
+        caller = threading.get_ident()
+
+        def call(_: Future[SaveReport]) -> None:
+            try:
+                callback(self)
+            except BaseException as error:
+                if threading.get_ident() == caller and not isinstance(error, Exception):  # Ctrl-C, while it is added
+                    raise
+                # on the committer's thread, this would keep the outcome from whoever else waits for it
+                log.exception("step %d: a callback raised", self.step)
+
+        self._future.add_done_callback(call)
+        caller = 0
 
     def __await__(self) -> Generator[Any, None, SaveReport]:
-        self._observed = True  # whoever awaits gets the error
-        return asyncio.wrap_future(self._future).__await__()
+        try:
+            report = yield from asyncio.wrap_future(self._future).__await__()
+        except BaseException as error:  # the save's own, or whatever ends the waiting: a time limit, a cancelled task
+            self._observed = self._observed or error is self.failure()
+            raise
+        self._observed = True
+        return report
 
-    def _wait(self, timeout: float | None) -> None:
-        """Until done, or for ``timeout`` seconds; asks meanwhile whether the committer hangs in the kernel."""
+    def _deliver(self, timeout: float | None) -> None:
+        """Wait until it is done: then the outcome is about to be handed out, and not before."""
+        if not self._wait(timeout):
+            raise TimeoutError(f"step {self.step}: not done after {timeout} s; the save goes on")
+        self._observed = True
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Whether it is done within ``timeout`` seconds; asks meanwhile whether the committer hangs in the kernel."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._future.done():
             remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
             if remaining <= 0:
-                return
+                return False
             wait([self._future], remaining)
             self._expire()
+        return True
 
     def __repr__(self) -> str:
         state = "in flight" if not self.done() else "failed" if self.failed() else "durable"
@@ -141,13 +178,15 @@ class PendingSave:
 
     def resolve(self, report: SaveReport) -> None:
         """For the committer: the save is durable."""
-        if not self._future.done():
+        with contextlib.suppress(InvalidStateError):
             self._future.set_result(report)
+            self._outcome = report
 
     def reject(self, error: BaseException) -> None:
         """For the committer: the save failed. Later outcomes are ignored."""
-        if not self._future.done():
+        with contextlib.suppress(InvalidStateError):
             self._future.set_exception(error)
+            self._outcome = error
 
 
 def failed(step: int, error: BaseException) -> PendingSave:

@@ -45,6 +45,7 @@ class ShardsWriting:
     """Takes staged extents from any thread and writes them on the pool's threads. Thread-safe.
 
     ``previous`` opens the checkpoint that this one may take files over from; asked for once, on a thread of the pool.
+    ``second``: what has to agree before anything is taken over, where ``digest`` alone is too short to decide that.
     ``chain``: how often in a row a file may be saved as differences to that checkpoint's.
     ``start`` gives the attempt, made by whichever thread comes first; ``fail`` poisons the save; ``failed`` says that
     it is poisoned; ``changed`` is called when a shard is done. All errors end in ``fail``.
@@ -57,6 +58,7 @@ class ShardsWriting:
         step: int,
         shard_format: ShardFormat,
         digest: Digest,
+        second: Digest | None,
         encoder: Encoder,
         previous: Callable[[], Previous | None],
         chain: int,
@@ -71,6 +73,7 @@ class ShardsWriting:
         self._step = step
         self._format = shard_format
         self._digest = digest
+        self._second = second
         self._encoder = encoder
         self._open_previous = previous
         self._chain = chain
@@ -112,7 +115,10 @@ class ShardsWriting:
             self._previous = previous
             self._layer_reader = LayerReader(previous.reader, self._encoder.codec, self._digest)
             for progress in self._shards:
-                progress.old = previous.candidate(progress.shard) if progress.shard.extents else None
+                old = previous.candidate(progress.shard) if progress.shard.extents else None
+                if old is not None and self._second is not None and len(old.seconds) != len(progress.shard.extents):
+                    old = None  # another process wrote it
+                progress.old = old
                 progress.matching = progress.old is not None
 
     # -- what the save asks ------------------------------------------------------------------------------------------
@@ -151,11 +157,7 @@ class ShardsWriting:
 
     def files(self) -> dict[str, KnownFile]:
         """The same, for the next save to compare with."""
-        return {
-            progress.shard.file: KnownFile(progress.record(), tuple(progress.parts()), progress.layers or ())
-            for progress in self._shards
-            if progress.shard.extents
-        }
+        return {progress.shard.file: progress.known() for progress in self._shards if progress.shard.extents}
 
     def orders(self) -> Mapping[str, list[int]]:
         """For each file: the position, among its record's extents, of each of its layout's extents."""
@@ -215,6 +217,8 @@ class ShardsWriting:
                 # the digest is of the staged bytes, before anything below this line could spoil them
                 found = digest or content_digest(self._digest, extent, slot)
                 number -= progress.first
+                if self._second is not None:
+                    progress.seconds[number] = content_digest(self._second, extent, slot)
                 if self._matches(progress, number, found):
                     return
                 if progress.shard.floating:
@@ -236,7 +240,7 @@ class ShardsWriting:
         with self._lock:
             if not progress.matching:
                 return False
-            if (old.ordered[number].content or old.ordered[number].digest) == found:
+            if progress.equal(old, number, found):
                 progress.matched.append(number)
                 if len(progress.matched) < len(progress.shard.extents):
                     return True

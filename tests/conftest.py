@@ -60,6 +60,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) ->
     return loss.item()
 
 
+def unseen_by_crc32c(tensor: torch.Tensor) -> None:
+    """Change a tensor so that no crc32c over it changes: bits that lie as those of the polynomial do (reversed, as the
+    algorithm reads them) are flipped. Twice is not at all."""
+    flipped = torch.tensor(list(int(f"1{0x1EDC6F41:032b}"[::-1], 2).to_bytes(5, "little")), dtype=torch.uint8)
+    tensor.view(-1).view(torch.uint8)[64:69] ^= flipped
+
+
 def assert_all_memory_came_back(arena: Arena) -> None:
     """Who wrote the last extent of a save gives its slot back after the save is durable: waits for that."""
     assert arena.wait_prepared(10)

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from asyncckpt import forks
 from asyncckpt.errors import LeaseLost, RunLocked, RunPathError
 from asyncckpt.plain import loads
 
@@ -107,26 +108,42 @@ def parse_holder(data: bytes) -> Holder | None:
         return None
 
 
+class _LockFile:
+    """The open lock file. A forked child shares its open file description and would keep the lock of a killed trainer
+    alive, so it is closed there."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        forks.disarm_in_child(self)
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    disarm = close
+
+
 class Lease:
     """A held run directory. Thread-safe. ``acquire`` blocks for at most ``ttl_seconds``."""
 
     directory: str
     owner: str
 
-    def __init__(self, directory: str, fd: int, options: LeaseOptions) -> None:
+    def __init__(self, directory: str, lock: _LockFile, options: LeaseOptions) -> None:
         self.directory = directory
         self.owner = uuid.uuid4().hex
-        self._fd = fd
-        self._inode = os.fstat(fd).st_ino
+        self._fd = lock.fd
+        self._inode = os.fstat(lock.fd).st_ino
         self._pid = os.getpid()
         self._beat = 0
         self._given_back = False
         self._stop = threading.Event()
         self._write_lock = threading.Lock()
         self._write(released=False)
-        _open_leases.add(self)
         # the thread must not keep a forgotten lease alive: it holds a weak reference, and the finalizer ends it
-        self._finalizer = weakref.finalize(self, _let_go, fd, self._stop)
+        self._finalizer = forks.finalize(self, _let_go, lock, self._stop)
         self._thread = threading.Thread(
             target=_keep_beating,
             args=(weakref.WeakMethod(self._renew), self._stop, options.beat_seconds),
@@ -151,6 +168,7 @@ class Lease:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise RunPathError(f"{path}: cannot open the lock file ({error}); repair the path") from error
+        lock = _LockFile(fd)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise RunPathError(f"{path} is no regular file; remove it, or use another directory")
@@ -162,12 +180,12 @@ class Lease:
                 raise _locked(directory, read_holder(directory))  # somebody took over between open and lock
             if not takeover:
                 _wait_until_dead(directory, options)
-            return cls(directory, fd, options)
+            return cls(directory, lock, options)
         except (RunLocked, RunPathError):
-            os.close(fd)
+            lock.close()
             raise
         except OSError as error:
-            os.close(fd)
+            lock.close()
             raise RunPathError(
                 f"{directory}: cannot write the lease ({error}); free space or repair the path"
             ) from error
@@ -192,10 +210,7 @@ class Lease:
     def release(self) -> None:
         """Give the directory back. Idempotent. Blocks for at most ten seconds: where the storage hangs, the lock goes
         when the storage is back, or with the process."""
-        if not self._finalizer.alive:
-            return
-        if os.getpid() != self._pid:
-            self._finalizer()
+        if not self._finalizer.alive or os.getpid() != self._pid:
             return
         # every call to hung storage may be the last of its thread, and that must not be the one that wants to leave
         giving = threading.Thread(target=self._give_back, name="asyncckpt-lease-release", daemon=True)
@@ -259,10 +274,9 @@ def _keep_beating(renew: weakref.WeakMethod[Callable[[], None]], stop: threading
         del method
 
 
-def _let_go(fd: int, stop: threading.Event) -> None:
+def _let_go(lock: _LockFile, stop: threading.Event) -> None:
     stop.set()
-    with contextlib.suppress(OSError):
-        os.close(fd)
+    lock.close()
 
 
 def _boot_id() -> str:
@@ -272,16 +286,3 @@ def _boot_id() -> str:
     except OSError:
         boot = ""
     return f"{socket.gethostname()}:{boot}"
-
-
-_open_leases: weakref.WeakSet[Lease] = weakref.WeakSet()
-
-
-def _close_in_child() -> None:
-    # A forked child (a data loader's worker) shares the open file description: it would keep the lock of a killed
-    # trainer alive.
-    for lease in list(_open_leases):
-        lease._finalizer()
-
-
-os.register_at_fork(after_in_child=_close_in_child)

@@ -136,7 +136,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             return {}
 
-    def open(self, name: str) -> Reader:
+    def open(self, name: str) -> LocalReader:
         return LocalReader(self.path, name, ops=self.ops, direct=self.direct)
 
     def open_attempt(self, path: str) -> Reader:

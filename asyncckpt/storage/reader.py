@@ -127,6 +127,13 @@ class LocalReader:
                 break  # only the end of the file is unaligned
         return min(done, nbytes)
 
+    def disarm(self) -> None:
+        # a child that holds it open holds the lock that keeps retention away, too
+        for fd in (*(entry.fd for entry in self._open.values()), self._guard, self._dir):
+            if fd >= 0:
+                os.close(fd)
+        self._open, self._guard, self._dir = {}, -1, -1
+
     def close(self) -> None:
         with self._lock:
             fds = [entry.fd for entry in self._open.values()] + [self._guard, self._dir]

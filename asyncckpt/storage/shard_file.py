@@ -9,6 +9,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from asyncckpt import forks
 from asyncckpt.errors import SaveFailed
 from asyncckpt.protocols import ALIGNMENT_BYTES, SMALL_SHARD_BYTES
 from asyncckpt.storage.posix import NO_DIRECT
@@ -56,6 +57,7 @@ class LocalShardWriter:
                         self._ops.unlink(path)  # some file systems create the name before they refuse the flag
         if self._fd < 0:
             self._fd = self._ops.open(path, flags)
+        forks.disarm_in_child(self)
         if self._small:
             return
         try:
@@ -65,6 +67,13 @@ class LocalShardWriter:
                 self.abort()
                 raise
             # reserving is a courtesy: a file system without it (NFSv3, tmpfs variants) still writes
+
+    def disarm(self) -> None:
+        # held open by a child, the file would take its space after it was deleted
+        fds, self._fd, self._edges_fd = (self._edges_fd, self._fd), -1, -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
 
     def write_at(self, view: memoryview, nbytes: int, offset: int) -> None:
         with self._lock:

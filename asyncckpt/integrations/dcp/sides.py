@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from asyncckpt import digests, environment, plain
+from asyncckpt import digests, environment, forks, plain
 from asyncckpt import manifest as manifests
 from asyncckpt.arena import Slot, aligned_buffer
 from asyncckpt.catalog import Catalog
@@ -49,6 +49,16 @@ class Live:
     """What a writer has while it runs; never pickled."""
 
     def __init__(self) -> None:
+        self._inherited: list[object] = []
+        self._empty()
+        forks.disarm_in_child(self)
+
+    def disarm(self) -> None:
+        # torch's stager would call CUDA where it is let go
+        self._inherited += [self.stager, self.staging]
+        self._empty()
+
+    def _empty(self) -> None:
         self.attempt: Attempt | None = None
         self.lease: Lease | None = None
         self.stager: Stager | None = None
