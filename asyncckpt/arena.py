@@ -14,9 +14,9 @@ import mmap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -34,10 +34,24 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 
+class QueuedCopy(Protocol):
+    """A copy into staging memory that was enqueued on a device and may not have run yet."""
+
+    def done(self) -> bool:
+        """Whether it has run."""
+
+    def wait(self) -> None:
+        """Block until it has run."""
+
+    def wait_on(self, stream: Any) -> None:
+        """Have what is enqueued on the stream from now on run after it. Does not block."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A piece of the arena. ``view`` is writable and aligned, its length a multiple of 4096. ``split``: what is staged
-    in it is a chunk whose bytes the device has split into planes."""
+    in it is a chunk whose bytes the device has split into planes. ``copies``: what may still write into this memory, of
+    the save that had it before or, once copies of its own were enqueued, of those."""
 
     region: int
     offset: int
@@ -46,6 +60,7 @@ class Slot:
     view: memoryview
     tensor: torch.Tensor
     split: bool = False
+    copies: tuple[QueuedCopy, ...] = ()
 
 
 def default_budget(extent_bytes: Sequence[int]) -> int:
@@ -122,7 +137,8 @@ class Arena:
         self.budget_bytes = 0
         self._regions: dict[int, _Region] = {}
         self._used_bytes: dict[int, int] = {}  # by region
-        self._free: list[tuple[int, int, int]] = []  # (region, offset, nbytes), sorted, never adjacent
+        #: (region, offset, nbytes, copies that may still write there), sorted, never adjacent.
+        self._free: list[tuple[int, int, int, tuple[QueuedCopy, ...]]] = []
         self._changed = threading.Condition()
         self._faulting = 0
         #: Threads that wait for memory, and who is told when there is one more.
@@ -130,6 +146,8 @@ class Arena:
         self._told_when_short: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._cold_bytes = 0
         self._closed = False
+        # memory goes once no copy into it is queued any more, also that of an arena that is only dropped
+        forks.finalize(self, _wait_for_all, self._free)
 
     def grow(self, budget_bytes: int, *, largest_bytes: int = 0, pin: bool = False) -> None:
         """Raise the budget to at least ``budget_bytes``; returns at once, memory becomes available as it is ready.
@@ -213,13 +231,13 @@ class Arena:
     def _take(self, need: int) -> Slot | None:
         if self._closed:
             return None
-        for position, (region, offset, size) in enumerate(self._free):
+        for position, (region, offset, size, copies) in enumerate(self._free):
             if size >= need:
                 if size == need:
                     del self._free[position]
                 else:
-                    self._free[position] = (region, offset + need, size - need)
-                return self._slot(region, offset, need)
+                    self._free[position] = (region, offset + need, size - need, copies)
+                return self._slot(region, offset, need, _not_done(copies))
         return None
 
     def tell_when_short(self, told: Callable[[], None]) -> None:
@@ -235,17 +253,21 @@ class Arena:
             self._told_when_short.remove(weakref.WeakMethod(told))
 
     def release(self, slot: Slot) -> None:
-        """Give a slot back; whatever is still in it may be overwritten at once."""
+        """Give a slot back; whatever is still in it may be overwritten at once. Copies into it that have not run yet
+        stay with the memory, for whoever takes it next. Blocks only where the arena was closed: until they have run."""
+        copies = _not_done(slot.copies)
+        if self._closed:
+            _wait_for(copies)
         with self._changed:
             self._used_bytes[slot.region] -= slot.nbytes
             if self._closed:
                 self._let_go()
-        self._put(slot.region, slot.offset, slot.nbytes)
+        self._put(slot.region, slot.offset, slot.nbytes, copies)
 
     def free_bytes(self) -> int:
         """Bytes that could be staged into without waiting for a write (what is still being faulted in counts)."""
         with self._changed:
-            return self._cold_bytes + sum(size for _, _, size in self._free)
+            return self._cold_bytes + sum(size for _, _, size, _ in self._free)
 
     def wake(self) -> None:
         """Let everyone who waits in ``acquire`` look at ``cancelled`` again."""
@@ -258,11 +280,15 @@ class Arena:
             return self._changed.wait_for(lambda: not self._faulting, timeout)
 
     def close(self) -> None:
-        """Wake whoever waits, and give the memory back: what is in use goes when its last slot does."""
+        """Wake whoever waits, and give the memory back: what is in use goes when its last slot does. Blocks until no
+        copy is queued any more into what is not in use."""
         with self._changed:
             self._closed = True
-            self._let_go()
             self._changed.notify_all()
+            free = list(self._free)
+        _wait_for_all(free)
+        with self._changed:
+            self._let_go()
 
     def _let_go(self) -> None:
         """Of memory that nobody uses; of a closed arena."""
@@ -290,24 +316,27 @@ class Arena:
                 self._faulting -= 1
                 self._changed.notify_all()
 
-    def _put(self, region: int, offset: int, nbytes: int) -> None:
+    def _put(self, region: int, offset: int, nbytes: int, copies: tuple[QueuedCopy, ...] = ()) -> None:
         with self._changed:
-            at = bisect.bisect_left(self._free, (region, offset, 0))
+            at = bisect.bisect_left(self._free, (region, offset), key=lambda free: free[:2])
             if at < len(self._free):
-                after_region, after_offset, after_size = self._free[at]
+                after_region, after_offset, after_size, after_copies = self._free[at]
                 if (after_region, after_offset) == (region, offset + nbytes):
                     del self._free[at]
                     nbytes += after_size
+                    copies = (*copies, *after_copies)
             if at:
-                before_region, before_offset, before_size = self._free[at - 1]
+                before_region, before_offset, before_size, before_copies = self._free[at - 1]
                 if (before_region, before_offset + before_size) == (region, offset):
                     at -= 1
                     del self._free[at]
                     offset, nbytes = before_offset, before_size + nbytes
-            self._free.insert(at, (region, offset, nbytes))
+                    copies = (*before_copies, *copies)
+            # neighbours that were one save's have the same copies
+            self._free.insert(at, (region, offset, nbytes, tuple(dict.fromkeys(copies)) if copies else ()))
             self._changed.notify_all()
 
-    def _slot(self, region: int, offset: int, nbytes: int) -> Slot:
+    def _slot(self, region: int, offset: int, nbytes: int, copies: tuple[QueuedCopy, ...]) -> Slot:
         home = self._regions[region]
         self._used_bytes[region] += nbytes
         return Slot(
@@ -317,4 +346,28 @@ class Arena:
             home.address + offset,
             home.view[offset : offset + nbytes],
             home.tensor[offset : offset + nbytes],
+            copies=copies,
         )
+
+
+def _not_done(copies: tuple[QueuedCopy, ...]) -> tuple[QueuedCopy, ...]:
+    """Those that may still write. A device that cannot say, because it failed, writes no more."""
+    if not copies:
+        return ()
+    found: list[QueuedCopy] = []
+    for copy in copies:
+        with contextlib.suppress(RuntimeError):
+            if not copy.done():
+                found.append(copy)
+    return tuple(found)
+
+
+def _wait_for(copies: Iterable[QueuedCopy]) -> None:
+    for copy in copies:
+        with contextlib.suppress(RuntimeError):  # a device that failed writes no more
+            copy.wait()
+
+
+def _wait_for_all(free: Iterable[tuple[int, int, int, tuple[QueuedCopy, ...]]]) -> None:
+    for _, _, _, copies in free:
+        _wait_for(copies)

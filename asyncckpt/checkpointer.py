@@ -15,6 +15,7 @@ import torch
 from asyncckpt import cadence, codecs, digests, forks, formats, naming, retention
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
+from asyncckpt.copy_streams import CopyStreams
 from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
     ArenaBusy,
@@ -166,6 +167,7 @@ class Checkpointer(Session):
         )
         self._arena = self._saves.arena
         self._stager = Stager()
+        self._streams = CopyStreams()
         self._prepared = False
         self._preparations = 0
         drain_at_exit(self)
@@ -361,7 +363,17 @@ class Checkpointer(Session):
             eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
             digest = save.digest if deferred else None  # an eager save's copies must not wait for digests
             job = StagingJob(
-                step, pieces, layout.extents(), self._arena, save.take, self.events, began, digest, self._saves.splits
+                step,
+                pieces,
+                layout.extents(),
+                self._arena,
+                self._streams,
+                save.take,
+                save.fail,
+                self.events,
+                began,
+                digest,
+                self._saves.splits,
             )
         except BaseException:
             self._ledger.release(step, kind, claim)
@@ -377,8 +389,6 @@ class Checkpointer(Session):
                 self._start(flight)
                 job.finish(deadline)
         finally:
-            if job.error is not None:
-                save.fail(job.error)
             if deferred:  # last of all: a thread that wakes up takes the interpreter from this one
                 self._start(flight)
         self._occasions.saved()
@@ -417,8 +427,6 @@ class Checkpointer(Session):
                 continue
             began = time.perf_counter()
             flight.job.finish(time.monotonic() + self._writer_options.stall_timeout_seconds)
-            if flight.job.error is not None:
-                flight.save.fail(flight.job.error)
             self._note_stall(flight.job, began, where)
 
     def _note_stall(self, job: StagingJob, began: float, where: str) -> None:

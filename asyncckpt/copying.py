@@ -67,6 +67,15 @@ def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Sl
     _flush(batch, slot, start, end)
 
 
+def host_writes(pieces: Sequence[Piece], extent: Extent) -> bool:
+    """Whether the host itself writes into the slot of an extent, now: headers, padding, and tensors that it holds."""
+    if extent.header or extent.item_bytes or not extent.segments:
+        return True
+    last = extent.segments[-1]
+    ends_short = last.extent_offset + last.nbytes < extent.lead + extent.nbytes
+    return ends_short or any(pieces[segment.piece].tensor.device.type == "cpu" for segment in extent.segments)
+
+
 def can_split(pieces: Sequence[Piece], extent: Extent) -> bool:
     """Whether a chunk can be split into planes where its tensor is."""
     nbytes = extent.nbytes - LEAD_BYTES

@@ -6,22 +6,26 @@ it has to wait anyway (an eager save, or ``optimizer.step`` coming before the co
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import torch
 
-from asyncckpt.arena import Arena, Slot
-from asyncckpt.copying import can_split, copy_planes, copy_segments, fill_rest, write_header
+from asyncckpt.arena import Arena, QueuedCopy, Slot
+from asyncckpt.copy_streams import CopyStreams
+from asyncckpt.copying import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
 from asyncckpt.encoder import content_digest, finish_image, slot_bytes
-from asyncckpt.errors import ArenaBusy, SaveAbandoned
+from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged
 from asyncckpt.protocols import Digest, Extent, Piece
+
+log = logging.getLogger("asyncckpt")
 
 #: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
 #: would otherwise make ``save`` wait for the whole arena.
@@ -67,7 +71,8 @@ class _Work:
 
 
 class StagingJob:
-    """The copies of one save. Thread-safe.
+    """The copies of one save. Thread-safe. ``on_error`` is called with the first error, at once, by whichever thread
+    has it: nothing else tells the save that it will not become durable.
 
     ``on_staged(number, slot, ready, digest)`` is called for each extent as its copy is done or enqueued; ``ready()``
     blocks until the slot's bytes are there (CUDA copies run on a side stream). With ``digest``, extents that the
@@ -81,7 +86,9 @@ class StagingJob:
         pieces: Sequence[Piece],
         extents: Sequence[Extent],
         arena: Arena,
+        streams: CopyStreams,
         on_staged: OnStaged,
+        on_error: Callable[[BaseException], None],
         events: EventBus,
         started_seconds: float,
         digest: Digest | None = None,
@@ -95,8 +102,9 @@ class StagingJob:
         self._pieces: Sequence[Piece] = pieces
         self._arena = arena
         self._on_staged = on_staged
+        self._on_error = on_error
         self._events = events
-        self._streams = _SideStreams(pieces)
+        self._streams = streams.of(pieces)
         self._lock = threading.Lock()
         self._queue = deque(_Work(number, extent) for number, extent in enumerate(extents))
         self._working = 0
@@ -160,9 +168,9 @@ class StagingJob:
             except ArenaBusy as error:
                 self.cancel(self._too_slow(error))
             except Exception as error:
-                self.cancel(error)
+                self.cancel(self._typed(error))
             except BaseException:  # Ctrl-C on the training thread goes on up; the save cannot
-                self.cancel(SaveAbandoned(f"step {self.step}: interrupted while the state was being copied"))
+                self.cancel(self._interrupted())
                 raise
             finally:
                 with self._lock:
@@ -177,9 +185,13 @@ class StagingJob:
         """
         self.run(deadline)
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not self._done.wait(remaining):
-            self.cancel(self._too_slow(None))
-            self._done.wait()  # a copy that has begun is milliseconds from its end
+        try:
+            if not self._done.wait(remaining):
+                self.cancel(self._too_slow(None))
+                self._done.wait()  # a copy that has begun is milliseconds from its end
+        except BaseException:  # nobody knows what is changed now, while a thread of ours copies
+            self.cancel(self._interrupted())
+            raise
         self._streams.make_current_wait()
 
     def wait(self, timeout: float | None) -> bool:
@@ -195,12 +207,15 @@ class StagingJob:
         self._pieces = ()
 
     def cancel(self, error: BaseException) -> None:
-        """Give up what is not copied yet. The first error is kept. Idempotent."""
+        """Give up what is not copied yet, and the save with it. The first error is kept. Idempotent."""
         with self._lock:
-            if self._error is None and not self._done.is_set():
+            first = self._error is None and not self._done.is_set()
+            if first:
                 self._error = error
         self._arena.wake()
         self._drop_queue()
+        if first:
+            self._on_error(error)
 
     def _too_slow(self, cause: BaseException | None) -> SaveAbandoned:
         why = f" ({cause})" if cause is not None else ""
@@ -209,33 +224,53 @@ class StagingJob:
             f"goes on. Storage is too slow or hangs; look at it, or raise staging_bytes"
         )
 
+    def _interrupted(self) -> SaveAbandoned:
+        return SaveAbandoned(f"step {self.step}: interrupted while the state was being copied")
+
+    def _typed(self, error: Exception) -> Exception:
+        if isinstance(error, AsyncCkptError):
+            return error
+        way_out = "Look at the device, then save again"
+        if isinstance(error, torch.OutOfMemoryError):
+            way_out = "Leave more of the device's memory free, or save with codec='none', which takes none of it"
+        typed = SaveFailed(
+            f"step {self.step}: copying the state failed: {type(error).__name__}: {error}. Nothing was published; "
+            f"earlier checkpoints are untouched. {way_out}"
+        )
+        typed.__cause__ = error
+        return typed
+
     def _is_cancelled(self) -> bool:
         return self._error is not None
 
     def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
-        slot = self._arena.acquire(slot_bytes(work.extent), deadline, self._is_cancelled)
+        extent = work.extent
+        slot = self._arena.acquire(slot_bytes(extent), deadline, self._is_cancelled)
         began = time.perf_counter()
+        queued: list[QueuedCopy] = []
         try:
             pieces = self._pieces  # gone, once the save has failed: then this one fails, too
-            on_device = any(pieces[segment.piece].tensor.device.type in _DEVICES for segment in work.extent.segments)
-            with self._streams.entered():
-                if self._splits_on_device and on_device and can_split(pieces, work.extent):
-                    slot = replace(slot, split=True)
-                    copy_planes(pieces, work.extent, slot)
-                else:
-                    copy_segments(pieces, work.extent.segments, slot)
-                    fill_rest(slot, work.extent)
-                ready = self._streams.ready()
-            if work.extent.header:
-                write_header(slot, work.extent.header)
-            finish_image(work.extent, slot)
-            taken = content_digest(digest, work.extent, slot) if digest is not None else None
+            on_device = any(pieces[segment.piece].tensor.device.type in _DEVICES for segment in extent.segments)
+            split = self._splits_on_device and on_device and can_split(pieces, extent)
+            if slot.copies and (split or host_writes(pieces, extent)):
+                for earlier in slot.copies:  # of a save that failed: the device orders its own copies, not ours
+                    earlier.wait()
+            if split:
+                slot = replace(slot, split=True)
+            copy = functools.partial(_copy, pieces, extent, slot)
+            self._streams.enqueue(copy, slot.copies, queued)
+            if extent.header:
+                write_header(slot, extent.header)
+            finish_image(extent, slot)
+            taken = content_digest(digest, extent, slot) if digest is not None else None
         except BaseException:
-            self._arena.release(slot)
+            self._arena.release(replace(slot, copies=(*slot.copies, *queued)))
             raise
+        if queued:
+            slot = replace(slot, copies=tuple(queued))
         now = time.perf_counter()
-        self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=work.extent.nbytes, seconds=now - began))
-        self._on_staged(work.number, slot, ready, taken)
+        self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=extent.nbytes, seconds=now - began))
+        self._on_staged(work.number, slot, functools.partial(_wait_for, queued), taken)
 
     def _drop_queue(self) -> None:
         if self._error is not None:
@@ -273,48 +308,22 @@ class Stager:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job.run_in_background()
+            try:
+                job.run_in_background()
+            except BaseException as error:  # costs that save, and no other
+                log.exception("step %d: the thread that copies was interrupted", job.step)
+                job.cancel(error)
             del job  # an idle thread must not keep a snapshot alive
 
 
-class _SideStreams:
-    """One copy stream for each CUDA device of the snapshot; does nothing for a state on the CPU.
+def _copy(pieces: Sequence[Piece], extent: Extent, slot: Slot) -> None:
+    if slot.split:
+        copy_planes(pieces, extent, slot)
+    else:
+        copy_segments(pieces, extent.segments, slot)
+        fill_rest(slot, extent)
 
-    The copy waits for the training stream as it was at ``save``; the training stream is made to wait for the copy
-    only where the state is about to change, so the host never does.
-    """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        devices = {piece.tensor.device for piece in pieces if piece.tensor.device.type == "cuda"}
-        make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
-        self._streams = {device: make(device) for device in devices}
-        for device, stream in self._streams.items():
-            stream.wait_stream(torch.cuda.current_stream(device))
-
-    def __bool__(self) -> bool:
-        return bool(self._streams)
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for stream in self._streams.values():
-                stack.enter_context(torch.cuda.stream(stream))
-            yield
-
-    def ready(self) -> Ready:
-        """Blocks its caller until everything enqueued so far has run."""
-        recorded = [stream.record_event() for stream in self._streams.values()]
-
-        def wait() -> None:
-            for event in recorded:
-                event.synchronize()
-
-        return wait
-
-    def make_current_wait(self) -> None:
-        for device, stream in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
-
-    def synchronize(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
+def _wait_for(queued: Sequence[QueuedCopy]) -> None:
+    for copy in queued:
+        copy.wait()

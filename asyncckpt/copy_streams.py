@@ -1,0 +1,98 @@
+"""Where copies into staging memory run, and how one learns that they have run.
+
+Copies of CPU tensors run at once. Those of CUDA tensors are enqueued on one stream a device, which lives as long as the
+checkpointer: a new stream for each save would have the allocator keep a cache for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from asyncckpt.arena import QueuedCopy
+from asyncckpt.protocols import Piece
+
+
+class Copies(Protocol):
+    """How the copies of one save are made. Thread-safe; true where copies are enqueued and run later."""
+
+    def __bool__(self) -> bool: ...
+
+    def enqueue(self, copy: Callable[[], None], after: Sequence[QueuedCopy], queued: list[QueuedCopy]) -> None:
+        """Call ``copy``, which makes the copies or enqueues them so that they run after those in ``after``. What has to
+        be waited for until they have run is added to ``queued``, also where ``copy`` raises half-way."""
+
+    def make_current_wait(self) -> None:
+        """Have whatever training enqueues from now on run after the copies enqueued so far."""
+
+    def synchronize(self) -> None:
+        """Block until the copies enqueued so far have run."""
+
+
+class CopyStreams:
+    """The copy streams of one checkpointer, made when a save needs them. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def of(self, pieces: Iterable[Piece]) -> Copies:
+        """The copies of one snapshot, which see its tensors as training has left them when this is called."""
+        devices = {piece.tensor.device for piece in pieces if piece.tensor.device.type == "cuda"}
+        make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+        with self._lock:
+            for device in devices - set(self._streams):
+                self._streams[device] = make(device)
+            streams = {device: self._streams[device] for device in devices}
+        for device, stream in streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
+        return _StreamCopies(streams)
+
+
+class _StreamCopies:
+    def __init__(self, streams: dict[torch.device, torch.cuda.Stream]) -> None:
+        self._streams = streams
+
+    def __bool__(self) -> bool:
+        return bool(self._streams)
+
+    def enqueue(self, copy: Callable[[], None], after: Sequence[QueuedCopy], queued: list[QueuedCopy]) -> None:
+        with contextlib.ExitStack() as stack:
+            for stream in self._streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            for earlier in after:
+                for stream in self._streams.values():
+                    earlier.wait_on(stream)
+            try:
+                copy()
+            finally:
+                queued += [_Recorded(stream.record_event()) for stream in self._streams.values()]
+
+    def make_current_wait(self) -> None:
+        for device, stream in self._streams.items():
+            torch.cuda.current_stream(device).wait_stream(stream)
+
+    def synchronize(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+class _Recorded:
+    """The copies enqueued on a stream before an event."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def done(self) -> bool:
+        query: Callable[[], bool] = self._event.query
+        return query()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def wait_on(self, stream: torch.cuda.Stream) -> None:
+        stream.wait_event(self._event)
