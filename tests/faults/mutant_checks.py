@@ -3,28 +3,41 @@ where a promise is broken, and passes where the library is as it should be."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import multiprocessing
 import os
 import shutil
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from conftest import unseen_by_crc32c
 from model_scenarios import SCENARIOS
+from queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
 from asyncckpt import (
     Checkpointer,
     CheckpointNotFound,
     KeepLast,
     NoUsableCheckpoint,
+    Preemption,
     Run,
     RunLocked,
+    SaveFailed,
     StepExists,
+    WriterOptions,
+    staging,
 )
 from asyncckpt.errors import AsyncCkptError, LeaseLost
+from asyncckpt.owned_memory import OwnedMemory, divide
+from asyncckpt.protocols import Piece, TensorSpec
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import FaultyOps, check_trace
 
@@ -346,3 +359,159 @@ def what_others_made_stays(root: Path) -> None:
     _saved(root / "run", 3, 4, keep=KeepLast(1))
     there = set(os.listdir(root / "run"))
     assert {"best", "copy", ".tmp-mydata", "step-00000004"} <= there, f"something of somebody else's is gone: {there}"
+
+
+# -- what is copied when -----------------------------------------------------------------------------------------------
+
+
+def copies_of_a_failed_save_land_on_nothing(root: Path) -> None:
+    a_save_after_one_that_failed(root / "run", [Stream(), Stream()], ones_and_twos())
+
+
+def nor_on_what_the_host_writes(root: Path) -> None:
+    large = {"a": torch.full((300_000,), 1.0)}
+    small = {f"t{n:03}": torch.full((30,), float(n)) for n in range(200)}
+    stream = Stream()
+    a_save_after_one_that_failed(root / "run", [stream, stream], [large, small])
+
+
+def _deferred(root: Path, change: Callable[[torch.nn.Sequential], object], watch: Any, *, late: bool = True) -> None:
+    """Whatever is changed after ``save`` and before the background has copied, what is stored is as it was."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(700, 700, bias=False) for _ in range(4)))
+    model[3].requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    go, original = threading.Event(), staging.copy_segments
+
+    def copy(*args: Any) -> None:
+        if threading.current_thread().name.startswith("asyncckpt-stager"):
+            go.wait(10)
+        original(*args)
+
+    with pytest.MonkeyPatch.context() as patch, Checkpointer(root / "run") as run:
+        patch.setattr(staging, "copy_segments", copy)
+        run.watch(watch(model))
+        expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        pending = run.save(1, {"model": model})
+        changing = threading.Thread(target=change, args=(model,))
+        changing.start()
+        changing.join(0.5)
+        go.set()
+        changing.join()
+        pending.result(30)
+        found = run.load_tensors(1)
+    assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in expected.items()), "torn"
+
+
+def _trained(model: torch.nn.Module) -> torch.optim.Optimizer:
+    kept.append(torch.optim.SGD(model.parameters(), lr=0.1))
+    return kept[-1]
+
+
+#: Optimizers that something else keeps alive: a scheduler, say.
+kept: list[torch.optim.Optimizer] = []
+
+
+def an_optimizer_made_anew_waits(root: Path) -> None:
+    _deferred(root, lambda model: torch.optim.SGD(model.parameters(), lr=0.1).step(), _trained)
+
+
+def frozen_parameters_are_not_deferred(root: Path) -> None:
+    _deferred(root, lambda model: model[3].weight.data.zero_(), _trained)
+
+
+def buffers_beside_parameters_are_not_deferred(root: Path) -> None:
+    flat = torch.zeros(2, 1 << 19)
+    model = torch.nn.Module()
+    model.register_parameter("w", torch.nn.Parameter(flat[0]))
+    model.register_buffer("mean", flat[1])
+    memory = OwnedMemory()
+    memory.add([model.w])
+    pieces = [Piece(TensorSpec(name, "F32", (1 << 19,), 2 << 20), t) for name, t in model.state_dict().items()]
+    assert divide(pieces, memory).eager == {0, 1}, (
+        "a buffer in the parameters' memory is copied while forward changes it"
+    )
+
+
+def a_save_that_cannot_be_copied_ends_at_once(root: Path) -> None:
+    model = torch.nn.Linear(1000, 1000)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        run = Checkpointer(root / "run", writer=WriterOptions(durable_timeout_seconds=8))
+        run.watch(_trained(model))
+        patch.setattr(staging, "copy_segments", fails)
+        began = time.monotonic()
+        error = run.save(1, {"model": model}).exception(20)
+        with contextlib.suppress(AsyncCkptError):
+            run.close()
+    assert isinstance(error, SaveFailed)
+    assert time.monotonic() - began < 5, "nobody was told before the deadline"
+
+
+# -- who hears of it, and who must not act -----------------------------------------------------------------------------
+
+
+def an_await_in_vain_has_not_seen_the_error(root: Path) -> None:
+    gate = threading.Event()
+
+    class Refused(PosixOps):
+        def rename_noreplace(self, source: str, target: str) -> None:
+            gate.wait(20)
+            raise OSError(errno.EIO, "refused")
+
+    run = Checkpointer(root / "run")
+    run.save(1, _state(1)).result()
+    run.wait()
+    run._store.ops = Refused()
+    pending = run.save(2, _state(2))
+
+    async def waits() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_awaited(pending), 0.05)
+
+    asyncio.run(waits())
+    gate.set()
+    while not pending.done():
+        time.sleep(0.01)
+    try:
+        run.close()
+    except SaveFailed:
+        return
+    raise AssertionError("a save failed, and nobody was told")
+
+
+async def _awaited(pending: Any) -> Any:
+    return await pending
+
+
+def a_forked_child_ends(root: Path) -> None:
+    """Whatever its parent's threads held when it was forked, and by whichever signal."""
+    with Checkpointer(root / "run", preempt=Preemption()) as run:
+        run.save(1, _state(1)).result()
+        for end in ("exit", "terminate"):
+            with run._arena._changed, run._committer._changed:
+                child = multiprocessing.get_context("fork").Process(
+                    target=time.sleep, args=(0 if end == "exit" else 30,)
+                )
+                child.start()
+            if end == "terminate":
+                child.terminate()
+            child.join(4)
+            alive = child.is_alive()
+            child.kill()
+            child.join()
+            assert not alive, f"a forked child did not end ({end})"
+
+
+def a_short_digest_decides_no_link(root: Path) -> None:
+    state = {"w": torch.arange(100_000, dtype=torch.int32)}
+    with Checkpointer(root / "run", digest="crc32c") as run:
+        for step in (1, 2):
+            run.save(step, state).result()
+            run.wait()
+            found = run.load_tensors(step)["w.value"]
+            assert torch.equal(found, state["w"]), "what was stored is what was saved before"
+            unseen_by_crc32c(state["w"])

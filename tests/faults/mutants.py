@@ -17,11 +17,26 @@ import pytest
 from mutant_checks import Check, model
 
 import asyncckpt.retention
-from asyncckpt import catalog, committer, manifest, reading, run, verify, writing
+from asyncckpt import (
+    catalog,
+    commit,
+    committer,
+    hooks,
+    leaving,
+    manifest,
+    owned_memory,
+    reading,
+    run,
+    staging,
+    verify,
+    writing,
+)
+from asyncckpt.arena import Arena
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
 from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
+from asyncckpt.owned_memory import OwnedMemory
 from asyncckpt.progress import Progress
 from asyncckpt.records import ExtentRecord
 from asyncckpt.storage import lease, local
@@ -30,7 +45,7 @@ from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps
-from asyncckpt.writer import SaveReport
+from asyncckpt.writer import PendingSave, SaveReport
 from asyncckpt.writing import ShardsWriting
 
 Patch = pytest.MonkeyPatch
@@ -603,3 +618,85 @@ def _(patch: Patch) -> None:
 @mutant("whatever begins with .tmp- is deleted", checks.what_others_made_stays)
 def _(patch: Patch) -> None:
     patch.setattr(local, "_LEFTOVER", re.compile(r"\.(tmp|trash)-.*"))
+
+
+# -- what is copied when -----------------------------------------------------------------------------------------------
+
+
+@mutant(
+    "memory is given back without the copies still queued into it",
+    checks.copies_of_a_failed_save_land_on_nothing,
+    checks.nor_on_what_the_host_writes,
+)
+def _(patch: Patch) -> None:
+    _around(patch, Arena, "release", lambda original, self, slot: original(self, replace(slot, copies=())))
+
+
+@mutant("the host writes into memory that copies are queued into", checks.nor_on_what_the_host_writes)
+def _(patch: Patch) -> None:
+    patch.setattr(staging, "host_writes", lambda *_: False)
+
+
+@mutant("an error of the thread that copies is not told to the save", checks.a_save_that_cannot_be_copied_ends_at_once)
+def _(patch: Patch) -> None:
+    def cancel(original: Any, self: staging.StagingJob, error: BaseException) -> None:
+        self._on_error = lambda _: None
+        original(self, error)
+
+    _around(patch, staging.StagingJob, "cancel", cancel)
+
+
+@mutant("only the watched optimizer waits for what is deferred", checks.an_optimizer_made_anew_waits)
+def _(patch: Patch) -> None:
+    patch.setattr(Checkpointer, "_concerns", lambda self, optimizer, flight: optimizer in self._watched)
+
+
+@mutant("what an optimizer has is deferred, frozen or not", checks.frozen_parameters_are_not_deferred)
+def _(patch: Patch) -> None:
+    def owned(self: hooks.Watched) -> Any:
+        memory = OwnedMemory()
+        for optimizer in self._optimizers:
+            memory.add(p for group in optimizer.param_groups for p in group["params"])
+        return memory
+
+    patch.setattr(hooks.Watched, "owned", owned)
+
+
+@mutant("a whole memory block counts as owned", checks.buffers_beside_parameters_are_not_deferred)
+def _(patch: Patch) -> None:
+    patch.setattr(owned_memory, "_span", owned_memory._block)
+    patch.setattr(OwnedMemory, "_is_apart", lambda *_: False)
+
+    def add(self: OwnedMemory, tensors: Any) -> None:
+        self._others += [owned_memory._block(tensor) for tensor in tensors]
+
+    patch.setattr(OwnedMemory, "add", add)
+
+
+# -- who hears of it, and who must not act -----------------------------------------------------------------------------
+
+
+@mutant("an error counts as seen once somebody began to wait", checks.an_await_in_vain_has_not_seen_the_error)
+def _(patch: Patch) -> None:
+    def begin(self: PendingSave) -> Any:
+        self._observed = True
+        return asyncio.wrap_future(self._future).__await__()
+
+    patch.setattr(PendingSave, "__await__", begin)
+
+
+@mutant("a forked child keeps its parent's signal handlers", checks.a_forked_child_ends)
+def _(patch: Patch) -> None:
+    patch.setattr(hooks.SignalWatch, "disarm", lambda self: None)
+    patch.setattr(hooks, "os", types.SimpleNamespace(getpid=lambda: 0))
+
+
+@mutant("a forked child drains its parent's saves", checks.a_forked_child_ends)
+def _(patch: Patch) -> None:
+    patch.setattr(leaving, "os", types.SimpleNamespace(getpid=lambda: 0))
+    patch.setattr(Checkpointer, "close", lambda self: self._committer.wait_below(1, None))
+
+
+@mutant("a digest of 32 bits decides what is taken over", checks.a_short_digest_decides_no_link)
+def _(patch: Patch) -> None:
+    patch.setattr(commit, "second_digest", lambda name: None)

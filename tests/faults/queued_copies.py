@@ -1,0 +1,149 @@
+"""A stand-in for a device's streams where there is none: what is enqueued runs later, on a thread, in order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asyncckpt import Checkpointer, NotEnoughSpace
+from asyncckpt.protocols import Piece
+from asyncckpt.storage.posix import PosixOps
+
+PATIENCE_SECONDS = 20.0
+
+
+class Event:
+    """Of a copy on a ``Stream``."""
+
+    def __init__(self) -> None:
+        self._ran = threading.Event()
+
+    def done(self) -> bool:
+        return self._ran.is_set()
+
+    def wait(self) -> None:
+        assert self._ran.wait(PATIENCE_SECONDS)
+
+    def wait_on(self, stream: Stream) -> None:
+        stream.tasks.put(self.wait)
+
+
+class Stream:
+    """Runs what is enqueued, in order, while ``open`` is set. The copies of one save."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.tasks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self.ran = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            task = self.tasks.get()
+            assert self.open.wait(PATIENCE_SECONDS)
+            task()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def enqueue(self, copy: Callable[[], None], after: Sequence[Event], queued: list[Any]) -> None:
+        for earlier in after:
+            earlier.wait_on(self)
+        event = Event()
+
+        def run() -> None:
+            copy()
+            self.ran += 1
+            event._ran.set()
+
+        self.tasks.put(run)
+        queued.append(event)
+
+    def make_current_wait(self) -> None:
+        """The test changes nothing."""
+
+    def synchronize(self) -> None:
+        event = Event()
+        self.tasks.put(event._ran.set)
+        event.wait()
+
+
+class Streams:
+    """In the place of ``CopyStreams``: each save's copies run on the next of ``streams``."""
+
+    def __init__(self, *streams: Stream) -> None:
+        self._left = list(streams)
+
+    def of(self, _pieces: Iterable[Piece]) -> Stream:
+        return self._left.pop(0)
+
+
+class Landed(PosixOps):
+    """What is staged is written only once ``landed`` is set, and there is no space while ``full``."""
+
+    def __init__(self) -> None:
+        self.landed = threading.Event()
+        self.full = False
+
+    def free_bytes(self, path: str) -> int:
+        return 0 if self.full else super().free_bytes(path)
+
+    def pwrite(self, fd: int, data: Any, offset: int) -> int:
+        assert self.landed.wait(PATIENCE_SECONDS)
+        return super().pwrite(fd, data, offset)
+
+
+def until(true: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
+    patience = time.monotonic() + seconds
+    while not true() and time.monotonic() < patience:
+        time.sleep(0.005)
+    return true()
+
+
+def a_save_after_one_that_failed(
+    path: Path, streams: Sequence[Stream], states: Sequence[dict[str, torch.Tensor]]
+) -> None:
+    """The copies of the first are still queued when its memory is taken by the second, and run last of all if nobody
+    waits for them."""
+    first, second = streams
+    run = Checkpointer(path, incremental=False)
+    run.prepare(max(states, key=lambda state: sum(tensor.nbytes for tensor in state.values())))
+    run._arena.wait_prepared(PATIENCE_SECONDS)
+    run._streams = Streams(*streams)  # type: ignore[assignment]
+    run._store.ops = ops = Landed()
+    ops.full = True
+    failed = run.save(1, states[0])
+    assert isinstance(failed.exception(PATIENCE_SECONDS), NotEnoughSpace)
+    assert until(lambda: run._arena.free_bytes() == run._arena.budget_bytes), "its memory did not come back at once"
+    assert first.ran == 0, "nothing was queued any more"
+    ops.full = False
+    if second is not first:
+        second.open.set()
+    saved: list[Any] = []
+    saving = threading.Thread(target=lambda: saved.append(run.save(2, states[1])))
+    saving.start()  # where the host itself writes, it waits
+    until(lambda: second is not first and bool(saved) and second.ran > 0, 0.3)
+    first.open.set()
+    saving.join()
+    assert until(lambda: first.ran > 0)
+    for stream in streams:
+        stream.synchronize()
+    ops.landed.set()
+    saved[0].result(PATIENCE_SECONDS)
+    try:
+        assert run.verify(2) == [], "acknowledged and damaged"
+        found = run.load_tensors(2)
+        for name, tensor in states[1].items():
+            assert torch.equal(found[f"{name}.value"], tensor), f"{name} is not as it was saved"
+    finally:
+        run.close()
+
+
+def ones_and_twos() -> list[dict[str, torch.Tensor]]:
+    return [{name: torch.full((50_000,), value) for name in "abc"} for value in (1.0, 2.0)]
