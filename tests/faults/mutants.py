@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import beside_saves
 import mutant_checks as checks
 import pytest
 from mutant_checks import Check, model
 
 import asyncckpt.retention
-from asyncckpt import catalog, committer, manifest, reading, run, verify, writing
+from asyncckpt import catalog, commit, committer, hooks, leaving, manifest, reading, run, verify, writing
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
@@ -30,7 +31,7 @@ from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps
-from asyncckpt.writer import SaveReport
+from asyncckpt.writer import PendingSave, SaveReport
 from asyncckpt.writing import ShardsWriting
 
 Patch = pytest.MonkeyPatch
@@ -603,3 +604,61 @@ def _(patch: Patch) -> None:
 @mutant("whatever begins with .tmp- is deleted", checks.what_others_made_stays)
 def _(patch: Patch) -> None:
     patch.setattr(local, "_LEFTOVER", re.compile(r"\.(tmp|trash)-.*"))
+
+
+# -- beside the saves: who learns how they ended, forked children, what is taken for unchanged -------------------------
+
+
+def _everywhere_at_home(patch: Patch, module: Any) -> None:
+    """For this module, a forked child is the process that it was forked from."""
+    found = {name: getattr(os, name) for name in dir(os)} | {"getpid": lambda: 1}
+    patch.setattr(module, "os", types.SimpleNamespace(**found))
+
+
+@mutant("whoever begins to await has seen the error", beside_saves.who_awaited_in_vain_is_told)
+def _(patch: Patch) -> None:
+    def awaited(self: PendingSave) -> Any:
+        self._observed = True
+        return asyncio.wrap_future(self._future).__await__()
+
+    patch.setattr(PendingSave, "__await__", awaited)
+
+
+@mutant("whoever begins to wait has seen the error", beside_saves.who_waited_in_vain_is_told)
+def _(patch: Patch) -> None:
+    def deliver(original: Any, self: PendingSave, timeout: float | None) -> None:
+        self._observed = True
+        original(self, timeout)
+
+    _around(patch, PendingSave, "_deliver", deliver)
+
+
+@mutant("the drain runs in a forked child", beside_saves.a_forked_child_ends_at_once)
+def _(patch: Patch) -> None:
+    def close(original: Any, self: Checkpointer) -> None:
+        self._pid = os.getpid()
+        original(self)
+
+    _everywhere_at_home(patch, leaving)
+    _around(patch, Checkpointer, "close", close)
+
+
+@mutant("a forked child waits for a save of its parent's", beside_saves.a_forked_child_does_not_wait_for_a_save)
+def _(patch: Patch) -> None:
+    patch.setattr(PendingSave, "disarm", lambda self: None)
+
+
+@mutant("a forked child takes a note of signals, like its parent", beside_saves.a_forked_child_ends_on_sigterm)
+def _(patch: Patch) -> None:
+    _everywhere_at_home(patch, hooks)
+    patch.setattr(hooks.SignalWatch, "disarm", lambda self: None)
+
+
+@mutant("a forked child keeps the directory's lock", beside_saves.a_forked_child_has_no_lock)
+def _(patch: Patch) -> None:
+    patch.setattr(lease._LockFile, "disarm", lambda self: None)
+
+
+@mutant("crc32c alone decides a link", beside_saves.a_change_that_crc32c_does_not_show_is_saved)
+def _(patch: Patch) -> None:
+    patch.setattr(commit, "second_digest", lambda name: None)
