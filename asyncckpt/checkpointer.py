@@ -26,16 +26,17 @@ from asyncckpt.errors import (
     storage_errors,
 )
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
-from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched
+from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched, memory_of
 from asyncckpt.layers import Delta, chain_of
 from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
+from asyncckpt.owned_memory import Division, divide, storages
 from asyncckpt.protocols import Codec, LayoutOptions
 from asyncckpt.restore import RestoreReport
 from asyncckpt.saves import Saves
 from asyncckpt.session import Session
-from asyncckpt.staging import Stager, StagingJob, split_eager
+from asyncckpt.staging import Stager, StagingJob
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.writer import PendingSave, Pools, WriterOptions, failed
 
@@ -224,9 +225,12 @@ class Checkpointer(Session):
         self._prepared = True
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Let snapshots overlap forward and backward: ``save`` returns at once, and what these optimizers own is
-        copied until their next ``step``, which waits for what is left. Change parameters in no other way meanwhile,
-        or do so inside ``guard()``."""
+        """Let snapshots overlap forward and backward: ``save`` returns at once, and what these optimizers own, their
+        trained parameters and their state, is copied until the next ``step`` of any optimizer over it, which waits for
+        what is left. Change parameters in no other way meanwhile, or do so inside ``guard()``.
+
+        A wrapper such as Accelerate's is followed to the optimizer that it wraps. Raises ``InvalidOption`` where that
+        cannot be told, and for what is no optimizer; nothing is watched then."""
         self._check_process()
         for optimizer in optimizers:
             self._watched.add(optimizer)
@@ -360,7 +364,8 @@ class Checkpointer(Session):
             save = self._saves.make(self._job, planned, number, claim, kind, values, began)
             deferred = bool(self._watched)
             self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
-            eager = split_eager(pieces, self._watched.owned_storages()) if deferred else set(range(len(pieces)))
+            owned = self._watched.owned()
+            division = divide(pieces, owned) if deferred else Division(set(range(len(pieces))), [])
             digest = save.digest if deferred else None  # an eager save's copies must not wait for digests
             job = StagingJob(
                 step,
@@ -379,12 +384,12 @@ class Checkpointer(Session):
             self._ledger.release(step, kind, claim)
             raise
         save.on_error = job.cancel
-        flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire))
+        flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire), division.deferred)
         flight.pending.add_done_callback(functools.partial(self._ended, step, kind, claim))
         deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
         try:
             if deferred:
-                job.stage_now(eager, deadline)
+                job.stage_now(division.eager, deadline)
             else:
                 self._start(flight)
                 job.finish(deadline)
@@ -418,16 +423,23 @@ class Checkpointer(Session):
         if self._job.any_rank("busy", busy is not None):
             raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
 
-    def _before_change(self, where: str) -> None:
-        """What watched optimizers own is about to change: whatever is not copied yet is copied now."""
+    def _before_change(self, where: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """What watched optimizers own is about to change, by the step of ``optimizer`` where there is one: whatever is
+        not copied yet is copied now."""
         if os.getpid() != self._pid:  # a forked child's parameters are its own
             return
         for flight in self._committer.in_flight():
             if flight.job.done and not flight.job.on_device:
                 continue
+            if optimizer is not None and not flight.job.done and not self._concerns(optimizer, flight):
+                continue
             began = time.perf_counter()
             flight.job.finish(time.monotonic() + self._writer_options.stall_timeout_seconds)
             self._note_stall(flight.job, began, where)
+
+    def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
+        """Whether a step of the optimizer may change what is not copied yet."""
+        return optimizer in self._watched or not storages(flight.deferred).isdisjoint(memory_of(optimizer))
 
     def _note_stall(self, job: StagingJob, began: float, where: str) -> None:
         now = time.perf_counter()

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from asyncckpt import forks
 from asyncckpt import manifest as manifests
 from asyncckpt.arena import Arena
@@ -53,11 +55,13 @@ class Skipped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """A save and everything that belongs to it."""
+    """A save and everything that belongs to it. ``deferred``: the tensors that are copied while training goes
+    on."""
 
     save: Save
     job: StagingJob
     pending: PendingSave
+    deferred: Sequence[torch.Tensor] = ()
 
 
 class Committer:

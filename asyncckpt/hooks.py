@@ -13,45 +13,56 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from asyncckpt import forks
 from asyncckpt.errors import InvalidOption
-from asyncckpt.staging import storages
+from asyncckpt.owned_memory import OwnedMemory, storages
 
 
 class Watched:
     """The optimizers whose parameters and state are copied while training goes on.
 
-    A step pre-hook on each waits for what is not copied yet, right before the update changes it. ``GradScaler`` skips
-    the hook on steps it skips: nothing changes then either.
+    A pre-hook of every optimizer step waits for what is not copied yet, right before the update changes it: torch's
+    global one, because another optimizer, or one made anew, may step over the same parameters. ``GradScaler`` skips the
+    hook on steps that it skips: nothing changes then either.
     """
 
-    def __init__(self, before_change: Callable[[str], None]) -> None:
+    def __init__(self, before_change: Callable[[str, torch.optim.Optimizer | None], None]) -> None:
         self._before_change = before_change
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
 
     def add(self, optimizer: torch.optim.Optimizer) -> None:
-        """Watch an optimizer. Idempotent. Raises ``InvalidOption`` for anything else."""
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InvalidOption(f"watch takes a torch.optim.Optimizer, not a {type(optimizer).__name__}")
-        if optimizer in self._optimizers:
+        """Watch an optimizer, or the one that it wraps. Idempotent. Raises ``InvalidOption`` for anything else, and for
+        a wrapper of which nobody can tell which optimizer steps; nothing is remembered then."""
+        stepping = optimizer_that_steps(optimizer)
+        if stepping in self._optimizers:
             return
-        self._optimizers.add(optimizer)
-        self._handles.append(optimizer.register_step_pre_hook(lambda *_: self._before_change("optimizer.step")))
+        if not self._handles:
+            handle = register_optimizer_step_pre_hook(_calling(weakref.WeakMethod(self._before_step)))
+            self._handles.append(handle)
+            weakref.finalize(self, handle.remove)
         # optimizer.load_state_dict replaces the state by copies, but its groups' tensors (a tensor lr) in place
-        self._handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: self._before_change("guard")))
+        before = self._before_change  # not this object, which the optimizer would keep alive
+        self._handles.append(stepping.register_load_state_dict_pre_hook(lambda *_: before("guard", None)))
+        self._optimizers.add(stepping)
 
-    def owned_storages(self) -> set[int]:
-        """The memory that only a watched optimizer's step changes: its parameters and their state."""
-        tensors: list[torch.Tensor] = []
+    def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
+        return optimizer in self._optimizers
+
+    def owned(self) -> OwnedMemory:
+        """The memory that only an optimizer's step changes: trained parameters and their state. One with
+        ``requires_grad=False`` is not: whoever froze it may change it elsewhere, a momentum encoder in its forward."""
+        memory = OwnedMemory()
         for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                tensors.extend(group["params"])
-            for values in optimizer.state.values():
-                if isinstance(values, dict):
-                    tensors.extend(value for value in values.values() if isinstance(value, torch.Tensor))
-        return storages(tensors)
+            memory.add([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
+            memory.add(_state_tensors(optimizer))
+        return memory
+
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._before_change("optimizer.step", optimizer)
 
     def __bool__(self) -> bool:
         return bool(len(self._optimizers))
@@ -62,6 +73,61 @@ class Watched:
             handle.remove()
         self._handles.clear()
         self._optimizers.clear()
+
+
+def _calling(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> Callable[..., None]:
+    """A step hook that does nothing once its object is gone."""
+
+    def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        method = before()
+        if method is not None:
+            method(optimizer)
+
+    return hook
+
+
+def memory_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Identities of the memory blocks that a step of the optimizer may change."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return storages(parameters) | storages(_state_tensors(optimizer))
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    found = (values.values() for values in optimizer.state.values() if isinstance(values, dict))
+    return [value for values in found for value in values if isinstance(value, torch.Tensor)]
+
+
+def optimizer_that_steps(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose ``step`` torch's hooks see: this one or, of a wrapper that was never initialised as one
+    (Accelerate's), the one inside it. Raises ``InvalidOption`` where there is none, or more than one."""
+    found, passed = optimizer, [optimizer]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidOption(f"watch takes a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+    while not _is_hooked(found):
+        inside = {id(v): v for v in vars(found).values() if isinstance(v, torch.optim.Optimizer) and v not in passed}
+        if len(inside) != 1:
+            raise InvalidOption(_unfollowed(optimizer, "which optimizer inside it steps"))
+        (found,) = inside.values()
+        passed.append(found)
+    if _parameter_ids(found) != _parameter_ids(optimizer):
+        raise InvalidOption(_unfollowed(optimizer, f"what else steps than the {type(found).__name__} inside it"))
+    return found
+
+
+def _is_hooked(optimizer: torch.optim.Optimizer) -> bool:
+    # what Optimizer.__init__ does: make the instance's hooks, and have the class's step call them
+    return "_optimizer_step_pre_hooks" in vars(optimizer) and getattr(type(optimizer).step, "hooked", False)
+
+
+def _parameter_ids(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def _unfollowed(optimizer: torch.optim.Optimizer, what: str) -> str:
+    return (
+        f"watch: {type(optimizer).__name__} wraps another optimizer without being one (Optimizer.__init__ never ran), "
+        f"and it cannot be told {what}. Pass the optimizer that steps, or do not watch: saves are then copied at once"
+    )
 
 
 @dataclass(frozen=True, slots=True)

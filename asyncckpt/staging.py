@@ -27,41 +27,12 @@ from asyncckpt.protocols import Digest, Extent, Piece
 
 log = logging.getLogger("asyncckpt")
 
-#: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
-#: would otherwise make ``save`` wait for the whole arena.
-_CLONE_BELOW_BYTES = 1 << 20
-_CLONE_TOTAL_BYTES = 16 << 20
 #: Where splitting chunks into planes before the copy is next to free.
 _DEVICES = {"cuda"}
 
 Ready = Callable[[], None]
 #: Extent number, its slot, a wait for its bytes, and its digest where staging has taken it already.
 OnStaged = Callable[[int, Slot, Ready, str | None], None]
-
-
-def storages(tensors: Collection[torch.Tensor]) -> set[int]:
-    """Identities of the memory behind tensors: what a watched optimizer owns."""
-    # of a DTensor, the part that is here
-    return {getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr() for tensor in tensors}
-
-
-def split_eager(pieces: Sequence[Piece], owned: Collection[int]) -> set[int]:
-    """Indexes of the pieces that must be staged before ``save`` returns; small ones are cloned in place instead.
-
-    ``owned`` are the storages that only a watched optimizer's step changes.
-    """
-    eager: set[int] = set()
-    cloned = 0
-    for index, piece in enumerate(pieces):
-        if piece.private or piece.tensor.untyped_storage().data_ptr() in owned:
-            continue
-        nbytes = piece.spec.nbytes
-        if nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:
-            piece.tensor = piece.tensor.detach().clone()
-            cloned += nbytes
-        else:
-            eager.add(index)
-    return eager
 
 
 @dataclass(frozen=True, slots=True)

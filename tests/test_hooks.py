@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from asyncckpt import Checkpointer, InvalidOption, Preempted, Preemption, Run
 from asyncckpt.events import Event, Preempting
@@ -100,9 +103,24 @@ def test_hooks_are_taken_off_when_it_is_closed(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     run = Checkpointer(tmp_path / "run")
     run.watch(optimizer, optimizer)
-    assert len(optimizer._optimizer_step_pre_hooks) == 1
+    assert len(optimizer._optimizer_load_state_dict_pre_hooks) == 1
+    assert len(_global_optimizer_pre_hooks) == 1
     run.close()
-    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not _global_optimizer_pre_hooks
+
+
+def test_hooks_go_with_a_checkpointer_that_is_only_dropped(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = Checkpointer(tmp_path / "run")
+    run.watch(optimizer)
+    gone = weakref.ref(run)
+    del run
+    gc.collect()
+    assert gone() is None
+    assert not _global_optimizer_pre_hooks
+    optimizer.step()
 
 
 @pytest.mark.cuda
