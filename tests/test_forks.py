@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from asyncckpt import Checkpointer, CheckpointerClosed, KeepLast, PendingSave, Preemption, Run, RunLocked, forks
 from asyncckpt.arena import Arena
 from asyncckpt.integrations.dcp import Writer
-from asyncckpt.storage.lease import LOCK_FILE, Lease, LeaseOptions
+from asyncckpt.storage.lease import LOCK_FILE, Lease, LeaseOptions, read_holder
 from asyncckpt.testing import GatedOps
 from asyncckpt.trace import ChromeTrace
 
@@ -245,6 +245,9 @@ def test_a_child_that_closes_gives_nothing_of_its_parents_away(tmp_path: Path) -
         other.close()
 
     in_child(child)
+    holder = read_holder(run.path)
+    assert holder is not None
+    assert not holder.released
     lease.check()
     run.save(2, STATE).result()
     run.close()
@@ -505,6 +508,12 @@ def test_a_signal_does_in_a_child_what_it_did_before(checkpointers: int, tmp_pat
     assert _signalled(signal.SIGTERM) == -signal.SIGTERM
     assert _signalled(signal.SIGTERM, deeper=True) == -signal.SIGTERM & 0xFF
     assert _signalled(signal.SIGUSR1) == 5
+
+    def child() -> None:
+        assert signal.getsignal(signal.SIGUSR1) is _exits
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    in_child(child)
     watches = [run._occasions.signals for run in runs]
     assert not any(watch.received for watch in watches if watch is not None)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -3,10 +3,8 @@ where a promise is broken, and passes where the library is as it should be."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
-import multiprocessing
 import os
 import shutil
 import threading
@@ -18,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import unseen_by_crc32c
 from model_scenarios import SCENARIOS
 from queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
@@ -27,7 +24,6 @@ from asyncckpt import (
     CheckpointNotFound,
     KeepLast,
     NoUsableCheckpoint,
-    Preemption,
     Run,
     RunLocked,
     SaveFailed,
@@ -449,69 +445,3 @@ def a_save_that_cannot_be_copied_ends_at_once(root: Path) -> None:
             run.close()
     assert isinstance(error, SaveFailed)
     assert time.monotonic() - began < 5, "nobody was told before the deadline"
-
-
-# -- who hears of it, and who must not act -----------------------------------------------------------------------------
-
-
-def an_await_in_vain_has_not_seen_the_error(root: Path) -> None:
-    gate = threading.Event()
-
-    class Refused(PosixOps):
-        def rename_noreplace(self, source: str, target: str) -> None:
-            gate.wait(20)
-            raise OSError(errno.EIO, "refused")
-
-    run = Checkpointer(root / "run")
-    run.save(1, _state(1)).result()
-    run.wait()
-    run._store.ops = Refused()
-    pending = run.save(2, _state(2))
-
-    async def waits() -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(_awaited(pending), 0.05)
-
-    asyncio.run(waits())
-    gate.set()
-    while not pending.done():
-        time.sleep(0.01)
-    try:
-        run.close()
-    except SaveFailed:
-        return
-    raise AssertionError("a save failed, and nobody was told")
-
-
-async def _awaited(pending: Any) -> Any:
-    return await pending
-
-
-def a_forked_child_ends(root: Path) -> None:
-    """Whatever its parent's threads held when it was forked, and by whichever signal."""
-    with Checkpointer(root / "run", preempt=Preemption()) as run:
-        run.save(1, _state(1)).result()
-        for end in ("exit", "terminate"):
-            with run._arena._changed, run._committer._changed:
-                child = multiprocessing.get_context("fork").Process(
-                    target=time.sleep, args=(0 if end == "exit" else 30,)
-                )
-                child.start()
-            if end == "terminate":
-                child.terminate()
-            child.join(4)
-            alive = child.is_alive()
-            child.kill()
-            child.join()
-            assert not alive, f"a forked child did not end ({end})"
-
-
-def a_short_digest_decides_no_link(root: Path) -> None:
-    state = {"w": torch.arange(100_000, dtype=torch.int32)}
-    with Checkpointer(root / "run", digest="crc32c") as run:
-        for step in (1, 2):
-            run.save(step, state).result()
-            run.wait()
-            found = run.load_tensors(step)["w.value"]
-            assert torch.equal(found, state["w"]), "what was stored is what was saved before"
-            unseen_by_crc32c(state["w"])

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import beside_saves
 import mutant_checks as checks
 import pytest
 from mutant_checks import Check, model
@@ -673,30 +674,59 @@ def _(patch: Patch) -> None:
     patch.setattr(OwnedMemory, "add", add)
 
 
-# -- who hears of it, and who must not act -----------------------------------------------------------------------------
+# -- beside the saves: who learns how they ended, forked children, what is taken for unchanged -------------------------
 
 
-@mutant("an error counts as seen once somebody began to wait", checks.an_await_in_vain_has_not_seen_the_error)
+def _everywhere_at_home(patch: Patch, module: Any) -> None:
+    """For this module, a forked child is the process that it was forked from."""
+    found = {name: getattr(os, name) for name in dir(os)} | {"getpid": lambda: 1}
+    patch.setattr(module, "os", types.SimpleNamespace(**found))
+
+
+@mutant("whoever begins to await has seen the error", beside_saves.who_awaited_in_vain_is_told)
 def _(patch: Patch) -> None:
-    def begin(self: PendingSave) -> Any:
+    def awaited(self: PendingSave) -> Any:
         self._observed = True
         return asyncio.wrap_future(self._future).__await__()
 
-    patch.setattr(PendingSave, "__await__", begin)
+    patch.setattr(PendingSave, "__await__", awaited)
 
 
-@mutant("a forked child keeps its parent's signal handlers", checks.a_forked_child_ends)
+@mutant("whoever begins to wait has seen the error", beside_saves.who_waited_in_vain_is_told)
 def _(patch: Patch) -> None:
+    def deliver(original: Any, self: PendingSave, timeout: float | None) -> None:
+        self._observed = True
+        original(self, timeout)
+
+    _around(patch, PendingSave, "_deliver", deliver)
+
+
+@mutant("the drain runs in a forked child", beside_saves.a_forked_child_ends_at_once)
+def _(patch: Patch) -> None:
+    def close(original: Any, self: Checkpointer) -> None:
+        self._pid = os.getpid()
+        original(self)
+
+    _everywhere_at_home(patch, leaving)
+    _around(patch, Checkpointer, "close", close)
+
+
+@mutant("a forked child waits for a save of its parent's", beside_saves.a_forked_child_does_not_wait_for_a_save)
+def _(patch: Patch) -> None:
+    patch.setattr(PendingSave, "disarm", lambda self: None)
+
+
+@mutant("a forked child takes a note of signals, like its parent", beside_saves.a_forked_child_ends_on_sigterm)
+def _(patch: Patch) -> None:
+    _everywhere_at_home(patch, hooks)
     patch.setattr(hooks.SignalWatch, "disarm", lambda self: None)
-    patch.setattr(hooks, "os", types.SimpleNamespace(getpid=lambda: 0))
 
 
-@mutant("a forked child drains its parent's saves", checks.a_forked_child_ends)
+@mutant("a forked child keeps the directory's lock", beside_saves.a_forked_child_has_no_lock)
 def _(patch: Patch) -> None:
-    patch.setattr(leaving, "os", types.SimpleNamespace(getpid=lambda: 0))
-    patch.setattr(Checkpointer, "close", lambda self: self._committer.wait_below(1, None))
+    patch.setattr(lease._LockFile, "disarm", lambda self: None)
 
 
-@mutant("a digest of 32 bits decides what is taken over", checks.a_short_digest_decides_no_link)
+@mutant("crc32c alone decides a link", beside_saves.a_change_that_crc32c_does_not_show_is_saved)
 def _(patch: Patch) -> None:
     patch.setattr(commit, "second_digest", lambda name: None)

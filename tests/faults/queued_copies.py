@@ -40,7 +40,8 @@ class Stream:
     def __init__(self) -> None:
         self.open = threading.Event()
         self.tasks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
-        self.ran = 0
+        self.queued = self.ran = 0
+        self.after_each: Callable[[], object] = lambda: None
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -64,6 +65,8 @@ class Stream:
 
         self.tasks.put(run)
         queued.append(event)
+        self.queued += 1
+        self.after_each()
 
     def make_current_wait(self) -> None:
         """The test changes nothing."""
@@ -85,14 +88,19 @@ class Streams:
 
 
 class Landed(PosixOps):
-    """What is staged is written only once ``landed`` is set, and there is no space while ``full``."""
+    """What is staged is written only once ``landed`` is set. While ``full`` there is no space, which a save is told
+    when ``enough`` of it has been staged."""
 
-    def __init__(self) -> None:
+    def __init__(self, enough: Callable[[], bool] = lambda: True) -> None:
         self.landed = threading.Event()
         self.full = False
+        self._enough = enough
 
     def free_bytes(self, path: str) -> int:
-        return 0 if self.full else super().free_bytes(path)
+        if not self.full:
+            return super().free_bytes(path)
+        assert until(self._enough)
+        return 0
 
     def pwrite(self, fd: int, data: Any, offset: int) -> int:
         assert self.landed.wait(PATIENCE_SECONDS)
@@ -106,6 +114,12 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
     return true()
 
 
+def until_it_failed(run: Checkpointer) -> None:
+    """Hand what has been copied on only once the save has failed: its memory is then given back at once."""
+    flights = run._committer.in_flight()
+    assert until(lambda: all(flight.save.error is not None for flight in flights))
+
+
 def a_save_after_one_that_failed(
     path: Path, streams: Sequence[Stream], states: Sequence[dict[str, torch.Tensor]]
 ) -> None:
@@ -113,12 +127,14 @@ def a_save_after_one_that_failed(
     waits for them."""
     first, second = streams
     run = Checkpointer(path, incremental=False)
+    first.after_each = lambda: until_it_failed(run)
     run.prepare(max(states, key=lambda state: sum(tensor.nbytes for tensor in state.values())))
     run._arena.wait_prepared(PATIENCE_SECONDS)
     run._streams = Streams(*streams)  # type: ignore[assignment]
-    run._store.ops = ops = Landed()
+    run._store.ops = ops = Landed(lambda: first.queued > 0)
     ops.full = True
     failed = run.save(1, states[0])
+    first.after_each = lambda: None
     assert isinstance(failed.exception(PATIENCE_SECONDS), NotEnoughSpace)
     assert until(lambda: run._arena.free_bytes() == run._arena.budget_bytes), "its memory did not come back at once"
     assert first.ran == 0, "nothing was queued any more"
