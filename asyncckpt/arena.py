@@ -280,13 +280,19 @@ class Arena:
             return self._changed.wait_for(lambda: not self._faulting, timeout)
 
     def close(self) -> None:
-        """Wake whoever waits, and give the memory back: what is in use goes when its last slot does. Blocks until no
-        copy is queued any more into what is not in use."""
+        """Wake whoever waits, and give the memory back: what is in use goes when its last slot does, and what copies
+        are queued into once they have run. Does not wait for either: a device that hangs holds nobody up."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            free = list(self._free)
-        _wait_for_all(free)
+            queued = [copy for _, _, _, copies in self._free for copy in _not_done(copies)]
+            if not queued:
+                self._let_go()
+                return
+        threading.Thread(target=self._let_go_after, args=(queued,), name="asyncckpt-arena-end", daemon=True).start()
+
+    def _let_go_after(self, queued: Sequence[QueuedCopy]) -> None:
+        _wait_for(queued)
         with self._changed:
             self._let_go()
 
@@ -351,15 +357,15 @@ class Arena:
 
 
 def _not_done(copies: tuple[QueuedCopy, ...]) -> tuple[QueuedCopy, ...]:
-    """Those that may still write. A device that cannot say, because it failed, writes no more."""
-    if not copies:
-        return ()
-    found: list[QueuedCopy] = []
-    for copy in copies:
-        with contextlib.suppress(RuntimeError):
-            if not copy.done():
-                found.append(copy)
-    return tuple(found)
+    """Those that may still write: also where the device cannot say, because it failed or is being captured."""
+    return tuple(copy for copy in copies if not _has_run(copy)) if copies else ()
+
+
+def _has_run(copy: QueuedCopy) -> bool:
+    try:
+        return copy.done()
+    except RuntimeError:
+        return False
 
 
 def _wait_for(copies: Iterable[QueuedCopy]) -> None:

@@ -32,6 +32,16 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether a tensor fills all bytes from its first to its last one, in whatever order (channels last, say)."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 class OwnedMemory:
     """The byte ranges that nothing but the update of a watched optimizer changes."""
 
@@ -47,7 +57,7 @@ class OwnedMemory:
                 begin, nbytes = here.data_ptr(), here.nbytes
                 if sizes.get(begin, -1) < nbytes:
                     sizes[begin] = nbytes
-            else:
+            elif _is_dense(here):  # in the gaps of others lies somebody else's
                 self._others.append(_span(here))
 
     def not_covered(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:

@@ -90,7 +90,11 @@ def test_every_is_read_as_this_cadence(every: Any, cadence: Cadence) -> None:
     assert parse(every) == cadence
 
 
-@pytest.mark.parametrize("every", [0, -1, True, 2.5, "100", [], [None], ["a"], [True], Steps, {100}, object()], ids=str)
+@pytest.mark.parametrize(
+    "every",
+    [0, -1, True, 2.5, "100", [], [None], ["a"], [True], Steps, {100}, object()],
+    ids=lambda every: str(every).partition(" at 0x")[0],
+)
 def test_a_senseless_every_is_refused(every: Any) -> None:
     with pytest.raises(InvalidOption):
         parse(every)

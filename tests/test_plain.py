@@ -504,7 +504,7 @@ def _array(dtype: Any = "<f4", shape: Any = (2,), v: Any = "AAAAAAAAAAA=") -> di
         (1,),
         object(),
     ],
-    ids=str,
+    ids=lambda tree: str(tree).partition(" at 0x")[0],
 )
 def test_a_hostile_tree_is_refused_as_damage(tree: Any) -> None:
     with pytest.raises(CheckpointDamaged):

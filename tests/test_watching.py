@@ -279,7 +279,10 @@ def test_what_is_deferred_is_owned_to_the_byte_and_alone_with_what_is_owned(data
     memory.add(owned)
     pieces = [Piece(TensorSpec(str(n), "U8", tuple(t.shape), 2 << 20), t) for n, t in enumerate(tensors)]
     division = divide(pieces, memory)
-    bytes_owned = set().union(*map(span, owned)) if owned else set()
+    # a parameter that leaves gaps does not own what lies in them
+    bytes_owned = (
+        set().union(*(span(one) for one in owned if one.numel() < 2 or one.stride(0) == 1)) if owned else set()
+    )
     inside = {n: span(tensor) <= bytes_owned for n, tensor in enumerate(tensors)}
     block_of = {n: t.untyped_storage().data_ptr() for n, t in enumerate(tensors)}
     for n, tensor in enumerate(tensors):
