@@ -37,7 +37,8 @@ class CheckpointInfo:
 
     ``sequence`` rises from save to save of a run: the largest was acknowledged last, whatever its step. ``attempt`` is
     the save's uuid. ``renamed``: somebody has given the directory another name than its manifest has, or copied it. It
-    is theirs: listed and readable, never deleted, and neither resumed from nor counted by retention."""
+    is theirs: listed and readable, never deleted, and neither resumed from nor counted by retention. ``misnamed``: the
+    name is one that the run would give to another step. That is damage: it may be a copy, or a fault of the storage."""
 
     step: int
     name: str
@@ -51,6 +52,7 @@ class CheckpointInfo:
     sequence: int = 0
     attempt: str = ""
     renamed: bool = False
+    misnamed: bool = False
 
 
 class Catalog:
@@ -114,14 +116,17 @@ class Catalog:
         """Read this one anew next time."""
         self._known.pop(name, None)
 
-    def check_replaceable(self, name: str) -> None:
-        """Raises ``StepExists`` where something that is not this run's bears a name that is to be overwritten."""
+    def must_be_kept(self, name: str) -> bool:
+        """Whether what bears a name that is to be overwritten is a damaged checkpoint, which is evidence and is set
+        aside. Raises ``StepExists`` where it is not this run's."""
         if self._store.identity(name) is None:
-            return
+            return False
         if name in self._store.names():
             entry = self.look(name)
-            if not self._store.listing(name) or (entry is not None and not entry.renamed):
-                return
+            if not self._store.listing(name):
+                return False
+            if entry is not None and not entry.renamed:
+                return entry.damage is not None
         raise StepExists(
             f"{os.path.join(self.path, name)} is no checkpoint of this run; it was left as it is. Move it elsewhere, "
             f"or save another step"
@@ -199,6 +204,10 @@ class Catalog:
             if manifests.FILE_NAME not in listing and not _looks_ours(listing):
                 return None
             manifest = manifests.load(reader)
+            renamed = name != manifest.name
+            if renamed and step != manifest.step and _digits_aside(name) == _digits_aside(manifest.name):
+                problem = f"its manifest is that of {manifest.name}; a copy wants a name that says no other step"
+                return CheckpointInfo(step=step, name=name, path=path, damage=problem, misnamed=True)
             damage = check_files(reader, manifest)
             return CheckpointInfo(
                 step=manifest.step,
@@ -211,7 +220,7 @@ class Catalog:
                 damage=str(damage[0]) if damage else None,
                 sequence=manifest.sequence,
                 attempt=manifest.attempt,
-                renamed=name != manifest.name,
+                renamed=renamed,
             )
         except (AsyncCkptError, OSError) as error:
             return CheckpointInfo(step=step, name=name, path=path, damage=str(error))
@@ -240,6 +249,10 @@ def _looks_ours(listing: Mapping[str, os.stat_result]) -> bool:
         and (name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", name) is not None)
         for name, info in listing.items()
     )
+
+
+def _digits_aside(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def _step_in(name: str) -> int:

@@ -26,12 +26,12 @@ from asyncckpt.errors import (
     storage_errors,
 )
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
-from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched, memory_of
+from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched, may_change
 from asyncckpt.layers import Delta, chain_of
 from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
-from asyncckpt.owned_memory import Division, divide, storages
+from asyncckpt.owned_memory import Division, divide
 from asyncckpt.protocols import Codec, LayoutOptions
 from asyncckpt.restore import RestoreReport
 from asyncckpt.saves import Saves
@@ -232,8 +232,7 @@ class Checkpointer(Session):
         A wrapper such as Accelerate's is followed to the optimizer that it wraps. Raises ``InvalidOption`` where that
         cannot be told, and for what is no optimizer; nothing is watched then."""
         self._check_process()
-        for optimizer in optimizers:
-            self._watched.add(optimizer)
+        self._watched.add(*optimizers)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
@@ -439,7 +438,7 @@ class Checkpointer(Session):
 
     def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
         """Whether a step of the optimizer may change what is not copied yet."""
-        return optimizer in self._watched or not storages(flight.deferred).isdisjoint(memory_of(optimizer))
+        return optimizer in self._watched or may_change(optimizer, flight.deferred)
 
     def _note_stall(self, job: StagingJob, began: float, where: str) -> None:
         now = time.perf_counter()

@@ -314,9 +314,7 @@ class Committer:
                 if hidden is not None:
                     replaced.append(hidden)
                     self._catalog.forget(old)
-            if save.contents.replace:
-                self._catalog.check_replaceable(name)
-            if name in self._damaged:
+            if name in self._damaged or (save.contents.replace and self._catalog.must_be_kept(name)):
                 with contextlib.suppress(FileNotFoundError):  # somebody has taken it away already
                     log.error("step %d: the damaged %s is kept as %s", save.step, name, self._store.set_aside(name))
                 self._damaged.discard(name)

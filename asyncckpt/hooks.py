@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -31,32 +31,42 @@ class Watched:
 
     def __init__(self, before_change: Callable[[str, torch.optim.Optimizer | None], None]) -> None:
         self._before_change = before_change
-        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        #: By identity: not every optimizer can be hashed.
+        self._optimizers: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self._handles: list[RemovableHandle] = []
 
-    def add(self, optimizer: torch.optim.Optimizer) -> None:
-        """Watch an optimizer, or the one that it wraps. Idempotent. Raises ``InvalidOption`` for anything else, and for
-        a wrapper of which nobody can tell which optimizer steps; nothing is remembered then."""
-        stepping = optimizer_that_steps(optimizer)
-        if stepping in self._optimizers:
-            return
-        if not self._handles:
-            handle = register_optimizer_step_pre_hook(_calling(weakref.WeakMethod(self._before_step)))
-            self._handles.append(handle)
-            weakref.finalize(self, handle.remove)
-        # optimizer.load_state_dict replaces the state by copies, but its groups' tensors (a tensor lr) in place
-        before = self._before_change  # not this object, which the optimizer would keep alive
-        self._handles.append(stepping.register_load_state_dict_pre_hook(lambda *_: before("guard", None)))
-        self._optimizers.add(stepping)
+    def add(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Watch these optimizers, or the ones that they wrap. Idempotent. Raises ``InvalidOption`` for anything else,
+        and for a wrapper of which nobody can tell which optimizer steps; nothing is remembered then."""
+        while _retired:  # not when they were let go of, which may be while torch goes through its hooks
+            _retired.pop().remove()
+        for stepping in [optimizer_that_steps(optimizer) for optimizer in optimizers]:
+            if stepping in self:
+                continue
+            if not self._handles:
+                handle = register_optimizer_step_pre_hook(_calling(weakref.WeakMethod(self._before_step)))
+                self._handles.append(handle)
+                weakref.finalize(self, _retired.append, handle)
+            # optimizer.load_state_dict replaces the state by copies, but its groups' tensors (a tensor lr) in place
+            before = self._before_change  # not this object, which the optimizer would keep alive
+            self._handles.append(
+                stepping.register_load_state_dict_pre_hook(lambda *_, call=before: call("guard", None))
+            )
+            self._optimizers[id(stepping)] = weakref.ref(stepping)
 
     def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
-        return optimizer in self._optimizers
+        reference = self._optimizers.get(id(optimizer))
+        return reference is not None and reference() is optimizer
+
+    def _alive(self) -> list[torch.optim.Optimizer]:
+        found = [reference() for reference in self._optimizers.values()]
+        return [optimizer for optimizer in found if optimizer is not None]
 
     def owned(self) -> OwnedMemory:
         """The memory that only an optimizer's step changes: trained parameters and their state. One with
         ``requires_grad=False`` is not: whoever froze it may change it elsewhere, a momentum encoder in its forward."""
         memory = OwnedMemory()
-        for optimizer in self._optimizers:
+        for optimizer in self._alive():
             memory.add([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
             memory.add(_state_tensors(optimizer))
         return memory
@@ -65,7 +75,7 @@ class Watched:
         self._before_change("optimizer.step", optimizer)
 
     def __bool__(self) -> bool:
-        return bool(len(self._optimizers))
+        return bool(self._alive())
 
     def close(self) -> None:
         """Take the hooks off again."""
@@ -73,6 +83,10 @@ class Watched:
             handle.remove()
         self._handles.clear()
         self._optimizers.clear()
+
+
+#: Hooks of watchers that are gone: they do nothing any more.
+_retired: list[RemovableHandle] = []
 
 
 def _calling(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> Callable[..., None]:
@@ -86,10 +100,14 @@ def _calling(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]
     return hook
 
 
-def memory_of(optimizer: torch.optim.Optimizer) -> set[int]:
-    """Identities of the memory blocks that a step of the optimizer may change."""
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return storages(parameters) | storages(_state_tensors(optimizer))
+def may_change(optimizer: torch.optim.Optimizer, tensors: Collection[torch.Tensor]) -> bool:
+    """Whether a step of the optimizer may change one of the tensors: it has something in the same memory block, or
+    something of which nobody can tell where it lies."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        return not storages(tensors).isdisjoint(storages([*parameters, *_state_tensors(optimizer)]))
+    except (NotImplementedError, RuntimeError):  # sparse tensors, and wrappers that compute their values
+        return True
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -60,6 +60,10 @@ class Ledger:
         """The directory's checkpoints have all been learnt."""
         with self._lock:
             self._opened = True
+            if self._overwrite:  # whoever says so and restores nothing starts anew
+                for kind in self._reached:
+                    self._give_up_after(-1, kind)
+                self._reached.clear()
             for kind, step in list(self._reached.items()):
                 self._give_up_after(step, kind)
             if self._went_to is not None:
@@ -101,10 +105,12 @@ class Ledger:
                     f"{self._path}: step {step} is already saved as {existing.name}; overwriting needs the same name, "
                     f"and this one would be {name}"
                 )
+            if step < reached:  # overwriting: what was saved of later steps is not training's any more
+                self._go_to(step) if kind == "full" else self._give_up_after(step, kind)
             self._sequence += 1
             claim = Claim(name, self._sequence, replaces=existing if given_up else None)
             self._claims[step, kind] = claim
-            self._reached[kind] = max(step, reached)
+            self._reached[kind] = step
         return claim
 
     def release(self, step: int, kind: str, claim: Claim) -> None:

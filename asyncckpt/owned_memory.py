@@ -111,11 +111,13 @@ class Division:
 def divide(pieces: Sequence[Piece], owned: OwnedMemory) -> Division:
     """What is copied when. Small pieces that would have to be staged at once are cloned in place instead.
 
-    A piece is deferred only where all of its memory block's pieces lie in owned ranges: what else lies in a block, as
-    flattened modules have it, may be changed by a write that is wider than one tensor.
+    A piece is deferred only where all of its memory block's pieces lie in owned ranges and none is a frozen parameter,
+    under whatever name: what else lies in a block, as flattened modules have it, may be changed by a write that is
+    wider than one tensor.
     """
-    ours = [piece for piece in pieces if not piece.private]
-    blocks = _merge(sorted({_block(tensor) for tensor in owned.not_covered(ours)}))
+    ours = [piece for piece in pieces if not piece.private and not piece.spec.frozen]
+    frozen = [piece.tensor for piece in pieces if piece.spec.frozen and not piece.private]
+    blocks = _merge(sorted({_block(tensor) for tensor in [*owned.not_covered(ours), *frozen]}))
     if not blocks:
         return Division(set(), [piece.tensor for piece in pieces])
     begins = [begin for begin, _ in blocks]

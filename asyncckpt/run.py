@@ -47,7 +47,7 @@ class Run:
 
         ``expect_digest``: as for ``restore``; another manifest is damage."""
         with storage_errors(self.path):
-            entry, reader = self._open_chosen(step)
+            entry, reader = self._open_chosen(step, misnamed=True)
             return _verified(entry, reader, progress, expect_digest)
 
     def verify_entry(
@@ -89,12 +89,12 @@ class Run:
             if expect_digest is not None:
                 options["expect_digest"] = expect_digest
                 catalog = Catalog(self._store, self.path)
-                entry = catalog.newest() if step is None else catalog.find(step)
+                entry = catalog.newest() if step is None else _of_its_name(catalog.find(step))
                 return self._restore(entry.name, state, options)
             if step is None:
                 return self._restore_newest(state, options)
             with self._stages().stage("find"):
-                name = Catalog(self._store, self.path).find(step).name
+                name = _of_its_name(Catalog(self._store, self.path).find(step)).name
             return self._restore(name, state, options)
 
     def load_tensors(
@@ -134,12 +134,14 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step, pinned=False)
 
-    def _open_chosen(self, step: int | None) -> tuple[CheckpointInfo, Reader]:
+    def _open_chosen(self, step: int | None, *, misnamed: bool = False) -> tuple[CheckpointInfo, Reader]:
         """That checkpoint, or the newest of any kind, protected from retention."""
         catalog = Catalog(self._store, self.path)
         looks_left = _LOOKS
         while True:
             entry = catalog.newest(None) if step is None else catalog.find(step)
+            if not misnamed:
+                _of_its_name(entry)
             try:
                 return entry, self._store.open(entry.name)
             except CheckpointNotFound:  # retention took it meanwhile, because a newer one is there
@@ -210,6 +212,13 @@ class Run:
             f"{self.path}: {len(entries)} checkpoints and none can be restored; nothing was deleted. Look with "
             f"`asyncckpt verify`, or train into another directory. " + "; ".join(reasons.values())
         )
+
+
+def _of_its_name(entry: CheckpointInfo) -> CheckpointInfo:
+    """The entry. Raises ``CheckpointDamaged`` where it holds another step than its name says."""
+    if entry.misnamed:
+        raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
+    return entry
 
 
 def _verified(

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import (
+    CheckpointDamaged,
     Checkpointer,
-    CheckpointNotFound,
     InvalidStep,
     KeepBest,
     KeepEvery,
     KeepLast,
     NoUsableCheckpoint,
+    Preempted,
+    Preemption,
     Run,
     StepExists,
 )
@@ -328,20 +331,18 @@ def test_a_renamed_checkpoint_and_a_copy_are_listed_and_readable_and_never_delet
     saved(path, 1, 2, 3)
     (path / "step-00000001").rename(path / "best")
     shutil.copytree(path / "step-00000002", path / "paper-copy-7")
-    shutil.copytree(path / "step-00000003", path / "step-00000009")
+    shutil.copytree(path / "step-00000003", path / "step-00000003.orig")
     with Checkpointer(path, keep=KeepLast(2)) as run:
         assert run.resume(state(0)) == 3
         for step in (4, 5, 6):
             run.save(step, state(step)).result()
     found = {entry.name: entry for entry in Run(path).ls()}
-    assert {name for name, entry in found.items() if entry.renamed} == {"best", "paper-copy-7", "step-00000009"}
+    assert {name for name, entry in found.items() if entry.renamed} == {"best", "paper-copy-7", "step-00000003.orig"}
     assert {name for name, entry in found.items() if not entry.renamed} == {"step-00000005", "step-00000006"}
-    assert [found[name].step for name in ("best", "paper-copy-7", "step-00000009")] == [1, 2, 3]
+    assert [found[name].step for name in ("best", "paper-copy-7", "step-00000003.orig")] == [1, 2, 3]
     assert all(entry.damage is None and Run(path).verify_entry(entry) == [] for entry in found.values())
     assert [value(path, step) for step in (1, 2, 3, 5, 6)] == [1, 2, 3, 5, 6]
     assert value(path) == 6
-    with pytest.raises(CheckpointNotFound):
-        Run(path).restore(state(0), step=9)
 
 
 def test_the_runs_own_checkpoint_comes_before_a_copy_of_it(path: Path) -> None:
@@ -356,7 +357,8 @@ def test_the_runs_own_checkpoint_comes_before_a_copy_of_it(path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_a_name_that_somebody_gave_to_a_copy_is_not_taken_from_him(path: Path, overwrite: bool, when: str) -> None:
+def test_a_copy_under_the_name_of_another_step_is_told_and_kept(path: Path, overwrite: bool, when: str) -> None:
+    """Nobody can tell it from a checkpoint that got another's manifest by a fault of the storage."""
     saved(path, 1)
 
     def copy() -> None:
@@ -368,12 +370,40 @@ def test_a_name_that_somebody_gave_to_a_copy_is_not_taken_from_him(path: Path, o
     run.prepare(state(1))
     if when == "meanwhile":
         copy()
-    with pytest.raises(StepExists):
+    with pytest.raises(CheckpointDamaged, match="its manifest is that of step-00000001"):
+        Run(path).restore(state(0), step=2)
+    with pytest.raises(CheckpointDamaged, match="its manifest is that of step-00000001"):
+        Run(path).load_tensors(2)
+    assert Run(path).verify(2)
+    if overwrite or when == "before":
         run.save(2, state(2)).result()
-    run.save(3, state(3)).result()
+        assert value(path, 2) == 2
+    else:
+        with pytest.raises(StepExists):
+            run.save(2, state(2)).result()
     run.close()
-    assert Run(path)._store.listing("step-00000002").keys() == Run(path)._store.listing("step-00000001").keys()
+    [kept] = list(path.glob(".damaged-step-00000002-*")) or [path / "step-00000002"]
+    assert sorted(os.listdir(kept)) == sorted(os.listdir(path / "step-00000001"))
     assert value(path, 1) == 1
+
+
+def test_who_overwrites_a_run_from_the_start_gets_all_of_its_saves(path: Path) -> None:
+    """Also the last one, whose step the run before had reached: then its checkpoint would stay the newest."""
+    for turn in (0, 100):
+        with Checkpointer(path, overwrite=True, every=10) as run:
+            for step in range(1, 21):
+                run.step(step, state(turn + step))
+        assert steps(path) == [10, 20]
+        assert (value(path, 10), value(path)) == (turn + 10, turn + 20)
+
+
+def test_who_overwrites_and_is_preempted_saves_though_the_run_before_had_this_step(path: Path) -> None:
+    saved(path, 1, 2, 3)
+    with pytest.raises(Preempted), Checkpointer(path, overwrite=True, preempt=Preemption((signal.SIGUSR1,))) as run:
+        run.step(1, state(101))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        run.step(2, state(102))
+    assert value(path) == 102
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])

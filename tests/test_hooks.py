@@ -119,8 +119,11 @@ def test_hooks_go_with_a_checkpointer_that_is_only_dropped(tmp_path: Path) -> No
     del run
     gc.collect()
     assert gone() is None
-    assert not _global_optimizer_pre_hooks
     optimizer.step()
+    with Checkpointer(tmp_path / "other") as other:
+        other.watch(optimizer)
+        assert len(_global_optimizer_pre_hooks) == 1, "the other's alone"
+    assert not _global_optimizer_pre_hooks
 
 
 @pytest.mark.cuda

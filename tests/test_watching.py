@@ -155,6 +155,53 @@ def test_an_optimizer_of_something_else_does_not_wait(tmp_path: Path, monkeypatc
         pending.result(PATIENCE_SECONDS)
 
 
+def test_an_optimizer_of_which_nobody_can_tell_where_its_memory_lies_waits(tmp_path: Path) -> None:
+    """A sparse parameter has no storage; some optimizers cannot be hashed."""
+
+    class Unhashable(torch.optim.SGD):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("compared")
+
+    model = large()
+    watched = with_gradients(Unhashable(model.parameters(), lr=0.1))
+    sparse = nn.Parameter(torch.eye(3).to_sparse())
+    sparse.grad = torch.eye(3).to_sparse()
+    other = torch.optim.SGD([sparse], lr=0.1)
+    with Checkpointer(tmp_path / "run") as run:
+        run.watch(watched)
+        for step in (1, 2):
+            run.save(step, {"model": model})
+            other.step()
+            watched.step()
+
+
+def test_of_several_optimizers_none_is_watched_where_one_is_refused(tmp_path: Path) -> None:
+    model = large()
+    good = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Checkpointer(tmp_path / "run") as run:
+        with pytest.raises(InvalidOption):
+            run.watch(good, _two_inside(model))
+        assert not good._optimizer_load_state_dict_pre_hooks
+
+
+def test_a_frozen_parameter_in_a_trained_ones_memory_is_not_deferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = large()
+    twin = large()
+    for mine, other in zip(twin, model, strict=True):
+        mine.weight = nn.Parameter(other.weight.data, requires_grad=False)
+    optimizer = with_gradients(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def forward() -> None:
+        for layer in twin:
+            layer.weight.data.zero_()
+
+    saved_as_it_was(tmp_path / "run", monkeypatch, optimizer, {"model": model, "twin": twin}, forward).close()
+
+
 class Wrapper(torch.optim.Optimizer):
     """Delegates, and never was initialised as an optimizer."""
 

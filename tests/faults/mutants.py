@@ -656,7 +656,7 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     def owned(self: hooks.Watched) -> Any:
         memory = OwnedMemory()
-        for optimizer in self._optimizers:
+        for optimizer in self._alive():
             memory.add(p for group in optimizer.param_groups for p in group["params"])
         return memory
 

@@ -90,11 +90,13 @@ class Live:
             raise StepExists(f"{run}/{name} already exists; save another step, or pass overwrite=True")
         if self._catalog is None or self._catalog.path != store.path:
             self._catalog = Catalog(store, store.path)
-        self._catalog.check_replaceable(name)
+        damaged = self._catalog.must_be_kept(name)
         self.lease = Lease.acquire(run)
         try:
             store.reclaim()
             self._catalog.settle_replaced()
+            if damaged:
+                store.set_aside(name)
             self.attempt = store.begin(step, uuid.uuid4().hex)
         except BaseException:
             self.end()
