@@ -14,7 +14,7 @@ import mmap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,6 +45,10 @@ class QueuedCopy(Protocol):
 
     def wait_on(self, stream: Any) -> None:
         """Have what is enqueued on the stream from now on run after it. Does not block."""
+
+
+#: A free part of the arena: region, offset, bytes, and the copies that may still write there.
+_Free = tuple[int, int, int, tuple[QueuedCopy, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +141,8 @@ class Arena:
         self.budget_bytes = 0
         self._regions: dict[int, _Region] = {}
         self._used_bytes: dict[int, int] = {}  # by region
-        #: (region, offset, nbytes, copies that may still write there), sorted, never adjacent.
-        self._free: list[tuple[int, int, int, tuple[QueuedCopy, ...]]] = []
+        #: Sorted, never adjacent.
+        self._free: list[_Free] = []
         self._changed = threading.Condition()
         self._faulting = 0
         #: Threads that wait for memory, and who is told when there is one more.
@@ -147,7 +151,7 @@ class Arena:
         self._cold_bytes = 0
         self._closed = False
         # memory goes once no copy into it is queued any more, also that of an arena that is only dropped
-        forks.finalize(self, _wait_for_all, self._free)
+        forks.finalize(self, _end, self._free, self._regions)
 
     def grow(self, budget_bytes: int, *, largest_bytes: int = 0, pin: bool = False) -> None:
         """Raise the budget to at least ``budget_bytes``; returns at once, memory becomes available as it is ready.
@@ -256,13 +260,20 @@ class Arena:
         """Give a slot back; whatever is still in it may be overwritten at once. Copies into it that have not run yet
         stay with the memory, for whoever takes it next. Blocks only where the arena was closed: until they have run."""
         copies = _not_done(slot.copies)
-        if self._closed:
-            _wait_for(copies)
         with self._changed:
-            self._used_bytes[slot.region] -= slot.nbytes
-            if self._closed:
-                self._let_go()
+            closed = self._closed
+            if not closed or not copies:
+                self._give_back(slot, copies)
+        if closed and copies:
+            _end([(slot.region, slot.offset, slot.nbytes, copies)], self._regions)
+            with self._changed:
+                self._give_back(slot, ())
+
+    def _give_back(self, slot: Slot, copies: tuple[QueuedCopy, ...]) -> None:
+        self._used_bytes[slot.region] -= slot.nbytes
         self._put(slot.region, slot.offset, slot.nbytes, copies)
+        if self._closed:
+            self._let_go()
 
     def free_bytes(self) -> int:
         """Bytes that could be staged into without waiting for a write (what is still being faulted in counts)."""
@@ -285,14 +296,14 @@ class Arena:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            queued = [copy for _, _, _, copies in self._free for copy in _not_done(copies)]
+            queued = [free for free in self._free if _not_done(free[3])]
             if not queued:
                 self._let_go()
                 return
         threading.Thread(target=self._let_go_after, args=(queued,), name="asyncckpt-arena-end", daemon=True).start()
 
-    def _let_go_after(self, queued: Sequence[QueuedCopy]) -> None:
-        _wait_for(queued)
+    def _let_go_after(self, queued: Sequence[_Free]) -> None:
+        _end(queued, self._regions)
         with self._changed:
             self._let_go()
 
@@ -368,12 +379,19 @@ def _has_run(copy: QueuedCopy) -> bool:
         return False
 
 
-def _wait_for(copies: Iterable[QueuedCopy]) -> None:
-    for copy in copies:
-        with contextlib.suppress(RuntimeError):  # a device that failed writes no more
-            copy.wait()
+def _end(free: Iterable[_Free], regions: Mapping[int, _Region]) -> None:
+    """Wait for what is queued into free memory. Where the device cannot say that it has run, its region stays mapped
+    for the life of the process."""
+    for number, _, _, copies in free:
+        for copy in copies:
+            try:
+                copy.wait()
+            except RuntimeError as error:
+                region = regions.get(number)
+                if region is not None and region not in _never_unmapped:
+                    log.error("%d bytes of staging memory are kept: %s", region.nbytes, error)
+                    _never_unmapped.append(region)
 
 
-def _wait_for_all(free: Iterable[tuple[int, int, int, tuple[QueuedCopy, ...]]]) -> None:
-    for _, _, _, copies in free:
-        _wait_for(copies)
+#: Regions that a device may still write to, for all that it says.
+_never_unmapped: list[_Region] = []

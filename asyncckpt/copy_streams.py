@@ -69,8 +69,8 @@ class _StreamCopies:
                     earlier.wait_on(stream)
             try:
                 copy()
-            finally:
-                queued += [_Recorded(stream.record_event()) for stream in self._streams.values()]
+            finally:  # an error of the copy is worth more than one of recording
+                queued += [_recorded(stream) for stream in self._streams.values()]
 
     def make_current_wait(self) -> None:
         for device, stream in self._streams.items():
@@ -81,18 +81,47 @@ class _StreamCopies:
             stream.synchronize()
 
 
+def _recorded(stream: torch.cuda.Stream) -> QueuedCopy:
+    try:
+        return _Recorded(stream.record_event())
+    except RuntimeError:
+        return _Unrecorded(stream)
+
+
 class _Recorded:
     """The copies enqueued on a stream before an event."""
 
     def __init__(self, event: torch.cuda.Event) -> None:
         self._event = event
+        self._has_run = False
 
     def done(self) -> bool:
         query: Callable[[], bool] = self._event.query
-        return query()
+        if not self._has_run:
+            self._has_run = query()
+        return self._has_run
 
     def wait(self) -> None:
-        self._event.synchronize()
+        if not self._has_run:
+            self._event.synchronize()
+            self._has_run = True
 
     def wait_on(self, stream: torch.cuda.Stream) -> None:
         stream.wait_event(self._event)
+
+
+class _Unrecorded:
+    """The copies enqueued on a stream whose device took no event: they have run once the whole stream has."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def done(self) -> bool:
+        query: Callable[[], bool] = self._stream.query
+        return query()
+
+    def wait(self) -> None:
+        self._stream.synchronize()
+
+    def wait_on(self, stream: torch.cuda.Stream) -> None:
+        stream.wait_stream(self._stream)

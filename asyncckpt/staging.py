@@ -115,7 +115,7 @@ class StagingJob:
         with self._lock:  # after an error the rest goes back, to be dropped with everything else
             self._queue.extendleft(now)
         self._drop_queue()
-        self._streams.make_current_wait()
+        self._hold_training_back()
 
     def run(self, deadline: float | None = None) -> None:
         """Work until nothing is left to start. Never raises: an error cancels the job."""
@@ -140,8 +140,8 @@ class StagingJob:
                 self.cancel(self._too_slow(error))
             except Exception as error:
                 self.cancel(self._typed(error))
-            except BaseException:  # Ctrl-C on the training thread goes on up; the save cannot
-                self.cancel(self._interrupted())
+            except BaseException as error:  # Ctrl-C on the training thread goes on up; the save cannot
+                self.cancel(self._interrupted(error))
                 raise
             finally:
                 with self._lock:
@@ -160,10 +160,10 @@ class StagingJob:
             if not self._done.wait(remaining):
                 self.cancel(self._too_slow(None))
                 self._done.wait()  # a copy that has begun is milliseconds from its end
-        except BaseException:  # nobody knows what is changed now, while a thread of ours copies
-            self.cancel(self._interrupted())
+        except BaseException as error:  # nobody knows what is changed now, while a thread of ours copies
+            self.cancel(self._interrupted(error))
             raise
-        self._streams.make_current_wait()
+        self._hold_training_back()
 
     def wait(self, timeout: float | None) -> bool:
         """Block without helping; False when ``timeout`` seconds passed first."""
@@ -177,10 +177,11 @@ class StagingJob:
         """Let go of the tensors, once every copy has run: whoever keeps a ``PendingSave`` must not keep them alive."""
         self._pieces = ()
 
-    def cancel(self, error: BaseException) -> None:
-        """Give up what is not copied yet, and the save with it. The first error is kept. Idempotent."""
+    def cancel(self, error: BaseException, *, late: bool = False) -> None:
+        """Give up what is not copied yet, and the save with it. The first error is kept. Idempotent. ``late``: also
+        where all copies are enqueued already."""
         with self._lock:
-            first = self._error is None and not self._done.is_set()
+            first = self._error is None and (late or not self._done.is_set())
             if first:
                 self._error = error
         self._arena.wake()
@@ -195,8 +196,17 @@ class StagingJob:
             f"goes on. Storage is too slow or hangs; look at it, or raise staging_bytes"
         )
 
-    def _interrupted(self) -> SaveAbandoned:
-        return SaveAbandoned(f"step {self.step}: interrupted while the state was being copied")
+    def _hold_training_back(self) -> None:
+        """Have what training enqueues from now on run after the copies."""
+        try:
+            self._streams.make_current_wait()
+        except Exception as error:
+            self.cancel(self._typed(error), late=True)
+
+    def _interrupted(self, cause: BaseException) -> SaveAbandoned:
+        error = SaveAbandoned(f"step {self.step}: interrupted while the state was being copied")
+        error.__cause__ = cause
+        return error
 
     def _typed(self, error: Exception) -> Exception:
         if isinstance(error, AsyncCkptError):
@@ -240,7 +250,11 @@ class StagingJob:
         if queued:
             slot = replace(slot, copies=tuple(queued))
         now = time.perf_counter()
-        self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=extent.nbytes, seconds=now - began))
+        try:
+            self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=extent.nbytes, seconds=now - began))
+        except BaseException:  # a subscriber that was interrupted
+            self._arena.release(slot)
+            raise
         self._on_staged(work.number, slot, functools.partial(_wait_for, queued), taken)
 
     def _drop_queue(self) -> None:

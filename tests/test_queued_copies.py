@@ -6,6 +6,7 @@ Where there is no GPU, a thread stands in for a stream: what is enqueued on it r
 from __future__ import annotations
 
 import errno
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -37,6 +38,7 @@ from asyncckpt import (
     copy_streams,
     staging,
 )
+from asyncckpt import arena as arenas
 from asyncckpt.arena import Arena, Slot
 from asyncckpt.storage.posix import PosixOps
 
@@ -124,6 +126,50 @@ def test_memory_is_not_unmapped_under_a_copy(give: str) -> None:
     event._ran.set()
     assert ended.wait(PATIENCE_SECONDS)
     assert give == "never" or until(lambda: 0 not in regions), "the memory is never given back"
+
+
+@pytest.mark.parametrize("give", ["before", "after", "never"])
+def test_memory_of_a_copy_that_the_device_says_nothing_about_stays_mapped(
+    give: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Captured(Event):
+        def done(self) -> bool:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def wait(self) -> None:
+            self.done()
+
+    kept: list[Any] = []
+    monkeypatch.setattr(arenas, "_never_unmapped", kept)
+    arena = Arena()
+    arena.grow(8 << 10)
+    assert arena.wait_prepared(PATIENCE_SECONDS)
+    slot = replace(arena.acquire(8 << 10), copies=(Captured(),))
+    region = arena._regions[0]
+    if give == "after":
+        arena.close()
+    arena.release(slot)
+    if give == "before":
+        arena.close()
+    del arena
+    gc.collect()
+    assert until(lambda: kept == [region])
+
+
+def test_a_save_whose_copies_training_cannot_wait_for_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training would change what is being copied."""
+
+    class Broken(Stream):
+        def make_current_wait(self) -> None:
+            raise RuntimeError("CUDA error: 700")
+
+    stream = Broken()
+    stream.open.set()
+    monkeypatch.setattr(copy_streams.CopyStreams, "of", lambda *_: stream)
+    with Checkpointer(tmp_path / "run") as run:
+        pending = run.save(1, {"w": torch.zeros(1000)})
+        assert isinstance(pending.exception(PATIENCE_SECONDS), SaveFailed)
+        assert run.ls() == []
 
 
 # -- a save that fails ends at once ------------------------------------------------------------------------------------
