@@ -23,7 +23,7 @@ import torch
 from asyncckpt import forks
 from asyncckpt.environment import available_memory_bytes
 from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughMemory
-from asyncckpt.protocols import ALIGNMENT_BYTES
+from asyncckpt.types import ALIGNMENT_BYTES
 
 log = logging.getLogger("asyncckpt")
 

@@ -32,12 +32,13 @@ from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
 from asyncckpt.owned_memory import Division, divide
-from asyncckpt.protocols import Codec, LayoutOptions
+from asyncckpt.protocols import Codec
 from asyncckpt.restore import RestoreReport
 from asyncckpt.saves import Saves
 from asyncckpt.session import Session
 from asyncckpt.staging import Stager, StagingJob
 from asyncckpt.storage.lease import LeaseOptions
+from asyncckpt.types import LayoutOptions
 from asyncckpt.writer import PendingSave, Pools, WriterOptions, failed
 
 _MIN_STAGING_BYTES = 1 << 20

@@ -26,9 +26,10 @@ from asyncckpt.encoder import Encoder
 from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
 from asyncckpt.previous import Previous
-from asyncckpt.protocols import Attempt, Codec, ComponentSnapshot, JsonValue, Layout, Store
+from asyncckpt.protocols import Attempt, Codec, Store
 from asyncckpt.records import FileRecord, Manifest
 from asyncckpt.staging import Ready
+from asyncckpt.types import ComponentSnapshot, JsonValue, Layout
 from asyncckpt.writer import Pools
 from asyncckpt.writing import ShardsWriting
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from asyncckpt.arena import QueuedCopy
-from asyncckpt.protocols import Piece
+from asyncckpt.types import Piece
 
 
 class Copies(Protocol):

@@ -11,7 +11,7 @@ import torch
 from asyncckpt.arena import Slot
 from asyncckpt.codecs import MIN_PLANES_CHUNK_BYTES
 from asyncckpt.frames import split_places
-from asyncckpt.protocols import LEAD_BYTES, Extent, Piece, Segment
+from asyncckpt.types import LEAD_BYTES, Extent, Piece, Segment
 
 _libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]

@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 
 from asyncckpt.errors import MissingExtra, UnknownName
-from asyncckpt.protocols import Buffer, Digest
+from asyncckpt.protocols import Digest
+from asyncckpt.types import Buffer
 
 DEFAULT = "xxh3-128"
 

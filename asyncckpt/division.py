@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from asyncckpt.errors import UnsupportedValue
 from asyncckpt.formats import parts
-from asyncckpt.protocols import ALIGNMENT_BYTES, Extent, Layout, Placement, Rows, Segment, Shard
+from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, Placement, Rows, Segment, Shard
 
 #: Shorter stretches that several ranks hold are not divided.
 _MIN_DIVIDED_BYTES = 1 << 20

@@ -15,8 +15,9 @@ import numpy as np
 from asyncckpt.arena import Slot, aligned_buffer
 from asyncckpt.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Planes
 from asyncckpt.frames import FRAME_OVERHEAD_BYTES, SPLIT_MARK, Array, split_frame, split_places, stored_frame
-from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Codec, Digest, Extent
+from asyncckpt.protocols import Codec, Digest
 from asyncckpt.records import DIGEST_SEPARATOR
+from asyncckpt.types import ALIGNMENT_BYTES, LEAD_BYTES, Extent
 
 #: The rate of the disk is taken anew after this many bytes.
 _WINDOW_BYTES = 32 << 20

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from asyncckpt.protocols import JsonValue
+from asyncckpt.types import JsonValue
 
 
 @functools.cache

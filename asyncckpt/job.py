@@ -21,10 +21,10 @@ from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, RunPathError
 from asyncckpt.planning import JobPlanner
-from asyncckpt.protocols import ComponentSnapshot
 from asyncckpt.restore import Stages
 from asyncckpt.storage.lease import read_holder
 from asyncckpt.together import Party
+from asyncckpt.types import ComponentSnapshot
 
 #: Rank 0 announces a save for this many steps later. Ranks that train together are at most a step apart; what the host
 #: enqueues ahead of a GPU is less than another one.

@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 
-from asyncckpt.protocols import Codec, Layout, LayoutOptions, Shard, ShardFormat, TensorSpec
+from asyncckpt.protocols import Codec, ShardFormat
+from asyncckpt.types import Layout, LayoutOptions, Shard, TensorSpec
 
 Components = tuple[tuple[str, tuple[TensorSpec, ...]], ...]
 

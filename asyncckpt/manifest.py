@@ -27,7 +27,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.manifest_rows import Body, is_number, parse_components, parse_files
 from asyncckpt.plain import loads
-from asyncckpt.protocols import Chunking, JsonValue, Layout, Reader
+from asyncckpt.protocols import Reader
 from asyncckpt.records import (
     BoxedRecord,
     ChunkedRecord,
@@ -39,6 +39,7 @@ from asyncckpt.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.types import Chunking, JsonValue, Layout
 
 log = logging.getLogger("asyncckpt")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from asyncckpt.protocols import Piece
+from asyncckpt.types import Piece
 
 #: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
 #: would otherwise make ``save`` wait for the whole arena.

@@ -20,17 +20,8 @@ from asyncckpt.distributed import Ranks
 from asyncckpt.division import Holding, divide
 from asyncckpt.errors import RanksDisagree, UnsupportedValue
 from asyncckpt.naming import rank_name
-from asyncckpt.protocols import (
-    Codec,
-    ComponentSnapshot,
-    Layout,
-    LayoutOptions,
-    Piece,
-    Rows,
-    ShardFormat,
-    Snapshot,
-    TensorSpec,
-)
+from asyncckpt.protocols import Codec, ShardFormat
+from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, Snapshot, TensorSpec
 
 #: What a rank tells about a component: kind, digest of the entries.
 _Digest = tuple[str, str]

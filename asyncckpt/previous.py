@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from asyncckpt.protocols import Reader, Shard
+from asyncckpt.protocols import Reader
 from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, join_records
+from asyncckpt.types import Shard
 
 
 @dataclass(frozen=True, slots=True)

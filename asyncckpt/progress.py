@@ -10,8 +10,9 @@ from asyncckpt.encoder import Frame, padded
 from asyncckpt.formats import chunks
 from asyncckpt.layers import order_of
 from asyncckpt.previous import KnownFile
-from asyncckpt.protocols import Shard, ShardWriter, TensorSpec
+from asyncckpt.protocols import ShardWriter
 from asyncckpt.records import ExtentRecord, FileRecord, split_record
+from asyncckpt.types import Shard, TensorSpec
 
 
 @dataclass(slots=True)

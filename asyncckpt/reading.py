@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from asyncckpt import digests
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.protocols import ALIGNMENT_BYTES, Digest, Reader
+from asyncckpt.protocols import Digest, Reader
 from asyncckpt.records import ExtentRecord, FileRecord, Manifest
+from asyncckpt.types import ALIGNMENT_BYTES
 
 #: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
 #: fresh memory: on 2 cores, 2 threads restore 6 % faster than 4 (docs/design/004-reading.md).

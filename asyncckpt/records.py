@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from asyncckpt.protocols import Extent, JsonValue
+from asyncckpt.types import Extent, JsonValue
 
 #: Between the digests of an extent's parts, while it is one record.
 DIGEST_SEPARATOR = ","

@@ -20,12 +20,13 @@ from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.filling import fill, raise_damage
 from asyncckpt.manifest import STATE_FILE
 from asyncckpt.naming import rank_name
-from asyncckpt.protocols import JsonValue, Reader
+from asyncckpt.protocols import Reader
 from asyncckpt.reading import check_files, read_record, read_small_file
 from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.snapshot import check_state
 from asyncckpt.target_plan import Options, Plan, new_tensor, qualified_records
 from asyncckpt.targets import plan_component
+from asyncckpt.types import JsonValue
 from asyncckpt.views import MAX_STATE_BYTES
 
 log = logging.getLogger("asyncckpt")

@@ -15,9 +15,10 @@ from asyncckpt.job import Job
 from asyncckpt.layout import LayoutCache
 from asyncckpt.ledger import Claim
 from asyncckpt.planning import Planned, alone
-from asyncckpt.protocols import Codec, LayoutOptions, ShardFormat, Store
+from asyncckpt.protocols import Codec, ShardFormat, Store
 from asyncckpt.snapshot import capture
 from asyncckpt.together import LeadSave, PartSave, Party
+from asyncckpt.types import LayoutOptions
 from asyncckpt.writer import Pools
 
 

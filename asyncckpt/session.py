@@ -16,10 +16,11 @@ from asyncckpt.events import EventBus
 from asyncckpt.job import Job, Known, RestoreStages
 from asyncckpt.ledger import Ledger
 from asyncckpt.planning import JobPlanner
-from asyncckpt.protocols import Codec, LayoutOptions, ShardFormat
+from asyncckpt.protocols import Codec, ShardFormat
 from asyncckpt.restore import RestoreReport
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import Lease, LeaseOptions
+from asyncckpt.types import LayoutOptions
 
 
 class Session(Run):

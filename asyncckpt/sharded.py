@@ -18,7 +18,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from asyncckpt.errors import InvalidOption, UnsupportedValue
-from asyncckpt.protocols import Rows
+from asyncckpt.types import Rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from asyncckpt.arena import Arena
-from asyncckpt.protocols import SMALL_SHARD_BYTES, Layout, Shard
+from asyncckpt.types import SMALL_SHARD_BYTES, Layout, Shard
 from asyncckpt.writer import Pools, WriterPool
 
 #: Where there are no more, they are written by the threads that write everything else, as they come.

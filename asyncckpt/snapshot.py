@@ -19,8 +19,9 @@ from asyncckpt import plain
 from asyncckpt.dtypes import CODES
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.names import canonical_names, parameter_names, same_memory
-from asyncckpt.protocols import ComponentSnapshot, JsonValue, Piece, Snapshot, Stateful, TensorSpec
+from asyncckpt.protocols import Stateful
 from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
+from asyncckpt.types import ComponentSnapshot, JsonValue, Piece, Snapshot, TensorSpec
 
 #: Names of components become file names; see ``manifest.py``.
 #: No dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must not meet ``a`` + ``b.c``.

@@ -23,7 +23,8 @@ from asyncckpt.copying import can_split, copy_planes, copy_segments, fill_rest, 
 from asyncckpt.encoder import content_digest, finish_image, slot_bytes
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged
-from asyncckpt.protocols import Digest, Extent, Piece
+from asyncckpt.protocols import Digest
+from asyncckpt.types import Extent, Piece
 
 log = logging.getLogger("asyncckpt")
 

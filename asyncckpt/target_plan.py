@@ -12,9 +12,9 @@ from asyncckpt import plain
 from asyncckpt.copying import Window
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.protocols import JsonValue
 from asyncckpt.records import ComponentRecord, StoredTensor
 from asyncckpt.sharded import is_distributed, is_sharded_tensor, receiver
+from asyncckpt.types import JsonValue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,11 +19,11 @@ from asyncckpt.distributed import job_size
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.names import canonical_names, parameter_names
-from asyncckpt.protocols import JsonValue
 from asyncckpt.records import ComponentRecord
 from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, like
 from asyncckpt.snapshot import kind_of, optimizer_names, without_shards
 from asyncckpt.target_plan import Options, Plan, Stored, decode, lookup, mismatch, new_tensor, new_tensors, on_host
+from asyncckpt.types import JsonValue
 
 
 def plan_component(

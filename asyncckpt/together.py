@@ -16,8 +16,9 @@ from asyncckpt import manifest
 from asyncckpt.commit import Contents, Save
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
-from asyncckpt.protocols import Attempt, JsonValue
+from asyncckpt.protocols import Attempt
 from asyncckpt.records import ExtentRecord, FileRecord, Manifest
+from asyncckpt.types import JsonValue
 
 #: Beyond rank 0's own deadline, until the others take it for lost.
 _GRACE_SECONDS = 15.0

@@ -12,9 +12,10 @@ from asyncckpt.arena import aligned_buffer
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest import STATE_FILE
-from asyncckpt.protocols import JsonValue, Reader
+from asyncckpt.protocols import Reader
 from asyncckpt.reading import Damage, read_record
 from asyncckpt.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.types import JsonValue
 
 #: Plain values are small; a larger file is not one this library wrote.
 MAX_STATE_BYTES = 1 << 30

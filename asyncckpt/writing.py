@@ -25,19 +25,11 @@ from asyncckpt.layers import LayerReader, layer_name
 from asyncckpt.parking import Parking
 from asyncckpt.previous import KnownFile, Previous
 from asyncckpt.progress import Parked, Progress
-from asyncckpt.protocols import (
-    LEAD_BYTES,
-    Attempt,
-    Digest,
-    Extent,
-    Layout,
-    Placed,
-    ShardFormat,
-    ShardWriter,
-)
+from asyncckpt.protocols import Attempt, Digest, ShardFormat, ShardWriter
 from asyncckpt.records import ExtentRecord, FileRecord
 from asyncckpt.small_shards import SmallShards
 from asyncckpt.staging import Ready
+from asyncckpt.types import LEAD_BYTES, Extent, Layout, Placed
 from asyncckpt.writer import Pools, WriterPool
 
 

@@ -14,8 +14,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from asyncckpt import codecs, digests, formats, layout, manifest
-from asyncckpt.protocols import Layout, LayoutOptions, TensorSpec
 from asyncckpt.records import ComponentRecord, ExtentRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.types import Layout, LayoutOptions, TensorSpec
 
 pytestmark = pytest.mark.bench
 

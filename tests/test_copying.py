@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from asyncckpt.arena import Arena
 from asyncckpt.copying import copy_segments, scatter
-from asyncckpt.protocols import Piece, Segment, TensorSpec
+from asyncckpt.types import Piece, Segment, TensorSpec
 
 
 def _variants(base: torch.Tensor) -> list[torch.Tensor]:

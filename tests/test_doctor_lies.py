@@ -19,7 +19,7 @@ from asyncckpt import Checkpointer
 from asyncckpt.doctor import Finding, Report, examine
 from asyncckpt.doctor.ops import DoctorOps
 from asyncckpt.doctor.system import Mount, System, Traffic
-from asyncckpt.protocols import Buffer
+from asyncckpt.types import Buffer
 
 
 class KernelSays(System):

@@ -17,8 +17,8 @@ import pytest
 from asyncckpt.doctor import Report, Speeds, examine
 from asyncckpt.doctor.advice import Seen, recommend, writers
 from asyncckpt.doctor.ops import DoctorOps
-from asyncckpt.protocols import Buffer
 from asyncckpt.testing import ThrottledOps
+from asyncckpt.types import Buffer
 
 
 @pytest.fixture

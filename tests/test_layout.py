@@ -12,7 +12,7 @@ from asyncckpt import codecs, formats
 from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import InvalidOption
 from asyncckpt.layout import LayoutCache, plan
-from asyncckpt.protocols import Layout, LayoutOptions, TensorSpec
+from asyncckpt.types import Layout, LayoutOptions, TensorSpec
 
 FORMAT = formats.get("safetensors")
 NONE = codecs.get("none")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from asyncckpt import AsyncCkptError, Checkpointer, ManifestInvalid
 from asyncckpt import manifest as manifests
 from asyncckpt.formats.safetensors import header_length, image, parse_header
-from asyncckpt.protocols import TensorSpec
+from asyncckpt.types import TensorSpec
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from conftest import bits
 
 from asyncckpt import Checkpointer
 from asyncckpt.arena import Arena
-from asyncckpt.protocols import SMALL_SHARD_BYTES, Extent, Layout, Shard
 from asyncckpt.small_shards import SmallShards
 from asyncckpt.testing import FaultyOps
+from asyncckpt.types import SMALL_SHARD_BYTES, Extent, Layout, Shard
 from asyncckpt.writer import Pools
 
 LARGE = Shard("large", "m", SMALL_SHARD_BYTES + 1, (), (Extent(0, 0, 1, b"", ()),))

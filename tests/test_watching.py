@@ -18,7 +18,7 @@ from torch import nn
 from asyncckpt import Checkpointer, InvalidOption, staging
 from asyncckpt.events import SaveStarted
 from asyncckpt.owned_memory import OwnedMemory, divide
-from asyncckpt.protocols import Piece, TensorSpec
+from asyncckpt.types import Piece, TensorSpec
 
 PATIENCE_SECONDS = 20.0
 

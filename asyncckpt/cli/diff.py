@@ -13,10 +13,11 @@ from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, 
 from asyncckpt.copying import Window
 from asyncckpt.dtypes import DTYPES
 from asyncckpt.filling import fill
-from asyncckpt.protocols import JsonValue, Reader
+from asyncckpt.protocols import Reader
 from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.restore import open_manifest, read_trees
 from asyncckpt.target_plan import qualified_records
+from asyncckpt.types import JsonValue
 
 #: Small tensors are read together: one by one, each would cost the whole extent it lies in.
 _BATCH_BYTES = 64 << 20

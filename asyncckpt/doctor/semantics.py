@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.doctor.findings import Finding, Status
 from asyncckpt.doctor.scratch import Scratch
-from asyncckpt.protocols import ALIGNMENT_BYTES
+from asyncckpt.types import ALIGNMENT_BYTES
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 _DEFAULT_SHARD_BYTES = 4 << 30

@@ -18,7 +18,7 @@ from asyncckpt import codecs
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.doctor.scratch import Scratch
 from asyncckpt.frames import FRAME_OVERHEAD_BYTES
-from asyncckpt.protocols import ALIGNMENT_BYTES
+from asyncckpt.types import ALIGNMENT_BYTES
 
 _THREADS = (1, 2, 4, 8)
 _READERS = 4

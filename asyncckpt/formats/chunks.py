@@ -10,7 +10,8 @@ import xxhash
 
 from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
 from asyncckpt.frames import FRAME_OVERHEAD_BYTES
-from asyncckpt.protocols import ALIGNMENT_BYTES, LEAD_BYTES, Chunking, Codec, Extent, Segment, Shard, TensorSpec
+from asyncckpt.protocols import Codec
+from asyncckpt.types import ALIGNMENT_BYTES, LEAD_BYTES, Chunking, Extent, Segment, Shard, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

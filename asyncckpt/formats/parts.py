@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 
-from asyncckpt.protocols import TensorSpec
+from asyncckpt.types import TensorSpec
 
 #: The numbers of ranks whose shares of the rows, as ``torch.chunk`` deals them out, are cut exactly.
 READERS = (2, 3, 4, 6, 8)

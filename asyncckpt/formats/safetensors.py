@@ -16,10 +16,10 @@ from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.formats import chunks, parts
 from asyncckpt.plain import loads
-from asyncckpt.protocols import (
+from asyncckpt.protocols import Codec
+from asyncckpt.types import (
     ALIGNMENT_BYTES,
     ChunkRun,
-    Codec,
     Extent,
     LayoutOptions,
     Placed,

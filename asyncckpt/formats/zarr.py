@@ -25,16 +25,8 @@ from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import chunks
 from asyncckpt.plain import loads
-from asyncckpt.protocols import (
-    Chunking,
-    ChunkRun,
-    Codec,
-    Extent,
-    LayoutOptions,
-    Placed,
-    Shard,
-    TensorSpec,
-)
+from asyncckpt.protocols import Codec
+from asyncckpt.types import Chunking, ChunkRun, Extent, LayoutOptions, Placed, Shard, TensorSpec
 
 METADATA_FILE: Final = "zarr.json"
 #: Index entries of chunks that are not there: past the array's edge.

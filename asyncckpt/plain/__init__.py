@@ -10,7 +10,7 @@ from __future__ import annotations
 from asyncckpt.plain.decoding import decode
 from asyncckpt.plain.encoding import encode
 from asyncckpt.plain.text import dumps, loads
-from asyncckpt.protocols import JsonValue
+from asyncckpt.types import JsonValue
 
 __all__ = ["decode", "dumps", "encode", "loads", "tensor_names"]
 

@@ -16,7 +16,7 @@ import torch
 
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.plain.encoding import AS_TENSOR, FACTORIES, MAX_DEPTH, NUMPY, TORCH_DTYPES
-from asyncckpt.protocols import JsonValue
+from asyncckpt.types import JsonValue
 
 
 def decode(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from asyncckpt.errors import UnsupportedValue
-from asyncckpt.protocols import JsonValue
+from asyncckpt.types import JsonValue
 
 #: Containers in containers. One takes at most two levels of JSON, so whatever is encoded stays under the parser's cap.
 MAX_DEPTH: Final = 200

@@ -12,7 +12,7 @@ from typing import Any, Final, NoReturn
 import numpy as np
 
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.protocols import JsonValue
+from asyncckpt.types import JsonValue
 
 MAX_DEPTH: Final = 500
 #: Parsing a long int takes quadratic time. Python has the same limit, unless somebody turned it off.

@@ -17,7 +17,7 @@ from typing import Final
 import aiofiles
 import aiofiles.os
 
-from asyncckpt.protocols import Buffer
+from asyncckpt.types import Buffer
 
 #: File systems that refuse O_DIRECT, at open or at the first transfer, answer with one of these.
 NO_DIRECT: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EPERM})

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound
-from asyncckpt.protocols import ALIGNMENT_BYTES, Buffer
 from asyncckpt.storage.posix import NO_DIRECT, PosixOps
+from asyncckpt.types import ALIGNMENT_BYTES, Buffer
 
 MANIFEST_FILE = "manifest.json"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from asyncckpt import forks
 from asyncckpt.errors import SaveFailed
-from asyncckpt.protocols import ALIGNMENT_BYTES, SMALL_SHARD_BYTES
 from asyncckpt.storage.posix import NO_DIRECT
+from asyncckpt.types import ALIGNMENT_BYTES, SMALL_SHARD_BYTES
 
 if TYPE_CHECKING:
     from asyncckpt.storage.local import LocalStore

@@ -9,8 +9,8 @@ import os
 import threading
 import time
 
-from asyncckpt.protocols import Buffer
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.types import Buffer
 
 
 class SlowOps(PosixOps):

@@ -8,8 +8,8 @@ import os
 import stat
 from collections.abc import Iterable, Mapping
 
-from asyncckpt.protocols import Buffer
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.types import Buffer
 
 
 class _Node:

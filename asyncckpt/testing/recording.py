@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from asyncckpt.protocols import Buffer
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.types import Buffer
 
 Key = tuple[str, str, int, int]
 _RANDOM = re.compile(r"[0-9a-f]{32}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from asyncckpt import codecs, formats, layout, planning
 from asyncckpt.division import Holding, divide
-from asyncckpt.protocols import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, TensorSpec
+from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, TensorSpec
 
 _SHAPES = ((8192, 1024), (8192, 1024), (8192,), (1024,), (50257, 64))
 

@@ -33,9 +33,9 @@ from asyncckpt import (
 )
 from asyncckpt.errors import AsyncCkptError, LeaseLost
 from asyncckpt.owned_memory import OwnedMemory, divide
-from asyncckpt.protocols import Piece, TensorSpec
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import FaultyOps, check_trace
+from asyncckpt.types import Piece, TensorSpec
 
 Check = Callable[[Path], None]
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from asyncckpt import Checkpointer, NotEnoughSpace
-from asyncckpt.protocols import Piece
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.types import Piece
 
 PATIENCE_SECONDS = 20.0
 

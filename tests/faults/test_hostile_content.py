@@ -19,9 +19,9 @@ from asyncckpt import CheckpointDamaged, InvalidOption, digests, manifest, plain
 from asyncckpt.export import export
 from asyncckpt.formats import zarr
 from asyncckpt.formats.safetensors import image
-from asyncckpt.protocols import TensorSpec
 from asyncckpt.records import ChunkedRecord
 from asyncckpt.storage.lease import LEASE_FILE, parse_holder, read_holder
+from asyncckpt.types import TensorSpec
 from asyncckpt.verify import verify
 
 SECONDS = 20.0

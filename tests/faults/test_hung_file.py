@@ -12,8 +12,8 @@ import pytest
 from scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
 
 from asyncckpt import SaveAbandoned, WriterOptions, committer
-from asyncckpt.protocols import Buffer
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.types import Buffer
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,8 +10,8 @@ import torch
 import asyncckpt
 from asyncckpt import together
 from asyncckpt.events import Event, ExtentStaged
-from asyncckpt.protocols import Buffer
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.types import Buffer
 from ranks.harness import Me
 
 #: How long ranks wait for each other here.

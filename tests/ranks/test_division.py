@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from asyncckpt import codecs, formats, layout, planning
 from asyncckpt.division import Division, divide
-from asyncckpt.protocols import ALIGNMENT_BYTES, Layout, LayoutOptions, Rows, TensorSpec
+from asyncckpt.types import ALIGNMENT_BYTES, Layout, LayoutOptions, Rows, TensorSpec
 from benchmarks.ranks import simulation
 from benchmarks.ranks.simulation import simulate
 
@@ -116,7 +116,7 @@ def test_ten_thousand_tensors_of_1024_ranks_are_planned_in_seconds_once_and_in_m
 
 def test_a_tables_digest_is_what_travels_where_all_ranks_hold_alike() -> None:
     """Not 1,024 tables of 10,000 rows: rows are listed once, and the digest is 32 characters."""
-    from asyncckpt.protocols import ComponentSnapshot, Piece
+    from asyncckpt.types import ComponentSnapshot, Piece
 
     specs = simulation.model(10_000)
     dealt = {rows: simulation.dealt(rows, 1024, 1) for rows in {spec.shape[0] for spec in specs}}

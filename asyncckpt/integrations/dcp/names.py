@@ -15,8 +15,8 @@ import torch
 from asyncckpt import plain
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.manifest_rows import is_component_name
-from asyncckpt.protocols import JsonValue
 from asyncckpt.records import ComponentRecord, Manifest, StoredTensor
+from asyncckpt.types import JsonValue
 
 Path = tuple[str | int, ...]
 

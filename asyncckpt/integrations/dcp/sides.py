@@ -23,10 +23,11 @@ from asyncckpt.copying import copy_segments, write_header
 from asyncckpt.encoder import cut_digest
 from asyncckpt.errors import SaveFailed, StepExists
 from asyncckpt.integrations.dcp.names import Path, components_of
-from asyncckpt.protocols import Attempt, Digest, Extent, LayoutOptions, Piece, Shard
+from asyncckpt.protocols import Attempt, Digest
 from asyncckpt.records import ExtentRecord, FileRecord, Manifest, StoredTensor, split_record
 from asyncckpt.storage.lease import Lease
 from asyncckpt.storage.local import LocalStore
+from asyncckpt.types import Extent, LayoutOptions, Piece, Shard
 
 #: Enough to keep one device busy while others copy and hash.
 THREADS = min(4, max(2, os.cpu_count() or 2))

@@ -15,8 +15,8 @@ import torch
 
 from asyncckpt import CheckpointDamaged, Checkpointer, Delta, digests
 from asyncckpt import manifest as manifests
-from asyncckpt.protocols import Buffer
 from asyncckpt.records import Manifest
+from asyncckpt.types import Buffer
 
 #: What is saved each way: no codec, encoded chunks, layers of differences, zarr with whole and with sharded arrays.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
