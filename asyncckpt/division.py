@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from asyncckpt.errors import UnsupportedValue
-from asyncckpt.formats import parts
+from asyncckpt.formats import read_boundaries as parts
 from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, Placement, Rows, Segment, Shard
 
 #: Shorter stretches that several ranks hold are not divided.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from asyncckpt.arena import Slot
 from asyncckpt.encoder import Frame, padded
-from asyncckpt.formats import chunks
+from asyncckpt.formats import chunking as chunks
 from asyncckpt.layers import order_of
 from asyncckpt.previous import KnownFile
 from asyncckpt.protocols import ShardWriter

@@ -14,7 +14,8 @@ from typing import Any
 
 from asyncckpt.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
-from asyncckpt.formats import chunks, parts
+from asyncckpt.formats import chunking as chunks
+from asyncckpt.formats import read_boundaries as parts
 from asyncckpt.plain import loads
 from asyncckpt.protocols import Codec
 from asyncckpt.types import (
