@@ -19,7 +19,7 @@ from collections.abc import Mapping
 
 from asyncckpt.errors import RunPathError
 from asyncckpt.protocols import Attempt, Reader, Replaced
-from asyncckpt.storage.attempt import LocalAttempt
+from asyncckpt.storage.pending_dir import LocalAttempt
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.reader import MANIFEST_FILE, LocalReader
 

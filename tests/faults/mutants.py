@@ -41,8 +41,8 @@ from asyncckpt.owned_memory import OwnedMemory
 from asyncckpt.progress import Progress
 from asyncckpt.records import ExtentRecord
 from asyncckpt.storage import lease, local
-from asyncckpt.storage.attempt import LocalAttempt
 from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage.pending_dir import LocalAttempt
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps

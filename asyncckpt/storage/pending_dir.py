@@ -20,6 +20,7 @@ from asyncckpt.storage.shard_file import LocalShardWriter
 if TYPE_CHECKING:
     from asyncckpt.storage.local import LocalStore
 
+
 log = logging.getLogger("asyncckpt")
 
 #: Small files written at one time: each holds a descriptor and a thread.
