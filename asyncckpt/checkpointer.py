@@ -12,8 +12,9 @@ from typing import Any, Literal, Self
 
 import torch
 
-from asyncckpt import cadence, codecs, digests, forks, formats, naming, retention
+from asyncckpt import cadence, forks, formats, naming, retention
 from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.codecs import codecs, digests
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.copy_streams import CopyStreams
 from asyncckpt.distributed import RankOptions

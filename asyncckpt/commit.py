@@ -20,8 +20,8 @@ from typing import Any
 
 from asyncckpt import environment, formats, manifest, plain
 from asyncckpt.arena import Arena, Slot
-from asyncckpt.digests import get as get_digest
-from asyncckpt.digests import second as second_digest
+from asyncckpt.codecs.digests import get as get_digest
+from asyncckpt.codecs.digests import second as second_digest
 from asyncckpt.encoder import Encoder
 from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from asyncckpt.arena import Slot
-from asyncckpt.codecs import MIN_PLANES_CHUNK_BYTES
-from asyncckpt.frames import split_places
+from asyncckpt.codecs.blosc import split_places
+from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES
 from asyncckpt.types import LEAD_BYTES, Extent, Piece, Segment
 
 _libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from asyncckpt.arena import Slot, aligned_buffer
-from asyncckpt.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Planes
-from asyncckpt.frames import FRAME_OVERHEAD_BYTES, SPLIT_MARK, Array, split_frame, split_places, stored_frame
+from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, SPLIT_MARK, Array, split_frame, split_places, stored_frame
+from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Planes
 from asyncckpt.protocols import Codec, Digest
 from asyncckpt.records import DIGEST_SEPARATOR
 from asyncckpt.types import ALIGNMENT_BYTES, LEAD_BYTES, Extent

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asyncckpt import codecs, digests, frames
 from asyncckpt.arena import aligned_buffer
 from asyncckpt.boxes import Region, Target, regions, scatter_box, span
+from asyncckpt.codecs import blosc as frames
+from asyncckpt.codecs import codecs, digests
+from asyncckpt.codecs.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
 from asyncckpt.copying import Window, is_plain, scatter
-from asyncckpt.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
 from asyncckpt.encoder import padded
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.layers import LayerReader

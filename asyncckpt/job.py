@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import torch
 
-from asyncckpt import digests
 from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.codecs import digests
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, RunPathError
 from asyncckpt.planning import JobPlanner

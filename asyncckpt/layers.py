@@ -10,8 +10,8 @@ from typing import Final
 import numpy as np
 
 from asyncckpt.arena import aligned_buffer
+from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
-from asyncckpt.frames import Array
 from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.records import ExtentRecord, FileRecord
 

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from asyncckpt import codecs, digests
+from asyncckpt.codecs import codecs, digests
 from asyncckpt.collection import held_back
 from asyncckpt.errors import (
     CheckpointDamaged,

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
-from asyncckpt import digests
-from asyncckpt.dtypes import ITEM_BYTES
+from asyncckpt.codecs import digests
+from asyncckpt.codecs.blosc import SPLIT_MARK
+from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import ManifestInvalid
-from asyncckpt.frames import SPLIT_MARK
 from asyncckpt.records import (
     BoxedRecord,
     BoxRecord,

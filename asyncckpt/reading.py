@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from asyncckpt import digests
 from asyncckpt.arena import aligned_buffer
+from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.protocols import Digest, Reader
 from asyncckpt.records import ExtentRecord, FileRecord, Manifest

@@ -13,9 +13,9 @@ import torch
 
 from asyncckpt import manifest as manifests
 from asyncckpt import plain
+from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.collection import held_back
 from asyncckpt.copying import Window
-from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.filling import fill, raise_damage
 from asyncckpt.manifest import STATE_FILE

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from asyncckpt import plain
-from asyncckpt.dtypes import CODES
+from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.names import canonical_names, parameter_names, same_memory
 from asyncckpt.protocols import Stateful

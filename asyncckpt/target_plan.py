@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from asyncckpt import plain
+from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
-from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.records import ComponentRecord, StoredTensor
 from asyncckpt.sharded import is_distributed, is_sharded_tensor, receiver

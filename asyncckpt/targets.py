@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from asyncckpt import plain
+from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
 from asyncckpt.distributed import job_size
-from asyncckpt.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.names import canonical_names, parameter_names
 from asyncckpt.records import ComponentRecord

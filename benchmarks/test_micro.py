@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from asyncckpt import codecs, digests, formats, layout, manifest
+from asyncckpt import formats, layout, manifest
+from asyncckpt.codecs import codecs, digests
 from asyncckpt.records import ComponentRecord, ExtentRecord, FileRecord, Manifest, TensorRecord
 from asyncckpt.types import Layout, LayoutOptions, TensorSpec
 

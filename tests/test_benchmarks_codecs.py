@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncckpt.frames import Array
+from asyncckpt.codecs.blosc import Array
 from benchmarks.codecs.bars import standing
 from benchmarks.codecs.contenders import contenders, one_core
 from benchmarks.codecs.groups import CHUNK_BYTES, Group, group

@@ -18,9 +18,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numcodecs import blosc
 
-from asyncckpt import CheckpointDamaged, InvalidOption, UnknownName, codecs, frames
-from asyncckpt.codecs import Blosc, Zstd
-from asyncckpt.frames import FRAME_OVERHEAD_BYTES
+from asyncckpt import CheckpointDamaged, InvalidOption, UnknownName
+from asyncckpt.codecs import blosc as frames
+from asyncckpt.codecs import codecs
+from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
+from asyncckpt.codecs.codecs import Blosc, Zstd
 from asyncckpt.protocols import Codec
 
 CODECS: list[Codec] = [

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from asyncckpt import Checkpointer, InvalidOption, Run, codecs
+from asyncckpt import Checkpointer, InvalidOption, Run
 from asyncckpt import manifest as manifests
-from asyncckpt.dtypes import DTYPES
+from asyncckpt.codecs import codecs
+from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.export import export
 from asyncckpt.protocols import Codec
 from asyncckpt.records import ChunkedRecord, Manifest

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt import codecs, formats
-from asyncckpt.dtypes import ITEM_BYTES
+from asyncckpt import formats
+from asyncckpt.codecs import codecs
+from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import InvalidOption
 from asyncckpt.layout import LayoutCache, plan
 from asyncckpt.types import Layout, LayoutOptions, TensorSpec

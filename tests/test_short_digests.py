@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import bits, unseen_by_crc32c
 
-from asyncckpt import Checkpointer, Delta, Run, digests
+from asyncckpt import Checkpointer, Delta, Run
+from asyncckpt.codecs import digests
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

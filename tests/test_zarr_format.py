@@ -25,7 +25,7 @@ from torch import nn
 
 from asyncckpt import CheckpointDamaged, Checkpointer, Run
 from asyncckpt import manifest as manifests
-from asyncckpt.dtypes import DTYPES
+from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.formats.zarr import node_names
 from asyncckpt.records import Manifest
 from asyncckpt.storage.local import LocalStore
@@ -394,7 +394,7 @@ def test_an_index_says_which_chunks_are_past_the_edge(codec: str, tmp_path: Path
 
 def _resealed(path: Path, file: str) -> None:
     """Make the manifest say that ``file`` has the bytes that it has: what only a hostile or broken writer does."""
-    from asyncckpt import digests
+    from asyncckpt.codecs import digests
 
     data, content = (path / "manifest.json").read_bytes(), (path / file).read_bytes()
     body = json.loads(data)

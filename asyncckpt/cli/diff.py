@@ -10,8 +10,8 @@ import typer
 from rich.table import Table
 
 from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
+from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
-from asyncckpt.dtypes import DTYPES
 from asyncckpt.filling import fill
 from asyncckpt.protocols import Reader
 from asyncckpt.records import Manifest, StoredTensor

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import xxhash
 
-from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
-from asyncckpt.frames import FRAME_OVERHEAD_BYTES
+from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
+from asyncckpt.codecs.dtypes import ITEM_BYTES, PLANE_BYTES
 from asyncckpt.protocols import Codec
 from asyncckpt.types import ALIGNMENT_BYTES, LEAD_BYTES, Chunking, Extent, Segment, Shard, TensorSpec
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from asyncckpt.dtypes import ITEM_BYTES
+from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.formats import read_boundaries as parts

@@ -21,7 +21,7 @@ from typing import Any, Final
 import google_crc32c
 import numpy as np
 
-from asyncckpt.dtypes import ITEM_BYTES, PLANE_BYTES
+from asyncckpt.codecs.dtypes import ITEM_BYTES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.plain import loads

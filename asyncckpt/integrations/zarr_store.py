@@ -11,9 +11,9 @@ import os
 from collections.abc import AsyncIterator, Iterable
 from typing import NoReturn
 
-from asyncckpt import digests
 from asyncckpt import manifest as manifests
 from asyncckpt.arena import aligned_buffer
+from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, MissingExtra
 from asyncckpt.formats.zarr import METADATA_FILE
 from asyncckpt.protocols import Reader

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numcodecs import blosc
 
-from asyncckpt import codecs
-from asyncckpt.frames import FRAME_OVERHEAD_BYTES, Array
+from asyncckpt.codecs import codecs
+from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, Array
 from asyncckpt.protocols import Codec
 from benchmarks.codecs.groups import CHUNK_BYTES
 

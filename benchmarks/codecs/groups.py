@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from asyncckpt.frames import Array
+from asyncckpt.codecs.blosc import Array
 from benchmarks.trained import STEPS, trained_run
 
 CHUNK_BYTES: Final = 8 << 20

@@ -15,8 +15,8 @@ from typing import Final
 
 import numpy as np
 
-from asyncckpt import codecs
-from asyncckpt.frames import Array
+from asyncckpt.codecs import codecs
+from asyncckpt.codecs.blosc import Array
 from benchmarks.codecs.contenders import OURS, Contender, OwnCodec, contenders, one_core
 from benchmarks.codecs.groups import Group
 from benchmarks.figures import Spread, spread

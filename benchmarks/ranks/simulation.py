@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from asyncckpt import codecs, formats, layout, planning
+from asyncckpt import formats, layout, planning
+from asyncckpt.codecs import codecs
 from asyncckpt.division import Holding, divide
 from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, TensorSpec
 

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 from fuzz_checkpoints import Checkpoint, MemoryReader, checkpoint, live_state
 
-from asyncckpt import CheckpointDamaged, InvalidOption, digests, manifest, plain, restore
+from asyncckpt import CheckpointDamaged, InvalidOption, manifest, plain, restore
+from asyncckpt.codecs import digests
 from asyncckpt.export import export
 from asyncckpt.formats import zarr
 from asyncckpt.formats.safetensors import image

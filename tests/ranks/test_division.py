@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncckpt import codecs, formats, layout, planning
+from asyncckpt import formats, layout, planning
+from asyncckpt.codecs import codecs
 from asyncckpt.division import Division, divide
 from asyncckpt.types import ALIGNMENT_BYTES, Layout, LayoutOptions, Rows, TensorSpec
 from benchmarks.ranks import simulation

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncckpt import digests
-from asyncckpt.codecs import get as get_codec
-from asyncckpt.dtypes import CODES
+from asyncckpt.codecs import digests
+from asyncckpt.codecs.codecs import get as get_codec
+from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.foreign import read_foreign

@@ -15,7 +15,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from asyncckpt.dtypes import CODES
+from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 
 #: Of one value that is no tensor, and of all that a tensor's file says beside its data.

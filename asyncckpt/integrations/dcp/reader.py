@@ -29,7 +29,7 @@ from torch.futures import Future
 from asyncckpt import manifest as manifests
 from asyncckpt.boxes import Region
 from asyncckpt.catalog import Catalog
-from asyncckpt.dtypes import DTYPES
+from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
 from asyncckpt.filling import fill
 from asyncckpt.integrations.dcp.names import Names, names_of

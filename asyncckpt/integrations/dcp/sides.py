@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from asyncckpt import digests, environment, forks, plain
+from asyncckpt import environment, forks, plain
 from asyncckpt import manifest as manifests
 from asyncckpt.arena import Slot, aligned_buffer
 from asyncckpt.catalog import Catalog
+from asyncckpt.codecs import digests
 from asyncckpt.copying import copy_segments, write_header
 from asyncckpt.encoder import cut_digest
 from asyncckpt.errors import SaveFailed, StepExists

@@ -23,9 +23,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from asyncckpt import digests, plain
-from asyncckpt.codecs import get as get_codec
-from asyncckpt.dtypes import CODES
+from asyncckpt import plain
+from asyncckpt.codecs import digests
+from asyncckpt.codecs.codecs import get as get_codec
+from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import Path, encode_value, place_of

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from asyncckpt import CheckpointDamaged, Checkpointer, Delta, digests
+from asyncckpt import CheckpointDamaged, Checkpointer, Delta
 from asyncckpt import manifest as manifests
+from asyncckpt.codecs import digests
 from asyncckpt.records import Manifest
 from asyncckpt.types import Buffer
 

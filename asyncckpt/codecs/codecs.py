@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Final, Literal
 import numpy as np
 from numcodecs import blosc
 
-from asyncckpt.errors import InvalidOption, UnknownName
-from asyncckpt.frames import (
+from asyncckpt.codecs.blosc import (
     BLOSC_HEADER_BYTES,
     Array,
     as_view,
@@ -29,6 +28,7 @@ from asyncckpt.frames import (
     wrong_size,
     zstd_into,
 )
+from asyncckpt.errors import InvalidOption, UnknownName
 from asyncckpt.protocols import Codec
 
 #: Decoders before c-blosc 1.21 take a block for split only where a plane has this many bytes.
