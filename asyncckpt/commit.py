@@ -19,12 +19,12 @@ from dataclasses import replace as replaced
 from typing import Any
 
 from asyncckpt import environment, formats, manifest, plain
-from asyncckpt.arena import Arena, Slot
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
 from asyncckpt.encoder import Encoder
 from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
+from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.previous import Previous
 from asyncckpt.protocols import Attempt, Codec, Store
 from asyncckpt.records import FileRecord, Manifest

@@ -14,7 +14,6 @@ import torch
 
 from asyncckpt import forks
 from asyncckpt import manifest as manifests
-from asyncckpt.arena import Arena
 from asyncckpt.catalog import LATEST, Catalog, CheckpointInfo
 from asyncckpt.commit import Save
 from asyncckpt.errors import (
@@ -29,6 +28,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.ledger import Ledger
+from asyncckpt.memory.arena import Arena
 from asyncckpt.previous import KnownFile, Previous, files_of
 from asyncckpt.protocols import Reader, Replaced
 from asyncckpt.reading import Damage

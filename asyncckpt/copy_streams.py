@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from asyncckpt.arena import QueuedCopy
+from asyncckpt.memory.arena import QueuedCopy
 from asyncckpt.types import Piece
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from asyncckpt.arena import Slot
 from asyncckpt.codecs.blosc import split_places
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES
+from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.tensor_bytes import _copy_strided, _flat_bytes, _libc, is_plain
 from asyncckpt.types import LEAD_BYTES, Extent, Piece, Segment
-
-_libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
-_libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_libc.memcpy.restype = ctypes.c_void_p
 
 #: Below this, neighbours are copied in one call: every call that gives the GIL up may wait for it afterwards, and
 #: twenty thousand such waits would cost more than the copies.
@@ -28,11 +24,6 @@ class Window:
 
     tensor: torch.Tensor
     first: int = 0
-
-
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's bytes lie in memory exactly as they are stored."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Slot) -> None:
@@ -113,10 +104,6 @@ def write_header(slot: Slot, header: bytes) -> None:
     slot.view[: len(header)] = header
 
 
-def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
-
-
 def _flush(batch: list[torch.Tensor], slot: Slot, start: int, end: int) -> None:
     if batch:
         torch.cat(batch, out=slot.tensor[start:end])
@@ -136,35 +123,3 @@ def scatter(target: torch.Tensor, first_byte: int, data: torch.Tensor, dtype: to
     values = data.view(dtype)
     first = first_byte // dtype.itemsize
     _copy_strided(target, first, first + values.numel(), values, out=False)
-
-
-def _copy_strided(tensor: torch.Tensor, first: int, last: int, flat: torch.Tensor, *, out: bool = True) -> None:
-    """Elements ``[first, last)`` of the tensor, in row-major order, to ``flat`` (``out``) or from it; never by way of
-    a whole contiguous copy of the tensor."""
-    if first >= last:
-        return
-    if first == 0 and last == tensor.numel():
-        _move(tensor, flat.view(tensor.shape), out)
-    elif tensor.dim() == 1:
-        _move(tensor[first:last], flat, out)
-    else:
-        row = tensor.numel() // tensor.shape[0]
-        position = first
-        while position < last:
-            index, within = divmod(position, row)
-            if within == 0 and last - position >= row:  # as many whole rows as there are
-                stop = last - last % row
-                part = flat[position - first : stop - first].view(-1, *tensor.shape[1:])
-                _move(tensor[index : stop // row], part, out)
-            else:
-                stop = min(last, (index + 1) * row)
-                part = flat[position - first : stop - first]
-                _copy_strided(tensor[index], within, stop - index * row, part, out=out)
-            position = stop
-
-
-def _move(tensor: torch.Tensor, flat: torch.Tensor, out: bool) -> None:
-    if out:
-        flat.copy_(tensor, non_blocking=True)
-    else:
-        tensor.copy_(flat)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asyncckpt.arena import Slot, aligned_buffer
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, SPLIT_MARK, Array, split_frame, split_places, stored_frame
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Planes
+from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Codec, Digest
 from asyncckpt.records import DIGEST_SEPARATOR
-from asyncckpt.types import ALIGNMENT_BYTES, LEAD_BYTES, Extent
+from asyncckpt.types import LEAD_BYTES, Extent
 
 #: The rate of the disk is taken anew after this many bytes.
 _WINDOW_BYTES = 32 << 20
@@ -27,11 +28,6 @@ _BUSY_WRITES = 1.5
 _PROBE_EVERY = 64
 #: The codec has to be this much faster than the disk: near balance it only warms the processor.
 _MARGIN = 1.1
-
-
-def padded(nbytes: int) -> int:
-    """Up to the next multiple of 4096."""
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def slot_bytes(extent: Extent) -> int:

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asyncckpt.arena import aligned_buffer
 from asyncckpt.boxes import Region, Target, regions, scatter_box, span
 from asyncckpt.codecs import blosc as frames
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.codecs.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
-from asyncckpt.copying import Window, is_plain, scatter
-from asyncckpt.encoder import padded
+from asyncckpt.copying import Window, scatter
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.layers import LayerReader
+from asyncckpt.memory.buffers import aligned_buffer, padded
+from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.reading import Damage, extents_of, read_extents
 from asyncckpt.records import (

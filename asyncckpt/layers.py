@@ -9,9 +9,9 @@ from typing import Final
 
 import numpy as np
 
-from asyncckpt.arena import aligned_buffer
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
+from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.records import ExtentRecord, FileRecord
 

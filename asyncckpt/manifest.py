@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncckpt.codecs import codecs, digests
-from asyncckpt.collection import held_back
 from asyncckpt.errors import (
     CheckpointDamaged,
     DigestMismatch,
@@ -26,6 +25,7 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.manifest_rows import Body, is_number, parse_components, parse_files
+from asyncckpt.memory.gc_pause import held_back
 from asyncckpt.plain import loads
 from asyncckpt.protocols import Reader
 from asyncckpt.records import (

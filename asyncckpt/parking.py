@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from asyncckpt.arena import Arena, aligned_buffer
-from asyncckpt.encoder import Encoder, Frame, padded
+from asyncckpt.encoder import Encoder, Frame
+from asyncckpt.memory.arena import Arena
+from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.progress import Parked, Progress
 
 #: Frames that wait for their turn outside the arena.

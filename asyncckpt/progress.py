@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from asyncckpt.arena import Slot
-from asyncckpt.encoder import Frame, padded
+from asyncckpt.encoder import Frame
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.layers import order_of
+from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.buffers import padded
 from asyncckpt.previous import KnownFile
 from asyncckpt.protocols import ShardWriter
 from asyncckpt.records import ExtentRecord, FileRecord, split_record

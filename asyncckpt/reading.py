@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from asyncckpt.arena import aligned_buffer
 from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Digest, Reader
 from asyncckpt.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.types import ALIGNMENT_BYTES

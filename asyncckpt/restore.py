@@ -14,11 +14,11 @@ import torch
 from asyncckpt import manifest as manifests
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
-from asyncckpt.collection import held_back
 from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.filling import fill, raise_damage
 from asyncckpt.manifest import STATE_FILE
+from asyncckpt.memory.gc_pause import held_back
 from asyncckpt.naming import rank_name
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import check_files, read_record, read_small_file

@@ -6,14 +6,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from asyncckpt.arena import Arena, default_budget
 from asyncckpt.commit import Save, config_tree, contents_of
 from asyncckpt.committer import Committer
-from asyncckpt.encoder import Encoder, padded, slot_bytes
+from asyncckpt.encoder import Encoder, slot_bytes
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
 from asyncckpt.layout import LayoutCache
 from asyncckpt.ledger import Claim
+from asyncckpt.memory.arena import Arena, default_budget
+from asyncckpt.memory.buffers import padded
 from asyncckpt.planning import Planned, alone
 from asyncckpt.protocols import Codec, ShardFormat, Store
 from asyncckpt.snapshot import capture

@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from asyncckpt.arena import Arena
+from asyncckpt.memory.arena import Arena
 from asyncckpt.types import SMALL_SHARD_BYTES, Layout, Shard
 from asyncckpt.writer import Pools, WriterPool
 

@@ -17,12 +17,12 @@ from queue import SimpleQueue
 
 import torch
 
-from asyncckpt.arena import Arena, QueuedCopy, Slot
 from asyncckpt.copy_streams import CopyStreams
 from asyncckpt.copying import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
 from asyncckpt.encoder import content_digest, finish_image, slot_bytes
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged
+from asyncckpt.memory.arena import Arena, QueuedCopy, Slot
 from asyncckpt.protocols import Digest
 from asyncckpt.types import Extent, Piece
 

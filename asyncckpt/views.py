@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from asyncckpt import layers, plain
-from asyncckpt.arena import aligned_buffer
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest import STATE_FILE
+from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import Damage, read_record
 from asyncckpt.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord

@@ -16,12 +16,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from asyncckpt.arena import Arena, Slot, aligned_buffer
 from asyncckpt.codecs.blosc import SPLIT_MARK, Array
-from asyncckpt.encoder import Encoder, Frame, as_it_is, content_digest, cut_digest, finish_image, padded, slot_bytes
+from asyncckpt.encoder import Encoder, Frame, as_it_is, content_digest, cut_digest, finish_image, slot_bytes
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.layers import LayerReader, layer_name
+from asyncckpt.memory.arena import Arena, Slot
+from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.parking import Parking
 from asyncckpt.previous import KnownFile, Previous
 from asyncckpt.progress import Parked, Progress

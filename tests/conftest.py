@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from asyncckpt import Checkpointer
-from asyncckpt.arena import Arena
+from asyncckpt.memory.arena import Arena
 
 
 class Tiny(nn.Module):

@@ -11,8 +11,9 @@ import weakref
 
 import pytest
 
-from asyncckpt.arena import Arena, Slot, aligned_buffer
 from asyncckpt.errors import ArenaBusy, InvalidOption
+from asyncckpt.memory.arena import Arena, Slot
+from asyncckpt.memory.buffers import aligned_buffer
 
 
 def test_slots_never_overlap_and_all_memory_comes_back() -> None:

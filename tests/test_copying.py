@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt.arena import Arena
 from asyncckpt.copying import copy_segments, scatter
+from asyncckpt.memory.arena import Arena
 from asyncckpt.types import Piece, Segment, TensorSpec
 
 

@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from asyncckpt import Checkpointer, CheckpointerClosed, KeepLast, PendingSave, Preemption, Run, RunLocked, forks
-from asyncckpt.arena import Arena
 from asyncckpt.integrations.dcp import Writer
+from asyncckpt.memory.arena import Arena
 from asyncckpt.storage.lease import LOCK_FILE, Lease, LeaseOptions, read_holder
 from asyncckpt.testing import GatedOps
 from asyncckpt.trace import ChromeTrace

@@ -38,8 +38,8 @@ from asyncckpt import (
     copy_streams,
     staging,
 )
-from asyncckpt import arena as arenas
-from asyncckpt.arena import Arena, Slot
+from asyncckpt.memory import arena as arenas
+from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.storage.posix import PosixOps
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import bits
 
 from asyncckpt import Checkpointer
-from asyncckpt.arena import Arena
+from asyncckpt.memory.arena import Arena
 from asyncckpt.small_shards import SmallShards
 from asyncckpt.testing import FaultyOps
 from asyncckpt.types import SMALL_SHARD_BYTES, Extent, Layout, Shard

@@ -26,7 +26,7 @@ from asyncckpt import (
     SaveUndecided,
     StepExists,
 )
-from asyncckpt.arena import Slot
+from asyncckpt.memory.arena import Slot
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import Fault, FaultyOps, InterceptedOps, Site, SiteFaultOps

@@ -12,8 +12,8 @@ from asyncckpt.doctor.findings import Finding, Report, Speeds, Status
 from asyncckpt.doctor.ops import DoctorOps
 from asyncckpt.doctor.scratch import Scratch
 from asyncckpt.doctor.system import System
-from asyncckpt.environment import available_memory_bytes
 from asyncckpt.errors import AsyncCkptError, InvalidOption, RunLocked, RunPathError
+from asyncckpt.memory.available import available_memory_bytes
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import read_holder
 

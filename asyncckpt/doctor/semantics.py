@@ -8,9 +8,9 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 
-from asyncckpt.arena import aligned_buffer
 from asyncckpt.doctor.findings import Finding, Status
 from asyncckpt.doctor.scratch import Scratch
+from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.types import ALIGNMENT_BYTES
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
-from asyncckpt.arena import aligned_buffer
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
 from asyncckpt.doctor.scratch import Scratch
+from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.types import ALIGNMENT_BYTES
 
 _THREADS = (1, 2, 4, 8)

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Iterable
 from typing import NoReturn
 
 from asyncckpt import manifest as manifests
-from asyncckpt.arena import aligned_buffer
 from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, MissingExtra
 from asyncckpt.formats.zarr import METADATA_FILE
+from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import check_files, extents_of
 from asyncckpt.records import FileRecord

@@ -32,11 +32,11 @@ from asyncckpt import (
     verify,
     writing,
 )
-from asyncckpt.arena import Arena
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
 from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
+from asyncckpt.memory.arena import Arena
 from asyncckpt.owned_memory import OwnedMemory
 from asyncckpt.progress import Progress
 from asyncckpt.records import ExtentRecord

@@ -16,7 +16,8 @@ import pytest
 import torch
 from scenarios import SCENARIOS, check_visible, fork, generation_in, state_of
 
-from asyncckpt import AsyncCkptError, Checkpointer, NotEnoughMemory, Run, arena
+from asyncckpt import AsyncCkptError, Checkpointer, NotEnoughMemory, Run
+from asyncckpt.memory import arena
 from asyncckpt.testing import READING, InterceptedOps, blockdevice
 from asyncckpt.testing.blockdevice import loop_device, mounted
 

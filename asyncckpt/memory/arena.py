@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 
 from asyncckpt import forks
-from asyncckpt.environment import available_memory_bytes
 from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughMemory
+from asyncckpt.memory.available import available_memory_bytes
+from asyncckpt.memory.buffers import _in_huge_pages
 from asyncckpt.types import ALIGNMENT_BYTES
 
 log = logging.getLogger("asyncckpt")
@@ -72,20 +73,6 @@ def default_budget(extent_bytes: Sequence[int]) -> int:
     its extents: one is staged while others are written."""
     needed = sum(-(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for nbytes in extent_bytes)
     return min(needed, max(available_memory_bytes() // 4, 4 * max(extent_bytes, default=0)))
-
-
-def aligned_buffer(nbytes: int) -> mmap.mmap:
-    """Page-aligned memory for O_DIRECT, a multiple of 4096 bytes."""
-    size = max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
-    buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= 2 << 20:
-        _in_huge_pages(buffer)
-    return buffer
-
-
-def _in_huge_pages(memory: mmap.mmap) -> None:
-    with contextlib.suppress(OSError):  # EINVAL of a kernel built without them: they are speed, not memory
-        memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _whole_blocks(nbytes: int) -> int:

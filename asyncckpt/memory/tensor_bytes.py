@@ -1,0 +1,52 @@
+"""The bytes of tensors in host memory: whether they lie as they are stored, and copies of strided ranges."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+_libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
+_libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_libc.memcpy.restype = ctypes.c_void_p
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's bytes lie in memory exactly as they are stored."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _copy_strided(tensor: torch.Tensor, first: int, last: int, flat: torch.Tensor, *, out: bool = True) -> None:
+    """Elements ``[first, last)`` of the tensor, in row-major order, to ``flat`` (``out``) or from it; never by way of
+    a whole contiguous copy of the tensor."""
+    if first >= last:
+        return
+    if first == 0 and last == tensor.numel():
+        _move(tensor, flat.view(tensor.shape), out)
+    elif tensor.dim() == 1:
+        _move(tensor[first:last], flat, out)
+    else:
+        row = tensor.numel() // tensor.shape[0]
+        position = first
+        while position < last:
+            index, within = divmod(position, row)
+            if within == 0 and last - position >= row:  # as many whole rows as there are
+                stop = last - last % row
+                part = flat[position - first : stop - first].view(-1, *tensor.shape[1:])
+                _move(tensor[index : stop // row], part, out)
+            else:
+                stop = min(last, (index + 1) * row)
+                part = flat[position - first : stop - first]
+                _copy_strided(tensor[index], within, stop - index * row, part, out=out)
+            position = stop
+
+
+def _move(tensor: torch.Tensor, flat: torch.Tensor, out: bool) -> None:
+    if out:
+        flat.copy_(tensor, non_blocking=True)
+    else:
+        tensor.copy_(flat)
