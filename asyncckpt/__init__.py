@@ -7,7 +7,6 @@ from asyncckpt.cadence import Milestones, Minutes, Steps
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.distributed import RankOptions
-from asyncckpt.environment import version
 from asyncckpt.errors import (
     ArenaBusy,
     AsyncCkptError,
@@ -40,6 +39,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.hooks import Preempted, Preemption
 from asyncckpt.layers import Delta
+from asyncckpt.manifest.environment import version
 from asyncckpt.reading import Damage
 from asyncckpt.restore import RestoreReport
 from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from asyncckpt.division import Division, Holding
 from asyncckpt.layout import fingerprint
+from asyncckpt.manifest.records import BoxRecord
 from asyncckpt.protocols import Codec, ShardFormat
-from asyncckpt.records import BoxRecord
 from asyncckpt.types import Layout, LayoutOptions, Segment, Shard, TensorSpec
 
 #: Components and the tensors of each, as ``layout.plan`` takes them.

@@ -13,8 +13,8 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from asyncckpt import manifest as manifests
 from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError, StepExists
+from asyncckpt.manifest import json as manifests
 from asyncckpt.protocols import Store
 from asyncckpt.reading import check_files
 from asyncckpt.retention import age

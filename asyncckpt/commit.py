@@ -12,24 +12,22 @@ import errno
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from dataclasses import replace as replaced
-from typing import Any
 
-from asyncckpt import environment, formats, manifest, plain
+from asyncckpt import formats, plain
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
 from asyncckpt.encoder import Encoder
-from asyncckpt.errors import AsyncCkptError, InvalidOption, NotEnoughSpace, SaveAbandoned, SaveFailed
+from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
+from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest.draft import Contents, _components_json
+from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.previous import Previous
-from asyncckpt.protocols import Attempt, Codec, Store
-from asyncckpt.records import FileRecord, Manifest
+from asyncckpt.protocols import Attempt, Store
 from asyncckpt.staging import Ready
-from asyncckpt.types import ComponentSnapshot, JsonValue, Layout
 from asyncckpt.writer import Pools
 from asyncckpt.writing import ShardsWriting
 
@@ -44,78 +42,6 @@ _WAYS_OUT = {
     errno.ENFILE: "This machine has too many files open: raise the limit (sysctl fs.file-max), or close some",
     errno.EROFS: "The file system is read-only, which it may have become by an error: check it, remount it, save again",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """Everything of a save that is not tensor bytes. ``draft`` lacks files and components, known only at the end."""
-
-    draft: Manifest
-    layout: Layout
-    kinds: Mapping[str, str]
-    aliases: Mapping[str, Mapping[str, str]]
-    trees: Mapping[str, JsonValue]
-    replace: bool
-    #: Entries of the manifest's components that other ranks' own components have.
-    others: Mapping[str, JsonValue] = field(default_factory=dict)
-
-
-def config_tree(config: Any) -> JsonValue:
-    """The user's ``config`` as it goes into every manifest. Raises ``InvalidOption`` for a tensor in it and
-    ``UnsupportedValue`` for what is no plain value."""
-
-    def refuse(name: str, _tensor: object) -> None:
-        raise InvalidOption(f"{name} is a tensor; config takes plain values only")
-
-    return plain.encode(config, "config", refuse, component="config")
-
-
-def contents_of(
-    components: Sequence[ComponentSnapshot],
-    layout: Layout,
-    *,
-    step: int,
-    name: str,
-    kind: str,
-    metrics: Mapping[str, float],
-    shard_format: str,
-    codec: Codec,
-    digest: str,
-    config: JsonValue,
-    replace: bool,
-    sequence: int,
-    attempt: str | None = None,
-    world_size: int = 1,
-) -> Contents:
-    """What a save of these components records beside their tensors. Pure but for the time and, where ``attempt`` is not
-    given, a new attempt uuid."""
-    draft = Manifest(
-        step=step,
-        name=name,
-        attempt=attempt or uuid.uuid4().hex,
-        kind=kind,
-        created_unix_seconds=time.time(),
-        world_size=world_size,
-        shard_format=shard_format,
-        digest=digest,
-        layout=layout.fingerprint,
-        metrics=metrics,
-        config=config,
-        environment=environment.record(),
-        files=(),
-        components={},
-        codec=codec.name,
-        codec_options=codec.to_dict(),
-        sequence=sequence,
-    )
-    return Contents(
-        draft=draft,
-        layout=layout,
-        kinds={component.name: component.kind for component in components},
-        aliases={component.name: component.aliases for component in components},
-        trees={component.name: component.tree for component in components},
-        replace=replace,
-    )
 
 
 class Save:
@@ -351,15 +277,3 @@ class Save:
         elif attempt is not None:
             attempt.discard()
         return True
-
-
-def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> str:
-    """Kept beside the layout: it is the same for save after save."""
-    names = {"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}}
-    key = plain.dumps(names), orders, contents.others
-    cached = contents.layout.cache.get("components")
-    if cached is None or cached[0] != key:
-        body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, orders) | contents.others
-        cached = contents.layout.cache["components"] = (key, plain.dumps(body).decode().rstrip("\n"))
-    text: str = cached[1]
-    return text

@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 
 from asyncckpt import forks
-from asyncckpt import manifest as manifests
 from asyncckpt.catalog import LATEST, Catalog, CheckpointInfo
 from asyncckpt.commit import Save
 from asyncckpt.errors import (
@@ -28,6 +27,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.ledger import Ledger
+from asyncckpt.manifest import json as manifests
 from asyncckpt.memory.arena import Arena
 from asyncckpt.previous import KnownFile, Previous, files_of
 from asyncckpt.protocols import Reader, Replaced

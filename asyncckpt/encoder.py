@@ -14,10 +14,10 @@ import numpy as np
 
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, SPLIT_MARK, Array, split_frame, split_places, stored_frame
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Planes
+from asyncckpt.manifest.records import DIGEST_SEPARATOR
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Codec, Digest
-from asyncckpt.records import DIGEST_SEPARATOR
 from asyncckpt.types import LEAD_BYTES, Extent
 
 #: The rate of the disk is taken anew after this many bytes.

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from asyncckpt import plain
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, RunPathError
+from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
-from asyncckpt.records import Manifest
 from asyncckpt.restore import load_tensors, open_manifest, read_trees
 from asyncckpt.storage.posix import PosixOps
 

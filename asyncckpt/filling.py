@@ -18,11 +18,7 @@ from asyncckpt.codecs.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
 from asyncckpt.copying import Window, scatter
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.layers import LayerReader
-from asyncckpt.memory.buffers import aligned_buffer, padded
-from asyncckpt.memory.tensor_bytes import is_plain
-from asyncckpt.protocols import Codec, Digest, Reader
-from asyncckpt.reading import Damage, extents_of, read_extents
-from asyncckpt.records import (
+from asyncckpt.manifest.records import (
     BoxedRecord,
     ChunkedRecord,
     ExtentRecord,
@@ -31,6 +27,10 @@ from asyncckpt.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.memory.buffers import aligned_buffer, padded
+from asyncckpt.memory.tensor_bytes import is_plain
+from asyncckpt.protocols import Codec, Digest, Reader
+from asyncckpt.reading import Damage, extents_of, read_extents
 
 Fill = Sequence[tuple[StoredTensor, Sequence[Target]]]
 #: Takes an extent's verified bytes.

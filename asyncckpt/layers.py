@@ -11,9 +11,9 @@ import numpy as np
 
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
+from asyncckpt.manifest.records import ExtentRecord, FileRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Codec, Digest, Reader
-from asyncckpt.records import ExtentRecord, FileRecord
 
 #: Where a checkpoint has the files of others that it builds on.
 _FOLDER: Final = "base"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from asyncckpt.manifest.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, join_records
 from asyncckpt.protocols import Reader
-from asyncckpt.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, join_records
 from asyncckpt.types import Shard
 
 

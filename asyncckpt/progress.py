@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from asyncckpt.encoder import Frame
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.layers import order_of
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, split_record
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import padded
 from asyncckpt.previous import KnownFile
 from asyncckpt.protocols import ShardWriter
-from asyncckpt.records import ExtentRecord, FileRecord, split_record
 from asyncckpt.types import Shard, TensorSpec
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Digest, Reader
-from asyncckpt.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.types import ALIGNMENT_BYTES
 
 #: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are

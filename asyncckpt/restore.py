@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from asyncckpt import manifest as manifests
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.filling import fill, raise_damage
-from asyncckpt.manifest import STATE_FILE
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.json import STATE_FILE
+from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import held_back
 from asyncckpt.naming import rank_name
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import check_files, read_record, read_small_file
-from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.snapshot import check_state
 from asyncckpt.target_plan import Options, Plan, new_tensor, qualified_records
 from asyncckpt.targets import plan_component

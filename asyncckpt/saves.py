@@ -6,13 +6,14 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from asyncckpt.commit import Save, config_tree, contents_of
+from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
 from asyncckpt.encoder import Encoder, slot_bytes
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
 from asyncckpt.layout import LayoutCache
 from asyncckpt.ledger import Claim
+from asyncckpt.manifest.draft import config_tree, contents_of
 from asyncckpt.memory.arena import Arena, default_budget
 from asyncckpt.memory.buffers import padded
 from asyncckpt.planning import Planned, alone

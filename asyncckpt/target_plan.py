@@ -12,7 +12,7 @@ from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.records import ComponentRecord, StoredTensor
+from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.sharded import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.types import JsonValue
 

@@ -18,8 +18,8 @@ from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
 from asyncckpt.distributed import job_size
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
+from asyncckpt.manifest.records import ComponentRecord
 from asyncckpt.names import canonical_names, parameter_names
-from asyncckpt.records import ComponentRecord
 from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, like
 from asyncckpt.snapshot import kind_of, optimizer_names, without_shards
 from asyncckpt.target_plan import Options, Plan, Stored, decode, lookup, mismatch, new_tensor, new_tensors, on_host

@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from asyncckpt import manifest
-from asyncckpt.commit import Contents, Save
+from asyncckpt.commit import Save
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
+from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest.draft import Contents
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.protocols import Attempt
-from asyncckpt.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.types import JsonValue
 
 #: Beyond rank 0's own deadline, until the others take it for lost.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from asyncckpt import manifest as manifests
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.manifest import FILE_NAME
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.json import FILE_NAME
+from asyncckpt.manifest.records import ExtentRecord, FileRecord
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import Damage, check_files, read_extents
-from asyncckpt.records import ExtentRecord, FileRecord
 from asyncckpt.views import check_views
 
 Progress = Callable[[int, int], None]

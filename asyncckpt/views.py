@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from asyncckpt import layers, plain
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
-from asyncckpt.manifest import STATE_FILE
+from asyncckpt.manifest.json import STATE_FILE
+from asyncckpt.manifest.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import Damage, read_record
-from asyncckpt.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
 from asyncckpt.types import JsonValue
 
 #: Plain values are small; a larger file is not one this library wrote.

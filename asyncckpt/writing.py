@@ -21,13 +21,13 @@ from asyncckpt.encoder import Encoder, Frame, as_it_is, content_digest, cut_dige
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.layers import LayerReader, layer_name
+from asyncckpt.manifest.records import ExtentRecord, FileRecord
 from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.parking import Parking
 from asyncckpt.previous import KnownFile, Previous
 from asyncckpt.progress import Parked, Progress
 from asyncckpt.protocols import Attempt, Digest, ShardFormat, ShardWriter
-from asyncckpt.records import ExtentRecord, FileRecord
 from asyncckpt.small_shards import SmallShards
 from asyncckpt.staging import Ready
 from asyncckpt.types import LEAD_BYTES, Extent, Layout, Placed

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from asyncckpt import formats, layout, manifest
+from asyncckpt import formats, layout
 from asyncckpt.codecs import codecs, digests
-from asyncckpt.records import ComponentRecord, ExtentRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest.records import ComponentRecord, ExtentRecord, FileRecord, Manifest, TensorRecord
 from asyncckpt.types import Layout, LayoutOptions, TensorSpec
 
 pytestmark = pytest.mark.bench

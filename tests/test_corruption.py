@@ -20,7 +20,7 @@ from asyncckpt import (
     Run,
     VersionUnsupported,
 )
-from asyncckpt import manifest as manifests
+from asyncckpt.manifest import json as manifests
 
 
 def _small(path: Path, steps: tuple[int, ...] = (1,)) -> tuple[dict[str, Any], list[Path]]:

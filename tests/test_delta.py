@@ -11,8 +11,8 @@ import torch
 from conftest import bits
 
 from asyncckpt import Checkpointer, InvalidOption, KeepLast, ManifestInvalid, Run, WriterOptions
-from asyncckpt import manifest as manifests
 from asyncckpt.layers import Delta
+from asyncckpt.manifest import json as manifests
 from asyncckpt.testing import Fault, FaultyOps, Site, SiteFaultOps, SlowOps
 
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from asyncckpt import Checkpointer, InvalidOption, Run
-from asyncckpt import manifest as manifests
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.export import export
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.records import ChunkedRecord, Manifest
 from asyncckpt.protocols import Codec
-from asyncckpt.records import ChunkedRecord, Manifest
 from asyncckpt.storage.posix import PosixOps
 
 CODECS = ["planes", "zstd", "lz4"]

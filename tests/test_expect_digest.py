@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from asyncckpt import CheckpointDamaged, Checkpointer, DigestMismatch, InvalidOption, Run, SaveReport
-from asyncckpt import manifest as manifests
 from asyncckpt.cli.app import app
+from asyncckpt.manifest import json as manifests
 
 OTHER = "sha256:" + "0" * 64
 

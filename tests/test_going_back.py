@@ -28,8 +28,8 @@ from asyncckpt import (
     Run,
     StepExists,
 )
-from asyncckpt import manifest as manifests
 from asyncckpt.errors import AsyncCkptError
+from asyncckpt.manifest import json as manifests
 from asyncckpt.testing import FaultyOps
 
 

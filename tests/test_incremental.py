@@ -18,9 +18,9 @@ import torch
 from conftest import Tiny, bits, train
 
 from asyncckpt import AsyncCkptError, Checkpointer, KeepLast, Run, SaveReport
-from asyncckpt import manifest as manifests
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.codecs import Planes
+from asyncckpt.manifest import json as manifests
 from asyncckpt.storage.posix import PosixOps
 
 KINDS = list(itertools.product(["safetensors", "zarr"], ["none", "planes"]))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncckpt import AsyncCkptError, Checkpointer, ManifestInvalid
-from asyncckpt import manifest as manifests
 from asyncckpt.formats.safetensors import header_length, image, parse_header
+from asyncckpt.manifest import json as manifests
 from asyncckpt.types import TensorSpec
 
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from asyncckpt import CheckpointDamaged, Checkpointer, Run
-from asyncckpt import manifest as manifests
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.formats.zarr import node_names
-from asyncckpt.records import Manifest
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.records import Manifest
 from asyncckpt.storage.local import LocalStore
 
 zarr = pytest.importorskip("zarr", minversion="3.1")

@@ -17,7 +17,7 @@ from asyncckpt.cli.pin import pin, unpin
 from asyncckpt.cli.prune import prune
 from asyncckpt.cli.show import show
 from asyncckpt.cli.verify import verify
-from asyncckpt.environment import version
+from asyncckpt.manifest.environment import version
 
 app = typer.Typer(
     name="asyncckpt",

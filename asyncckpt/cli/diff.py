@@ -13,8 +13,8 @@ from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, 
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
 from asyncckpt.filling import fill
+from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.protocols import Reader
-from asyncckpt.records import Manifest, StoredTensor
 from asyncckpt.restore import open_manifest, read_trees
 from asyncckpt.target_plan import qualified_records
 from asyncckpt.types import JsonValue

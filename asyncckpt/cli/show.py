@@ -25,7 +25,7 @@ from asyncckpt.cli.common import (
     read,
     size,
 )
-from asyncckpt.records import ComponentRecord, Manifest
+from asyncckpt.manifest.records import ComponentRecord, Manifest
 from asyncckpt.restore import open_manifest
 
 #: A zarr checkpoint has two files a tensor.

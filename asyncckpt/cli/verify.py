@@ -25,7 +25,7 @@ from asyncckpt.cli.common import (
     verified,
 )
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
-from asyncckpt.manifest import check_expected
+from asyncckpt.manifest.json import check_expected
 from asyncckpt.reading import Damage
 from asyncckpt.run import Run
 

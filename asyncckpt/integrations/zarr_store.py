@@ -11,14 +11,14 @@ import os
 from collections.abc import AsyncIterator, Iterable
 from typing import NoReturn
 
-from asyncckpt import manifest as manifests
 from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, MissingExtra
 from asyncckpt.formats.zarr import METADATA_FILE
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.records import FileRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import check_files, extents_of
-from asyncckpt.records import FileRecord
 from asyncckpt.storage.local import LocalStore
 
 try:

@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 from fuzz_checkpoints import Checkpoint, MemoryReader, checkpoint, live_state
 
-from asyncckpt import CheckpointDamaged, InvalidOption, manifest, plain, restore
+from asyncckpt import CheckpointDamaged, InvalidOption, plain, restore
 from asyncckpt.codecs import digests
 from asyncckpt.export import export
 from asyncckpt.formats import zarr
 from asyncckpt.formats.safetensors import image
-from asyncckpt.records import ChunkedRecord
+from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest.records import ChunkedRecord
 from asyncckpt.storage.lease import LEASE_FILE, parse_holder, read_holder
 from asyncckpt.types import TensorSpec
 from asyncckpt.verify import verify

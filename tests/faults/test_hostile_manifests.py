@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from asyncckpt import CheckpointDamaged, manifest, manifest_rows
+from asyncckpt import CheckpointDamaged
+from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest import parse as manifest_rows
 
 DIGEST = "00000000"
 #: Where quadratic work takes minutes, linear work takes a second or two.

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from asyncckpt import Checkpointer, Run, reading
-from asyncckpt import manifest as manifests
+from asyncckpt.manifest import json as manifests
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def _no_wholeness(patch: Patch) -> None:
         try:
             return real(reports, step)
         except asyncckpt.SaveFailed:
-            from asyncckpt.records import ExtentRecord, FileRecord
+            from asyncckpt.manifest.records import ExtentRecord, FileRecord
 
             found: dict[str, list[Any]] = {}
             sizes: dict[str, int] = {}

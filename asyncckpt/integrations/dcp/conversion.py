@@ -16,8 +16,8 @@ from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.foreign import read_foreign
 from asyncckpt.integrations.dcp.names import place_of
 from asyncckpt.integrations.dcp.sides import THREADS, Live
+from asyncckpt.manifest.records import BoxedRecord, BoxRecord
 from asyncckpt.naming import DEFAULT
-from asyncckpt.records import BoxedRecord, BoxRecord
 from asyncckpt.types import LayoutOptions, Piece, TensorSpec
 
 log = logging.getLogger("asyncckpt")

@@ -14,8 +14,8 @@ import torch
 
 from asyncckpt import plain
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
-from asyncckpt.manifest_rows import is_component_name
-from asyncckpt.records import ComponentRecord, Manifest, StoredTensor
+from asyncckpt.manifest.parse import is_component_name
+from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor
 from asyncckpt.types import JsonValue
 
 Path = tuple[str | int, ...]

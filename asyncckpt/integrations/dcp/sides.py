@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from asyncckpt import environment, forks, plain
-from asyncckpt import manifest as manifests
+from asyncckpt import forks, plain
 from asyncckpt.catalog import Catalog
 from asyncckpt.codecs import digests
 from asyncckpt.copying import copy_segments, write_header
 from asyncckpt.encoder import cut_digest
 from asyncckpt.errors import SaveFailed, StepExists
 from asyncckpt.integrations.dcp.names import Path, components_of
+from asyncckpt.manifest import environment
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, split_record
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Attempt, Digest
-from asyncckpt.records import ExtentRecord, FileRecord, Manifest, StoredTensor, split_record
 from asyncckpt.storage.lease import Lease
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import Extent, LayoutOptions, Piece, Shard

@@ -31,9 +31,9 @@ from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import Path, encode_value, place_of
 from asyncckpt.integrations.dcp.sides import THREADS, Live, Stager
+from asyncckpt.manifest.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
 from asyncckpt.naming import DEFAULT
 from asyncckpt.protocols import Attempt
-from asyncckpt.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import LayoutOptions, Piece, TensorSpec
 

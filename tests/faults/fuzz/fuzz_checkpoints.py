@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from asyncckpt import CheckpointDamaged, Checkpointer, Delta
-from asyncckpt import manifest as manifests
 from asyncckpt.codecs import digests
-from asyncckpt.records import Manifest
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.records import Manifest
 from asyncckpt.types import Buffer
 
 #: What is saved each way: no codec, encoded chunks, layers of differences, zarr with whole and with sharded arrays.

@@ -94,7 +94,7 @@ def test_any_bytes_are_read_or_refused(data: bytes, name: str) -> None:
 
 def test_the_harness_sees_an_untyped_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What a fuzzer that finds nothing is worth: a planted bug is found within a few thousand executions."""
-    from asyncckpt import manifest_rows
+    from asyncckpt.manifest import parse as manifest_rows
 
     monkeypatch.setattr(manifest_rows, "is_number", lambda value: type(value) in (int, float))
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from asyncckpt.codecs import digests
 from asyncckpt.codecs.blosc import SPLIT_MARK
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import ManifestInvalid
-from asyncckpt.records import (
+from asyncckpt.manifest.records import (
     BoxedRecord,
     BoxRecord,
     ChunkedRecord,

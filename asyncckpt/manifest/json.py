@@ -24,11 +24,8 @@ from asyncckpt.errors import (
     UnknownName,
     VersionUnsupported,
 )
-from asyncckpt.manifest_rows import Body, is_number, parse_components, parse_files
-from asyncckpt.memory.gc_pause import held_back
-from asyncckpt.plain import loads
-from asyncckpt.protocols import Reader
-from asyncckpt.records import (
+from asyncckpt.manifest.parse import Body, is_number, parse_components, parse_files
+from asyncckpt.manifest.records import (
     BoxedRecord,
     ChunkedRecord,
     ComponentRecord,
@@ -39,6 +36,9 @@ from asyncckpt.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.memory.gc_pause import held_back
+from asyncckpt.plain import loads
+from asyncckpt.protocols import Reader
 from asyncckpt.types import Chunking, JsonValue, Layout
 
 log = logging.getLogger("asyncckpt")
