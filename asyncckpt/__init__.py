@@ -43,10 +43,9 @@ from asyncckpt.manifest.environment import version
 from asyncckpt.reading import Damage
 from asyncckpt.restore import RestoreReport
 from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
-from asyncckpt.rng import RngState
 from asyncckpt.run import Run
-from asyncckpt.sharded import Shard
-from asyncckpt.snapshot import Replicated
+from asyncckpt.state.markers import Replicated, Shard
+from asyncckpt.state.rng import RngState
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.writer import PendingSave, SaveReport, WriterOptions
 

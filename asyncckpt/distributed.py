@@ -24,6 +24,7 @@ import zstandard
 from asyncckpt import errors, forks
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
 from asyncckpt.meeting import meet
+from asyncckpt.state.dtensor import job_size
 
 _SHORTEST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.1
@@ -53,29 +54,6 @@ class RankOptions:
 
 _instances: dict[str, int] = {}
 _instances_lock = threading.Lock()
-
-
-#: The job of the process that this one was forked from, where there was one: a child is no rank of it.
-_inherited: list[object] = []
-
-
-def _leave_job() -> None:
-    _inherited[:] = [torch.distributed.group.WORLD] if _initialized() else []
-
-
-os.register_at_fork(after_in_child=_leave_job)
-
-
-def _initialized() -> bool:
-    available: Callable[[], bool] = torch.distributed.is_available
-    return available() and torch.distributed.is_initialized()
-
-
-def job_size() -> int:
-    """Ranks of this process's job; 1 where ``torch.distributed`` is not initialised, and in a rank's forked child."""
-    if not _initialized() or torch.distributed.group.WORLD in _inherited:
-        return 1
-    return torch.distributed.get_world_size()
 
 
 class Ranks:

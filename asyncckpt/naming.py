@@ -46,8 +46,3 @@ class NameTemplate:
         if not _SAFE.match(text):
             raise InvalidOption(f"step {step}: {text!r} is no plain directory name; change name={self._template!r}")
         return text
-
-
-def rank_name(component: str, rank: int) -> str:
-    """What a rank's own component is stored as: rank 0's under its name, so that one process finds it."""
-    return f"{component}+{rank}" if rank else component

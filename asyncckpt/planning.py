@@ -19,8 +19,8 @@ from asyncckpt.by_rank import divide_by_rank
 from asyncckpt.distributed import Ranks
 from asyncckpt.division import Holding, divide
 from asyncckpt.errors import RanksDisagree, UnsupportedValue
-from asyncckpt.naming import rank_name
 from asyncckpt.protocols import Codec, ShardFormat
+from asyncckpt.state.rank_names import rank_name
 from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, Snapshot, TensorSpec
 
 #: What a rank tells about a component: kind, digest of the entries.

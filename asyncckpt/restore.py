@@ -20,10 +20,10 @@ from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import held_back
-from asyncckpt.naming import rank_name
 from asyncckpt.protocols import Reader
 from asyncckpt.reading import check_files, read_record, read_small_file
-from asyncckpt.snapshot import check_state
+from asyncckpt.state.capture import check_state
+from asyncckpt.state.rank_names import rank_name
 from asyncckpt.target_plan import Options, Plan, new_tensor, qualified_records
 from asyncckpt.targets import plan_component
 from asyncckpt.types import JsonValue

@@ -18,7 +18,7 @@ from asyncckpt.memory.arena import Arena, default_budget
 from asyncckpt.memory.buffers import padded
 from asyncckpt.planning import Planned, alone
 from asyncckpt.protocols import Codec, ShardFormat, Store
-from asyncckpt.snapshot import capture
+from asyncckpt.state.capture import capture
 from asyncckpt.together import LeadSave, PartSave, Party
 from asyncckpt.types import LayoutOptions
 from asyncckpt.writer import Pools

@@ -13,7 +13,7 @@ from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
-from asyncckpt.sharded import is_distributed, is_sharded_tensor, receiver
+from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.types import JsonValue
 
 

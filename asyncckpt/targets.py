@@ -16,12 +16,13 @@ from torch import nn
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.copying import Window
-from asyncckpt.distributed import job_size
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord
-from asyncckpt.names import canonical_names, parameter_names
-from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, like
-from asyncckpt.snapshot import kind_of, optimizer_names, without_shards
+from asyncckpt.state.capture import kind_of
+from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, job_size, like
+from asyncckpt.state.fqn import canonical_names, parameter_names
+from asyncckpt.state.markers import Shard, with_shards, without_shards
+from asyncckpt.state.optimizer import optimizer_names
 from asyncckpt.target_plan import Options, Plan, Stored, decode, lookup, mismatch, new_tensor, new_tensors, on_host
 from asyncckpt.types import JsonValue
 
@@ -308,19 +309,6 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
     else:
         plan.finish.append(lambda: _replace_plain(name, state, value, decoded))
     return plan
-
-
-def with_shards(value: Any, shards: Mapping[int, Shard]) -> Any:
-    """The other way round of ``without_shards``."""
-    if isinstance(value, torch.Tensor):
-        return shards.get(id(value), value)
-    if not shards:
-        return value
-    if type(value) is dict:
-        return {key: with_shards(item, shards) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(with_shards(item, shards) for item in value)
-    return value
 
 
 def _has_distributed(value: Any) -> bool:

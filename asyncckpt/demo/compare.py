@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from asyncckpt.demo.training import Training
-from asyncckpt.rng import RngState
 from asyncckpt.run import Run
+from asyncckpt.state.rng import RngState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from asyncckpt.demo.data import TextLoader
 from asyncckpt.demo.gpt import VOCABULARY, Gpt, GptOptions
-from asyncckpt.rng import RngState
+from asyncckpt.state.rng import RngState
 
 #: Every process of the demo counts alike: another number of threads would add floats in another order.
 THREADS = 1

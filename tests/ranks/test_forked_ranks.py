@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import asyncckpt
-from asyncckpt.distributed import job_size
+from asyncckpt.state.dtensor import job_size
 from ranks.harness import Crews, Me
 from ranks.matrix import TIMEOUT
 

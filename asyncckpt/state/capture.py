@@ -18,9 +18,11 @@ from torch import nn
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import InvalidOption, UnsupportedValue
-from asyncckpt.names import canonical_names, parameter_names, same_memory
 from asyncckpt.protocols import Stateful
-from asyncckpt.sharded import Shard, is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
+from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
+from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
+from asyncckpt.state.markers import Replicated, Shard, without_shards
+from asyncckpt.state.optimizer import named_optimizer_state
 from asyncckpt.types import ComponentSnapshot, JsonValue, Piece, Snapshot, TensorSpec
 
 #: Names of components become file names; see ``manifest.py``.
@@ -75,48 +77,6 @@ def kind_of(value: Any) -> str:
     return "plain"
 
 
-def named_optimizer_state(
-    component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[int, str]]:
-    """The optimizer's ``state_dict`` keyed by parameter name, and torch's index → name.
-
-    Raises ``UnsupportedValue`` for a parameter that belongs to no component of the state: without a name its state
-    could only be matched by position, which breaks silently when the model changes.
-    """
-    raw = optimizer.state_dict()
-    names = optimizer_names(component, optimizer, owners, state)
-    by_name = {names.get(key, key): value for key, value in raw["state"].items()}
-    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in raw["param_groups"]]
-    return {**raw, "state": by_name, "param_groups": groups}, names
-
-
-def optimizer_names(
-    component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
-) -> dict[int, str]:
-    """Torch's parameter index → name, for every parameter of the optimizer, in ``state_dict`` order."""
-    tensors = {id(value): name for name, value in state.items() if isinstance(value, torch.Tensor)}
-    parameters: dict[int, torch.Tensor] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameters.setdefault(id(parameter), parameter)
-    holders = {owners[key][0] for key in parameters if key in owners}
-    names: dict[int, str] = {}
-    for index, key in enumerate(parameters):
-        if key in owners:
-            holder, fqn = owners[key]
-            # one optimizer over several modules: equal names in both must not meet
-            names[index] = fqn if len(holders) == 1 else f"{holder}/{fqn}"
-        elif key in tensors:
-            names[index] = tensors[key]
-        else:
-            shape = tuple(parameters[key].shape)
-            raise UnsupportedValue(
-                f"state[{component!r}]: parameter number {index} (shape {shape}) belongs to no component of the "
-                f"state, so it has no name. Add the module or tensor it comes from to the state"
-            )
-    return names
-
-
 def _component(
     name: str, value: Any, state: Mapping[str, Any], owners: Mapping[int, tuple[str, str]]
 ) -> ComponentSnapshot:
@@ -135,38 +95,6 @@ def _component(
     tree = plain.encode(value, "", _sink(name, pieces, shards), component=name)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
     return ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
-
-
-class Replicated:
-    """A stateful object, or plain data, that is the same on every rank of the job: stored once, each rank writing a
-    part of its tensors. Without this, each rank's is kept (data loaders, RNGs)."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def state_dict(self) -> Any:
-        return self.value.state_dict() if hasattr(self.value, "state_dict") else {"value": self.value}
-
-    def load_state_dict(self, state_dict: Any, /) -> Any:
-        if hasattr(self.value, "load_state_dict"):
-            return self.value.load_state_dict(state_dict)
-        self.value = state_dict["value"]
-        return None
-
-
-def without_shards(value: Any, found: dict[int, Shard]) -> Any:
-    """``value`` with each ``Shard`` in its dicts, lists and tuples replaced by its tensor; ``found`` remembers them by
-    that tensor's ``id``."""
-    if isinstance(value, Shard):
-        found[id(value.tensor)] = value
-        return value.tensor
-    if type(value) is dict:
-        new = {key: without_shards(item, found) for key, item in value.items()}
-        return new if found else value
-    if type(value) in (list, tuple):
-        items = [without_shards(item, found) for item in value]
-        return type(value)(items) if found else value
-    return value
 
 
 def _module(name: str, module: nn.Module) -> ComponentSnapshot:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import sys
 import weakref
 from collections.abc import Callable, MutableMapping
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from asyncckpt.errors import InvalidOption, UnsupportedValue
+from asyncckpt.errors import UnsupportedValue
 from asyncckpt.types import Rows
 
 
@@ -30,39 +31,6 @@ class Local:
     first: int
     rows: Rows
     private: bool
-
-
-class Shard:
-    """A plain tensor that is a part of a global one, for sharding that is not DTensor's (Megatron's layers, say).
-
-    ``tensor``: this rank's part; ``global_shape``: of the whole; ``offsets``: where the part begins in it, one number a
-    dimension. Parts may differ in size, be empty, or be held by several ranks; together they must cover the tensor.
-    Only parts of whole rows (all of every dimension but the first) can be stored. Raises ``InvalidOption``.
-    """
-
-    __slots__ = ("global_shape", "offsets", "tensor")
-
-    def __init__(self, tensor: torch.Tensor, global_shape: tuple[int, ...], offsets: tuple[int, ...]) -> None:
-        shape = tuple(tensor.shape)
-        if len(shape) != len(global_shape) or len(shape) != len(offsets) or not shape:
-            raise InvalidOption(
-                f"Shard: tensor {list(shape)}, global_shape {list(global_shape)} and offsets {list(offsets)} must have "
-                f"the same number of dimensions, at least one"
-            )
-        ends = zip(offsets, shape, global_shape, strict=True)
-        if any(begin < 0 or begin + size > whole for begin, size, whole in ends):
-            raise InvalidOption(f"Shard: {list(shape)} at {list(offsets)} does not lie in {list(global_shape)}")
-        if tensor.numel() and shape[1:] != tuple(global_shape[1:]):
-            raise InvalidOption(
-                f"Shard: a part {list(shape)} of {list(global_shape)} is split along another dimension than the "
-                f"first. Give whole rows: pass the transposed tensor, or use a DTensor, which is redistributed"
-            )
-        self.tensor = tensor
-        self.global_shape = tuple(global_shape)
-        self.offsets = tuple(offsets)
-
-    def __repr__(self) -> str:
-        return f"Shard({list(self.tensor.shape)} of {list(self.global_shape)} at {list(self.offsets)})"
 
 
 def is_distributed(value: Any) -> bool:
@@ -285,3 +253,26 @@ def _part(shape: tuple[int, ...], mesh: Any, coordinate: Any, placements: Any) -
         (shape[0],), tuple(mesh.mesh.shape), list(coordinate), placements
     )
     return int(offsets[0]), int(sizes[0])
+
+
+#: The job of the process that this one was forked from, where there was one: a child is no rank of it.
+_inherited: list[object] = []
+
+
+def _leave_job() -> None:
+    _inherited[:] = [torch.distributed.group.WORLD] if _initialized() else []
+
+
+os.register_at_fork(after_in_child=_leave_job)
+
+
+def _initialized() -> bool:
+    available: Callable[[], bool] = torch.distributed.is_available
+    return available() and torch.distributed.is_initialized()
+
+
+def job_size() -> int:
+    """Ranks of this process's job; 1 where ``torch.distributed`` is not initialised, and in a rank's forked child."""
+    if not _initialized() or torch.distributed.group.WORLD in _inherited:
+        return 1
+    return torch.distributed.get_world_size()

@@ -1,0 +1,52 @@
+"""An optimizer's state, keyed by the names of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from asyncckpt.errors import UnsupportedValue
+
+
+def named_optimizer_state(
+    component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """The optimizer's ``state_dict`` keyed by parameter name, and torch's index → name.
+
+    Raises ``UnsupportedValue`` for a parameter that belongs to no component of the state: without a name its state
+    could only be matched by position, which breaks silently when the model changes.
+    """
+    raw = optimizer.state_dict()
+    names = optimizer_names(component, optimizer, owners, state)
+    by_name = {names.get(key, key): value for key, value in raw["state"].items()}
+    groups = [{**group, "params": [names[index] for index in group["params"]]} for group in raw["param_groups"]]
+    return {**raw, "state": by_name, "param_groups": groups}, names
+
+
+def optimizer_names(
+    component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
+) -> dict[int, str]:
+    """Torch's parameter index → name, for every parameter of the optimizer, in ``state_dict`` order."""
+    tensors = {id(value): name for name, value in state.items() if isinstance(value, torch.Tensor)}
+    parameters: dict[int, torch.Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameters.setdefault(id(parameter), parameter)
+    holders = {owners[key][0] for key in parameters if key in owners}
+    names: dict[int, str] = {}
+    for index, key in enumerate(parameters):
+        if key in owners:
+            holder, fqn = owners[key]
+            # one optimizer over several modules: equal names in both must not meet
+            names[index] = fqn if len(holders) == 1 else f"{holder}/{fqn}"
+        elif key in tensors:
+            names[index] = tensors[key]
+        else:
+            shape = tuple(parameters[key].shape)
+            raise UnsupportedValue(
+                f"state[{component!r}]: parameter number {index} (shape {shape}) belongs to no component of the "
+                f"state, so it has no name. Add the module or tensor it comes from to the state"
+            )
+    return names
