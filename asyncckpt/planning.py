@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from asyncckpt import layout as layouts
-from asyncckpt.by_rank import divide_by_rank
 from asyncckpt.distributed import Ranks
-from asyncckpt.division import Holding, divide
 from asyncckpt.errors import RanksDisagree, UnsupportedValue
+from asyncckpt.plan import layout as layouts
+from asyncckpt.plan.partition import Holding, divide
+from asyncckpt.plan.per_rank_files import divide_by_rank
+from asyncckpt.plan.planned import Planned
 from asyncckpt.protocols import Codec, ShardFormat
 from asyncckpt.state.rank_names import rank_name
 from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, Snapshot, TensorSpec
@@ -37,25 +38,6 @@ class Agreed:
     kinds: Mapping[str, str]
     leads: frozenset[str]
     whole: Sequence[tuple[int, bool]]
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """A save of this rank: its pieces, the layout of its part (all shared shards with its own extents, then the shards
-    of the components that are its own), and all components under the names they are stored under, those of other ranks
-    empty. ``own``: component → the name this rank's own is stored under. ``leads``: see ``Agreed``."""
-
-    step: int
-    pieces: list[Piece]
-    layout: Layout
-    components: Sequence[ComponentSnapshot]
-    own: Mapping[str, str]
-    leads: frozenset[str]
-
-
-def alone(snapshot: Snapshot, layout: Layout) -> Planned:
-    """The plan of a process that saves by itself."""
-    return Planned(snapshot.step, snapshot.pieces(), layout, snapshot.components, {}, frozenset())
 
 
 class JobPlanner:
@@ -170,8 +152,6 @@ class JobPlanner:
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
     spec: TensorSpec

@@ -11,12 +11,12 @@ from asyncckpt.committer import Committer
 from asyncckpt.encoder import Encoder, slot_bytes
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
-from asyncckpt.layout import LayoutCache
 from asyncckpt.ledger import Claim
 from asyncckpt.manifest.draft import config_tree, contents_of
 from asyncckpt.memory.arena import Arena, default_budget
 from asyncckpt.memory.buffers import padded
-from asyncckpt.planning import Planned, alone
+from asyncckpt.plan.layout import LayoutCache
+from asyncckpt.plan.planned import Planned, alone
 from asyncckpt.protocols import Codec, ShardFormat, Store
 from asyncckpt.state.capture import capture
 from asyncckpt.together import LeadSave, PartSave, Party

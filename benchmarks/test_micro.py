@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from asyncckpt import formats, layout
+from asyncckpt import formats
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ComponentRecord, ExtentRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.plan import layout
 from asyncckpt.types import Layout, LayoutOptions, TensorSpec
 
 pytestmark = pytest.mark.bench

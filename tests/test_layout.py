@@ -12,7 +12,7 @@ from asyncckpt import formats
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import InvalidOption
-from asyncckpt.layout import LayoutCache, plan
+from asyncckpt.plan.layout import LayoutCache, plan
 from asyncckpt.types import Layout, LayoutOptions, TensorSpec
 
 FORMAT = formats.get("safetensors")

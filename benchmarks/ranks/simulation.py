@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from asyncckpt import formats, layout, planning
+from asyncckpt import formats, planning
 from asyncckpt.codecs import codecs
-from asyncckpt.division import Holding, divide
+from asyncckpt.plan import layout
+from asyncckpt.plan.partition import Holding, divide
 from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, TensorSpec
 
 _SHAPES = ((8192, 1024), (8192, 1024), (8192,), (1024,), (50257, 64))

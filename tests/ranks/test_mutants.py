@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 import asyncckpt
-from asyncckpt import distributed, division, planning, together
+from asyncckpt import distributed, planning, together
 from asyncckpt.distributed import Ranks
 from asyncckpt.job import Job
+from asyncckpt.plan import partition as division
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.together import LeadSave
 from ranks.harness import Crew, Crews, Fault, Me, Outcome

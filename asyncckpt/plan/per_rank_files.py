@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from asyncckpt.division import Division, Holding
-from asyncckpt.layout import fingerprint
 from asyncckpt.manifest.records import BoxRecord
+from asyncckpt.plan.layout import fingerprint
+from asyncckpt.plan.partition import Division, Holding
 from asyncckpt.protocols import Codec, ShardFormat
 from asyncckpt.types import Layout, LayoutOptions, Segment, Shard, TensorSpec
 

@@ -86,8 +86,6 @@ def _local(extent: Extent, holdings: Sequence[Holding]) -> Extent:
 
 
 # -- a line of bytes -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class _Lying:
     """A tensor in the line."""
