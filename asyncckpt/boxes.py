@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.read.scatter import Window
 
 Index = tuple[int, ...]
 

@@ -16,7 +16,6 @@ from asyncckpt import cadence, forks, formats, naming, retention
 from asyncckpt.catalog import CheckpointInfo
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
-from asyncckpt.copy_streams import CopyStreams
 from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
     ArenaBusy,
@@ -32,12 +31,14 @@ from asyncckpt.layers import Delta, chain_of
 from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
-from asyncckpt.owned_memory import Division, divide
 from asyncckpt.protocols import Codec
 from asyncckpt.restore import RestoreReport
 from asyncckpt.saves import Saves
 from asyncckpt.session import Session
-from asyncckpt.staging import Stager, StagingJob
+from asyncckpt.stage.eager import Division, divide
+from asyncckpt.stage.job import StagingJob
+from asyncckpt.stage.stager import Stager
+from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.types import LayoutOptions
 from asyncckpt.writer import PendingSave, Pools, WriterOptions, failed

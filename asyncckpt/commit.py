@@ -27,7 +27,7 @@ from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.previous import Previous
 from asyncckpt.protocols import Attempt, Store
-from asyncckpt.staging import Ready
+from asyncckpt.stage.job import Ready
 from asyncckpt.writer import Pools
 from asyncckpt.writing import ShardsWriting
 

@@ -33,7 +33,7 @@ from asyncckpt.previous import KnownFile, Previous, files_of
 from asyncckpt.protocols import Reader, Replaced
 from asyncckpt.reading import Damage
 from asyncckpt.retention import Policy, plan
-from asyncckpt.staging import StagingJob
+from asyncckpt.stage.job import StagingJob
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.verify import verify
 from asyncckpt.writer import PendingSave, SaveReport, WriterOptions, WriterPool

@@ -15,7 +15,6 @@ from asyncckpt.boxes import Region, Target, regions, scatter_box, span
 from asyncckpt.codecs import blosc as frames
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.codecs.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
-from asyncckpt.copying import Window, scatter
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.layers import LayerReader
 from asyncckpt.manifest.records import (
@@ -30,6 +29,7 @@ from asyncckpt.manifest.records import (
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
+from asyncckpt.read.scatter import Window, scatter
 from asyncckpt.reading import Damage, extents_of, read_extents
 
 Fill = Sequence[tuple[StoredTensor, Sequence[Target]]]

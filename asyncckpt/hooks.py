@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from asyncckpt import forks
 from asyncckpt.errors import InvalidOption
-from asyncckpt.owned_memory import OwnedMemory, storages
+from asyncckpt.stage.eager import OwnedMemory, storages
 
 
 class Watched:

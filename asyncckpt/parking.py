@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from asyncckpt.encoder import Encoder, Frame
+from asyncckpt.encoder import Encoder
 from asyncckpt.memory.arena import Arena
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.progress import Parked, Progress
+from asyncckpt.stage.image import Frame
 
 #: Frames that wait for their turn outside the arena.
 _MAX_SET_ASIDE_BYTES = 256 << 20

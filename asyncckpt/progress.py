@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from asyncckpt.encoder import Frame
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.layers import order_of
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, split_record
@@ -13,6 +12,7 @@ from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import padded
 from asyncckpt.previous import KnownFile
 from asyncckpt.protocols import ShardWriter
+from asyncckpt.stage.image import Frame
 from asyncckpt.types import Shard, TensorSpec
 
 

@@ -13,7 +13,6 @@ import torch
 
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
-from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.filling import fill, raise_damage
 from asyncckpt.manifest import json as manifests
@@ -21,6 +20,7 @@ from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import held_back
 from asyncckpt.protocols import Reader
+from asyncckpt.read.scatter import Window
 from asyncckpt.reading import check_files, read_record, read_small_file
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.rank_names import rank_name

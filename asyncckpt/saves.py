@@ -8,7 +8,7 @@ from typing import Any
 
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
-from asyncckpt.encoder import Encoder, slot_bytes
+from asyncckpt.encoder import Encoder
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
 from asyncckpt.ledger import Claim
@@ -18,6 +18,7 @@ from asyncckpt.memory.buffers import padded
 from asyncckpt.plan.layout import LayoutCache
 from asyncckpt.plan.planned import Planned, alone
 from asyncckpt.protocols import Codec, ShardFormat, Store
+from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
 from asyncckpt.together import LeadSave, PartSave, Party
 from asyncckpt.types import LayoutOptions

@@ -10,9 +10,9 @@ import torch
 
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
-from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
+from asyncckpt.read.scatter import Window
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.types import JsonValue
 

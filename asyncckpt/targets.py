@@ -15,9 +15,9 @@ from torch import nn
 
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
-from asyncckpt.copying import Window
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord
+from asyncckpt.read.scatter import Window
 from asyncckpt.state.capture import kind_of
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, job_size, like
 from asyncckpt.state.fqn import canonical_names, parameter_names

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from asyncckpt.codecs.blosc import SPLIT_MARK, Array
-from asyncckpt.encoder import Encoder, Frame, as_it_is, content_digest, cut_digest, finish_image, slot_bytes
+from asyncckpt.encoder import Encoder
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.layers import LayerReader, layer_name
@@ -29,7 +29,8 @@ from asyncckpt.previous import KnownFile, Previous
 from asyncckpt.progress import Parked, Progress
 from asyncckpt.protocols import Attempt, Digest, ShardFormat, ShardWriter
 from asyncckpt.small_shards import SmallShards
-from asyncckpt.staging import Ready
+from asyncckpt.stage.image import Frame, as_it_is, content_digest, cut_digest, finish_image, slot_bytes
+from asyncckpt.stage.job import Ready
 from asyncckpt.types import LEAD_BYTES, Extent, Layout, Placed
 from asyncckpt.writer import Pools, WriterPool
 

@@ -201,7 +201,7 @@ def test_leaving_the_with_block_raises_what_failed_but_never_hides_the_bodys_err
 def test_an_interrupt_while_copying_reaches_the_user_and_publishes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asyncckpt import staging
+    from asyncckpt.stage import job as staging
 
     def interrupted(*_: Any) -> None:
         if threading.current_thread() is threading.main_thread():

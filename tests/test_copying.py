@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncckpt.copying import copy_segments, scatter
 from asyncckpt.memory.arena import Arena
+from asyncckpt.read.scatter import scatter
+from asyncckpt.stage.copy import copy_segments
 from asyncckpt.types import Piece, Segment, TensorSpec
 
 

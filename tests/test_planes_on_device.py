@@ -11,8 +11,9 @@ import torch
 import zarr
 from conftest import bits
 
-from asyncckpt import Checkpointer, staging
+from asyncckpt import Checkpointer
 from asyncckpt.integrations import zarr_dtypes
+from asyncckpt.stage import job as staging
 
 
 def _state(device: str = "cpu") -> dict[str, torch.Tensor]:

@@ -28,18 +28,11 @@ from queued_copies import (
     until_it_failed,
 )
 
-from asyncckpt import (
-    ArenaBusy,
-    Checkpointer,
-    NotEnoughSpace,
-    SaveAbandoned,
-    SaveFailed,
-    WriterOptions,
-    copy_streams,
-    staging,
-)
+from asyncckpt import ArenaBusy, Checkpointer, NotEnoughSpace, SaveAbandoned, SaveFailed, WriterOptions
 from asyncckpt.memory import arena as arenas
 from asyncckpt.memory.arena import Arena, Slot
+from asyncckpt.stage import job as staging
+from asyncckpt.stage import streams as copy_streams
 from asyncckpt.storage.posix import PosixOps
 
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from asyncckpt import Checkpointer, InvalidOption, staging
+from asyncckpt import Checkpointer, InvalidOption
 from asyncckpt.events import SaveStarted
-from asyncckpt.owned_memory import OwnedMemory, divide
+from asyncckpt.stage import job as staging
+from asyncckpt.stage.eager import OwnedMemory, divide
 from asyncckpt.types import Piece, TensorSpec
 
 PATIENCE_SECONDS = 20.0

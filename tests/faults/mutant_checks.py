@@ -29,10 +29,10 @@ from asyncckpt import (
     SaveFailed,
     StepExists,
     WriterOptions,
-    staging,
 )
 from asyncckpt.errors import AsyncCkptError, LeaseLost
-from asyncckpt.owned_memory import OwnedMemory, divide
+from asyncckpt.stage import job as staging
+from asyncckpt.stage.eager import OwnedMemory, divide
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import FaultyOps, check_trace
 from asyncckpt.types import Piece, TensorSpec

@@ -18,7 +18,7 @@ import pytest
 from mutant_checks import Check, model
 
 import asyncckpt.retention
-from asyncckpt import catalog, commit, committer, hooks, leaving, owned_memory, reading, run, staging, verify, writing
+from asyncckpt import catalog, commit, committer, hooks, leaving, reading, run, verify, writing
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
@@ -26,8 +26,10 @@ from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ExtentRecord
 from asyncckpt.memory.arena import Arena
-from asyncckpt.owned_memory import OwnedMemory
 from asyncckpt.progress import Progress
+from asyncckpt.stage import eager as owned_memory
+from asyncckpt.stage import job as staging
+from asyncckpt.stage.eager import OwnedMemory
 from asyncckpt.storage import lease, local
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.pending_dir import LocalAttempt

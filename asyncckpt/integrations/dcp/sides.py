@@ -18,8 +18,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from asyncckpt import forks, plain
 from asyncckpt.catalog import Catalog
 from asyncckpt.codecs import digests
-from asyncckpt.copying import copy_segments, write_header
-from asyncckpt.encoder import cut_digest
 from asyncckpt.errors import SaveFailed, StepExists
 from asyncckpt.integrations.dcp.names import Path, components_of
 from asyncckpt.manifest import environment
@@ -28,6 +26,8 @@ from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, Store
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Attempt, Digest
+from asyncckpt.stage.copy import copy_segments, write_header
+from asyncckpt.stage.image import cut_digest
 from asyncckpt.storage.lease import Lease
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import Extent, LayoutOptions, Piece, Shard

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -16,14 +15,6 @@ from asyncckpt.types import LEAD_BYTES, Extent, Piece, Segment
 #: Below this, neighbours are copied in one call: every call that gives the GIL up may wait for it afterwards, and
 #: twenty thousand such waits would cost more than the copies.
 _BATCH_BELOW_BYTES = 256 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A live tensor that takes a part of a stored one: its elements from ``first`` on, in row-major order."""
-
-    tensor: torch.Tensor
-    first: int = 0
 
 
 def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Slot) -> None:
@@ -108,18 +99,3 @@ def _flush(batch: list[torch.Tensor], slot: Slot, start: int, end: int) -> None:
     if batch:
         torch.cat(batch, out=slot.tensor[start:end])
         batch.clear()
-
-
-def scatter(target: torch.Tensor, first_byte: int, data: torch.Tensor, dtype: torch.dtype) -> None:
-    """The way back: put bytes (``data``, uint8 on the CPU) that begin ``first_byte`` bytes into the stored tensor into
-    ``target``, converting from ``dtype`` and moving to its device. Blocks; releases the GIL; threads may work on
-    different ranges of one target."""
-    target = target.detach()
-    if target.dtype == dtype and target.device.type == "cpu" and is_plain(target):
-        _libc.memcpy(target.data_ptr() + first_byte, data.data_ptr(), data.numel())
-        return
-    if data.storage_offset() % dtype.itemsize:
-        data = data.clone()
-    values = data.view(dtype)
-    first = first_byte // dtype.itemsize
-    _copy_strided(target, first, first + values.numel(), values, out=False)

@@ -13,17 +13,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
 
 import torch
 
-from asyncckpt.copy_streams import CopyStreams
-from asyncckpt.copying import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
-from asyncckpt.encoder import content_digest, finish_image, slot_bytes
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged
 from asyncckpt.memory.arena import Arena, QueuedCopy, Slot
 from asyncckpt.protocols import Digest
+from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
+from asyncckpt.stage.image import content_digest, finish_image, slot_bytes
+from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.types import Extent, Piece
 
 log = logging.getLogger("asyncckpt")
@@ -273,33 +272,6 @@ class StagingJob:
             self._done.set()
         if self._error is None:
             self._events.emit(Staged(step=self.step, at_seconds=now, nbytes=self._nbytes, seconds=self.staged_seconds))
-
-
-class Stager:
-    """The background thread that works on deferred jobs, in the order given. Daemon; made by the first ``submit``,
-    ended by ``close``."""
-
-    def __init__(self) -> None:
-        self._jobs: SimpleQueue[StagingJob | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-
-    def submit(self, job: StagingJob) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="asyncckpt-stager", daemon=True)
-            self._thread.start()
-        self._jobs.put(job)
-
-    def close(self) -> None:
-        self._jobs.put(None)
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job.run_in_background()
-            except BaseException as error:  # costs that save, and no other
-                log.exception("step %d: the thread that copies was interrupted", job.step)
-                job.cancel(error)
-            del job  # an idle thread must not keep a snapshot alive
 
 
 def _copy(pieces: Sequence[Piece], extent: Extent, slot: Slot) -> None:

@@ -1,0 +1,32 @@
+"""Stored bytes into live tensors: the only code that touches tensor memory on the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from asyncckpt.memory.tensor_bytes import _copy_strided, _libc, is_plain
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A live tensor that takes a part of a stored one: its elements from ``first`` on, in row-major order."""
+
+    tensor: torch.Tensor
+    first: int = 0
+
+
+def scatter(target: torch.Tensor, first_byte: int, data: torch.Tensor, dtype: torch.dtype) -> None:
+    """The way back: put bytes (``data``, uint8 on the CPU) that begin ``first_byte`` bytes into the stored tensor into
+    ``target``, converting from ``dtype`` and moving to its device. Blocks; releases the GIL; threads may work on
+    different ranges of one target."""
+    target = target.detach()
+    if target.dtype == dtype and target.device.type == "cpu" and is_plain(target):
+        _libc.memcpy(target.data_ptr() + first_byte, data.data_ptr(), data.numel())
+        return
+    if data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    values = data.view(dtype)
+    first = first_byte // dtype.itemsize
+    _copy_strided(target, first, first + values.numel(), values, out=False)
