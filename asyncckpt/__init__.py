@@ -38,15 +38,15 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.hooks import Preempted, Preemption
-from asyncckpt.layers import Delta
 from asyncckpt.manifest.environment import version
-from asyncckpt.reading import Damage
+from asyncckpt.read.damage import Damage
 from asyncckpt.restore import RestoreReport
 from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.run import Run
 from asyncckpt.state.markers import Replicated, Shard
 from asyncckpt.state.rng import RngState
 from asyncckpt.storage.lease import LeaseOptions
+from asyncckpt.write.delta_options import Delta
 from asyncckpt.writer import PendingSave, SaveReport, WriterOptions
 
 __version__ = version()

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError, StepExists
 from asyncckpt.manifest import json as manifests
 from asyncckpt.protocols import Store
-from asyncckpt.reading import check_files
+from asyncckpt.read.damage import check_files
 from asyncckpt.retention import age
 
 log = logging.getLogger("asyncckpt")

@@ -27,7 +27,6 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched, may_change
-from asyncckpt.layers import Delta, chain_of
 from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
@@ -41,6 +40,7 @@ from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.types import LayoutOptions
+from asyncckpt.write.delta_options import Delta, chain_of
 from asyncckpt.writer import PendingSave, Pools, WriterOptions, failed
 
 _MIN_STAGING_BYTES = 1 << 20

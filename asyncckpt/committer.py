@@ -31,11 +31,11 @@ from asyncckpt.manifest import json as manifests
 from asyncckpt.memory.arena import Arena
 from asyncckpt.previous import KnownFile, Previous, files_of
 from asyncckpt.protocols import Reader, Replaced
-from asyncckpt.reading import Damage
+from asyncckpt.read.damage import Damage
+from asyncckpt.read.verify import verify
 from asyncckpt.retention import Policy, plan
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.storage.local import LocalStore
-from asyncckpt.verify import verify
 from asyncckpt.writer import PendingSave, SaveReport, WriterOptions, WriterPool
 
 log = logging.getLogger("asyncckpt")

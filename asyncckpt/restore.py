@@ -14,20 +14,21 @@ import torch
 from asyncckpt import plain
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
-from asyncckpt.filling import fill, raise_damage
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import held_back
 from asyncckpt.protocols import Reader
+from asyncckpt.read.consistency import MAX_STATE_BYTES
+from asyncckpt.read.damage import check_files
+from asyncckpt.read.extents import read_record, read_small_file
+from asyncckpt.read.fill import fill, raise_damage
 from asyncckpt.read.scatter import Window
-from asyncckpt.reading import check_files, read_record, read_small_file
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.rank_names import rank_name
 from asyncckpt.target_plan import Options, Plan, new_tensor, qualified_records
 from asyncckpt.targets import plan_component
 from asyncckpt.types import JsonValue
-from asyncckpt.views import MAX_STATE_BYTES
 
 log = logging.getLogger("asyncckpt")
 

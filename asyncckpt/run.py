@@ -15,10 +15,10 @@ from asyncckpt.catalog import Catalog, CheckpointInfo
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, Restored
 from asyncckpt.protocols import Reader
-from asyncckpt.reading import Damage
+from asyncckpt.read.damage import Damage
+from asyncckpt.read.verify import Progress, verify
 from asyncckpt.restore import Rename, RestoreReport
 from asyncckpt.storage.local import LocalStore
-from asyncckpt.verify import Progress, verify
 
 #: How often the newest checkpoint is looked for anew while another process publishes and deletes.
 _LOOKS = 20

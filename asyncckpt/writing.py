@@ -20,7 +20,6 @@ from asyncckpt.codecs.blosc import SPLIT_MARK, Array
 from asyncckpt.encoder import Encoder
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
-from asyncckpt.layers import LayerReader, layer_name
 from asyncckpt.manifest.records import ExtentRecord, FileRecord
 from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.memory.buffers import aligned_buffer, padded
@@ -28,6 +27,7 @@ from asyncckpt.parking import Parking
 from asyncckpt.previous import KnownFile, Previous
 from asyncckpt.progress import Parked, Progress
 from asyncckpt.protocols import Attempt, Digest, ShardFormat, ShardWriter
+from asyncckpt.read.delta import LayerReader, layer_name
 from asyncckpt.small_shards import SmallShards
 from asyncckpt.stage.image import Frame, as_it_is, content_digest, cut_digest, finish_image, slot_bytes
 from asyncckpt.stage.job import Ready

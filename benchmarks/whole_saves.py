@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import asyncckpt
-from asyncckpt.layers import Delta
 from asyncckpt.testing import ThrottledOps
+from asyncckpt.write.delta_options import Delta
 from benchmarks.state import GPT, SIZES, State, plain_state, training_state
 from benchmarks.trained import STEPS, trained_run
 

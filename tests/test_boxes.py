@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncckpt import CheckpointDamaged
-from asyncckpt.boxes import Region, flat_boxes, regions, scatter_box, span
+from asyncckpt.read.boxes import Region, flat_boxes, regions, scatter_box, span
 from asyncckpt.read.scatter import Window
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)

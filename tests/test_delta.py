@@ -11,9 +11,9 @@ import torch
 from conftest import bits
 
 from asyncckpt import Checkpointer, InvalidOption, KeepLast, ManifestInvalid, Run, WriterOptions
-from asyncckpt.layers import Delta
 from asyncckpt.manifest import json as manifests
 from asyncckpt.testing import Fault, FaultyOps, Site, SiteFaultOps, SlowOps
+from asyncckpt.write.delta_options import Delta
 
 
 def _weights() -> dict[str, torch.Tensor]:

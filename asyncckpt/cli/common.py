@@ -27,7 +27,7 @@ from asyncckpt.errors import (
     UnknownName,
 )
 from asyncckpt.protocols import Reader
-from asyncckpt.reading import Damage
+from asyncckpt.read.damage import Damage
 from asyncckpt.run import Run
 
 # Names of checkpoints, metrics and tensors are other people's text: it is never markup. Where nobody looks at a screen,

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
 from asyncckpt.codecs.dtypes import DTYPES
-from asyncckpt.filling import fill
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.protocols import Reader
+from asyncckpt.read.fill import fill
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore import open_manifest, read_trees
 from asyncckpt.target_plan import qualified_records

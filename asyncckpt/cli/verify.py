@@ -26,7 +26,7 @@ from asyncckpt.cli.common import (
 )
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.manifest.json import check_expected
-from asyncckpt.reading import Damage
+from asyncckpt.read.damage import Damage
 from asyncckpt.run import Run
 
 _LOOKS = 20

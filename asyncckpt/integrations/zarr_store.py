@@ -18,7 +18,8 @@ from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import FileRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
-from asyncckpt.reading import check_files, extents_of
+from asyncckpt.read.damage import check_files
+from asyncckpt.read.extents import extents_of
 from asyncckpt.storage.local import LocalStore
 
 try:

@@ -18,7 +18,7 @@ import pytest
 from mutant_checks import Check, model
 
 import asyncckpt.retention
-from asyncckpt import catalog, commit, committer, hooks, leaving, reading, run, verify, writing
+from asyncckpt import catalog, commit, committer, hooks, leaving, run, writing
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
@@ -27,6 +27,8 @@ from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ExtentRecord
 from asyncckpt.memory.arena import Arena
 from asyncckpt.progress import Progress
+from asyncckpt.read import extents as reading
+from asyncckpt.read import verify
 from asyncckpt.stage import eager as owned_memory
 from asyncckpt.stage import job as staging
 from asyncckpt.stage.eager import OwnedMemory

@@ -22,9 +22,9 @@ from asyncckpt.formats import zarr
 from asyncckpt.formats.safetensors import image
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ChunkedRecord
+from asyncckpt.read.verify import verify
 from asyncckpt.storage.lease import LEASE_FILE, parse_holder, read_holder
 from asyncckpt.types import TensorSpec
-from asyncckpt.verify import verify
 
 SECONDS = 20.0
 

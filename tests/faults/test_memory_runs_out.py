@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from asyncckpt import Checkpointer, Run, reading
+from asyncckpt import Checkpointer, Run
 from asyncckpt.manifest import json as manifests
+from asyncckpt.read import extents as reading
 
 
 @pytest.fixture

@@ -26,15 +26,15 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from asyncckpt.boxes import Region
 from asyncckpt.catalog import Catalog
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
-from asyncckpt.filling import fill
 from asyncckpt.integrations.dcp.names import Names, names_of
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
 from asyncckpt.protocols import Reader as OpenCheckpoint
+from asyncckpt.read.boxes import Region
+from asyncckpt.read.fill import fill
 from asyncckpt.restore import open_manifest, read_trees
 from asyncckpt.storage.local import LocalStore
 

@@ -15,15 +15,16 @@ import torch
 from fuzz_checkpoints import Checkpoint, checkpoint, live_state
 from fuzz_mutation import bytes_mutated, json_mutated
 
-from asyncckpt import plain, restore, verify
+from asyncckpt import plain, restore
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
 from asyncckpt.codecs.codecs import Blosc, Zstd
 from asyncckpt.errors import AsyncCkptError, CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest import json as manifests
+from asyncckpt.read import verify
+from asyncckpt.read.consistency import check_views
 from asyncckpt.storage.lease import parse_holder
-from asyncckpt.views import check_views
 
 Run = Callable[[bytes], object]
 

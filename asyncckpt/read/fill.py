@@ -11,12 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from asyncckpt.boxes import Region, Target, regions, scatter_box, span
 from asyncckpt.codecs import blosc as frames
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.codecs.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.layers import LayerReader
 from asyncckpt.manifest.records import (
     BoxedRecord,
     ChunkedRecord,
@@ -29,8 +27,11 @@ from asyncckpt.manifest.records import (
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
+from asyncckpt.read.boxes import Region, Target, regions, scatter_box, span
+from asyncckpt.read.damage import Damage
+from asyncckpt.read.delta import LayerReader
+from asyncckpt.read.extents import extents_of, read_extents
 from asyncckpt.read.scatter import Window, scatter
-from asyncckpt.reading import Damage, extents_of, read_extents
 
 Fill = Sequence[tuple[StoredTensor, Sequence[Target]]]
 #: Takes an extent's verified bytes.

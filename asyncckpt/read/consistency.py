@@ -7,14 +7,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from asyncckpt import layers, plain
+from asyncckpt import plain
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
-from asyncckpt.reading import Damage, read_record
+from asyncckpt.read import delta as layers
+from asyncckpt.read.damage import Damage
+from asyncckpt.read.extents import read_record
 from asyncckpt.types import JsonValue
 
 #: Plain values are small; a larger file is not one this library wrote.

@@ -16,6 +16,7 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Digest, Reader
+from asyncckpt.read.damage import Damage
 from asyncckpt.types import ALIGNMENT_BYTES
 
 #: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
@@ -27,34 +28,6 @@ _READ_BYTES = 8 << 20
 _BUFFERS_BYTES = 1 << 30
 
 Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Damage:
-    """One thing wrong with a checkpoint: which file, where in it (bytes), and what."""
-
-    file: str
-    offset: int
-    nbytes: int
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.file} [{self.offset}:{self.offset + self.nbytes}]: {self.problem}"
-
-
-def check_files(reader: Reader, manifest: Manifest) -> list[Damage]:
-    """Names and sizes against the manifest: missing, unlisted and resized files. Reads no data."""
-    found = reader.files()
-    damage: list[Damage] = []
-    for record in manifest.files:
-        size = found.pop(record.name, None)
-        if size is None:
-            damage.append(Damage(record.name, 0, record.nbytes, "the file is missing"))
-        elif size != record.nbytes:
-            damage.append(Damage(record.name, 0, record.nbytes, f"the file has {size} bytes, not {record.nbytes}"))
-    found.pop("manifest.json", None)
-    damage.extend(Damage(name, 0, size, "the manifest does not list this file") for name, size in found.items())
-    return damage
 
 
 def read_small_file(reader: Reader, manifest: Manifest, name: str, limit_bytes: int) -> bytes:

@@ -9,8 +9,9 @@ from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import FILE_NAME
 from asyncckpt.manifest.records import ExtentRecord, FileRecord
 from asyncckpt.protocols import Reader
-from asyncckpt.reading import Damage, check_files, read_extents
-from asyncckpt.views import check_views
+from asyncckpt.read.consistency import check_views
+from asyncckpt.read.damage import Damage, check_files
+from asyncckpt.read.extents import read_extents
 
 Progress = Callable[[int, int], None]
 
