@@ -40,7 +40,7 @@ from asyncckpt.errors import (
 from asyncckpt.hooks import Preempted, Preemption
 from asyncckpt.manifest.environment import version
 from asyncckpt.read.damage import Damage
-from asyncckpt.restore import RestoreReport
+from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.run import Run
 from asyncckpt.state.markers import Replicated, Shard

@@ -31,7 +31,7 @@ from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
 from asyncckpt.protocols import Codec
-from asyncckpt.restore import RestoreReport
+from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.saves import Saves
 from asyncckpt.session import Session
 from asyncckpt.stage.eager import Division, divide

@@ -18,7 +18,7 @@ from asyncckpt import plain
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, RunPathError
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
-from asyncckpt.restore import load_tensors, open_manifest, read_trees
+from asyncckpt.restore.restore import load_tensors, open_manifest, read_trees
 from asyncckpt.storage.posix import PosixOps
 
 What = Literal["weights", "all"]

@@ -21,7 +21,7 @@ from asyncckpt.codecs import digests
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, RunPathError
 from asyncckpt.planning import JobPlanner
-from asyncckpt.restore import Stages
+from asyncckpt.restore.restore import Stages
 from asyncckpt.storage.lease import read_holder
 from asyncckpt.together import Party
 from asyncckpt.types import ComponentSnapshot

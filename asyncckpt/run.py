@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from asyncckpt import restore as restoring
 from asyncckpt.catalog import Catalog, CheckpointInfo
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, Restored
 from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import Progress, verify
-from asyncckpt.restore import Rename, RestoreReport
+from asyncckpt.restore import restore as restoring
+from asyncckpt.restore.restore import Rename, RestoreReport
 from asyncckpt.storage.local import LocalStore
 
 #: How often the newest checkpoint is looked for anew while another process publishes and deletes.

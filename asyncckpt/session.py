@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from asyncckpt import restore as restoring
 from asyncckpt.catalog import Catalog, CheckpointInfo
 from asyncckpt.distributed import RankOptions, Ranks
 from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
@@ -17,7 +16,8 @@ from asyncckpt.job import Job, Known, RestoreStages
 from asyncckpt.ledger import Ledger
 from asyncckpt.planning import JobPlanner
 from asyncckpt.protocols import Codec, ShardFormat
-from asyncckpt.restore import RestoreReport
+from asyncckpt.restore import restore as restoring
+from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import Lease, LeaseOptions
 from asyncckpt.types import LayoutOptions

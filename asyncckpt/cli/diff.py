@@ -15,8 +15,8 @@ from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.protocols import Reader
 from asyncckpt.read.fill import fill
 from asyncckpt.read.scatter import Window
-from asyncckpt.restore import open_manifest, read_trees
-from asyncckpt.target_plan import qualified_records
+from asyncckpt.restore.plan import qualified_records
+from asyncckpt.restore.restore import open_manifest, read_trees
 from asyncckpt.types import JsonValue
 
 #: Small tensors are read together: one by one, each would cost the whole extent it lies in.

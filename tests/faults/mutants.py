@@ -428,7 +428,7 @@ def _(patch: Patch) -> None:
 
 @mutant("small files are not verified by a restore", checks.flipped_bits_are_found)
 def _(patch: Patch) -> None:
-    from asyncckpt import restore
+    from asyncckpt.restore import restore
 
     def read_record(reader: Any, manifest: Any, record: Any, limit: int) -> Any:
         return reader.read_small(record.name, limit)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 from fuzz_checkpoints import Checkpoint, MemoryReader, checkpoint, live_state
 
-from asyncckpt import CheckpointDamaged, InvalidOption, plain, restore
+from asyncckpt import CheckpointDamaged, InvalidOption, plain
 from asyncckpt.codecs import digests
 from asyncckpt.export import export
 from asyncckpt.formats import zarr
@@ -23,6 +23,7 @@ from asyncckpt.formats.safetensors import image
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ChunkedRecord
 from asyncckpt.read.verify import verify
+from asyncckpt.restore import restore
 from asyncckpt.storage.lease import LEASE_FILE, parse_holder, read_holder
 from asyncckpt.types import TensorSpec
 

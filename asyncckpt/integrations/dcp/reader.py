@@ -35,7 +35,7 @@ from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
 from asyncckpt.protocols import Reader as OpenCheckpoint
 from asyncckpt.read.boxes import Region
 from asyncckpt.read.fill import fill
-from asyncckpt.restore import open_manifest, read_trees
+from asyncckpt.restore.restore import open_manifest, read_trees
 from asyncckpt.storage.local import LocalStore
 
 

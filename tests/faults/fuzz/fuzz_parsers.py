@@ -15,7 +15,7 @@ import torch
 from fuzz_checkpoints import Checkpoint, checkpoint, live_state
 from fuzz_mutation import bytes_mutated, json_mutated
 
-from asyncckpt import plain, restore
+from asyncckpt import plain
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
 from asyncckpt.codecs.codecs import Blosc, Zstd
@@ -24,6 +24,7 @@ from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest import json as manifests
 from asyncckpt.read import verify
 from asyncckpt.read.consistency import check_views
+from asyncckpt.restore import restore
 from asyncckpt.storage.lease import parse_holder
 
 Run = Callable[[bytes], object]

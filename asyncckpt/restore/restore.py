@@ -24,10 +24,10 @@ from asyncckpt.read.damage import check_files
 from asyncckpt.read.extents import read_record, read_small_file
 from asyncckpt.read.fill import fill, raise_damage
 from asyncckpt.read.scatter import Window
+from asyncckpt.restore.adapters import plan_component
+from asyncckpt.restore.plan import Options, Plan, new_tensor, qualified_records
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.rank_names import rank_name
-from asyncckpt.target_plan import Options, Plan, new_tensor, qualified_records
-from asyncckpt.targets import plan_component
 from asyncckpt.types import JsonValue
 
 log = logging.getLogger("asyncckpt")
