@@ -4,7 +4,8 @@
 """
 
 from asyncckpt.cadence import Milestones, Minutes, Steps
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
@@ -41,7 +42,6 @@ from asyncckpt.hooks import Preempted, Preemption
 from asyncckpt.manifest.environment import version
 from asyncckpt.read.damage import Damage
 from asyncckpt.restore.restore import RestoreReport
-from asyncckpt.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.run import Run
 from asyncckpt.state.markers import Replicated, Shard
 from asyncckpt.state.rng import RngState

@@ -12,8 +12,11 @@ from typing import Any, Literal, Self
 
 import torch
 
-from asyncckpt import cadence, forks, formats, naming, retention
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt import cadence, forks, formats
+from asyncckpt.catalog import names as naming
+from asyncckpt.catalog import retention
+from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.steps import Claim, Ledger, numbers
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
 from asyncckpt.distributed import RankOptions
@@ -28,7 +31,6 @@ from asyncckpt.errors import (
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
 from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched, may_change
 from asyncckpt.leaving import drain_at_exit, weakly
-from asyncckpt.ledger import Claim, Ledger, numbers
 from asyncckpt.occasions import Occasions
 from asyncckpt.protocols import Codec
 from asyncckpt.restore.restore import RestoreReport

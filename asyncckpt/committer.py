@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 
 from asyncckpt import forks
-from asyncckpt.catalog import LATEST, Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import LATEST, Catalog, CheckpointInfo
+from asyncckpt.catalog.retention import Policy, plan
+from asyncckpt.catalog.steps import Ledger
 from asyncckpt.commit import Save
 from asyncckpt.errors import (
     ArenaBusy,
@@ -26,14 +28,12 @@ from asyncckpt.errors import (
     SaveUndecided,
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
-from asyncckpt.ledger import Ledger
 from asyncckpt.manifest import json as manifests
 from asyncckpt.memory.arena import Arena
 from asyncckpt.previous import KnownFile, Previous, files_of
 from asyncckpt.protocols import Reader, Replaced
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import verify
-from asyncckpt.retention import Policy, plan
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.writer import PendingSave, SaveReport, WriterOptions, WriterPool

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.codecs import digests
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, RunPathError

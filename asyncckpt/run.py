@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from asyncckpt.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, Restored
 from asyncckpt.protocols import Reader

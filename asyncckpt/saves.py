@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from asyncckpt.catalog.steps import Claim
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
 from asyncckpt.encoder import Encoder
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
-from asyncckpt.ledger import Claim
 from asyncckpt.manifest.draft import config_tree, contents_of
 from asyncckpt.memory.arena import Arena, default_budget
 from asyncckpt.memory.buffers import padded

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
-from asyncckpt.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.steps import Ledger
 from asyncckpt.distributed import RankOptions, Ranks
 from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job, Known, RestoreStages
-from asyncckpt.ledger import Ledger
 from asyncckpt.planning import JobPlanner
 from asyncckpt.protocols import Codec, ShardFormat
 from asyncckpt.restore import restore as restoring

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, RunPathError
-from asyncckpt.catalog import Catalog
+from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.protocols import Reader
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.testing import Fault, InterceptedOps, Site, SiteFaultOps

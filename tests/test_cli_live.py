@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, Run
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.cli.app import app
 
 _HOLD = """

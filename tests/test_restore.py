@@ -11,7 +11,7 @@ from conftest import Tiny, bits
 from torch import nn
 
 from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, Run, StateMismatch
-from asyncckpt.catalog import Catalog
+from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.storage.reader import LocalReader
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from asyncckpt.catalog.retention import Candidate, KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps, Policy, plan
 from asyncckpt.errors import InvalidOption
-from asyncckpt.retention import Candidate, KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps, Policy, plan
 
 
 @dataclass(frozen=True)

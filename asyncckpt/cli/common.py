@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointDamaged,

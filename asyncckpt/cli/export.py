@@ -10,7 +10,7 @@ import torch
 import typer
 
 from asyncckpt import export as exporting
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json, read, size
 from asyncckpt.errors import InvalidOption
 from asyncckpt.protocols import Reader

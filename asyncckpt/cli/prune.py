@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt import retention
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog import retention
+from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.cli.common import (
     JsonOption,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from asyncckpt.catalog import CheckpointInfo
+from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.cli.common import (
     Exit,
     JsonOption,

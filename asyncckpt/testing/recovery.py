@@ -14,10 +14,10 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from asyncckpt.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.retention import Policy, plan
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
 from asyncckpt.protocols import Reader
-from asyncckpt.retention import Policy, plan
 from asyncckpt.run import Run
 from asyncckpt.storage.local import DAMAGED_PREFIX, REPLACED_PREFIX, TRASH_PREFIX
 from asyncckpt.testing.crashes import CrashModel, Tree

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from asyncckpt import Checkpointer, KeepLast, Run, WriterOptions
+from asyncckpt.catalog.retention import Policy
 from asyncckpt.errors import AsyncCkptError
 from asyncckpt.protocols import Reader
 from asyncckpt.restore.restore import load_tensors, restore
-from asyncckpt.retention import Policy
 from asyncckpt.storage import shard_file
 from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace, permitted
 from asyncckpt.testing.recovery import Saved

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import asyncckpt.retention
 import beside_saves
 import mutant_checks as checks
 import pytest
 from mutant_checks import Check, model
 
-import asyncckpt.retention
-from asyncckpt import catalog, commit, committer, hooks, leaving, run, writing
+from asyncckpt import commit, committer, hooks, leaving, run, writing
+from asyncckpt.catalog import catalog
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from asyncckpt.catalog.names import DEFAULT
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.codecs.dtypes import CODES
@@ -17,7 +18,6 @@ from asyncckpt.integrations.dcp.foreign import read_foreign
 from asyncckpt.integrations.dcp.names import place_of
 from asyncckpt.integrations.dcp.sides import THREADS, Live
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord
-from asyncckpt.naming import DEFAULT
 from asyncckpt.types import LayoutOptions, Piece, TensorSpec
 
 log = logging.getLogger("asyncckpt")

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from asyncckpt.catalog import Catalog
+from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
 from asyncckpt.integrations.dcp.names import Names, names_of

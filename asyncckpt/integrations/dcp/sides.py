@@ -16,7 +16,7 @@ import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from asyncckpt import forks, plain
-from asyncckpt.catalog import Catalog
+from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.codecs import digests
 from asyncckpt.errors import SaveFailed, StepExists
 from asyncckpt.integrations.dcp.names import Path, components_of

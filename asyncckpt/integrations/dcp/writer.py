@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from asyncckpt import plain
+from asyncckpt.catalog.names import DEFAULT
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.codecs.dtypes import CODES
@@ -32,7 +33,6 @@ from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import Path, encode_value, place_of
 from asyncckpt.integrations.dcp.sides import THREADS, Live, Stager
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
-from asyncckpt.naming import DEFAULT
 from asyncckpt.protocols import Attempt
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import LayoutOptions, Piece, TensorSpec

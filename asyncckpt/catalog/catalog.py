@@ -13,11 +13,11 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from asyncckpt.catalog.retention import age
 from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError, StepExists
 from asyncckpt.manifest import json as manifests
 from asyncckpt.protocols import Store
 from asyncckpt.read.damage import check_files
-from asyncckpt.retention import age
 
 log = logging.getLogger("asyncckpt")
 

@@ -7,8 +7,8 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asyncckpt.catalog.names import NameTemplate
 from asyncckpt.errors import InvalidOption, InvalidStep, StepExists
-from asyncckpt.naming import NameTemplate
 
 
 @dataclass(frozen=True, slots=True)
