@@ -47,7 +47,8 @@ from asyncckpt.state.markers import Replicated, Shard
 from asyncckpt.state.rng import RngState
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.write.delta_options import Delta
-from asyncckpt.writer import PendingSave, SaveReport, WriterOptions
+from asyncckpt.write.options import WriterOptions
+from asyncckpt.writer import PendingSave, SaveReport
 
 __version__ = version()
 

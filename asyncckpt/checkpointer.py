@@ -43,7 +43,9 @@ from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.types import LayoutOptions
 from asyncckpt.write.delta_options import Delta, chain_of
-from asyncckpt.writer import PendingSave, Pools, WriterOptions, failed
+from asyncckpt.write.options import WriterOptions
+from asyncckpt.write.threads import Pools
+from asyncckpt.writer import PendingSave, failed
 
 _MIN_STAGING_BYTES = 1 << 20
 _PLAIN = ("safetensors", "none")

@@ -18,18 +18,18 @@ from dataclasses import replace as replaced
 from asyncckpt import formats, plain
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
-from asyncckpt.encoder import Encoder
 from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents, _components_json
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena, Slot
-from asyncckpt.previous import Previous
 from asyncckpt.protocols import Attempt, Store
 from asyncckpt.stage.job import Ready
-from asyncckpt.writer import Pools
-from asyncckpt.writing import ShardsWriting
+from asyncckpt.write.encoder import Encoder
+from asyncckpt.write.reuse import Previous
+from asyncckpt.write.shards import ShardsWriting
+from asyncckpt.write.threads import Pools
 
 log = logging.getLogger("asyncckpt")
 

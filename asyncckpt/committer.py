@@ -30,13 +30,15 @@ from asyncckpt.errors import (
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.manifest import json as manifests
 from asyncckpt.memory.arena import Arena
-from asyncckpt.previous import KnownFile, Previous, files_of
 from asyncckpt.protocols import Reader, Replaced
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import verify
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.storage.local import LocalStore
-from asyncckpt.writer import PendingSave, SaveReport, WriterOptions, WriterPool
+from asyncckpt.write.options import WriterOptions
+from asyncckpt.write.reuse import KnownFile, Previous, files_of
+from asyncckpt.write.threads import WriterPool
+from asyncckpt.writer import PendingSave, SaveReport
 
 log = logging.getLogger("asyncckpt")
 

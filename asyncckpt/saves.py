@@ -9,7 +9,6 @@ from typing import Any
 from asyncckpt.catalog.steps import Claim
 from asyncckpt.commit import Save
 from asyncckpt.committer import Committer
-from asyncckpt.encoder import Encoder
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
 from asyncckpt.manifest.draft import config_tree, contents_of
@@ -22,7 +21,8 @@ from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
 from asyncckpt.together import LeadSave, PartSave, Party
 from asyncckpt.types import LayoutOptions
-from asyncckpt.writer import Pools
+from asyncckpt.write.encoder import Encoder
+from asyncckpt.write.threads import Pools
 
 
 class Saves:

@@ -5,41 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 from asyncckpt import forks
-from asyncckpt.errors import CheckpointerClosed, InvalidOption
+from asyncckpt.errors import CheckpointerClosed
 
 log = logging.getLogger("asyncckpt")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WriterOptions:
-    """``threads``: writers that hash and write extents. ``direct``: O_DIRECT where the file system has it.
-    ``read_back``: read every byte back past the page cache and compare digests before publishing.
-    ``durable_timeout_seconds``: after this a save that is not durable is given up (hung storage).
-    ``stall_timeout_seconds``: the longest the training thread ever waits, for staging or for the storage when a run
-    begins, before the save is given up."""
-
-    threads: int = 3
-    direct: bool = True
-    read_back: bool = False
-    durable_timeout_seconds: float = 3600.0
-    stall_timeout_seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        if type(self.threads) is not int or self.threads < 1:
-            raise InvalidOption(f"WriterOptions.threads must be a whole number >= 1, not {self.threads!r}")
-        for name in ("durable_timeout_seconds", "stall_timeout_seconds"):
-            if not getattr(self, name) > 0:
-                raise InvalidOption(f"WriterOptions.{name} must be > 0, not {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,100 +170,3 @@ def failed(step: int, error: BaseException) -> PendingSave:
     pending = PendingSave(step, lambda _timeout: True)
     pending.reject(error)
     return pending
-
-
-class WriterPool:
-    """Threads that run tasks in order. A task that hangs in the kernel can be abandoned: its thread is replaced, and
-    ends when the kernel lets it go. ``niceness``: how far the threads stand back for training (Linux). Thread-safe."""
-
-    def __init__(self, threads: int, name: str = "asyncckpt-writer", *, niceness: int = 0) -> None:
-        self._name = name
-        self._niceness = niceness
-        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._start_lock = threading.Lock()
-        self._busy_since: dict[int, float] = {}
-        self._abandoned: set[int] = set()
-        self._wanted = threads
-        self._threads = 0
-        self._spawned = 0
-
-    def submit(self, task: Callable[[], None]) -> None:
-        """Run ``task`` on some thread; it must not raise. The first call starts the threads."""
-        with self._start_lock:
-            while self._wanted:
-                self._wanted -= 1
-                self._spawn()
-        self._tasks.put(task)
-
-    def replace_stuck(self, stuck_seconds: float) -> int:
-        """Replace threads that have been inside one task for longer than ``stuck_seconds``; how many."""
-        now = time.monotonic()
-        with self._lock:
-            stuck = [
-                ident
-                for ident, since in self._busy_since.items()
-                if now - since > stuck_seconds and ident not in self._abandoned
-            ]
-            self._abandoned.update(stuck)
-        for _ in stuck:
-            self._spawn()
-        return len(stuck)
-
-    def close(self) -> None:
-        """End the threads after the tasks already submitted. Does not wait."""
-        for _ in range(self._threads):
-            self._tasks.put(None)
-
-    def _spawn(self) -> None:
-        with self._lock:
-            self._threads += 1
-            self._spawned += 1
-            number = self._spawned
-        threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
-
-    def _run(self) -> None:
-        ident = threading.get_ident()
-        if self._niceness and hasattr(os, "setpriority"):
-            with contextlib.suppress(OSError):  # a thread has a priority of its own on Linux
-                thread = threading.get_native_id()
-                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + self._niceness)
-        while (task := self._tasks.get()) is not None:
-            with self._lock:
-                self._busy_since[ident] = time.monotonic()
-            try:
-                task()
-            except BaseException:
-                log.exception("a writer task raised")
-            del task  # an idle thread must not keep a save's memory alive
-            with self._lock:
-                del self._busy_since[ident]
-                if ident in self._abandoned:
-                    self._abandoned.discard(ident)
-                    self._threads -= 1
-                    return
-
-
-#: Small files written at one time: each is a write and an fsync, which the device can do together.
-_SMALL_THREADS = 8
-#: How far encoding stands back: it is work for the processor, which training may need more.
-_ENCODING_NICENESS = 10
-
-
-class Pools:
-    """The threads of one checkpointer. ``writing``: digests and writes of extents. ``small``: the same of shards that
-    are small, where there are many. ``encoding``: codecs. Threads start with the first task of their pool."""
-
-    def __init__(self, threads: int) -> None:
-        self.writing = WriterPool(threads)
-        self.small = WriterPool(_SMALL_THREADS, "asyncckpt-small")
-        self.encoding = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
-
-    def replace_stuck(self, stuck_seconds: float) -> int:
-        """Replace threads that have been inside one task for longer than ``stuck_seconds``; how many."""
-        return sum(pool.replace_stuck(stuck_seconds) for pool in (self.writing, self.small, self.encoding))
-
-    def close(self) -> None:
-        """End the threads after what was submitted. Does not wait."""
-        for pool in (self.writing, self.small, self.encoding):
-            pool.close()

@@ -601,7 +601,7 @@ def disordered(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Path, str, dict[str, Any]]]:
     """A checkpoint with a file in which the first chunk is not the first, as where memory is short."""
-    monkeypatch.setattr("asyncckpt.parking._MAX_SET_ASIDE_BYTES", 0)
+    monkeypatch.setattr("asyncckpt.write.reorder_buffer._MAX_SET_ASIDE_BYTES", 0)
     state = {"w": torch.randn(128, 8192, generator=torch.Generator().manual_seed(5))}
     with Checkpointer(
         tmp_path / "run", format=request.param, codec=LateFirst(100), extent_bytes=32 << 10, staging_bytes=1 << 20

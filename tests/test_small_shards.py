@@ -12,10 +12,10 @@ from conftest import bits
 
 from asyncckpt import Checkpointer
 from asyncckpt.memory.arena import Arena
-from asyncckpt.small_shards import SmallShards
 from asyncckpt.testing import FaultyOps
 from asyncckpt.types import SMALL_SHARD_BYTES, Extent, Layout, Shard
-from asyncckpt.writer import Pools
+from asyncckpt.write.small_file_queue import SmallShards
+from asyncckpt.write.threads import Pools
 
 LARGE = Shard("large", "m", SMALL_SHARD_BYTES + 1, (), (Extent(0, 0, 1, b"", ()),))
 SMALL = [Shard(f"small-{n}", "m", 4096, (), (Extent(n + 1, 0, 1, b"", ()),)) for n in range(40)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncckpt.doctor.findings import Finding, Setting, Speeds
-from asyncckpt.writer import WriterOptions
+from asyncckpt.write.options import WriterOptions
 
 _DEFAULT_SHARD_BYTES = 4 << 30
 _MIN_SHARD_BYTES = 1 << 20

@@ -18,7 +18,7 @@ import mutant_checks as checks
 import pytest
 from mutant_checks import Check, model
 
-from asyncckpt import commit, committer, hooks, leaving, run, writing
+from asyncckpt import commit, committer, hooks, leaving, run
 from asyncckpt.catalog import catalog
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import Save
@@ -27,7 +27,6 @@ from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ExtentRecord
 from asyncckpt.memory.arena import Arena
-from asyncckpt.progress import Progress
 from asyncckpt.read import extents as reading
 from asyncckpt.read import verify
 from asyncckpt.stage import eager as owned_memory
@@ -39,8 +38,10 @@ from asyncckpt.storage.pending_dir import LocalAttempt
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps
+from asyncckpt.write import shards as writing
+from asyncckpt.write.progress import Progress
+from asyncckpt.write.shards import ShardsWriting
 from asyncckpt.writer import PendingSave, SaveReport
-from asyncckpt.writing import ShardsWriting
 
 Patch = pytest.MonkeyPatch
 ONE, TWO, AGAIN = model("one save"), model("two saves, retention"), model("a step saved again")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from asyncckpt.encoder import Encoder
 from asyncckpt.memory.arena import Arena
 from asyncckpt.memory.buffers import aligned_buffer, padded
-from asyncckpt.progress import Parked, Progress
 from asyncckpt.stage.image import Frame
+from asyncckpt.write.encoder import Encoder
+from asyncckpt.write.progress import Parked, Progress
 
 #: Frames that wait for their turn outside the arena.
 _MAX_SET_ASIDE_BYTES = 256 << 20

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from asyncckpt.memory.arena import Arena
 from asyncckpt.types import SMALL_SHARD_BYTES, Layout, Shard
-from asyncckpt.writer import Pools, WriterPool
+from asyncckpt.write.threads import Pools, WriterPool
 
 #: Where there are no more, they are written by the threads that write everything else, as they come.
 _FEW = 16

@@ -17,22 +17,22 @@ import numpy as np
 import torch
 
 from asyncckpt.codecs.blosc import SPLIT_MARK, Array
-from asyncckpt.encoder import Encoder
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.manifest.records import ExtentRecord, FileRecord
 from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.memory.buffers import aligned_buffer, padded
-from asyncckpt.parking import Parking
-from asyncckpt.previous import KnownFile, Previous
-from asyncckpt.progress import Parked, Progress
 from asyncckpt.protocols import Attempt, Digest, ShardFormat, ShardWriter
 from asyncckpt.read.delta import LayerReader, layer_name
-from asyncckpt.small_shards import SmallShards
 from asyncckpt.stage.image import Frame, as_it_is, content_digest, cut_digest, finish_image, slot_bytes
 from asyncckpt.stage.job import Ready
 from asyncckpt.types import LEAD_BYTES, Extent, Layout, Placed
-from asyncckpt.writer import Pools, WriterPool
+from asyncckpt.write.encoder import Encoder
+from asyncckpt.write.progress import Parked, Progress
+from asyncckpt.write.reorder_buffer import Parking
+from asyncckpt.write.reuse import KnownFile, Previous
+from asyncckpt.write.small_file_queue import SmallShards
+from asyncckpt.write.threads import Pools, WriterPool
 
 
 class ShardsWriting:

@@ -9,11 +9,11 @@ from asyncckpt.formats import chunking as chunks
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, split_record
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import padded
-from asyncckpt.previous import KnownFile
 from asyncckpt.protocols import ShardWriter
 from asyncckpt.read.delta import order_of
 from asyncckpt.stage.image import Frame
 from asyncckpt.types import Shard, TensorSpec
+from asyncckpt.write.reuse import KnownFile
 
 
 @dataclass(slots=True)
