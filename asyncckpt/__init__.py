@@ -7,6 +7,7 @@ from asyncckpt.cadence import Milestones, Minutes, Steps
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.checkpointer import Checkpointer
+from asyncckpt.commit.pending import PendingSave, SaveReport
 from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
     ArenaBusy,
@@ -48,7 +49,6 @@ from asyncckpt.state.rng import RngState
 from asyncckpt.storage.lease import LeaseOptions
 from asyncckpt.write.delta_options import Delta
 from asyncckpt.write.options import WriterOptions
-from asyncckpt.writer import PendingSave, SaveReport
 
 __version__ = version()
 

@@ -18,7 +18,9 @@ from asyncckpt.catalog import retention
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.catalog.steps import Claim, Ledger, numbers
 from asyncckpt.codecs import codecs, digests
-from asyncckpt.committer import Committer, InFlight, OnBusy, Skipped
+from asyncckpt.commit.committer import Committer, OnBusy, Skipped
+from asyncckpt.commit.in_flight import InFlight
+from asyncckpt.commit.pending import PendingSave, failed
 from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
     ArenaBusy,
@@ -45,7 +47,6 @@ from asyncckpt.types import LayoutOptions
 from asyncckpt.write.delta_options import Delta, chain_of
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.threads import Pools
-from asyncckpt.writer import PendingSave, failed
 
 _MIN_STAGING_BYTES = 1 << 20
 _PLAIN = ("safetensors", "none")

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from asyncckpt.catalog.steps import Claim
-from asyncckpt.commit import Save
-from asyncckpt.committer import Committer
+from asyncckpt.commit.committer import Committer
+from asyncckpt.commit.transaction import Save
 from asyncckpt.events import EventBus
 from asyncckpt.job import Job
 from asyncckpt.manifest.draft import config_tree, contents_of

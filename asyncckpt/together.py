@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from asyncckpt.commit import Save
+from asyncckpt.commit.transaction import Save
 from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
 from asyncckpt.manifest import json as manifest

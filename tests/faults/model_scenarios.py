@@ -15,13 +15,13 @@ import torch
 
 from asyncckpt import Checkpointer, KeepLast, Run, WriterOptions
 from asyncckpt.catalog.retention import Policy
+from asyncckpt.commit.pending import PendingSave, SaveReport
 from asyncckpt.errors import AsyncCkptError
 from asyncckpt.protocols import Reader
 from asyncckpt.restore.restore import load_tensors, restore
 from asyncckpt.storage import shard_file
 from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace, permitted
 from asyncckpt.testing.recovery import Saved
-from asyncckpt.writer import PendingSave, SaveReport
 
 RUN = "run"
 Program = Callable[["Saver"], None]

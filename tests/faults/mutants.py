@@ -18,11 +18,14 @@ import mutant_checks as checks
 import pytest
 from mutant_checks import Check, model
 
-from asyncckpt import commit, committer, hooks, leaving, run
+from asyncckpt import hooks, leaving, run
 from asyncckpt.catalog import catalog
 from asyncckpt.checkpointer import Checkpointer
-from asyncckpt.commit import Save
-from asyncckpt.committer import Committer
+from asyncckpt.commit import committer
+from asyncckpt.commit import transaction as commit
+from asyncckpt.commit.committer import Committer
+from asyncckpt.commit.pending import PendingSave, SaveReport
+from asyncckpt.commit.transaction import Save
 from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ExtentRecord
@@ -41,7 +44,6 @@ from asyncckpt.testing import RecordingOps
 from asyncckpt.write import shards as writing
 from asyncckpt.write.progress import Progress
 from asyncckpt.write.shards import ShardsWriting
-from asyncckpt.writer import PendingSave, SaveReport
 
 Patch = pytest.MonkeyPatch
 ONE, TWO, AGAIN = model("one save"), model("two saves, retention"), model("a step saved again")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
 
-from asyncckpt import SaveAbandoned, WriterOptions, committer
+from asyncckpt import SaveAbandoned, WriterOptions
+from asyncckpt.commit import committer
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.types import Buffer
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
 
-from asyncckpt import AsyncCkptError, Checkpointer, SaveAbandoned, WriterOptions, committer
+from asyncckpt import AsyncCkptError, Checkpointer, SaveAbandoned, WriterOptions
+from asyncckpt.commit import committer
 from asyncckpt.storage import lease
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import READING, InterceptedOps

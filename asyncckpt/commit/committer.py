@@ -7,16 +7,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
-
-import torch
 
 from asyncckpt import forks
 from asyncckpt.catalog.catalog import LATEST, Catalog, CheckpointInfo
 from asyncckpt.catalog.retention import Policy, plan
 from asyncckpt.catalog.steps import Ledger
-from asyncckpt.commit import Save
+from asyncckpt.commit.in_flight import InFlight
+from asyncckpt.commit.pending import PendingSave, SaveReport
+from asyncckpt.commit.transaction import Save
 from asyncckpt.errors import (
     ArenaBusy,
     AsyncCkptError,
@@ -33,12 +32,10 @@ from asyncckpt.memory.arena import Arena
 from asyncckpt.protocols import Reader, Replaced
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import verify
-from asyncckpt.stage.job import StagingJob
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import KnownFile, Previous, files_of
 from asyncckpt.write.threads import WriterPool
-from asyncckpt.writer import PendingSave, SaveReport
 
 log = logging.getLogger("asyncckpt")
 
@@ -53,17 +50,6 @@ OnBusy = Literal["wait", "skip", "error"]
 
 class Skipped(Exception):
     """``on_busy="skip"``: never leaves ``Checkpointer.step``."""
-
-
-@dataclass(frozen=True, slots=True)
-class InFlight:
-    """A save and everything that belongs to it. ``deferred``: the tensors that are copied while training goes
-    on."""
-
-    save: Save
-    job: StagingJob
-    pending: PendingSave
-    deferred: Sequence[torch.Tensor] = ()
 
 
 class Committer:
