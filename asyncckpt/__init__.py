@@ -8,7 +8,6 @@ from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit.pending import PendingSave, SaveReport
-from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
     ArenaBusy,
     AsyncCkptError,
@@ -41,6 +40,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.hooks import Preempted, Preemption
 from asyncckpt.manifest.environment import version
+from asyncckpt.ranks.store import RankOptions
 from asyncckpt.read.damage import Damage
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.run import Run

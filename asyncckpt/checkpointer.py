@@ -21,7 +21,6 @@ from asyncckpt.codecs import codecs, digests
 from asyncckpt.commit.committer import Committer, OnBusy, Skipped
 from asyncckpt.commit.in_flight import InFlight
 from asyncckpt.commit.pending import PendingSave, failed
-from asyncckpt.distributed import RankOptions
 from asyncckpt.errors import (
     ArenaBusy,
     CheckpointNotFound,
@@ -35,6 +34,7 @@ from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched, may_cha
 from asyncckpt.leaving import drain_at_exit, weakly
 from asyncckpt.occasions import Occasions
 from asyncckpt.protocols import Codec
+from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.saves import Saves
 from asyncckpt.session import Session

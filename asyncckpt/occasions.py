@@ -6,7 +6,7 @@ import time
 
 from asyncckpt import cadence
 from asyncckpt.hooks import Preemption, SignalWatch
-from asyncckpt.job import Job
+from asyncckpt.ranks.coordinator import Job
 
 
 class Occasions:

@@ -10,16 +10,16 @@ from asyncckpt.catalog.steps import Claim
 from asyncckpt.commit.committer import Committer
 from asyncckpt.commit.transaction import Save
 from asyncckpt.events import EventBus
-from asyncckpt.job import Job
 from asyncckpt.manifest.draft import config_tree, contents_of
 from asyncckpt.memory.arena import Arena, default_budget
 from asyncckpt.memory.buffers import padded
 from asyncckpt.plan.layout import LayoutCache
 from asyncckpt.plan.planned import Planned, alone
 from asyncckpt.protocols import Codec, ShardFormat, Store
+from asyncckpt.ranks.collective_save import LeadSave, PartSave, Party
+from asyncckpt.ranks.coordinator import Job
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
-from asyncckpt.together import LeadSave, PartSave, Party
 from asyncckpt.types import LayoutOptions
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.threads import Pools

@@ -10,12 +10,12 @@ from typing import Any
 
 from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
 from asyncckpt.catalog.steps import Ledger
-from asyncckpt.distributed import RankOptions, Ranks
 from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
-from asyncckpt.job import Job, Known, RestoreStages
-from asyncckpt.planning import JobPlanner
 from asyncckpt.protocols import Codec, ShardFormat
+from asyncckpt.ranks.coordinator import Job, Known, RestoreStages
+from asyncckpt.ranks.planner import JobPlanner
+from asyncckpt.ranks.store import RankOptions, Ranks
 from asyncckpt.restore import restore as restoring
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.run import Run

@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from asyncckpt import formats, planning
+from asyncckpt import formats
 from asyncckpt.codecs import codecs
 from asyncckpt.plan import layout
 from asyncckpt.plan.partition import Holding, divide
+from asyncckpt.ranks import planner as planning
 from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, TensorSpec
 
 _SHAPES = ((8192, 1024), (8192, 1024), (8192,), (1024,), (50257, 64))

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 import asyncckpt
-from asyncckpt.distributed import Ranks
 from asyncckpt.events import Event, ExtentStaged
+from asyncckpt.ranks.store import Ranks
 from benchmarks import peers
 from benchmarks.peers.asyncckpt import Asyncckpt
 from benchmarks.peers.dcp_async_process import setup as dcp_process

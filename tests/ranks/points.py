@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 import asyncckpt
-from asyncckpt import together
 from asyncckpt.events import Event, ExtentStaged
+from asyncckpt.ranks import collective_save as together
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.types import Buffer
 from ranks.harness import Me

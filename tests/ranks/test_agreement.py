@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import asyncckpt
-from asyncckpt import job
+from asyncckpt.ranks import coordinator as job
 from ranks.harness import Crew, Crews, Me
 from ranks.matrix import TIMEOUT
 

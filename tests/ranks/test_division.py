@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from asyncckpt import formats, planning
+from asyncckpt import formats
 from asyncckpt.codecs import codecs
 from asyncckpt.plan import layout
 from asyncckpt.plan.partition import Division, divide
+from asyncckpt.ranks import planner as planning
 from asyncckpt.types import ALIGNMENT_BYTES, Layout, LayoutOptions, Rows, TensorSpec
 from benchmarks.ranks import simulation
 from benchmarks.ranks.simulation import simulate

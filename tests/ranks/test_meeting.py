@@ -12,9 +12,10 @@ import pytest
 import torch.distributed as dist
 
 import asyncckpt
-from asyncckpt import distributed, meeting
 from asyncckpt.errors import RankLost
-from asyncckpt.meeting import meet
+from asyncckpt.ranks import rendezvous as meeting
+from asyncckpt.ranks import store as distributed
+from asyncckpt.ranks.rendezvous import meet
 from ranks.harness import Crews, Me
 from ranks.points import state_of
 

@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 
 import asyncckpt
-from asyncckpt import distributed, planning, together
-from asyncckpt.distributed import Ranks
-from asyncckpt.job import Job
 from asyncckpt.plan import partition as division
+from asyncckpt.ranks import collective_save as together
+from asyncckpt.ranks import planner as planning
+from asyncckpt.ranks import store as distributed
+from asyncckpt.ranks.collective_save import LeadSave
+from asyncckpt.ranks.coordinator import Job
+from asyncckpt.ranks.store import Ranks
 from asyncckpt.storage.posix import PosixOps
-from asyncckpt.together import LeadSave
 from ranks.harness import Crew, Crews, Fault, Me, Outcome
 from ranks.points import checkpointer, is_whole, state_of
 

@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from asyncckpt.distributed import Ranks
 from asyncckpt.errors import RanksDisagree, UnsupportedValue
 from asyncckpt.plan import layout as layouts
 from asyncckpt.plan.partition import Holding, divide
 from asyncckpt.plan.per_rank_files import divide_by_rank
 from asyncckpt.plan.planned import Planned
 from asyncckpt.protocols import Codec, ShardFormat
+from asyncckpt.ranks.store import Ranks
 from asyncckpt.state.rank_names import rank_name
 from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, Snapshot, TensorSpec
 

@@ -23,7 +23,7 @@ import zstandard
 
 from asyncckpt import errors, forks
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
-from asyncckpt.meeting import meet
+from asyncckpt.ranks.rendezvous import meet
 from asyncckpt.state.dtensor import job_size
 
 _SHORTEST_PAUSE_SECONDS: Final = 0.001

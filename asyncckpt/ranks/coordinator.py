@@ -18,12 +18,12 @@ import torch
 
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.codecs import digests
-from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, RunPathError
-from asyncckpt.planning import JobPlanner
+from asyncckpt.ranks.collective_save import Party
+from asyncckpt.ranks.planner import JobPlanner
+from asyncckpt.ranks.store import Ranks, retold, told
 from asyncckpt.restore.restore import Stages
 from asyncckpt.storage.lease import read_holder
-from asyncckpt.together import Party
 from asyncckpt.types import ComponentSnapshot
 
 #: Rank 0 announces a save for this many steps later. Ranks that train together are at most a step apart; what the host

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncckpt.commit.transaction import Save
-from asyncckpt.distributed import Ranks, retold, told
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.protocols import Attempt
+from asyncckpt.ranks.store import Ranks, retold, told
 from asyncckpt.types import JsonValue
 
 #: Beyond rank 0's own deadline, until the others take it for lost.
