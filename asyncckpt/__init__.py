@@ -3,7 +3,6 @@
 ``Checkpointer`` is the way in; ``Run`` reads a run directory without writing to it.
 """
 
-from asyncckpt.cadence import Milestones, Minutes, Steps
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
 from asyncckpt.checkpointer import Checkpointer
@@ -38,7 +37,8 @@ from asyncckpt.errors import (
     UnsupportedValue,
     VersionUnsupported,
 )
-from asyncckpt.hooks import Preempted, Preemption
+from asyncckpt.loop.cadence import Milestones, Minutes, Steps
+from asyncckpt.loop.preemption import Preempted, Preemption
 from asyncckpt.manifest.environment import version
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.read.damage import Damage

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 
 import torch
 
-from asyncckpt import cadence, forks, formats
+from asyncckpt import forks, formats
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.catalog import CheckpointInfo
@@ -30,9 +30,11 @@ from asyncckpt.errors import (
     storage_errors,
 )
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
-from asyncckpt.hooks import Preempted, Preemption, SignalWatch, Watched, may_change
-from asyncckpt.leaving import drain_at_exit, weakly
-from asyncckpt.occasions import Occasions
+from asyncckpt.loop import cadence
+from asyncckpt.loop.at_exit import drain_at_exit, weakly
+from asyncckpt.loop.optimizer_hooks import Watched, may_change
+from asyncckpt.loop.preemption import Preempted, Preemption, SignalWatch
+from asyncckpt.loop.triggers import Occasions
 from asyncckpt.protocols import Codec
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from asyncckpt.cadence import AnyOf, Cadence, Milestones, Minutes, Never, Steps, parse
 from asyncckpt.errors import InvalidOption
+from asyncckpt.loop.cadence import AnyOf, Cadence, Milestones, Minutes, Never, Steps, parse
 
 
 def saved_steps(cadence: Cadence, steps: range, last: int | None = None, seconds_per_step: float = 1.0) -> list[int]:

@@ -18,7 +18,7 @@ import mutant_checks as checks
 import pytest
 from mutant_checks import Check, model
 
-from asyncckpt import hooks, leaving, run
+from asyncckpt import run
 from asyncckpt.catalog import catalog
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import committer
@@ -27,6 +27,9 @@ from asyncckpt.commit.committer import Committer
 from asyncckpt.commit.pending import PendingSave, SaveReport
 from asyncckpt.commit.transaction import Save
 from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
+from asyncckpt.loop import at_exit as leaving
+from asyncckpt.loop import optimizer_hooks as hooks
+from asyncckpt.loop import preemption
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ExtentRecord
 from asyncckpt.memory.arena import Arena
@@ -715,7 +718,7 @@ def _(patch: Patch) -> None:
 @mutant("a forked child takes a note of signals, like its parent", beside_saves.a_forked_child_ends_on_sigterm)
 def _(patch: Patch) -> None:
     _everywhere_at_home(patch, hooks)
-    patch.setattr(hooks.SignalWatch, "disarm", lambda self: None)
+    patch.setattr(preemption.SignalWatch, "disarm", lambda self: None)
 
 
 @mutant("a forked child keeps the directory's lock", beside_saves.a_forked_child_has_no_lock)

@@ -151,7 +151,7 @@ class _FakeTime:
 
 def _train_by(me: Me, path: str, every: Any) -> list[int]:
     """Steps saved by 12 steps of 30 seconds each; rank 2's clock runs at half the speed."""
-    from asyncckpt import occasions
+    from asyncckpt.loop import triggers as occasions
 
     clock = _FakeTime(me.rank)
     real, occasions.time = occasions.time, type("time", (), {"monotonic": staticmethod(clock)})  # type: ignore[assignment]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from asyncckpt import cadence
-from asyncckpt.hooks import Preemption, SignalWatch
+from asyncckpt.loop import cadence
+from asyncckpt.loop.preemption import Preemption, SignalWatch
 from asyncckpt.ranks.coordinator import Job
 
 
