@@ -35,11 +35,11 @@ from asyncckpt.loop.at_exit import drain_at_exit, weakly
 from asyncckpt.loop.optimizer_hooks import Watched, may_change
 from asyncckpt.loop.preemption import Preempted, Preemption, SignalWatch
 from asyncckpt.loop.triggers import Occasions
+from asyncckpt.ownership import Session
 from asyncckpt.protocols import Codec
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
-from asyncckpt.saves import Saves
-from asyncckpt.session import Session
+from asyncckpt.saver import Saves
 from asyncckpt.stage.eager import Division, divide
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.stage.stager import Stager
