@@ -41,9 +41,9 @@ from asyncckpt import (
     WriterOptions,
 )
 from asyncckpt.events import Busy, Committed, Event, Failed, Pruned, SaveStarted, Staged, Stalled, Written
+from asyncckpt.integrations.chrome_trace import ChromeTrace
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import GatedOps
-from asyncckpt.trace import ChromeTrace
 
 PATIENCE_SECONDS = 20.0
 STATE = {"w": torch.arange(1000.0), "meta": {"a": 1}}

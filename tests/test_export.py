@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, InvalidOption, Run, RunPathError
-from asyncckpt import export as exporting
 from asyncckpt.cli.app import app
+from asyncckpt.convert import single_file as exporting
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from asyncckpt import Checkpointer, CheckpointerClosed, KeepLast, PendingSave, Preemption, Run, RunLocked, forks
+from asyncckpt.integrations.chrome_trace import ChromeTrace
 from asyncckpt.integrations.dcp import Writer
 from asyncckpt.memory.arena import Arena
 from asyncckpt.storage.lease import LOCK_FILE, Lease, LeaseOptions, read_holder
 from asyncckpt.testing import GatedOps
-from asyncckpt.trace import ChromeTrace
 
 STATE = {"w": torch.arange(300_000, dtype=torch.float32)}
 #: A child ends within milliseconds, or never; a machine may be busy.

@@ -28,7 +28,7 @@ def test_every_public_name_of_the_package_is_promised() -> None:
 
 
 def test_export_stays_importable_from_where_it_is_documented() -> None:
-    from asyncckpt.export import export
+    from asyncckpt.convert.single_file import export
 
     assert callable(export)
 

@@ -14,7 +14,7 @@ from conftest import Tiny, train
 
 from asyncckpt import Checkpointer, InvalidOption, KeepLast
 from asyncckpt.events import Committed, Event, ExtentStaged, Failed, SaveStarted
-from asyncckpt.trace import ChromeTrace
+from asyncckpt.integrations.chrome_trace import ChromeTrace
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Annotated
 import torch
 import typer
 
-from asyncckpt import export as exporting
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json, read, size
+from asyncckpt.convert import single_file as exporting
 from asyncckpt.errors import InvalidOption
 from asyncckpt.protocols import Reader
 

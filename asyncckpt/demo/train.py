@@ -17,7 +17,7 @@ from typing import Any
 from asyncckpt import Checkpointer, KeepBest, KeepLast, Milestones, Steps
 from asyncckpt.demo.training import Training, count_alike
 from asyncckpt.events import Event
-from asyncckpt.trace import ChromeTrace
+from asyncckpt.integrations.chrome_trace import ChromeTrace
 
 
 class Reporter:

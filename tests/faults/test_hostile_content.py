@@ -17,7 +17,7 @@ from fuzz_checkpoints import Checkpoint, MemoryReader, checkpoint, live_state
 
 from asyncckpt import CheckpointDamaged, InvalidOption, plain
 from asyncckpt.codecs import digests
-from asyncckpt.export import export
+from asyncckpt.convert.single_file import export
 from asyncckpt.formats import zarr
 from asyncckpt.formats.safetensors import image
 from asyncckpt.manifest import json as manifest

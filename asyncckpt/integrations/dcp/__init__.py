@@ -8,7 +8,7 @@ No pickle is written or read: what is no tensor has to be plain values (numbers,
 
 from __future__ import annotations
 
-from asyncckpt.integrations.dcp.conversion import Converted, convert
+from asyncckpt.convert.dcp.conversion import Converted, convert
 from asyncckpt.integrations.dcp.reader import Reader
 from asyncckpt.integrations.dcp.sides import Stager
 from asyncckpt.integrations.dcp.writer import Writer

@@ -15,8 +15,8 @@ from typing import Any, Final, NoReturn
 
 import torch
 
+from asyncckpt.convert.dcp.safe_unpickle import BytesStandIn, Inert, MetadataStandIn, tensor_in, unpickle, value_in
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedValue
-from asyncckpt.integrations.dcp.inert import BytesStandIn, Inert, MetadataStandIn, tensor_in, unpickle, value_in
 from asyncckpt.integrations.dcp.names import Path
 
 METADATA: Final = ".metadata"
@@ -83,8 +83,6 @@ def read_foreign(path: str | os.PathLike[str]) -> Foreign:
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
-
-
 def _fail(folder: str, problem: str) -> NoReturn:
     raise CheckpointDamaged(f"{folder}: its {METADATA} {problem}")
 

@@ -42,8 +42,6 @@ Storages = Callable[["StorageStandIn", Any], torch.Tensor]
 
 
 # -- what pickles may make -------------------------------------------------------------------------------------------
-
-
 class Inert:
     """Stands for an object of a class that was named: remembers, and does nothing."""
 
@@ -153,8 +151,6 @@ def unpickle(data: bytes, what: str, storages: Storages | None = None) -> Any:
 
 
 # -- what torch.save writes ------------------------------------------------------------------------------------------
-
-
 def _archive(data: memoryview, what: str) -> tuple[bytes, Callable[[str], memoryview]]:
     """The pickle in a ``torch.save`` archive, and how to find the bytes of a storage in it. Raises
     ``CheckpointDamaged``."""
