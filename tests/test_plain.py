@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, UnsupportedValue
 
 LARGE = 20_000  # float64 elements: over 64 KiB
@@ -29,14 +29,14 @@ LARGE = 20_000  # float64 elements: over 64 KiB
 
 def round_trip(value: Any) -> Any:
     tensors: dict[str, torch.Tensor] = {}
-    tree = plain.encode(value, "", tensors.__setitem__, "part")
-    assert plain.tensor_names(tree) == list(tensors)
-    return plain.decode(plain.loads(plain.dumps(tree), "state.json"), tensors.__getitem__)
+    tree = jsontree.encode(value, "", tensors.__setitem__, "part")
+    assert jsontree.tensor_names(tree) == list(tensors)
+    return jsontree.decode(jsontree.loads(jsontree.dumps(tree), "state.json"), tensors.__getitem__)
 
 
 def refused(value: Any) -> str:
     with pytest.raises(UnsupportedValue) as caught:
-        plain.encode(value, "", lambda name, tensor: None, "optimizer")
+        jsontree.encode(value, "", lambda name, tensor: None, "optimizer")
     return str(caught.value)
 
 
@@ -201,7 +201,7 @@ def test_a_decoded_array_can_be_written_to() -> None:
 
 def test_equal_sets_are_stored_as_equal_bytes() -> None:
     names = [f"layer{i}" for i in range(50)]
-    first, second = (plain.dumps(plain.encode(set(order), "", _no_tensor)) for order in (names, names[::-1]))
+    first, second = (jsontree.dumps(jsontree.encode(set(order), "", _no_tensor)) for order in (names, names[::-1]))
     assert first == second
     stored = json.loads(first)["v"]
     assert stored == sorted(stored)  # hashes of str differ from process to process, so order must not come from them
@@ -216,8 +216,8 @@ def _no_tensor(name: str, tensor: torch.Tensor) -> None:
 
 def _names(value: Any, path: str = "") -> list[str]:
     found: list[str] = []
-    tree = plain.encode(value, path, lambda name, _: found.append(name))
-    assert plain.tensor_names(tree) == found
+    tree = jsontree.encode(value, path, lambda name, _: found.append(name))
+    assert jsontree.tensor_names(tree) == found
     return found
 
 
@@ -252,7 +252,7 @@ def test_tensors_with_colliding_paths_keep_their_own_values() -> None:
 
 def test_a_tensor_is_handed_over_uncopied() -> None:
     given_to_sink: list[torch.Tensor] = []
-    plain.encode({"a": T}, "", lambda name, tensor: given_to_sink.append(tensor))
+    jsontree.encode({"a": T}, "", lambda name, tensor: given_to_sink.append(tensor))
     assert given_to_sink[0] is T
 
 
@@ -260,16 +260,16 @@ def test_a_tensor_is_handed_over_uncopied() -> None:
 def test_a_large_array_goes_to_the_shards_and_not_into_the_json(dtype: str) -> None:
     array = (np.arange(LARGE * 8) % 2).astype(dtype).reshape(2, -1)
     tensors: dict[str, torch.Tensor] = {}
-    tree = plain.encode({"x": array}, "", tensors.__setitem__)
+    tree = jsontree.encode({"x": array}, "", tensors.__setitem__)
     assert list(tensors) == ["x"]
-    assert len(plain.dumps(tree)) < 200
-    assert_same(array, plain.decode(tree, tensors.__getitem__)["x"])
+    assert len(jsontree.dumps(tree)) < 200
+    assert_same(array, jsontree.decode(tree, tensors.__getitem__)["x"])
 
 
 @pytest.mark.parametrize("dtype", [">f8", "complex128"])
 def test_a_large_array_without_a_torch_dtype_stays_in_the_json(dtype: str) -> None:
     array = np.arange(LARGE).astype(dtype)
-    assert_same(array, plain.decode(plain.encode(array, "", _no_tensor), lambda name: T))
+    assert_same(array, jsontree.decode(jsontree.encode(array, "", _no_tensor), lambda name: T))
 
 
 @pytest.mark.filterwarnings("error")
@@ -281,15 +281,15 @@ def test_read_only_and_strided_large_arrays_are_stored() -> None:
 
 
 def test_an_array_sees_values_that_are_read_after_decoding() -> None:
-    tree = plain.encode(np.full(LARGE, 7.0), "", lambda name, tensor: None)
+    tree = jsontree.encode(np.full(LARGE, 7.0), "", lambda name, tensor: None)
     later = torch.zeros(LARGE, dtype=torch.float64)
-    decoded = plain.decode(tree, lambda name: later)
+    decoded = jsontree.decode(tree, lambda name: later)
     later.fill_(7.0)
     assert (decoded == 7.0).all()
 
 
 def test_arrays_are_asked_for_apart_and_must_be_in_host_memory() -> None:
-    tree = plain.encode({"t": T, "a": np.zeros(LARGE)}, "", lambda name, tensor: None)
+    tree = jsontree.encode({"t": T, "a": np.zeros(LARGE)}, "", lambda name, tensor: None)
     asked: dict[str, str] = {}
 
     def tensors(name: str) -> torch.Tensor:
@@ -300,10 +300,10 @@ def test_arrays_are_asked_for_apart_and_must_be_in_host_memory() -> None:
         asked[name] = "arrays"
         return torch.zeros(LARGE, dtype=torch.float64)
 
-    plain.decode(tree, tensors, arrays)
+    jsontree.decode(tree, tensors, arrays)
     assert asked == {"t": "tensors", "a": "arrays"}
     with pytest.raises(InvalidOption, match="cpu"):
-        plain.decode(tree["a"], lambda name: torch.zeros(LARGE, dtype=torch.float64, device="meta"))  # type: ignore[index,call-overload]
+        jsontree.decode(tree["a"], lambda name: torch.zeros(LARGE, dtype=torch.float64, device="meta"))  # type: ignore[index,call-overload]
 
 
 # -- real training state -----------------------------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def _array(dtype: Any = "<f4", shape: Any = (2,), v: Any = "AAAAAAAAAAA=") -> di
 )
 def test_a_hostile_tree_is_refused_as_damage(tree: Any) -> None:
     with pytest.raises(CheckpointDamaged):
-        plain.decode({"a": [tree]}, lambda name: T)
+        jsontree.decode({"a": [tree]}, lambda name: T)
 
 
 def test_an_error_of_the_tensor_source_passes_through() -> None:
@@ -516,7 +516,7 @@ def test_an_error_of_the_tensor_source_passes_through() -> None:
         raise KeyError(name)
 
     with pytest.raises(KeyError):
-        plain.decode({"$": "tensor", "v": "a"}, missing)
+        jsontree.decode({"$": "tensor", "v": "a"}, missing)
 
 
 TAGS = ["tuple", "set", "dict", "defaultdict", "ndarray", "numpy", "deque", "Size", "device", "str", "tensor"]
@@ -540,7 +540,7 @@ json_trees = st.recursive(
 @given(json_trees)
 def test_a_random_tree_decodes_or_is_damage_and_nothing_else(tree: Any) -> None:
     with contextlib.suppress(CheckpointDamaged):
-        plain.decode(tree, lambda name: T)
+        jsontree.decode(tree, lambda name: T)
 
 
 # -- text --------------------------------------------------------------------------------------------------------------
@@ -578,7 +578,7 @@ def test_a_random_tree_decodes_or_is_damage_and_nothing_else(tree: Any) -> None:
 )
 def test_text_that_is_not_strict_json_is_refused(data: bytes) -> None:
     with pytest.raises(CheckpointDamaged, match=r"runs/a/state\.json"):
-        plain.loads(data, "runs/a/state.json")
+        jsontree.loads(data, "runs/a/state.json")
 
 
 def test_a_long_int_is_refused_where_python_would_not_stop_it() -> None:
@@ -586,7 +586,7 @@ def test_a_long_int_is_refused_where_python_would_not_stop_it() -> None:
     sys.set_int_max_str_digits(0)
     try:
         with pytest.raises(CheckpointDamaged, match="4300"):
-            plain.loads(b"[" + b"9" * 100_000 + b"]", "state.json")
+            jsontree.loads(b"[" + b"9" * 100_000 + b"]", "state.json")
     finally:
         sys.set_int_max_str_digits(before)
 
@@ -597,20 +597,20 @@ def test_a_long_int_is_refused_where_python_would_not_stop_it() -> None:
     ids=lambda value: repr(value)[:12],
 )
 def test_harmless_text_is_not_taken_for_an_attack(value: Any) -> None:
-    assert plain.loads(plain.dumps(value), "state.json") == value
+    assert jsontree.loads(jsontree.dumps(value), "state.json") == value
 
 
 @pytest.mark.parametrize("levels", [500, 501])
 def test_brackets_inside_strings_do_not_count_as_depth(levels: int) -> None:
     data = b'["]\\"[",' * levels + b"0" + b"]" * levels
     if levels <= 500:
-        assert plain.loads(data, "state.json")
+        assert jsontree.loads(data, "state.json")
     else:
         with pytest.raises(CheckpointDamaged, match="500"):
-            plain.loads(data, "state.json")
+            jsontree.loads(data, "state.json")
 
 
 def test_written_text_is_one_line_of_ascii_in_order() -> None:
-    assert plain.dumps({"b": [1, 2.5], "a": "ü"}) == b'{"b":[1,2.5],"a":"\\u00fc"}\n'
+    assert jsontree.dumps({"b": [1, 2.5], "a": "ü"}) == b'{"b":[1,2.5],"a":"\\u00fc"}\n'
     with pytest.raises(ValueError, match="JSON"):
-        plain.dumps({"a": math.nan})
+        jsontree.dumps({"a": math.nan})

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as replaced
 
-from asyncckpt import formats, plain
+from asyncckpt import formats, jsontree
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
 from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
@@ -233,7 +233,7 @@ class Save:
                 )
 
     def _write_small(self, attempt: Attempt, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
-        small = {manifest.STATE_FILE: plain.dumps(contents.trees)} if state else {}
+        small = {manifest.STATE_FILE: jsontree.dumps(contents.trees)} if state else {}
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:

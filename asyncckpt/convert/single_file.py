@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, RunPathError
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
@@ -127,7 +127,7 @@ def _objects(reader: Reader, manifest: Manifest, components: list[str], what: st
 
         if component not in trees:
             raise CheckpointDamaged(f"{reader.path}: state.json lacks the component {component!r}")
-        return plain.decode(trees[component], of(lambda: tensors), of(exact))
+        return jsontree.decode(trees[component], of(lambda: tensors), of(exact))
 
     if what != "all":
         return state(components[0])

@@ -16,7 +16,7 @@ from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.formats import read_boundaries as parts
-from asyncckpt.plain import loads
+from asyncckpt.jsontree import loads
 from asyncckpt.protocols import Codec
 from asyncckpt.types import (
     ALIGNMENT_BYTES,

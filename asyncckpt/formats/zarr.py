@@ -24,7 +24,7 @@ import numpy as np
 from asyncckpt.codecs.dtypes import ITEM_BYTES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import chunking as chunks
-from asyncckpt.plain import loads
+from asyncckpt.jsontree import loads
 from asyncckpt.protocols import Codec
 from asyncckpt.types import Chunking, ChunkRun, Extent, LayoutOptions, Placed, Shard, TensorSpec
 

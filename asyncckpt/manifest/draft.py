@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.errors import InvalidOption
 from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifest
@@ -38,7 +38,7 @@ def config_tree(config: Any) -> JsonValue:
     def refuse(name: str, _tensor: object) -> None:
         raise InvalidOption(f"{name} is a tensor; config takes plain values only")
 
-    return plain.encode(config, "config", refuse, component="config")
+    return jsontree.encode(config, "config", refuse, component="config")
 
 
 def contents_of(
@@ -92,10 +92,10 @@ def contents_of(
 def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> str:
     """Kept beside the layout: it is the same for save after save."""
     names = {"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}}
-    key = plain.dumps(names), orders, contents.others
+    key = jsontree.dumps(names), orders, contents.others
     cached = contents.layout.cache.get("components")
     if cached is None or cached[0] != key:
         body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, orders) | contents.others
-        cached = contents.layout.cache["components"] = (key, plain.dumps(body).decode().rstrip("\n"))
+        cached = contents.layout.cache["components"] = (key, jsontree.dumps(body).decode().rstrip("\n"))
     text: str = cached[1]
     return text

@@ -24,6 +24,7 @@ from asyncckpt.errors import (
     UnknownName,
     VersionUnsupported,
 )
+from asyncckpt.jsontree import loads
 from asyncckpt.manifest.parse import Body, is_number, parse_components, parse_files
 from asyncckpt.manifest.records import (
     BoxedRecord,
@@ -37,7 +38,6 @@ from asyncckpt.manifest.records import (
     TensorRecord,
 )
 from asyncckpt.memory.gc_pause import held_back
-from asyncckpt.plain import loads
 from asyncckpt.protocols import Reader
 from asyncckpt.types import Chunking, JsonValue, Layout
 

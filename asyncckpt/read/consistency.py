@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest.json import STATE_FILE
@@ -35,7 +35,7 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
     for record in manifest.files:
         try:
             if record.name == STATE_FILE:
-                plain.loads(read_record(reader, manifest, record, MAX_STATE_BYTES), STATE_FILE)
+                jsontree.loads(read_record(reader, manifest, record, MAX_STATE_BYTES), STATE_FILE)
             elif record.name.endswith(".safetensors"):
                 # of a file of an earlier checkpoint, what is in it concerns only those that build on it
                 expected = None if layers.is_layer(record.name) else headers.get(record.name, _Header())
@@ -100,10 +100,10 @@ def _safetensors_problem(reader: Reader, record: FileRecord, expected: _Header |
 
 def _described_frames(head: bytes, what: str) -> dict[str, JsonValue] | None:
     """``frames`` of every tensor of an encoded shard, as its header says. Raises ``CheckpointDamaged``."""
-    entries = plain.loads(head[8:].rstrip(b" "), what)
+    entries = jsontree.loads(head[8:].rstrip(b" "), what)
     metadata = entries.get("__metadata__") if isinstance(entries, dict) else None
     text = metadata.get("asyncckpt") if isinstance(metadata, dict) else None
-    how = plain.loads(text.encode("utf-8", "replace"), what) if isinstance(text, str) else None
+    how = jsontree.loads(text.encode("utf-8", "replace"), what) if isinstance(text, str) else None
     tensors = how.get("tensors") if isinstance(how, dict) else None
     if not isinstance(tensors, dict):
         return None

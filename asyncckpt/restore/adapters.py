@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord
@@ -103,7 +103,7 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
         elif value.numel() and value.untyped_storage().data_ptr() not in own:
             later[raw] = value  # the module's state_dict gives copies (hooks, packed weights): it must take them back
         plan.fill.append((record, [Window(target)]))
-    wanted.update(f"{name}.{key}" for key in plain.tensor_names(extras))
+    wanted.update(f"{name}.{key}" for key in jsontree.tensor_names(extras))
     prefix = f"{name}."
     plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
     if meta:
@@ -197,7 +197,7 @@ def _optimizer(
             continue
         live = optimizer.state.get(parameters[index], {})
         tensors = _state_tensors(name, parameters[index], live, stored, plan, opts)
-        values[index] = plain.decode(subtree, tensors, on_host(name, stored, plan))
+        values[index] = jsontree.decode(subtree, tensors, on_host(name, stored, plan))
     groups: list[dict[str, Any]] = []
     counted = 0
     for live_group in optimizer.param_groups:
@@ -280,7 +280,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
     holder = value.state_dict() if kind_of(value) == "stateful" and job_size() > 1 else value
     bare = without_shards(holder, shards)
     if kind_of(value) == "plain" or shards or (holder is not value and _has_distributed(holder)):
-        plain.encode(bare, "", live.__setitem__, component=name)
+        jsontree.encode(bare, "", live.__setitem__, component=name)
     fresh = new_tensors(name, stored, plan, opts)
 
     def tensors(key: str) -> torch.Tensor:
@@ -303,7 +303,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
         plan.take(record, found, f"{name}.{key}")
         return found
 
-    decoded = with_shards(plain.decode(tree, tensors, on_host(name, stored, plan)), shards)
+    decoded = with_shards(jsontree.decode(tree, tensors, on_host(name, stored, plan)), shards)
     if kind_of(value) == "stateful":
         plan.finish.append(lambda: value.load_state_dict(decoded))
     else:

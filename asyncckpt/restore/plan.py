@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
@@ -62,7 +62,7 @@ Stored = Mapping[str, StoredTensor]
 
 def decode(component: str, tree: JsonValue, stored: Stored, plan: Plan, opts: Options) -> Any:
     """A decoded tree with new tensors that ``plan`` fills; arrays lie in host memory, whatever the device."""
-    return plain.decode(tree, new_tensors(component, stored, plan, opts), on_host(component, stored, plan))
+    return jsontree.decode(tree, new_tensors(component, stored, plan, opts), on_host(component, stored, plan))
 
 
 def on_host(component: str, stored: Stored, plan: Plan) -> Callable[[str], torch.Tensor]:

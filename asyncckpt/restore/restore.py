@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.manifest import json as manifests
@@ -194,7 +194,9 @@ def open_manifest(reader: Reader, expect_digest: str | None = None) -> Manifest:
 
 def read_trees(reader: Reader, manifest: Manifest) -> dict[str, JsonValue]:
     """The plain values of every component, verified."""
-    trees = plain.loads(read_small_file(reader, manifest, STATE_FILE, MAX_STATE_BYTES), f"{reader.path}/{STATE_FILE}")
+    trees = jsontree.loads(
+        read_small_file(reader, manifest, STATE_FILE, MAX_STATE_BYTES), f"{reader.path}/{STATE_FILE}"
+    )
     if not isinstance(trees, dict):
         raise CheckpointDamaged(f"{reader.path}/{STATE_FILE} is no JSON object")
     return trees

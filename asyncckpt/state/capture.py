@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.protocols import Stateful
@@ -92,7 +92,7 @@ def _component(
         value = value.state_dict()
     shards: dict[int, Shard] = {}
     value = without_shards(value, shards) if kind != "optimizer" else value
-    tree = plain.encode(value, "", _sink(name, pieces, shards), component=name)
+    tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
     return ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
 
@@ -131,7 +131,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
                 continue
             seen.append((fqn, value))
         pieces.append(piece_of(name, fqn, value, frozen=value.data_ptr() in frozen))
-    tree: JsonValue = plain.encode(extras, "", add, component=name)
+    tree: JsonValue = jsontree.encode(extras, "", add, component=name)
     return ComponentSnapshot(name, "module", pieces, aliases, tree)
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from asyncckpt import forks
 from asyncckpt.errors import LeaseLost, RunLocked, RunPathError
-from asyncckpt.plain import loads
+from asyncckpt.jsontree import loads
 
 log = logging.getLogger("asyncckpt")
 

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import asyncckpt.retention
 import beside_saves
 import mutant_checks as checks
 import pytest
 from mutant_checks import Check, model
 
 from asyncckpt import run
-from asyncckpt.catalog import catalog
+from asyncckpt.catalog import catalog, retention
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import committer
 from asyncckpt.commit import transaction as commit
@@ -514,7 +513,7 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     def plan(entries: Any, policies: Any) -> Any:
         bare = [replace(entry, pinned=False) for entry in entries]
-        return asyncckpt.retention.plan(bare, policies)
+        return retention.plan(bare, policies)
 
     patch.setattr(committer, "plan", plan)
 

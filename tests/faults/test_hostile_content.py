@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 
 from fuzz_checkpoints import Checkpoint, MemoryReader, checkpoint, live_state
 
-from asyncckpt import CheckpointDamaged, InvalidOption, plain
+from asyncckpt import CheckpointDamaged, InvalidOption, jsontree
 from asyncckpt.codecs import digests
 from asyncckpt.convert.single_file import export
 from asyncckpt.formats import zarr
@@ -122,13 +122,13 @@ def test_keys_made_to_collide_are_refused_before_they_take_hours(kind: str) -> N
     items = keys if "set" in kind else [item for key in keys for item in (key, 0)]
     began = time.process_time()
     with pytest.raises(CheckpointDamaged, match="collide"):
-        plain.decode({"$": kind, "v": items}, lambda _name: torch.zeros(0))
+        jsontree.decode({"$": kind, "v": items}, lambda _name: torch.zeros(0))
     assert time.process_time() - began < SECONDS
 
 
 def test_many_honest_keys_are_no_attack() -> None:
     keys = [*range(50_000), *(float(i) + 0.5 for i in range(50_000)), *map(str, range(50_000))]
-    assert plain.decode({"$": "set", "v": keys}, lambda _name: torch.zeros(0)) == set(keys)
+    assert jsontree.decode({"$": "set", "v": keys}, lambda _name: torch.zeros(0)) == set(keys)
 
 
 @pytest.mark.parametrize("name", ["\ud800", "__metadata__"])

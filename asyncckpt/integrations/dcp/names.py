@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.manifest.parse import is_component_name
 from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor
@@ -97,7 +97,7 @@ def encode_value(value: Any, where: str) -> JsonValue:
             f"dict or list of the state dict"
         )
 
-    return plain.encode(value, "", refuse, component=where)
+    return jsontree.encode(value, "", refuse, component=where)
 
 
 def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
@@ -114,7 +114,7 @@ def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
             for name in (*record.tensors, *record.aliases)
         }
         return Names(qualified, {}, {})
-    own = plain.decode(trees[OWN], no_tensor)
+    own = jsontree.decode(trees[OWN], no_tensor)
     if not isinstance(own, dict) or not all(isinstance(own.get(key), dict) for key in ("tensors", "paths", "values")):
         raise CheckpointDamaged(f"component {OWN!r} does not look like what DCP's writer leaves")
     tensors: dict[str, tuple[str, str]] = {}
@@ -182,4 +182,4 @@ def _encode(tree: Any, component: str) -> JsonValue:
             return {"$": "tensor", "v": found[called]}
         return {key: named(value) for key, value in node.items()}
 
-    return named(plain.encode(built(tree), "", sink, component=component))
+    return named(jsontree.encode(built(tree), "", sink, component=component))

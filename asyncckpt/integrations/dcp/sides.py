@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from asyncckpt import forks, plain
+from asyncckpt import forks, jsontree
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.codecs import digests
 from asyncckpt.errors import SaveFailed, StepExists
@@ -165,7 +165,7 @@ class Live:
         if attempt is None or lease is None or catalog is None:
             raise SaveFailed("no save has begun")
         components, trees = components_of(records, paths, values)
-        small = {manifests.STATE_FILE: plain.dumps(trees)}
+        small = {manifests.STATE_FILE: jsontree.dumps(trees)}
         asyncio.run(attempt.write_small(small))
         attempt.sync_directory()
         take = digests.get(digest)

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.catalog.names import DEFAULT
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
@@ -237,7 +237,7 @@ class Writer(StorageWriter):
             stored = one.storage_data
             files += stored.get("files", ())
             if "value" in stored:
-                values[one.index.fqn] = plain.decode(stored["value"], _no_tensor)
+                values[one.index.fqn] = jsontree.decode(stored["value"], _no_tensor)
             else:
                 told[one.index.fqn] = stored
                 boxes.setdefault(one.index.fqn, []).append(BoxRecord(*stored["box"]))

@@ -15,7 +15,7 @@ import torch
 from fuzz_checkpoints import Checkpoint, checkpoint, live_state
 from fuzz_mutation import bytes_mutated, json_mutated
 
-from asyncckpt import plain
+from asyncckpt import jsontree
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
 from asyncckpt.codecs.codecs import Blosc, Zstd
@@ -132,7 +132,7 @@ _TENSORS = (torch.arange(3), torch.ones(2, 2), torch.zeros(()))
 
 
 def _state(data: bytes) -> object:
-    return plain.decode(plain.loads(data, "state.json"), _tensor)
+    return jsontree.decode(jsontree.loads(data, "state.json"), _tensor)
 
 
 def _state_seeds() -> list[bytes]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
-from asyncckpt.plain.encoding import AS_TENSOR, FACTORIES, MAX_DEPTH, NUMPY, TORCH_DTYPES
+from asyncckpt.jsontree.encode import AS_TENSOR, FACTORIES, MAX_DEPTH, NUMPY, TORCH_DTYPES
 from asyncckpt.types import JsonValue
 
 

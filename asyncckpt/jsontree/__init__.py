@@ -7,9 +7,9 @@ up. Types are looked up in one table each way, by exact type and by tag: nothing
 
 from __future__ import annotations
 
-from asyncckpt.plain.decoding import decode
-from asyncckpt.plain.encoding import encode
-from asyncckpt.plain.text import dumps, loads
+from asyncckpt.jsontree.decode import decode
+from asyncckpt.jsontree.encode import encode
+from asyncckpt.jsontree.strict import dumps, loads
 from asyncckpt.types import JsonValue
 
 __all__ = ["decode", "dumps", "encode", "loads", "tensor_names"]
