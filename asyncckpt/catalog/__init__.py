@@ -1,0 +1,1 @@
+"""The catalog: which checkpoints a run has, what they are called, which to keep."""

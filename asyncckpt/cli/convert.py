@@ -22,7 +22,7 @@ def convert(
 ) -> None:
     """Take a checkpoint of plain torch.distributed.checkpoint into a run. No pickle is executed."""
     with exits():
-        from asyncckpt.integrations.dcp import convert as converting  # torch.distributed takes a second to import
+        from asyncckpt.convert.dcp import convert as converting  # torch.distributed takes a second to import
 
         done = converting(source, run, step, skip_unsupported=skip_unsupported, overwrite=force)
         if json:

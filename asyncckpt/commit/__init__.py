@@ -1,0 +1,1 @@
+"""Committing: files → a published checkpoint, and what follows it."""

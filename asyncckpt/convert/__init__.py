@@ -1,0 +1,1 @@
+"""Checkpoints in other formats, in and out. Edges: they translate, and nothing imports them."""

@@ -1,0 +1,1 @@
+"""Reading: verified bytes of a checkpoint, and where they go."""

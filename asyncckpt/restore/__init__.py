@@ -1,0 +1,1 @@
+"""Restoring: a checkpoint → live objects, in place."""

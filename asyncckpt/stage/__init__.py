@@ -1,0 +1,1 @@
+"""Staging: tensors → host memory, while training goes on or before ``save`` returns."""

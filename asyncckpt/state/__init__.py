@@ -1,0 +1,1 @@
+"""The training state: live objects ↔ named tensors and plain trees; copies no tensor."""

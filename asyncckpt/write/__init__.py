@@ -1,0 +1,1 @@
+"""Writing: staged extents → files: compared with what is there, encoded, placed, written or linked."""

@@ -603,7 +603,7 @@ def _(patch: Patch) -> None:
 
 @mutant("retention keeps the largest steps", checks.what_was_saved_last_is_the_newest)
 def _(patch: Patch) -> None:
-    patch.setattr(asyncckpt.retention, "age", lambda candidate: (0, candidate.step))
+    patch.setattr(retention, "age", lambda candidate: (0, candidate.step))
 
 
 @mutant("retention takes copies that somebody made", checks.what_others_made_stays)

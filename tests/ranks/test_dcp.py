@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from asyncckpt import AsyncCkptError, CheckpointDamaged, InvalidOption, Run, UnsupportedValue
 from asyncckpt.cli.app import app
+from asyncckpt.convert.dcp import convert
 from asyncckpt.convert.dcp.native_reader import read_foreign
-from asyncckpt.integrations.dcp import Reader, Writer, convert
+from asyncckpt.integrations.dcp import Reader, Writer
 from ranks.harness import Crews, Fault, Me
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -8,9 +8,8 @@ No pickle is written or read: what is no tensor has to be plain values (numbers,
 
 from __future__ import annotations
 
-from asyncckpt.convert.dcp.conversion import Converted, convert
 from asyncckpt.integrations.dcp.reader import Reader
 from asyncckpt.integrations.dcp.sides import Stager
 from asyncckpt.integrations.dcp.writer import Writer
 
-__all__ = ["Converted", "Reader", "Stager", "Writer", "convert"]
+__all__ = ["Reader", "Stager", "Writer"]
