@@ -59,7 +59,7 @@ lint: $(STAMP)            ## style, types and the layer rule
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	#$(BIN)/lint-imports  rests while modules move
+	$(BIN)/lint-imports
 
 bench: $(STAMP)           ## the table of the README, on this machine (about 20 minutes, 6 GB of disk)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from model_scenarios import SCENARIOS
-from queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
+from support.model_scenarios import SCENARIOS
+from support.queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
 from asyncckpt import (
     Checkpointer,

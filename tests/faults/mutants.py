@@ -12,10 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import beside_saves
-import mutant_checks as checks
 import pytest
-from mutant_checks import Check, model
 
 from asyncckpt import run
 from asyncckpt.catalog import catalog, retention
@@ -46,6 +43,9 @@ from asyncckpt.testing import RecordingOps
 from asyncckpt.write import shards as writing
 from asyncckpt.write.progress import Progress
 from asyncckpt.write.shards import ShardsWriting
+from faults import beside_saves
+from faults import mutant_checks as checks
+from faults.mutant_checks import Check, model
 
 Patch = pytest.MonkeyPatch
 ONE, TWO, AGAIN = model("one save"), model("two saves, retention"), model("a step saved again")

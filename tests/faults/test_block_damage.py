@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stored import FORMATS, STEPS, Stored
+from support.damaged_files import FORMATS, STEPS, Stored
 
 Spoiling = tuple[str, dict[str, bytes | None]]
 BLOCKS = (512, 4096)

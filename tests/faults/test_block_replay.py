@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenarios import SCENARIOS, Scenario, check_visible, count, state_of
+from support.scenarios import SCENARIOS, Scenario, check_visible, count, state_of
 
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import blockdevice

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import SCENARIOS, check_visible, generation_in, leftovers, state_of
+from support.scenarios import SCENARIOS, check_visible, generation_in, leftovers, state_of
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, KeepLast, Minutes, Run, RunLocked

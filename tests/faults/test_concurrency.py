@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import SCENARIOS, Scenario, check_visible, count, fork, generation_in, leftovers, state_of
+from support.scenarios import SCENARIOS, Scenario, check_visible, count, fork, generation_in, leftovers, state_of
 from typer.testing import CliRunner
 
 from asyncckpt import CheckpointInfo, CheckpointNotFound, KeepLast, Run, RunLocked

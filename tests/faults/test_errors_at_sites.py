@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import assert_all_memory_came_back
-from scenarios import SCENARIOS, Scenario, check_visible, count, leftovers, open_files, state_of
+from support.scenarios import SCENARIOS, Scenario, check_visible, count, leftovers, open_files, state_of
 
 from asyncckpt import AsyncCkptError, SaveUndecided
 from asyncckpt.testing import READING, Fault, Site, SiteFaultOps

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import SCENARIOS, state_of
+from support.scenarios import SCENARIOS, state_of
 
 from asyncckpt import AsyncCkptError, Checkpointer, Delta, KeepLast, Run, StorageFailed
 from asyncckpt.storage.posix import PosixOps

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-from stored import FORMATS, Stored
+from support.damaged_files import FORMATS, Stored
 
 #: Of so many flips one is restored too: that takes longer than verifying.
 RESTORE_STRIDE = 8

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from disks import Ext4, ext4, resize, tmpfs, used_blocks, used_inodes
-from scenarios import SCENARIOS, Scenario, check_visible, fork, leftovers, open_files, state_of
+from support.loop_mounts import Ext4, ext4, resize, tmpfs, used_blocks, used_inodes
+from support.scenarios import SCENARIOS, Scenario, check_visible, fork, leftovers, open_files, state_of
 
 from asyncckpt import AsyncCkptError, Checkpointer, LeaseLost, NotEnoughSpace, SaveFailed
 from asyncckpt.testing import READING, InterceptedOps

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
+from support.scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
 
 from asyncckpt import SaveAbandoned, WriterOptions
 from asyncckpt.commit import committer

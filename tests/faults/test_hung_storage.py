@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
+from support.scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
 
 from asyncckpt import AsyncCkptError, Checkpointer, SaveAbandoned, WriterOptions
 from asyncckpt.commit import committer

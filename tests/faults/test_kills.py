@@ -11,7 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scenarios import SCENARIOS, Scenario, acknowledge, acknowledged, check_visible, count, fork, leftovers, state_of
+from support.scenarios import (
+    SCENARIOS,
+    Scenario,
+    acknowledge,
+    acknowledged,
+    check_visible,
+    count,
+    fork,
+    leftovers,
+    state_of,
+)
 
 from asyncckpt.testing import KillingOps
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenarios import SCENARIOS, Scenario, acknowledge, acknowledged, check_visible, count, fork, state_of
+from support.scenarios import SCENARIOS, Scenario, acknowledge, acknowledged, check_visible, count, fork, state_of
 
 from asyncckpt import Run
 from asyncckpt.storage.posix import PosixOps

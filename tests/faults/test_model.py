@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from model_scenarios import SCENARIOS, Scenario, killed_anywhere
+from support.model_scenarios import SCENARIOS, Scenario, killed_anywhere
 
 from asyncckpt.testing import CrashModel, Outcome, RecordingOps, check_trace, permitted
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import mutant_checks
 import pytest
-from mutants import MUTANTS, Mutant
 
 from asyncckpt.errors import AsyncCkptError
+from faults import mutant_checks
+from faults.mutants import MUTANTS, Mutant
 
 #: A mutant is only caught by a check that passes where nothing is planted.
 CHECKS = sorted({check for mutant in MUTANTS for check in mutant.caught_by}, key=lambda check: check.__name__)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_all_memory_came_back
-from scenarios import count
+from support.scenarios import count
 
 from asyncckpt import AsyncCkptError, Checkpointer, Delta, KeepLast, Run, WriterOptions
 from asyncckpt.testing import READING, InterceptedOps

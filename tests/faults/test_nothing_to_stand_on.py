@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenarios import SCENARIOS, check_visible, fork, generation_in, state_of
+from support.scenarios import SCENARIOS, check_visible, fork, generation_in, state_of
 
 from asyncckpt import AsyncCkptError, Checkpointer, NotEnoughMemory, Run
 from asyncckpt.memory import arena

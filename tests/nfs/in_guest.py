@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 from calls import serve
-from scenarios import SCENARIOS, check_visible, fork, generation_in, leftovers, state_of
+from support.scenarios import SCENARIOS, check_visible, fork, generation_in, leftovers, state_of
 from test_kills import Trainers
 from typer.testing import CliRunner
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from machines import Machines, reason_unavailable, running
-from scenarios import SCENARIOS, count
+from support.scenarios import SCENARIOS, count
 
 pytestmark = [
     pytest.mark.nfs,

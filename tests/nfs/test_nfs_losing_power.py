@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 from calls import CallFailed
 from machines import Machines, reason_unavailable, running
-from scenarios import SCENARIOS, count
+from support.scenarios import SCENARIOS, count
 
 pytestmark = [
     pytest.mark.nfs,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
-from ranks.harness import Crews
-from ranks.table import TABLE
+from support.harness import Crews
+from support.report_table import TABLE
 
 
 @pytest.fixture(scope="session")

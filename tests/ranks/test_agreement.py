@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.harness import Crew, Crews, Me
+from support.parallelisms import TIMEOUT
 
 import asyncckpt
 from asyncckpt.ranks import coordinator as job
-from ranks.harness import Crew, Crews, Me
-from ranks.matrix import TIMEOUT
 
 SHORT = asyncckpt.RankOptions(timeout_seconds=1.5)
 

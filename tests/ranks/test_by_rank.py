@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from support.harness import Crews, Me
+from support.parallelisms import SIZES, TIMEOUT
+from support.sharded_states import build
 
 import asyncckpt
-from ranks.harness import Crews, Me
-from ranks.matrix import SIZES, TIMEOUT
-from ranks.states import build
 from ranks.test_elastic import _restore, _save
 
 OPTIONS = {**SIZES, "layout": "ranks"}

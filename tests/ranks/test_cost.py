@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.fault_points import CALL_SECONDS, TIMEOUT_SECONDS, Clock, checkpointer, state_of
+from support.harness import Crew, Crews, Fault, Me
+from support.parallelisms import TIMEOUT
 
 import asyncckpt
 from asyncckpt.events import Event, ExtentStaged
-from ranks.harness import Crew, Crews, Fault, Me
-from ranks.matrix import TIMEOUT
-from ranks.points import CALL_SECONDS, TIMEOUT_SECONDS, Clock, checkpointer, state_of
 
 
 def _staged(me: Me, path: str) -> int:

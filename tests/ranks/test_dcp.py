@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from support.harness import Crews, Fault, Me
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict
@@ -24,7 +25,6 @@ from asyncckpt.cli.app import app
 from asyncckpt.convert.dcp import convert
 from asyncckpt.convert.dcp.native_reader import read_foreign
 from asyncckpt.integrations.dcp import Reader, Writer
-from ranks.harness import Crews, Fault, Me
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 STEP = 7

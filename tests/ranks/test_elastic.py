@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.harness import Crews, Me
+from support.parallelisms import SIZES, TIMEOUT
+from support.sharded_states import build, contents, needed_bytes, possible, scramble
 from torch import nn
 
 import asyncckpt
-from ranks.harness import Crews, Me
-from ranks.matrix import SIZES, TIMEOUT
-from ranks.states import build, contents, needed_bytes, possible, scramble
 
 #: Bytes a rank may read, of what lies on it.
 MOST = 1.10
@@ -113,7 +113,7 @@ def test_from_anywhere_to_anywhere(form: str, crews: Crews, tmp_path: Path) -> N
 
 def _wide(me: Me, way: str) -> dict[str, Any]:
     """Tensors of the sizes that jobs of many ranks have: some MB each."""
-    from ranks.states import _fsdp, _optimizer
+    from support.sharded_states import _fsdp, _optimizer
 
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(1024, 1536), nn.Linear(1536, 1000), nn.Linear(1000, 1031, bias=False))

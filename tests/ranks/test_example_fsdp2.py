@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.harness import Crews
 
 from asyncckpt import Run
-from ranks.harness import Crews
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_fsdp2.py"
 STEPS, EVERY = 30, 6

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from support.fault_points import BOUND_SECONDS, CALL_SECONDS, Clock, checkpointer, is_whole, state_of
+from support.harness import Crew, Crews, Fault, Me, Outcome
 
 import asyncckpt
 from asyncckpt import NotEnoughSpace, SaveFailed
-from ranks.harness import Crew, Crews, Fault, Me, Outcome
-from ranks.points import BOUND_SECONDS, CALL_SECONDS, Clock, checkpointer, is_whole, state_of
 
 
 def _doomed(me: Me, path: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.harness import Crews, Me
+from support.parallelisms import TIMEOUT
 from torch.utils.data import DataLoader, TensorDataset
 
 import asyncckpt
 from asyncckpt.state.dtensor import job_size
-from ranks.harness import Crews, Me
-from ranks.matrix import TIMEOUT
 
 #: A farewell to ranks that do not answer takes five seconds, and everything else a fraction of one.
 _BOUND_SECONDS = 3.0

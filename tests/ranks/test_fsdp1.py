@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.harness import Crews, Me
+from support.parallelisms import TIMEOUT
 from torch import nn
 
 import asyncckpt
-from ranks.harness import Crews, Me
-from ranks.matrix import TIMEOUT
 
 
 def _net() -> nn.Module:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from support.harness import Crews, Me
+from support.parallelisms import TIMEOUT
 
 import asyncckpt
 from asyncckpt import KeepLast, Run
-from ranks.harness import Crews, Me
-from ranks.matrix import TIMEOUT
 
 
 def _save(me: Me, path: str, steps: list[int], add: int, back_to: int | None) -> int:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.harness import Crew, Crews, Me
+from support.parallelisms import SIZES, TIMEOUT, hash_of
+from support.sharded_states import build, contents, scramble
 
 import asyncckpt
-from ranks.harness import Crew, Crews, Me
-from ranks.matrix import SIZES, TIMEOUT, hash_of
-from ranks.states import build, contents, scramble
 
 
 def _ip(*words: str) -> bool:

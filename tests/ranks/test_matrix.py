@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from support.harness import Crews, Me
+from support.parallelisms import FORMATS, SIZES, TIMEOUT, save_in_each
+from support.report_table import TABLE
+from support.sharded_states import PARALLELISMS, Net, build, possible
 
 import asyncckpt
-from ranks.harness import Crews, Me
-from ranks.matrix import FORMATS, SIZES, TIMEOUT, save_in_each
-from ranks.states import PARALLELISMS, Net, build, possible
-from ranks.table import TABLE
 
 #: Cells that say no, and have to: what nobody can write, or gather, alone.
 REFUSED = {("pp", "safetensors/planes"), *(("shards", one) for one in FORMATS if one != "safetensors/none")}

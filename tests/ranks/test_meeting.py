@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from support.fault_points import state_of
+from support.harness import Crews, Me
 
 import asyncckpt
 from asyncckpt.errors import RankLost
 from asyncckpt.ranks import rendezvous as meeting
 from asyncckpt.ranks import store as distributed
 from asyncckpt.ranks.rendezvous import meet
-from ranks.harness import Crews, Me
-from ranks.points import state_of
 
 
 class _Messages:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support.fault_points import checkpointer, is_whole, state_of
+from support.harness import Crew, Crews, Fault, Me, Outcome
 
 import asyncckpt
 from asyncckpt.plan import partition as division
@@ -22,8 +24,6 @@ from asyncckpt.ranks.collective_save import LeadSave
 from asyncckpt.ranks.coordinator import Job
 from asyncckpt.ranks.store import Ranks
 from asyncckpt.storage.posix import PosixOps
-from ranks.harness import Crew, Crews, Fault, Me, Outcome
-from ranks.points import checkpointer, is_whole, state_of
 
 RANKS = 3
 

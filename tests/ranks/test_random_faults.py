@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fault_points import checkpointer, is_whole, state_of
+from support.harness import Crew, Crews, Me
 
 import asyncckpt
-from ranks.harness import Crew, Crews, Me
-from ranks.points import checkpointer, is_whole, state_of
 
 #: How many; 500 and more say something.
 FAULTS = int(os.environ.get("ASYNCCKPT_RANK_FAULTS", "20"))

@@ -12,7 +12,7 @@ from asyncckpt.events import Event, ExtentStaged
 from asyncckpt.ranks import collective_save as together
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.types import Buffer
-from ranks.harness import Me
+from support.harness import Me
 
 #: How long ranks wait for each other here.
 TIMEOUT_SECONDS = 2.0

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from queued_copies import (
+from support.queued_copies import (
     PATIENCE_SECONDS,
     Event,
     Landed,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import asyncckpt
-from ranks.harness import Me
-from ranks.states import build
+from support.harness import Me
+from support.sharded_states import build
 
 #: ``format/codec``.
 FORMATS = ("safetensors/none", "zarr/none", "safetensors/planes", "zarr/planes")

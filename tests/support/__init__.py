@@ -1,0 +1,1 @@
+"""What several test modules share: rank processes, states, scenarios, file systems."""
