@@ -66,7 +66,7 @@ bench: $(STAMP)           ## the table of the README, on this machine (about 20 
 	$(BIN)/python -m benchmarks
 
 bench-micro: $(STAMP)     ## pytest-benchmark: hashes, copies, layout, manifest
-	$(BIN)/python -m pytest -m bench benchmarks
+	$(BIN)/python -m pytest -m bench benchmarks/micro
 
 clean:
 	rm -rf $(VENV) demo-run bench-out .mypy_cache .ruff_cache .pytest_cache

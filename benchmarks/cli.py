@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import environment, peers, report, runner, whole_saves
-from benchmarks.codecs import command
-from benchmarks.ranks import command as ranks_command
-from benchmarks.state import SIZES
+from benchmarks import peers
+from benchmarks.harness import environment, report, runner
+from benchmarks.harness.state import SIZES
+from benchmarks.suites.codecs import command, whole_saves
+from benchmarks.suites.ranks import command as ranks_command
 
 app = typer.Typer(add_completion=False, help="Measure the engine against the device and against its peers.")
 

@@ -17,8 +17,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from benchmarks.raw import sync_directory
-from benchmarks.state import State
+from benchmarks.harness.raw import sync_directory
+from benchmarks.harness.state import State
 
 NAMES = (
     "asyncckpt",

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
+from benchmarks.harness.state import State
 from benchmarks.peers import Session
-from benchmarks.state import State
 
 #: More than one thread splits a rank's data over that many files; two suit the two cores this was measured on.
 WRITER_THREADS = 2

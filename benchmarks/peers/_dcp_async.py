@@ -13,9 +13,9 @@ import torch
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse, async_save
 
+from benchmarks.harness.state import State
 from benchmarks.peers import Saved, in_background
 from benchmarks.peers._dcp import DcpSession
-from benchmarks.state import State
 
 
 class DcpAsync(DcpSession):

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from typing import Any
 
 import asyncckpt
+from benchmarks.harness.state import State
 from benchmarks.peers import Saved, Session
-from benchmarks.state import State
 
 LABEL = "asyncckpt"
 _DELETION_SECONDS = 10.0

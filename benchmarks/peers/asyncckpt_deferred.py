@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from benchmarks.harness.state import State
 from benchmarks.peers import Session
 from benchmarks.peers.asyncckpt import Asyncckpt
-from benchmarks.state import State
 
 LABEL = "asyncckpt, deferred"
 

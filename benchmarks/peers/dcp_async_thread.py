@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
+from benchmarks.harness.state import State
 from benchmarks.peers import Session
 from benchmarks.peers._dcp_async import DcpAsync
-from benchmarks.state import State
 
 LABEL = "DCP async_save, thread"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from benchmarks.harness.state import State
 from benchmarks.peers import Saved, Session, blocking
 from benchmarks.peers._dcp import DcpSession
-from benchmarks.state import State
 
 LABEL = "DCP save"
 

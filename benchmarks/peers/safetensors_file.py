@@ -8,8 +8,8 @@ import os
 
 from safetensors.torch import load_file, save_file
 
+from benchmarks.harness.state import State, flat_tensors
 from benchmarks.peers import Saved, Session, blocking
-from benchmarks.state import State, flat_tensors
 
 LABEL = "safetensors + fsync"
 

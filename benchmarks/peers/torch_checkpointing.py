@@ -15,8 +15,8 @@ from torch_checkpointing.checkpoint_writer import CheckpointWriterConfig
 from torch_checkpointing.config import AsyncCheckpointSaverConfig
 from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
+from benchmarks.harness.state import State
 from benchmarks.peers import Saved, Session, in_background
-from benchmarks.state import State
 
 LABEL = "torch_checkpointing"
 

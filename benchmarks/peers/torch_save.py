@@ -7,8 +7,8 @@ import os
 
 import torch
 
+from benchmarks.harness.state import State
 from benchmarks.peers import Saved, Session, blocking
-from benchmarks.state import State
 
 LABEL = "torch.save + fsync"
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from asyncckpt.codecs.blosc import Array
-from benchmarks.codecs.bars import standing
-from benchmarks.codecs.contenders import contenders, one_core
-from benchmarks.codecs.groups import CHUNK_BYTES, Group, group
-from benchmarks.codecs.measure import Measured, lossless, measure_group
-from benchmarks.figures import Spread
+from benchmarks.harness.figures import Spread
+from benchmarks.suites.codecs.bars import standing
+from benchmarks.suites.codecs.contenders import contenders, one_core
+from benchmarks.suites.codecs.groups import CHUNK_BYTES, Group, group
+from benchmarks.suites.codecs.measure import Measured, lossless, measure_group
 
 
 def _weights(dtype: torch.dtype) -> Group:

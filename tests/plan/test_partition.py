@@ -13,8 +13,8 @@ from asyncckpt.plan import layout
 from asyncckpt.plan.partition import Division, divide
 from asyncckpt.ranks import planner as planning
 from asyncckpt.types import ALIGNMENT_BYTES, Layout, LayoutOptions, Rows, TensorSpec
-from benchmarks.ranks import simulation
-from benchmarks.ranks.simulation import simulate
+from benchmarks.suites.ranks import simulation
+from benchmarks.suites.ranks.simulation import simulate
 
 OPTIONS = LayoutOptions(shard_bytes=6 << 20, extent_bytes=256 << 10)
 

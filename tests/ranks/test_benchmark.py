@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.figures import UNMEASURED
-from benchmarks.ranks import bars
-from benchmarks.ranks.command import Job, run_job
-from benchmarks.ranks.simulation import Planning
+from benchmarks.harness.figures import UNMEASURED
+from benchmarks.suites.ranks import bars
+from benchmarks.suites.ranks.command import Job, run_job
+from benchmarks.suites.ranks.simulation import Planning
 
 PLANNING = Planning(0.5, 0.003, 20 << 20, 1 / 1024)
 

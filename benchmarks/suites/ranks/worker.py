@@ -1,4 +1,4 @@
-"""One measurement on all ranks of a job: ``torchrun … -m benchmarks.ranks.worker saves DIRECTORY EVENTS``.
+"""One measurement on all ranks of a job: ``torchrun … -m benchmarks.suites.ranks.worker saves DIRECTORY EVENTS``.
 
 Rank 0 appends one JSON object a line to the file EVENTS. What a rank measures counts from a barrier; of durations that
 all ranks measured, the longest is taken.
@@ -23,11 +23,11 @@ import asyncckpt
 from asyncckpt.events import Event, ExtentStaged
 from asyncckpt.ranks.store import Ranks
 from benchmarks import peers
+from benchmarks.harness.raw import Ceiling, drop_page_cache
+from benchmarks.harness.state import GPT, SIZES, State, all_tensors
 from benchmarks.peers.asyncckpt import Asyncckpt
 from benchmarks.peers.dcp_async_process import setup as dcp_process
 from benchmarks.peers.dcp_async_thread import setup as dcp_thread
-from benchmarks.raw import Ceiling, drop_page_cache
-from benchmarks.state import GPT, SIZES, State, all_tensors
 
 #: Saves of each peer before anything is measured: memory is faulted in, plans are made.
 WARM_SAVES: Final = 2
@@ -209,7 +209,7 @@ def _longest(seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.ranks.worker", description=__doc__)
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("directory", help="on the file system to measure")
     parser.add_argument("events", help="file that rank 0 appends to")

@@ -9,10 +9,10 @@ import typer
 from rich.console import Console
 
 from asyncckpt.errors import MissingExtra
-from benchmarks import environment
-from benchmarks.codecs import bars, groups, measure, report
-from benchmarks.report import write
-from benchmarks.whole_saves import Row
+from benchmarks.harness import environment
+from benchmarks.harness.report import write
+from benchmarks.suites.codecs import bars, groups, measure, report
+from benchmarks.suites.codecs.whole_saves import Row
 
 
 def run(

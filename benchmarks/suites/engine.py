@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
-from benchmarks import drag, memory, peers
-from benchmarks.raw import Ceiling, drop_page_cache
-from benchmarks.state import State, all_tensors, plain_state, same_bits, training_state
-
-#: One figure: its ``kind`` and numbers. Seconds and bytes, as the names say.
-Event: TypeAlias = dict[str, Any]
+from benchmarks import peers
+from benchmarks.harness import memory
+from benchmarks.harness.raw import Ceiling, drop_page_cache
+from benchmarks.harness.runner import Event
+from benchmarks.harness.state import State, all_tensors, plain_state, same_bits, training_state
+from benchmarks.suites import drag
 
 #: About one training step of that model on two cores: what a run has between ``prepare`` and its first save.
 STEP_SECONDS = 4.0

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from benchmarks.codecs.contenders import OURS, OWN
-from benchmarks.codecs.groups import NAMES
-from benchmarks.codecs.measure import GroupResult, Measured, Results
+from benchmarks.suites.codecs.contenders import OURS, OWN
+from benchmarks.suites.codecs.groups import NAMES
+from benchmarks.suites.codecs.measure import GroupResult, Measured, Results
 
 _OURS_COLOUR: Final = "#d62728"
 _OWN_COLOUR: Final = "#1f77b4"

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from benchmarks.codecs.contenders import OURS
-from benchmarks.codecs.groups import NAMES
-from benchmarks.codecs.measure import SCALED, GroupResult, Measured, Results
-from benchmarks.whole_saves import Row
+from benchmarks.suites.codecs.contenders import OURS
+from benchmarks.suites.codecs.groups import NAMES
+from benchmarks.suites.codecs.measure import SCALED, GroupResult, Measured, Results
+from benchmarks.suites.codecs.whole_saves import Row
 
 RATIOS: Final[Mapping[str, float]] = {
     "bf16 weights": 1.47,

@@ -18,8 +18,8 @@ from torch import nn
 import asyncckpt
 from asyncckpt.testing import ThrottledOps
 from asyncckpt.write.delta_options import Delta
-from benchmarks.state import GPT, SIZES, State, plain_state, training_state
-from benchmarks.trained import STEPS, trained_run
+from benchmarks.harness.state import GPT, SIZES, State, plain_state, training_state
+from benchmarks.harness.trained import STEPS, trained_run
 
 #: A network file system's share, or a cloud disk of the cheaper kind.
 THROTTLED_BYTES_PER_SECOND = 200e6

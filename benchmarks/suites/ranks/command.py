@@ -17,11 +17,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import environment
-from benchmarks.figures import Row
-from benchmarks.ranks import bars
-from benchmarks.ranks.simulation import simulate
-from benchmarks.report import write
+from benchmarks.harness import environment
+from benchmarks.harness.figures import Row
+from benchmarks.harness.report import write
+from benchmarks.suites.ranks import bars
+from benchmarks.suites.ranks.simulation import simulate
 
 SIZES = (1, 2, 4)
 RESTORES = ((4, 2), (2, 4))
@@ -94,7 +94,7 @@ def run_job(job: Job, directory: Path, size: str) -> list[dict[str, Any]]:
 def _launch(job: Job, folder: str, size: str) -> list[str]:
     events = os.path.join(folder, f"{job.mode}.jsonl")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"]
-    command += ["-m", "benchmarks.ranks.worker", job.mode, folder, events]
+    command += ["-m", "benchmarks.suites.ranks.worker", job.mode, folder, events]
     command += ["--size", size, "--repeats", str(SAVES_A_ROUND)]
     done = subprocess.run(
         command,

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from asyncckpt.errors import MissingExtra
-from benchmarks.codecs.contenders import PACKAGES
-from benchmarks.codecs.groups import NAMES, STAGES
-from benchmarks.codecs.measure import GroupResult, Results
-from benchmarks.environment import sentence
-from benchmarks.report import Cells
-from benchmarks.whole_saves import Row
+from benchmarks.harness.environment import sentence
+from benchmarks.harness.report import Cells
+from benchmarks.suites.codecs.contenders import PACKAGES
+from benchmarks.suites.codecs.groups import NAMES, STAGES
+from benchmarks.suites.codecs.measure import GroupResult, Results
+from benchmarks.suites.codecs.whole_saves import Row
 
 BARS_TITLE: Final = "Bars; ratios and speeds are those late in training"
 _MET: Final = {True: "yes", False: "no", None: "-"}
@@ -75,7 +75,7 @@ def as_json(
 def plot(results: Results, path: Path) -> None:
     """Speed against ratio, a panel a group, late in training. Raises ``MissingExtra`` without matplotlib."""
     try:
-        from benchmarks.codecs import picture
+        from benchmarks.suites.codecs import picture
     except ImportError as error:
         raise MissingExtra("the picture needs matplotlib: pip install 'asyncckpt[demo]'") from error
     path.parent.mkdir(parents=True, exist_ok=True)

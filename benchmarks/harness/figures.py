@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from benchmarks.runner import Run
-from benchmarks.scenarios import Event
+from benchmarks.harness.runner import Event, Run
 
 UNMEASURED = "not measured"
 DCP = ("dcp_save", "dcp_async_thread", "dcp_async_process")

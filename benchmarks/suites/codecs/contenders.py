@@ -17,7 +17,7 @@ from numcodecs import blosc
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, Array
 from asyncckpt.protocols import Codec
-from benchmarks.codecs.groups import CHUNK_BYTES
+from benchmarks.suites.codecs.groups import CHUNK_BYTES
 
 OURS: Final = "planes"
 OWN: Final = (OURS, "lz4", "zstd", "blosc")

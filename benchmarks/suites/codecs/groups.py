@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from asyncckpt.codecs.blosc import Array
-from benchmarks.trained import STEPS, trained_run
+from benchmarks.harness.trained import STEPS, trained_run
 
 CHUNK_BYTES: Final = 8 << 20
 #: The engine stores smaller tensors as they are.

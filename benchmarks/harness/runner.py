@@ -9,11 +9,13 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from benchmarks.scenarios import Event
+#: One figure: its ``kind`` and numbers. Seconds and bytes, as the names say.
+Event: TypeAlias = dict[str, Any]
 
 #: A worker that hangs is killed: one bad peer must not end the whole run.
 JOB_TIMEOUT_SECONDS = 900.0
@@ -91,7 +93,7 @@ def run(jobs: Sequence[Job], size: str, directory: str, console: Console) -> lis
 
 def run_one(job: Job, size: str, directory: str, show: Callable[[Event], None]) -> Run:
     """One job in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.worker", job.scenario, job.peer, directory]
+    command = [sys.executable, "-m", "benchmarks.suites.worker", job.scenario, job.peer, directory]
     command += ["--size", size, "--repeats", str(job.repeats)]
     finished = Run(job)
     with (

@@ -17,9 +17,9 @@ import numpy as np
 
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.blosc import Array
-from benchmarks.codecs.contenders import OURS, Contender, OwnCodec, contenders, one_core
-from benchmarks.codecs.groups import Group
-from benchmarks.figures import Spread, spread
+from benchmarks.harness.figures import Spread, spread
+from benchmarks.suites.codecs.contenders import OURS, Contender, OwnCodec, contenders, one_core
+from benchmarks.suites.codecs.groups import Group
 
 #: The group in which a second thread is measured: the largest part of most checkpoints.
 SCALED: Final = ("fp32 weights", "late")

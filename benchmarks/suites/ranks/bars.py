@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.figures import UNMEASURED, Row, spread
-from benchmarks.ranks.simulation import Planning
+from benchmarks.harness.figures import UNMEASURED, Row, spread
+from benchmarks.suites.ranks.simulation import Planning
 
 HEAD = ("figure", "bar", "measured: median (min..max)", "met", "ceiling, same processes")
 DCP = ("dcp_async_thread", "dcp_async_process")

@@ -1,4 +1,4 @@
-"""One scenario of one peer in a fresh process: ``python -m benchmarks.worker saves asyncckpt DIRECTORY``.
+"""One scenario of one peer in a fresh process: ``python -m benchmarks.suites.worker saves asyncckpt DIRECTORY``.
 
 Prints one JSON object a line on stdout, and nothing else: what libraries print goes to stderr.
 """
@@ -12,12 +12,12 @@ import shutil
 import sys
 import tempfile
 
-from benchmarks.scenarios import SCENARIOS
-from benchmarks.state import SIZES
+from benchmarks.harness.state import SIZES
+from benchmarks.suites.engine import SCENARIOS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.worker", description=__doc__)
     parser.add_argument("scenario", choices=SCENARIOS)
     parser.add_argument("peer")
     parser.add_argument("directory", help="on the file system to measure; what is written there is removed again")

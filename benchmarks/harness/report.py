@@ -11,9 +11,10 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import figures, peers
-from benchmarks.environment import sentence
-from benchmarks.runner import Run
+from benchmarks import peers
+from benchmarks.harness import figures
+from benchmarks.harness.environment import sentence
+from benchmarks.harness.runner import Run
 
 Cells = Sequence[str]
 _MET = {True: "yes", False: "no", None: "-"}

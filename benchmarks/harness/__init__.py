@@ -1,0 +1,1 @@
+"""What every suite shares: the state that is saved, the raw-device ceiling, fresh processes, figures, reports."""

@@ -1,0 +1,1 @@
+"""The suites of ``python -m benchmarks``: engine and restore, drag, codecs, ranks."""
