@@ -20,8 +20,8 @@ from support.model_scenarios import SCENARIOS
 from support.queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
 from asyncckpt import (
+    CheckpointDamaged,
     Checkpointer,
-    CheckpointNotFound,
     KeepLast,
     NoUsableCheckpoint,
     Run,
@@ -205,8 +205,11 @@ def foreign_files_and_stale_copies_are_refused(root: Path) -> None:
     assert run.verify(1), "a file too many, and it verifies"
     shutil.rmtree(root / "run" / "step-00000001")
     shutil.copytree(root / "run" / "step-00000002", root / "run" / "step-00000009")
-    assert [(entry.step, entry.renamed) for entry in run.ls()] == [(2, False), (2, True)], "a copy is taken for its own"
-    with contextlib.suppress(CheckpointNotFound):
+    shutil.copytree(root / "run" / "step-00000002", root / "run" / "paper")
+    found = {entry.name: (entry.step, entry.renamed, entry.damage is None) for entry in run.ls()}
+    assert found["paper"] == (2, True, True), "a copy is taken for the run's own"
+    assert found["step-00000009"] == (9, False, False), "another step's manifest is not seen"
+    with contextlib.suppress(CheckpointDamaged):
         run.restore(_state(-1), step=9)
         raise AssertionError("a copy under another step's name is taken for that step")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from asyncckpt import run
+from asyncckpt import checkpointer, run
 from asyncckpt.catalog import catalog, retention
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import committer
@@ -456,9 +456,7 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     def look(original: Any, self: Any, name: str) -> Any:
         entry = original(self, name)
-        if entry is None or not entry.renamed:
-            return entry
-        return replace(entry, renamed=False, step=int(name.removeprefix("step-")))
+        return entry if entry is None else replace(entry, renamed=False, misnamed=False, damage=None)
 
     _around(patch, catalog.Catalog, "_look_once", look)
 
@@ -658,7 +656,11 @@ def _(patch: Patch) -> None:
             memory.add(p for group in optimizer.param_groups for p in group["params"])
         return memory
 
+    def divided(pieces: Any, owned: OwnedMemory) -> Any:
+        return owned_memory.divide([replace(one, spec=replace(one.spec, frozen=False)) for one in pieces], owned)
+
     patch.setattr(hooks.Watched, "owned", owned)
+    patch.setattr(checkpointer, "divide", divided)
 
 
 @mutant("a whole memory block counts as owned", checks.buffers_beside_parameters_are_not_deferred)
@@ -716,7 +718,7 @@ def _(patch: Patch) -> None:
 
 @mutant("a forked child takes a note of signals, like its parent", beside_saves.a_forked_child_ends_on_sigterm)
 def _(patch: Patch) -> None:
-    _everywhere_at_home(patch, hooks)
+    _everywhere_at_home(patch, preemption)
     patch.setattr(preemption.SignalWatch, "disarm", lambda self: None)
 
 
