@@ -37,17 +37,19 @@ from asyncckpt.errors import (
     UnsupportedValue,
     VersionUnsupported,
 )
+from asyncckpt.formats.options import Delta, Safetensors, Zarr
 from asyncckpt.loop.cadence import Milestones, Minutes, Steps
 from asyncckpt.loop.preemption import Preempted, Preemption
 from asyncckpt.manifest.environment import version
+from asyncckpt.ownership import RunOptions
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.read.damage import Damage
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.run import Run
+from asyncckpt.stage.options import StagingOptions
 from asyncckpt.state.markers import Replicated, Shard
 from asyncckpt.state.rng import RngState
 from asyncckpt.storage.lease import LeaseOptions
-from asyncckpt.write.delta_options import Delta
 from asyncckpt.write.options import WriterOptions
 
 __version__ = version()
@@ -62,7 +64,6 @@ __all__ = [
     "CheckpointInfo",
     "Damage",
     "RngState",
-    "Delta",
     # many ranks
     "Shard",
     "Replicated",
@@ -78,8 +79,13 @@ __all__ = [
     "KeepSteps",
     "Preemption",
     "Preempted",
-    # options
+    # what is written, and how
+    "Safetensors",
+    "Zarr",
+    "Delta",
+    "StagingOptions",
     "WriterOptions",
+    "RunOptions",
     "LeaseOptions",
     # errors
     "AsyncCkptError",

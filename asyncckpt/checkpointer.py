@@ -8,17 +8,16 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 
-from asyncckpt import forks, formats
+from asyncckpt import forks
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.catalog.steps import Claim, Ledger, numbers
-from asyncckpt.codecs import codecs, digests
-from asyncckpt.commit.committer import Committer, OnBusy, Skipped
+from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlight
 from asyncckpt.commit.pending import PendingSave, failed
 from asyncckpt.errors import (
@@ -30,58 +29,55 @@ from asyncckpt.errors import (
     storage_errors,
 )
 from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
+from asyncckpt.formats.options import Files, FilesName, Safetensors, files_of
 from asyncckpt.loop import cadence
 from asyncckpt.loop.at_exit import drain_at_exit, weakly
 from asyncckpt.loop.optimizer_hooks import Watched, may_change
 from asyncckpt.loop.preemption import Preempted, Preemption, SignalWatch
 from asyncckpt.loop.triggers import Occasions
-from asyncckpt.ownership import Session
-from asyncckpt.protocols import Codec
+from asyncckpt.ownership import RunOptions, Session
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.saver import Saves
 from asyncckpt.stage.eager import Division, divide
 from asyncckpt.stage.job import StagingJob
+from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams
-from asyncckpt.storage.lease import LeaseOptions
-from asyncckpt.types import LayoutOptions
-from asyncckpt.write.delta_options import Delta, chain_of
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.threads import Pools
 
-_MIN_STAGING_BYTES = 1 << 20
-_PLAIN = ("safetensors", "none")
+_SAFETENSORS, _STAGING, _WRITER, _RANKS, _RUN = (
+    Safetensors(),
+    StagingOptions(),
+    WriterOptions(),
+    RankOptions(),
+    RunOptions(),
+)
 
 
 class Checkpointer(Session):
     """Saves and restores the training state of one run in one directory.
 
-    ``path``: the run directory (made if only its last part is missing; ``create_parents=True`` makes the rest).
+    ``path``: the run directory, made if only its last part is missing.
     ``every``: when ``step`` saves: an int (steps), ``Steps``, ``Minutes``, ``Milestones``, several in a list, or None.
-    ``keep``: retention policies, a union; none keeps everything. ``format``: ``safetensors`` or ``zarr``. ``codec``:
-    ``none``, ``auto``, ``planes``, ``lz4``, ``zstd``, ``blosc``, or one of ``asyncckpt.codecs`` with its options; all
-    lossless. ``incremental``: files whose bytes equal the previous checkpoint's are linked, not written (frozen
-    parameters get shards of their own); every checkpoint stays complete by itself. ``delta``:
-    ``Delta(chain=4)`` saves differences to the checkpoint before; off by default. ``staging_bytes``: the arena's
-    budget; by default the state's size, at most a quarter of the memory that is free. ``on_busy``: what a save
-    that is due does while earlier saves hold the arena: ``wait`` (default; training stalls), ``skip`` (``step`` returns
-    None; an explicit ``save`` waits), ``error`` (``ArenaBusy``). ``max_in_flight``: saves not yet durable at one
-    time. ``name``: the directories' template. ``config``: plain values recorded in every manifest. ``preempt``: save on
-    SIGTERM and such.
-    ``on_event``: called with every event. ``overwrite``: saving a step again replaces it. ``takeover``: cut off a run
-    that holds the directory and cannot be reached.
+    ``keep``: which checkpoints stay: ``KeepLast`` and other policies, a union; none keeps everything.
+    ``preemption``: save on SIGTERM and such, then leave.
+    ``on_event``: called with every event, on the thread where it happens.
+    ``config``: plain values that every manifest records.
+    ``files``: what checkpoints are made of: ``Safetensors(...)`` (default), ``Zarr(...)``, or one of their names.
+    ``staging``, ``writer``: how the state is copied, and how it is written.
+    ``ranks``: how the ranks of a job deal with each other; None: this process is alone, whatever
+    ``torch.distributed`` says.
+    ``run``: names, and how the directory is taken.
 
     Where ``torch.distributed`` is initialised, all its ranks write each checkpoint together: every rank makes the same
-    checkpointer and the same calls (docs/parallelism.md). ``layout``: ``global``, the files that one process would
-    write; ``ranks``, files of one rank each (plain safetensors only). ``ranks``: how long they wait for each other;
-    ``distributed=False``: this process is alone all the same. ``check_replicas``: before each save, on the training
-    thread, digest what every rank holds a copy of; where copies differ the save fails and names them.
+    checkpointer and the same calls (docs/parallelism.md).
 
     Call ``save``, ``step``, ``watch``, ``guard`` and ``resume`` from the training thread; everything else from any
     thread. Errors of background saves are raised by the next ``step``, ``save``, ``wait`` or ``close``, unless
     ``PendingSave.result`` delivered them already. Nothing is written before the first ``step``, ``save``, ``prepare``
-    or ``resume``: reading a run that another process is writing needs no lease.
+    or ``resume``: reading a run that another process is writing needs no lease. Raises ``InvalidOption``.
     """
 
     def __init__(
@@ -90,88 +86,55 @@ class Checkpointer(Session):
         *,
         every: cadence.Every = None,
         keep: retention.Policy | Sequence[retention.Policy] = (),
-        format: str = "safetensors",
-        codec: str | Codec = "none",
-        incremental: bool = True,
-        delta: Delta | None = None,
-        staging_bytes: int | None = None,
-        on_busy: OnBusy = "wait",
-        max_in_flight: int = 2,
-        shard_bytes: int = 4 << 30,
-        extent_bytes: int = 8 << 20,
-        digest: str = digests.DEFAULT,
-        name: str = naming.DEFAULT,
-        config: Any = None,
-        preempt: Preemption | None = None,
+        preemption: Preemption | None = None,
         on_event: Subscriber | Sequence[Subscriber] = (),
-        overwrite: bool = False,
-        create_parents: bool = False,
-        takeover: bool = False,
-        writer: WriterOptions | None = None,
-        lease: LeaseOptions | None = None,
-        distributed: bool = True,
-        layout: Literal["global", "ranks"] = "global",
-        ranks: RankOptions | None = None,
-        check_replicas: bool = False,
+        config: Any = None,
+        files: Files | FilesName = _SAFETENSORS,
+        staging: StagingOptions = _STAGING,
+        writer: WriterOptions = _WRITER,
+        ranks: RankOptions | None = _RANKS,
+        run: RunOptions = _RUN,
     ) -> None:
-        if on_busy not in ("wait", "skip", "error"):
-            raise InvalidOption(f"on_busy must be 'wait', 'skip' or 'error', not {on_busy!r}")
-        if staging_bytes is not None and (type(staging_bytes) is not int or staging_bytes < _MIN_STAGING_BYTES):
-            raise InvalidOption(f"staging_bytes must be at least {_MIN_STAGING_BYTES} bytes, not {staging_bytes!r}")
-        digests.get(digest)
-        self._writer_options = writer or WriterOptions()
-        events = EventBus(tuple(on_event) if isinstance(on_event, Sequence) else (on_event,))
+        _check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
+        if ranks is not None:
+            _check_kinds(ranks=(ranks, RankOptions))
+        self._files = files_of(files)
+        if self._files.chain and not writer.reuse_unchanged:
+            raise InvalidOption("Safetensors(delta=…) builds on the checkpoint before: it needs reuse_unchanged=True")
+        layout = self._files.layout(staging.budget_bytes)
         super().__init__(
             path,
-            direct=self._writer_options.direct,
-            events=events,
-            create_parents=create_parents,
-            takeover=takeover,
-            lease=lease,
-            ranks=(ranks or RankOptions()) if distributed else None,
-            patience_seconds=self._writer_options.stall_timeout_seconds,
+            direct=writer.direct,
+            events=EventBus(tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)),
+            options=run,
+            ranks=ranks,
+            layout=layout,
+            patience_seconds=staging.stall_timeout_seconds,
         )
-        self._format = formats.get(format)
-        self._codec = codecs.get(codec)
-        chain = chain_of(delta, format, self._codec.name, incremental)
-        self._ledger = Ledger(self.path, naming.NameTemplate(name), self._damaged, overwrite=overwrite)
-        self._on_busy = on_busy
-        if staging_bytes is not None:  # at least four extents at once: one is staged while others are written
-            extent_bytes = min(extent_bytes, max(4096, staging_bytes // 4 // 4096 * 4096))
-        if layout not in ("global", "ranks") or (layout == "ranks" and (format, self._codec.name) != _PLAIN):
-            raise InvalidOption(
-                f"layout must be 'global' or, with format='safetensors' and codec='none', 'ranks'; not {layout!r} with "
-                f"{format!r} and {self._codec.name!r}"
-            )
-        self._layout_options = LayoutOptions(
-            shard_bytes=shard_bytes, extent_bytes=extent_bytes, by_rank=layout == "ranks"
-        )
+        self._staging = staging
+        self._ledger = Ledger(self.path, naming.NameTemplate(run.name), self._damaged, overwrite=run.overwrite)
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._committer = Committer(
             self._store,
             policies,
-            self._writer_options,
+            writer,
             self.events,
             weakly(self._check_lease),
             self._damaged,
             self._ledger,
-            max_in_flight,
+            staging,
         )
         self._watched = Watched(weakly(self._before_change))
-        self._occasions = Occasions(every, preempt)
+        self._occasions = Occasions(every, preemption)
         self._saves = Saves(
-            shard_format=self._format,
-            codec=self._codec,
-            layout=self._layout_options,
-            digest=digest,
+            files=self._files,
+            layout=layout,
+            writer=writer,
+            budget_bytes=staging.budget_bytes,
+            check_replicas=ranks is not None and ranks.check_replicas,
             config=config,
-            overwrite=overwrite,
-            incremental=incremental,
-            chain=chain,
-            check_replicas=check_replicas,
-            staging_bytes=staging_bytes,
-            threads=self._writer_options.threads,
+            replace=run.overwrite,
             store=self._store,
             events=self.events,
             committer=self._committer,
@@ -282,12 +245,13 @@ class Checkpointer(Session):
         self.prepare(state)
         return report.step
 
-    def restore(self, state: Mapping[str, Any], step: int | None = None, **options: Any) -> RestoreReport:
+    def _before_restore(self) -> None:
         self._before_change("guard")
-        report = super().restore(state, step, **options)
+        super()._before_restore()
+
+    def _after_restore(self, report: RestoreReport) -> None:
         if report.whole:  # a part of a state, or weights alone, sends training nowhere
             self._ledger.go_to(report.step)
-        return report
 
     def unfinished(self) -> int:
         """Saves that are not durable yet; 0 in a forked child."""
@@ -368,7 +332,7 @@ class Checkpointer(Session):
             )
             layout, pieces = planned.layout, planned.pieces
             self._saves.grow_arena(planned)
-            policy: OnBusy = "wait" if self._on_busy == "skip" and not may_skip else self._on_busy
+            policy: OnBusy = "wait" if self._staging.on_busy == "skip" and not may_skip else self._staging.on_busy
             self._admit(step, sum(extent.nbytes for extent in layout.extents()), policy)
             save = self._saves.make(self._job, planned, number, claim, kind, values, began)
             deferred = bool(self._watched)
@@ -395,7 +359,7 @@ class Checkpointer(Session):
         save.on_error = job.cancel
         flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire), division.deferred)
         flight.pending.add_done_callback(functools.partial(self._ended, step, kind, claim))
-        deadline = time.monotonic() + self._writer_options.stall_timeout_seconds
+        deadline = time.monotonic() + self._staging.stall_timeout_seconds
         try:
             if deferred:
                 job.stage_now(division.eager, deadline)
@@ -443,7 +407,7 @@ class Checkpointer(Session):
             if optimizer is not None and not flight.job.done and not self._concerns(optimizer, flight):
                 continue
             began = time.perf_counter()
-            flight.job.finish(time.monotonic() + self._writer_options.stall_timeout_seconds)
+            flight.job.finish(time.monotonic() + self._staging.stall_timeout_seconds)
             self._note_stall(flight.job, began, where)
 
     def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
@@ -475,6 +439,12 @@ class Checkpointer(Session):
         error = self._committer.take_error()
         if error is not None:
             raise error
+
+
+def _check_kinds(**options: tuple[object, type]) -> None:
+    for name, (given, kind) in options.items():
+        if not isinstance(given, kind):
+            raise InvalidOption(f"{name} must be {kind.__name__}(...), not {given!r:.80}")
 
 
 def _end_threads(*threads: Stager | Pools | Committer) -> None:

@@ -4,32 +4,48 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
 from concurrent.futures import Future, wait
-from typing import Any
+from dataclasses import dataclass, field
 
+from asyncckpt import formats
+from asyncckpt.catalog import names as naming
 from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
 from asyncckpt.catalog.steps import Ledger
+from asyncckpt.codecs import codecs
 from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
-from asyncckpt.protocols import Codec, ShardFormat
+from asyncckpt.formats.options import Files
 from asyncckpt.ranks.coordinator import Job, Known, RestoreStages
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankOptions, Ranks
 from asyncckpt.restore import restore as restoring
-from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import Lease, LeaseOptions
 from asyncckpt.types import LayoutOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions:
+    """``name``: the template of the checkpoints' directories, with ``{step}`` and metrics as fields.
+    ``create_parents``: make the parents of the run directory, not its last part alone. ``overwrite``: saving a step
+    again replaces it. ``takeover``: cut off a run that holds the directory and cannot be reached. ``lease``: how this
+    run shows that it is alive. Raises ``InvalidOption``."""
+
+    name: str = naming.DEFAULT
+    create_parents: bool = False
+    overwrite: bool = False
+    takeover: bool = False
+    lease: LeaseOptions = field(default_factory=LeaseOptions)
+
+    def __post_init__(self) -> None:
+        naming.NameTemplate(self.name)
 
 
 class Session(Run):
     """What a ``Checkpointer`` is before it saves anything. The lease is rank 0's."""
 
     _ledger: Ledger
-    _format: ShardFormat
-    _codec: Codec
-    _layout_options: LayoutOptions
+    _files: Files
 
     def __init__(
         self,
@@ -37,17 +53,15 @@ class Session(Run):
         *,
         direct: bool,
         events: EventBus,
-        create_parents: bool,
-        takeover: bool,
-        lease: LeaseOptions | None,
+        options: RunOptions,
         ranks: RankOptions | None,
+        layout: LayoutOptions,
         patience_seconds: float,
     ) -> None:
         super().__init__(path, direct=direct, events=events)
-        self._create_parents = create_parents
-        self._takeover = takeover
-        self._lease_options = lease
+        self._run_options = options
         self._rank_options = ranks
+        self._layout_options = layout
         self._patience_seconds = patience_seconds
         self._taking_over: Future[tuple[Lease, list[CheckpointInfo]]] | None = None
         self._lease: Lease | None = None
@@ -82,7 +96,8 @@ class Session(Run):
         if self._job is None and self._rank_options is not None:
             ranks = Ranks.of_job(self.path, self._rank_options)
             if ranks is not None:
-                self._job = Job(ranks, JobPlanner(ranks, self._format, self._codec, self._layout_options))
+                shard_format, codec = formats.get(self._files.format), codecs.get(self._files.codec)
+                self._job = Job(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
 
     def _take_over(self) -> tuple[str, list[CheckpointInfo]]:
         """Take the lease and tidy up; its owner, and what is there. Raises ``SaveAbandoned`` where the storage does not
@@ -107,8 +122,8 @@ class Session(Run):
         lease: Lease | None = None
         try:
             with storage_errors(self.path):
-                self._store.prepare(create_parents=self._create_parents)
-                lease = Lease.acquire(self.path, takeover=self._takeover, options=self._lease_options)
+                self._store.prepare(create_parents=self._run_options.create_parents)
+                lease = Lease.acquire(self.path, takeover=self._run_options.takeover, options=self._run_options.lease)
                 self._store.reclaim()
                 Catalog(self._store, self.path).settle_replaced()
                 taking_over.set_result((lease, self.ls()))
@@ -141,10 +156,9 @@ class Session(Run):
 
     # -- restoring together ------------------------------------------------------------------------------------------
 
-    def restore(self, state: Mapping[str, Any], step: int | None = None, **options: Any) -> RestoreReport:
+    def _before_restore(self) -> None:
         self._check_process()
         self._join()
-        return super().restore(state, step, **options)
 
     def _stages(self) -> restoring.Stages:
         return RestoreStages(self._job) if self._job is not None else super()._stages()

@@ -84,18 +84,22 @@ class Run:
         Raises ``StateMismatch`` listing all missing, unexpected and mismatched names, before anything is changed;
         ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointDamaged`` on bad bytes.
         """
+        self._before_restore()
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
         with storage_errors(self.path):
             if expect_digest is not None:
                 options["expect_digest"] = expect_digest
                 catalog = Catalog(self._store, self.path)
                 entry = catalog.newest() if step is None else _of_its_name(catalog.find(step))
-                return self._restore(entry.name, state, options)
-            if step is None:
-                return self._restore_newest(state, options)
-            with self._stages().stage("find"):
-                name = _of_its_name(Catalog(self._store, self.path).find(step)).name
-            return self._restore(name, state, options)
+                report = self._restore(entry.name, state, options)
+            elif step is None:
+                report = self._restore_newest(state, options)
+            else:
+                with self._stages().stage("find"):
+                    name = _of_its_name(Catalog(self._store, self.path).find(step)).name
+                report = self._restore(name, state, options)
+        self._after_restore(report)
+        return report
 
     def load_tensors(
         self,
@@ -158,6 +162,12 @@ class Run:
         self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
         return report
 
+    def _before_restore(self) -> None:
+        """What a run that is also written has to see to before live objects are changed."""
+
+    def _after_restore(self, report: RestoreReport) -> None:
+        """What a run that is also written learns from a restore."""
+
     def _stages(self) -> restoring.Stages:
         """How a restore goes from stage to stage: alone, or with the other ranks of a job."""
         return restoring.Stages()
@@ -193,7 +203,7 @@ class Run:
                     if not vanished:
                         self._damaged.add(entry.name)
                         reasons[entry.name] = f"{entry.path}: {error}"
-                        warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=4)
+                        warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=3)
                         self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))
                 if vanished and looks_left:  # retention took it, because a newer one is there: that is the newest now
                     break

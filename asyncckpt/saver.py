@@ -6,69 +6,67 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from asyncckpt import formats
 from asyncckpt.catalog.steps import Claim
+from asyncckpt.codecs import codecs
 from asyncckpt.commit.committer import Committer
 from asyncckpt.commit.transaction import Save
 from asyncckpt.events import EventBus
+from asyncckpt.formats.options import Files
 from asyncckpt.manifest.draft import config_tree, contents_of
 from asyncckpt.memory.arena import Arena, default_budget
 from asyncckpt.memory.buffers import padded
 from asyncckpt.plan.layout import LayoutCache
 from asyncckpt.plan.planned import Planned, alone
-from asyncckpt.protocols import Codec, ShardFormat, Store
+from asyncckpt.protocols import Store
 from asyncckpt.ranks.collective_save import LeadSave, PartSave, Party
 from asyncckpt.ranks.coordinator import Job
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
 from asyncckpt.types import LayoutOptions
 from asyncckpt.write.encoder import Encoder
+from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.threads import Pools
 
 
 class Saves:
     """What the saves of one checkpointer have in common, and how one is made of it. For the training thread.
 
-    ``config``: plain values for every manifest. ``chain``: how often in a row a file may be saved as differences.
-    ``staging_bytes``: the arena's budget, None for as much as the state takes. The options are those of
-    ``Checkpointer``, checked there.
+    ``config``: plain values for every manifest. ``replace``: saving a step again replaces it. The options are those of
+    ``Checkpointer``.
     """
 
     def __init__(
         self,
         *,
-        shard_format: ShardFormat,
-        codec: Codec,
+        files: Files,
         layout: LayoutOptions,
-        digest: str,
-        config: Any,
-        overwrite: bool,
-        incremental: bool,
-        chain: int,
+        writer: WriterOptions,
+        budget_bytes: int | None,
         check_replicas: bool,
-        staging_bytes: int | None,
-        threads: int,
+        config: Any,
+        replace: bool,
         store: Store,
         events: EventBus,
         committer: Committer,
     ) -> None:
-        self._format = shard_format
-        self._codec = codec
-        self._digest = digest
+        self._format = formats.get(files.format)
+        self._codec = codecs.get(files.codec)
+        self._chain = files.chain
+        self._writer = writer
         self._config = config_tree(config)
-        self._overwrite = overwrite
-        self._incremental = incremental
-        self._chain = chain
+        self._replace = replace
         self._check_replicas = check_replicas
-        self._staging_bytes = staging_bytes
+        self._budget_bytes = budget_bytes
         self._store = store
         self._events = events
         self._committer = committer
-        self._layouts = LayoutCache(shard_format, codec, layout)
+        self._layouts = LayoutCache(self._format, self._codec, layout)
         #: The layout whose saves the arena was last seen to be large enough for.
         self._fits: tuple[int, int, str] | None = None
         self.arena = Arena()
-        self.pools = Pools(threads)
-        self._encoder = Encoder(codec, threads)
+        self.pools = Pools(writer.threads)
+        self._encoder = Encoder(self._codec, writer.threads)
         #: Whether the job's ranks must agree on their layout again.
         self.plan_anew = False
 
@@ -108,10 +106,10 @@ class Saves:
         if key == self._fits:  # the arena never shrinks
             return
         sizes = [slot_bytes(extent) for extent in extents]
-        budget = default_budget(sizes) if self._staging_bytes is None else self._staging_bytes
+        budget = default_budget(sizes) if self._budget_bytes is None else self._budget_bytes
         pin = any(piece.tensor.is_cuda for piece in planned.pieces)
         self.arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
-        if self.arena.budget_bytes >= (self._staging_bytes or sum(map(padded, sizes))):
+        if self.arena.budget_bytes >= (self._budget_bytes or sum(map(padded, sizes))):
             self._fits = key
 
     def make(
@@ -135,19 +133,20 @@ class Saves:
             metrics=metrics,
             shard_format=self._format.name,
             codec=self._codec,
-            digest=self._digest,
+            digest=self._writer.digest,
             config=self._config,
-            replace=self._overwrite,
+            replace=self._replace,
             attempt=job.attempt(number) if job is not None else None,
             world_size=job.ranks.size if job is not None else 1,
         )
+        reuse = self._writer.reuse_unchanged
         return self._kind_of_save(job, planned, number)(
             contents,
             store=self._store,
             pools=self.pools,
             arena=self.arena,
             encoder=self._encoder,
-            previous=functools.partial(self._committer.previous, kind) if self._incremental else lambda: None,
+            previous=functools.partial(self._committer.previous, kind) if reuse else lambda: None,
             chain=self._chain,
             events=self._events,
             make_room=functools.partial(self._committer.make_room, step=planned.step),

@@ -41,7 +41,9 @@ class Finetuned(nn.Module):
 def train(model: nn.Module, classes: int, steps: int, run: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     state = {"model": model, "optimizer": optimizer}
-    with asyncckpt.Checkpointer(run, every=steps // 2, overwrite=True, create_parents=True) as ckpt:
+    with asyncckpt.Checkpointer(
+        run, every=steps // 2, run=asyncckpt.RunOptions(overwrite=True, create_parents=True)
+    ) as ckpt:
         ckpt.watch(optimizer)
         for step in range(1, steps + 1):
             loss = nn.functional.cross_entropy(model(torch.randn(64, 32)), torch.randint(0, classes, (64,)))

@@ -18,7 +18,9 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(32, 256), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(256, 1))
 optimizer = torch.optim.AdamW(model.parameters())
 
-ckpt = asyncckpt.Checkpointer(args.out, every=50, keep=asyncckpt.KeepLast(3), create_parents=True)
+ckpt = asyncckpt.Checkpointer(
+    args.out, every=50, keep=asyncckpt.KeepLast(3), run=asyncckpt.RunOptions(create_parents=True)
+)
 state = {"model": model, "optimizer": optimizer, "rng": asyncckpt.RngState()}
 ckpt.watch(optimizer)  # saves may now overlap forward and backward
 start = ckpt.resume(state)  # the newest checkpoint that verifies; 0 where there is none

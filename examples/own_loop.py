@@ -87,9 +87,9 @@ def main() -> None:
         args.out,
         every=[asyncckpt.Steps(args.every), asyncckpt.Minutes(10)],
         keep=[asyncckpt.KeepLast(2), asyncckpt.KeepBest("loss", n=1), asyncckpt.KeepEvery(200)],
-        preempt=asyncckpt.Preemption(deadline_seconds=30),
-        config=hparams,  # recorded in every manifest, for the reader
-        create_parents=True,
+        config=hparams,
+        preemption=asyncckpt.Preemption(deadline_seconds=30),
+        run=asyncckpt.RunOptions(create_parents=True),
     )
     ckpt.watch(optimizer)
 

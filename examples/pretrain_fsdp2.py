@@ -75,8 +75,8 @@ def main() -> None:
         args.out,
         every=args.every,
         keep=asyncckpt.KeepLast(3),
-        create_parents=True,
         ranks=asyncckpt.RankOptions(timeout_seconds=args.rank_timeout),
+        run=asyncckpt.RunOptions(create_parents=True),
     )
     state = {
         "model": model,

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits
+from support.options import by_stage
 
 import asyncckpt
 from asyncckpt import (
@@ -35,7 +36,10 @@ from asyncckpt import (
     PendingSave,
     Run,
     RunLocked,
+    RunOptions,
+    Safetensors,
     SaveFailed,
+    StagingOptions,
     StepExists,
     Steps,
     WriterOptions,
@@ -91,7 +95,9 @@ def test_a_pending_save_is_a_future_for_threads_and_for_asyncio(tmp_path: Path) 
 
 def test_several_saves_in_flight_up_to_the_limit(tmp_path: Path) -> None:
     events: list[Event] = []
-    run = Checkpointer(tmp_path / "run", max_in_flight=2, on_event=events.append, staging_bytes=4 << 20)
+    run = Checkpointer(
+        tmp_path / "run", on_event=events.append, staging=StagingOptions(max_in_flight=2, budget_bytes=4 << 20)
+    )
     with run:
         ops = run._store.ops = GatedOps()
         first, second = run.save(1, STATE), run.save(2, STATE)
@@ -107,7 +113,9 @@ def test_several_saves_in_flight_up_to_the_limit(tmp_path: Path) -> None:
 
 def test_on_busy_skip_leaves_step_free_and_explicit_saves_wait(tmp_path: Path) -> None:
     events: list[Event] = []
-    with Checkpointer(tmp_path / "run", every=1, on_busy="skip", max_in_flight=1, on_event=events.append) as run:
+    with Checkpointer(
+        tmp_path / "run", every=1, on_event=events.append, staging=StagingOptions(on_busy="skip", max_in_flight=1)
+    ) as run:
         ops = run._store.ops = GatedOps()
         assert run.step(1, STATE) is not None
         assert run.step(2, STATE) is None
@@ -118,7 +126,7 @@ def test_on_busy_skip_leaves_step_free_and_explicit_saves_wait(tmp_path: Path) -
 
 
 def test_on_busy_error(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path / "run", on_busy="error", max_in_flight=1) as run:
+    with Checkpointer(tmp_path / "run", staging=StagingOptions(on_busy="error", max_in_flight=1)) as run:
         ops = run._store.ops = GatedOps()
         run.save(1, STATE)
         with pytest.raises(ArenaBusy, match=r"step 2.*steps 1"):
@@ -208,7 +216,7 @@ def test_an_interrupt_while_copying_reaches_the_user_and_publishes_nothing(
             raise KeyboardInterrupt
         time.sleep(0.05)
 
-    with Checkpointer(tmp_path / "run", extent_bytes=4096) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=4096)) as run:
         monkeypatch.setattr(staging, "copy_segments", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run.save(1, STATE)
@@ -245,7 +253,7 @@ def test_leaving_waits_for_what_is_in_flight(tmp_path: Path) -> None:
 def test_a_script_that_forgets_to_close_still_finishes_and_says_so(tmp_path: Path) -> None:
     script = f"""
 import torch, asyncckpt
-run = asyncckpt.Checkpointer({str(tmp_path / "run")!r}, staging_bytes=1 << 20)
+run = asyncckpt.Checkpointer({str(tmp_path / "run")!r}, staging=asyncckpt.StagingOptions(budget_bytes=1 << 20))
 run.save(1, {{"w": torch.zeros(200_000)}})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
@@ -279,7 +287,7 @@ def test_a_forgotten_resume_is_refused_instead_of_starting_over(tmp_path: Path) 
 
 
 def test_going_back_on_purpose(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path / "run", overwrite=True) as run:
+    with Checkpointer(tmp_path / "run", run=RunOptions(overwrite=True)) as run:
         for step in (1, 2, 3):
             run.save(step, {"w": torch.full((10,), step)}).result()
         live = {"w": torch.zeros(10, dtype=torch.int64)}
@@ -294,7 +302,7 @@ def test_going_back_on_purpose(tmp_path: Path) -> None:
 
 def test_names_from_a_template(tmp_path: Path) -> None:
     name = "checkpoint_step_{step}_loss_{loss:.4f}"
-    with Checkpointer(tmp_path / "run", name=name) as run:
+    with Checkpointer(tmp_path / "run", run=RunOptions(name=name)) as run:
         with pytest.raises(InvalidOption, match=r"needs metrics=\{'loss'"):
             run.save(1, STATE)
         run.save(10000, STATE, metrics={"loss": 2.34561}).result()
@@ -329,7 +337,7 @@ def test_names_from_a_template(tmp_path: Path) -> None:
 )
 def test_options_that_make_no_sense_are_refused_early(options: Any, tmp_path: Path) -> None:
     with pytest.raises((InvalidOption, asyncckpt.UnknownName)):
-        run = Checkpointer(tmp_path / "run", **options)
+        run = Checkpointer(tmp_path / "run", **by_stage(**options))
         run.save(1, STATE)
 
 
@@ -355,7 +363,7 @@ def test_a_second_live_run_is_refused_and_reading_is_not(tmp_path: Path) -> None
 def test_a_run_that_was_taken_over_publishes_nothing_more(tmp_path: Path) -> None:
     first = Checkpointer(tmp_path / "run")
     first.save(1, STATE).result()
-    with Checkpointer(tmp_path / "run", takeover=True) as second:
+    with Checkpointer(tmp_path / "run", run=RunOptions(takeover=True)) as second:
         second.save(2, STATE).result()
         with pytest.raises(LeaseLost, match="taken over"):
             first.save(3, STATE).result()
@@ -429,7 +437,7 @@ def test_where_there_is_nothing(tmp_path: Path) -> None:
 
 def test_a_state_larger_than_the_arena(tmp_path: Path) -> None:
     state = {"w": torch.randn(2_000_000)}  # 8 MB through 1 MiB
-    with Checkpointer(tmp_path / "run", staging_bytes=1 << 20) as run:
+    with Checkpointer(tmp_path / "run", staging=StagingOptions(budget_bytes=1 << 20)) as run:
         run.save(1, state).result()
         assert bits(run.load_tensors(1)["w.value"]) == bits(state["w"])
         assert run._arena.budget_bytes == 1 << 20
@@ -445,7 +453,7 @@ def test_a_state_that_grows(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("digest", ["xxh3-128", "crc32c", "blake3", "sha256"])
 def test_the_digest_is_selectable_and_named_in_the_manifest(digest: str, tmp_path: Path) -> None:
-    with Checkpointer(tmp_path / "run", digest=digest) as run:
+    with Checkpointer(tmp_path / "run", writer=WriterOptions(digest=digest)) as run:
         path = Path(run.save(1, STATE).result().path)
         assert f'"digest":"{digest}"'.encode() in (path / "manifest.json").read_bytes()
         assert run.verify(1) == []

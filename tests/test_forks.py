@@ -165,7 +165,7 @@ def ended(pid):
     os.kill(pid, 9)
     os.waitpid(pid, 0)
     return "never"
-run = asyncckpt.Checkpointer(sys.argv[1], preempt=asyncckpt.Preemption())
+run = asyncckpt.Checkpointer(sys.argv[1], preemption=asyncckpt.Preemption())
 run.save(1, STATE).result()
 codes = []
 with held(*locks_of(run)):
@@ -213,7 +213,7 @@ def test_a_data_loader_with_workers_costs_a_run_nothing(tmp_path: Path) -> None:
     model = torch.nn.Linear(300, 300)
     optimizer = torch.optim.Adam(model.parameters())
     state = {"model": model, "optimizer": optimizer}
-    with Checkpointer(tmp_path / "run", keep=KeepLast(2), preempt=Preemption()) as run:
+    with Checkpointer(tmp_path / "run", keep=KeepLast(2), preemption=Preemption()) as run:
         run.watch(optimizer)
         for step in (1, 2, 3):
             run.save(step, state)
@@ -448,7 +448,7 @@ def test_a_child_does_not_write_its_parents_trace(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "left to the exit"])
 def test_a_child_may_save_somewhere_by_itself(closed: bool, tmp_path: Path) -> None:
-    run = Checkpointer(tmp_path / "run", preempt=Preemption())
+    run = Checkpointer(tmp_path / "run", preemption=Preemption())
     run.save(1, STATE).result()
     kept: list[Checkpointer] = []
 
@@ -504,7 +504,7 @@ def _exits(_number: int, _frame: object) -> None:
 def test_a_signal_does_in_a_child_what_it_did_before(checkpointers: int, tmp_path: Path) -> None:
     signal.signal(signal.SIGUSR1, _exits)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    runs = [Checkpointer(tmp_path / str(number), preempt=Preemption()) for number in range(checkpointers)]
+    runs = [Checkpointer(tmp_path / str(number), preemption=Preemption()) for number in range(checkpointers)]
     assert _signalled(signal.SIGTERM) == -signal.SIGTERM
     assert _signalled(signal.SIGTERM, deeper=True) == -signal.SIGTERM & 0xFF
     assert _signalled(signal.SIGUSR1) == 5
@@ -527,7 +527,7 @@ def test_a_signal_does_in_a_child_what_it_did_before(checkpointers: int, tmp_pat
 @pytest.mark.usefixtures("previous")
 def test_a_handler_of_the_users_own_in_a_child_comes_to_the_one_before(tmp_path: Path) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with Checkpointer(tmp_path / "run", preempt=Preemption()):
+    with Checkpointer(tmp_path / "run", preemption=Preemption()):
         ours: Any = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, lambda *args: ours(*args) or None)
         assert _signalled(signal.SIGTERM) == -signal.SIGTERM

@@ -59,4 +59,4 @@ def test_a_missing_digest_package_names_its_extra(monkeypatch: pytest.MonkeyPatc
     name = "blake3"
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(asyncckpt.MissingExtra, match=r"asyncckpt\[hashes\]"):
-        asyncckpt.Checkpointer("unused", digest=name)
+        asyncckpt.Checkpointer("unused", writer=asyncckpt.WriterOptions(digest=name))

@@ -92,13 +92,13 @@ class Ledger:
                 if existing is not None and not given_up and existing.name not in self._damaged:
                     raise StepExists(
                         f"{self._path}: step {step} is already saved as {existing.name}. Save another step, use "
-                        f"another directory, or pass overwrite=True"
+                        f"another directory, or pass run=RunOptions(overwrite=True)"
                     )
                 if step < reached:
                     raise InvalidStep(
                         f"{self._path}: step {step} goes backwards, the newest is {reached}. To continue the run "
                         f"call resume() first; to go back, restore(state, step=…) the whole state first; to start "
-                        f"anew use another directory or overwrite=True"
+                        f"anew use another directory or run=RunOptions(overwrite=True)"
                     )
             elif existing is not None and not given_up and existing.name != name:
                 raise StepExists(

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from asyncckpt import forks
 from asyncckpt.catalog.catalog import LATEST, Catalog, CheckpointInfo
@@ -20,7 +19,6 @@ from asyncckpt.errors import (
     ArenaBusy,
     AsyncCkptError,
     CheckpointDamaged,
-    InvalidOption,
     NotEnoughSpace,
     PlanChanged,
     SaveAbandoned,
@@ -32,6 +30,7 @@ from asyncckpt.memory.arena import Arena
 from asyncckpt.protocols import Reader, Replaced
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import verify
+from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import KnownFile, Previous, files_of
@@ -43,9 +42,6 @@ log = logging.getLogger("asyncckpt")
 _GRACE_SECONDS = 10.0
 #: How long a failed save's writes may stay in the kernel before their threads are given up.
 _STUCK_SECONDS = 30.0
-
-
-OnBusy = Literal["wait", "skip", "error"]
 
 
 class Skipped(Exception):
@@ -64,11 +60,9 @@ class Committer:
         check_lease: Callable[[], None],
         damaged: set[str],
         ledger: Ledger,
-        max_in_flight: int,
+        staging: StagingOptions,
     ) -> None:
-        if type(max_in_flight) is not int or max_in_flight < 1:
-            raise InvalidOption(f"max_in_flight must be a whole number >= 1, not {max_in_flight!r}")
-        self._max_in_flight = max_in_flight
+        self._staging = staging
         self.policies = tuple(policies)
         self._store = store
         self._catalog = Catalog(store, store.path)
@@ -107,7 +101,7 @@ class Committer:
         if not flights:
             return
         lacks_memory = arena.free_bytes() < min(nbytes, arena.budget_bytes)
-        if len(flights) < self._max_in_flight and not lacks_memory:
+        if len(flights) < self._staging.max_in_flight and not lacks_memory:
             return
         self._events.emit(Busy(step=step, policy=policy, in_flight=len(flights)))
         if policy == "skip":
@@ -116,8 +110,8 @@ class Committer:
         if policy == "error":
             raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) are not durable yet; save less often")
         # memory comes free extent by extent, so only the number of saves has to be waited for here
-        timeout = self._options.stall_timeout_seconds
-        if not self.wait_below(self._max_in_flight, timeout):
+        timeout = self._staging.stall_timeout_seconds
+        if not self.wait_below(self._staging.max_in_flight, timeout):
             raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) still not durable after {timeout:.0f} s")
 
     def in_flight(self) -> list[InFlight]:

@@ -38,12 +38,12 @@ def recommend(seen: Seen) -> tuple[Setting, ...]:
     rates = speeds.direct if direct else speeds.buffered
     threads = writers(rates)
     found = [
-        Setting("format", "safetensors", "few large files; zarr makes a directory an array"),
+        Setting("format", "safetensors", "few large files; zarr makes a directory an array", "files"),
         _codec(rates, threads, speeds.encoding, seen.cores),
         _shards(seen.largest_file_bytes),
     ]
     if seen.missing_parents:
-        found.append(Setting("create_parents", True, "its parent directory does not exist yet"))
+        found.append(Setting("create_parents", True, "its parent directory does not exist yet", "run"))
     found += [
         Setting("threads", threads, _why_threads(rates, threads), "writer"),
         Setting("direct", direct, _why_direct(seen, direct), "writer"),
@@ -51,8 +51,8 @@ def recommend(seen: Seen) -> tuple[Setting, ...]:
     ]
     if seen.remote:
         reason = "another machine sees files up to a minute late here"
-        found.append(Setting("beat_seconds", _REMOTE_BEAT_SECONDS, reason, "lease"))
-        found.append(Setting("ttl_seconds", _REMOTE_TTL_SECONDS, reason, "lease"))
+        found.append(Setting("beat_seconds", _REMOTE_BEAT_SECONDS, reason, "run.lease"))
+        found.append(Setting("ttl_seconds", _REMOTE_TTL_SECONDS, reason, "run.lease"))
     return tuple(found)
 
 
@@ -82,19 +82,19 @@ def _cache_is_faster(speeds: Speeds) -> bool:
 def _codec(rates: Mapping[int, float], threads: int, encoding: float, cores: int) -> Setting:
     """``auto`` gives way by itself where the disk is faster; then its trials are for nothing."""
     if not rates or not encoding:
-        return Setting("codec", "none", "not measured; 'auto' pays where the disk is slow")
+        return Setting("codec", "none", "not measured; 'auto' pays where the disk is slow", "files")
     encoders = min(threads, cores)
     reason = f"the disk takes {rate(rates[threads])}, {encoders} x encoding {rate(encoding * encoders)}"
-    return Setting("codec", "auto" if encoding * encoders > rates[threads] else "none", reason)
+    return Setting("codec", "auto" if encoding * encoders > rates[threads] else "none", reason, "files")
 
 
 def _shards(largest: int) -> Setting:
     if not largest:
-        return Setting("shard_bytes", _DEFAULT_SHARD_BYTES, "the default: not measured")
+        return Setting("shard_bytes", _DEFAULT_SHARD_BYTES, "the default: not measured", "files")
     if largest >= _DEFAULT_SHARD_BYTES:
-        return Setting("shard_bytes", _DEFAULT_SHARD_BYTES, "the default: files of this size can be had")
+        return Setting("shard_bytes", _DEFAULT_SHARD_BYTES, "the default: files of this size can be had", "files")
     power = max(_MIN_SHARD_BYTES, 1 << (largest.bit_length() - 1))
-    return Setting("shard_bytes", power, f"files are at most {largest} bytes here")
+    return Setting("shard_bytes", power, f"files are at most {largest} bytes here", "files")
 
 
 def _why_threads(rates: Mapping[int, float], threads: int) -> str:

@@ -37,16 +37,16 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One keyword argument and why. ``group``: the options object it belongs to (``writer``, ``lease``), or nothing
-    for an argument of ``Checkpointer`` itself."""
+    """One keyword argument and why. ``group``: the options object it belongs to, as an argument of ``Checkpointer``
+    (``files``, ``writer``, ``run``) or of another one (``run.lease``)."""
 
     name: str
     value: str | float
     reason: str
-    group: str = ""
+    group: str
 
 
-_CLASSES = {"writer": "WriterOptions", "lease": "LeaseOptions"}
+_CLASSES = {"files": "Safetensors", "writer": "WriterOptions", "run": "RunOptions", "run.lease": "LeaseOptions"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +69,24 @@ class Report:
         """The recommendation as Python that runs; empty where nothing can be written here."""
         if not self.settings:
             return ""
-        groups = [group for group in _CLASSES if any(setting.group == group for setting in self.settings)]
-        lines = [f"from asyncckpt import {', '.join(sorted(['Checkpointer', *map(_CLASSES.__getitem__, groups)]))}", ""]
-        lines += ["checkpointer = Checkpointer(", f"    {_text(self.path)},"]
-        lines += [f"    {_line(setting)}" for setting in self.settings if not setting.group]
-        for group in groups:
-            lines.append(f"    {group}={_CLASSES[group]}(")
-            lines += [f"        {_line(setting)}" for setting in self.settings if setting.group == group]
-            lines.append("    ),")
-        return "\n".join([*lines, ")"])
+        names = [name for group, name in _CLASSES.items() if self._uses(group)]
+        lines = [f"from asyncckpt import {', '.join(sorted(['Checkpointer', *names]))}", ""]
+        lines += ["checkpointer = Checkpointer(", f"    {_text(self.path)},", *self._arguments("", "    "), ")"]
+        return "\n".join(lines)
+
+    def _uses(self, group: str) -> bool:
+        return any(setting.group == group or setting.group.startswith(f"{group}.") for setting in self.settings)
+
+    def _arguments(self, group: str, indent: str) -> list[str]:
+        """The lines between the parentheses of an options object; of ``Checkpointer`` where the group is empty."""
+        lines = [f"{indent}{_line(one)}" for one in self.settings if one.group == group and one.name != "format"]
+        for inner, name in _CLASSES.items():
+            parent, _, argument = inner.rpartition(".")
+            if parent == group and self._uses(inner):
+                why = [f"  # {one.reason}" for one in self.settings if (one.group, one.name) == (inner, "format")]
+                lines += [f"{indent}{argument}={name}({''.join(why)}", *self._arguments(inner, indent + "    ")]
+                lines.append(f"{indent}),")
+        return lines
 
 
 def _line(setting: Setting) -> str:

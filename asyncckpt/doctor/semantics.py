@@ -178,9 +178,9 @@ def _exchange(scratch: Scratch) -> Finding:
     try:
         ops.exchange(one, two)
     except OSError as error:
-        advice = "overwrite=True fails here: save every step once"
+        advice = "RunOptions(overwrite=True) fails here: save every step once"
         return Finding("rename exchanging", "note", f"not here ({error.strerror})", advice)
-    return Finding("rename exchanging", "good", "by the kernel: overwrite=True works")
+    return Finding("rename exchanging", "good", "by the kernel: RunOptions(overwrite=True) works")
 
 
 def _links(scratch: Scratch) -> Finding:

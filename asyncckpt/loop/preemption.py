@@ -16,7 +16,7 @@ from asyncckpt.errors import InvalidOption
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """Save on a signal, then leave: ``Checkpointer(..., preempt=Preemption())``.
+    """Save on a signal, then leave: ``Checkpointer(..., preemption=Preemption())``.
 
     On one of ``signals`` the next ``step`` saves, waits until the checkpoint is durable, for at most
     ``deadline_seconds`` after the signal, and raises ``Preempted`` (a ``SystemExit``), so ``with`` blocks and

@@ -181,7 +181,7 @@ class Arena:
                         return None
                     raise NotEnoughMemory(
                         f"the system gives no {nbytes} bytes of memory to stage an extent in ({error}). Free memory, "
-                        f"raise the process's limit, or give a smaller staging_bytes"
+                        f"raise the process's limit, or give a smaller StagingOptions.budget_bytes"
                     ) from error
                 nbytes = max(least, _whole_blocks(nbytes // 4))  # not the last bit: others need memory, too
 
@@ -197,7 +197,8 @@ class Arena:
         with self._changed:
             if need > self._largest_bytes() and not self._closed:
                 raise InvalidOption(
-                    f"the arena of {self.budget_bytes} bytes cannot hold an extent of {need} bytes; raise staging_bytes"
+                    f"the arena of {self.budget_bytes} bytes cannot hold an extent of {need} bytes; raise "
+                    f"StagingOptions.budget_bytes"
                 )
             slot = self._take(need)
             if slot is not None:

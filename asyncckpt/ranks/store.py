@@ -43,9 +43,11 @@ _MAX_MESSAGE_BYTES: Final = 1 << 30
 class RankOptions:
     """``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
     ``resume`` fails); also how long any call waits for the job's store where that does not answer. Ranks on a busy file
-    system may lie far apart."""
+    system may lie far apart. ``check_replicas``: before each save, on the training thread, digest what every rank holds
+    a copy of; where copies differ the save fails and names them. Raises ``InvalidOption``."""
 
     timeout_seconds: float = 300.0
+    check_replicas: bool = False
 
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:

@@ -193,7 +193,7 @@ class StagingJob:
         why = f" ({cause})" if cause is not None else ""
         return SaveAbandoned(
             f"step {self.step}: staging did not finish within its deadline{why}, so the save was given up and training "
-            f"goes on. Storage is too slow or hangs; look at it, or raise staging_bytes"
+            f"goes on. Storage is too slow or hangs; look at it, or raise StagingOptions.budget_bytes"
         )
 
     def _hold_training_back(self) -> None:

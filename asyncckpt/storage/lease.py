@@ -261,7 +261,7 @@ def _wait_until_dead(directory: str, options: LeaseOptions) -> None:
 def _locked(directory: str, holder: Holder | None) -> RunLocked:
     return RunLocked(
         f"{directory} is in use by another live run ({holder or 'holder unknown'}). Stop that process, or use another "
-        f"directory; if it can no longer be reached, take over with Checkpointer(..., takeover=True)"
+        f"directory; if it can no longer be reached, take over with Checkpointer(..., run=RunOptions(takeover=True))"
     )
 
 

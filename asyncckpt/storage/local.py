@@ -57,7 +57,7 @@ class LocalStore:
             if not create_parents and not os.path.isdir(parent):
                 raise RunPathError(
                     f"{self.path}: the parent directory {parent} does not exist. Create it, mount its file system, "
-                    f"or pass create_parents=True"
+                    f"or pass run=RunOptions(create_parents=True)"
                 )
             self._make_durable(os.path.abspath(self.path))
             if not os.path.isdir(self.path):

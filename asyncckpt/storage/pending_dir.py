@@ -159,7 +159,7 @@ class LocalAttempt:
             if isinstance(error, FileExistsError):
                 raise StepExists(
                     f"{target} already exists; it was left as it is (step {self._step}). Save another step, or pass "
-                    f"overwrite=True"
+                    f"run=RunOptions(overwrite=True)"
                 ) from error
             if exchanged and error.errno in NO_FLAGS:
                 raise SaveFailed(

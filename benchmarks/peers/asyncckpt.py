@@ -18,8 +18,12 @@ _DELETION_SECONDS = 10.0
 class Asyncckpt(Session):
     def __init__(self, state: State, directory: str, *, watch: bool, staging_bytes: int | None) -> None:
         super().__init__(state, directory)
-        options: dict[str, Any] = {} if staging_bytes is None else {"staging_bytes": staging_bytes}
-        self.checkpointer = asyncckpt.Checkpointer(directory, keep=asyncckpt.KeepLast(1), incremental=False, **options)
+        self.checkpointer = asyncckpt.Checkpointer(
+            directory,
+            keep=asyncckpt.KeepLast(1),
+            staging=asyncckpt.StagingOptions(budget_bytes=staging_bytes),
+            writer=asyncckpt.WriterOptions(reuse_unchanged=False),
+        )
         if watch:
             self.checkpointer.watch(state["optimizer"])
         self.checkpointer.prepare(state)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.options import by_stage
 
 from asyncckpt import (
     CheckpointDamaged,
@@ -26,7 +27,9 @@ from asyncckpt import (
     Preempted,
     Preemption,
     Run,
+    RunOptions,
     StepExists,
+    WriterOptions,
 )
 from asyncckpt.errors import AsyncCkptError
 from asyncckpt.manifest import json as manifests
@@ -38,7 +41,7 @@ def state(value: int) -> dict[str, Any]:
 
 
 def saved(path: Path, *steps: int, **options: Any) -> None:
-    with Checkpointer(path, **options) as run:
+    with Checkpointer(path, **by_stage(**options)) as run:
         for step in steps:
             run.save(step, state(step)).result()
 
@@ -259,7 +262,7 @@ def test_what_is_read_while_it_is_replaced_goes_with_the_next_save(path: Path) -
 
 
 def test_a_step_whose_new_name_is_another_is_there_once(path: Path) -> None:
-    with Checkpointer(path, name="step_{step}_loss_{loss:.2f}") as run:
+    with Checkpointer(path, run=RunOptions(name="step_{step}_loss_{loss:.2f}")) as run:
         for step in (1, 2, 3):
             run.save(step, state(step), metrics={"loss": step}).result()
         run.restore(state(0), step=1)
@@ -292,7 +295,7 @@ def test_the_best_stay_whatever_branch_they_are_of_until_their_step_is_reached(p
 
 def test_a_damaged_newest_falls_back_to_what_was_saved_before_it_not_to_a_later_step(path: Path) -> None:
     saved(path, 1, 2, 3, incremental=False)
-    with Checkpointer(path, incremental=False) as run:
+    with Checkpointer(path, writer=WriterOptions(reuse_unchanged=False)) as run:
         run.restore(state(0), step=1)
         run.save(2, state(102)).result()
         run.save(3, state(103)).result()
@@ -318,7 +321,7 @@ def test_saves_in_flight_when_training_goes_back_are_of_the_branch_that_is_given
 
 def test_an_overwriting_run_goes_back_too(path: Path) -> None:
     saved(path, 1, 2, 3)
-    with Checkpointer(path, overwrite=True, keep=KeepLast(2)) as run:
+    with Checkpointer(path, keep=KeepLast(2), run=RunOptions(overwrite=True)) as run:
         run.restore(state(0), step=1)
         run.save(2, state(102)).result()
     assert (steps(path), value(path)) == ([3, 2], 102)
@@ -366,7 +369,7 @@ def test_a_copy_under_the_name_of_another_step_is_told_and_kept(path: Path, over
 
     if when == "before":
         copy()
-    run = Checkpointer(path, overwrite=overwrite)
+    run = Checkpointer(path, run=RunOptions(overwrite=overwrite))
     run.prepare(state(1))
     if when == "meanwhile":
         copy()
@@ -390,7 +393,7 @@ def test_a_copy_under_the_name_of_another_step_is_told_and_kept(path: Path, over
 def test_who_overwrites_a_run_from_the_start_gets_all_of_its_saves(path: Path) -> None:
     """Also the last one, whose step the run before had reached: then its checkpoint would stay the newest."""
     for turn in (0, 100):
-        with Checkpointer(path, overwrite=True, every=10) as run:
+        with Checkpointer(path, every=10, run=RunOptions(overwrite=True)) as run:
             for step in range(1, 21):
                 run.step(step, state(turn + step))
         assert steps(path) == [10, 20]
@@ -399,7 +402,10 @@ def test_who_overwrites_a_run_from_the_start_gets_all_of_its_saves(path: Path) -
 
 def test_who_overwrites_and_is_preempted_saves_though_the_run_before_had_this_step(path: Path) -> None:
     saved(path, 1, 2, 3)
-    with pytest.raises(Preempted), Checkpointer(path, overwrite=True, preempt=Preemption((signal.SIGUSR1,))) as run:
+    with (
+        pytest.raises(Preempted),
+        Checkpointer(path, preemption=Preemption((signal.SIGUSR1,)), run=RunOptions(overwrite=True)) as run,
+    ):
         run.step(1, state(101))
         os.kill(os.getpid(), signal.SIGUSR1)
         run.step(2, state(102))
@@ -415,7 +421,7 @@ def test_overwriting_deletes_nothing_that_is_no_checkpoint(path: Path, kind: str
         (target / "notes").write_text("mine")
     else:
         target.write_text("mine")
-    with contextlib.suppress(AsyncCkptError), Checkpointer(path, overwrite=True) as run:
+    with contextlib.suppress(AsyncCkptError), Checkpointer(path, run=RunOptions(overwrite=True)) as run:
         assert isinstance(run.save(2, state(2)).exception(30), StepExists)
     assert (target / "notes" if kind == "directory" else target).read_text() == "mine"
 

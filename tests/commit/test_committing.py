@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.options import by_stage
 
 from asyncckpt import ArenaBusy, Checkpointer, KeepLast, PendingSave, SaveAbandoned, SaveFailed, WriterOptions
 from asyncckpt.storage.posix import PosixOps
@@ -50,7 +51,7 @@ def drain(run: Checkpointer) -> None:
 
 def checkpointer(path: Path, ops: PosixOps, **options: Any) -> Checkpointer:
     """One whose first step is saved before the operations are those given."""
-    run = Checkpointer(path / "run", incremental=False, **options)
+    run = Checkpointer(path / "run", **by_stage(incremental=False, **options))
     run.save(1, STATE).result()
     drain(run)  # the hint goes after the acknowledgement
     run._store.ops = ops
@@ -59,7 +60,7 @@ def checkpointer(path: Path, ops: PosixOps, **options: Any) -> Checkpointer:
 
 def test_a_save_that_would_wait_too_long_for_the_one_before_says_so(tmp_path: Path) -> None:
     ops = GatedOps()
-    run = checkpointer(tmp_path, ops, max_in_flight=1, writer=WriterOptions(stall_timeout_seconds=0.2))
+    run = checkpointer(tmp_path, ops, max_in_flight=1, stall_timeout_seconds=0.2)
     pending = run.save(2, STATE)
     with pytest.raises(ArenaBusy, match=r"step 3: earlier saves \(steps 2\) still not durable after 0 s"):
         run.save(3, STATE)
@@ -222,7 +223,7 @@ def test_without_the_checkpoint_before_everything_is_written(tmp_path: Path, cap
 
 
 def test_a_damaged_checkpoint_that_somebody_took_away_is_simply_saved_again(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path / "run", incremental=False) as run:
+    with Checkpointer(tmp_path / "run", writer=WriterOptions(reuse_unchanged=False)) as run:
         for step in (1, 2):
             run.save(step, STATE).result()
     shard = next((tmp_path / "run" / "step-00000002").glob("w-*"))

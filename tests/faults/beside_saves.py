@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from conftest import unseen_by_crc32c
+from support.options import by_stage
 
 from asyncckpt import Checkpointer, PendingSave, Preemption, Run
 from asyncckpt.errors import AsyncCkptError
@@ -148,7 +149,7 @@ def a_forked_child_ends_on_sigterm(root: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
 
-    with Checkpointer(root / "run", preempt=Preemption()):
+    with Checkpointer(root / "run", preemption=Preemption()):
         assert _code_of_child(child) == -signal.SIGTERM, "the child went on"
 
 
@@ -166,7 +167,7 @@ def a_forked_child_has_no_lock(root: Path) -> None:
 def a_change_that_crc32c_does_not_show_is_saved(root: Path) -> None:
     for number, kind in enumerate(({}, {"codec": "planes"}, {"format": "zarr"})):
         state = _state()
-        with Checkpointer(root / str(number), digest="crc32c", **kind) as run:
+        with Checkpointer(root / str(number), **by_stage(digest="crc32c", **kind)) as run:
             for step in (1, 2):
                 run.save(step, state).result()
                 run.wait()

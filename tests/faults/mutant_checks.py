@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from support.model_scenarios import SCENARIOS
+from support.options import by_stage
 from support.queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
 from asyncckpt import (
@@ -26,6 +27,8 @@ from asyncckpt import (
     NoUsableCheckpoint,
     Run,
     RunLocked,
+    RunOptions,
+    Safetensors,
     SaveFailed,
     StepExists,
     WriterOptions,
@@ -58,7 +61,7 @@ def _state(step: int, size: int = 1100) -> dict[str, Any]:
 
 
 def _saved(path: Path, *steps: int, size: int = 1100, **options: Any) -> None:
-    with Checkpointer(path, **options) as run:
+    with Checkpointer(path, **by_stage(**options)) as run:
         for step in steps:
             run.save(step, _state(step, size)).result()
 
@@ -119,7 +122,7 @@ class _Choosy(FaultyOps):
 
 
 def _fail_once(path: Path, call: str, nth: int, file: str = "") -> None:
-    run = Checkpointer(path, incremental=False, extent_bytes=256 << 10)
+    run = Checkpointer(path, files=Safetensors(extent_bytes=256 << 10), writer=WriterOptions(reuse_unchanged=False))
     run.save(1, _state(1, 100_000)).result()
     run.wait()
     run._store.ops = ops = _Choosy(file)
@@ -296,7 +299,7 @@ def a_live_run_keeps_its_attempts(root: Path) -> None:
 def a_run_that_was_cut_off_publishes_nothing(root: Path) -> None:
     first = Checkpointer(root / "run")
     first.save(1, _state(1)).result()
-    with Checkpointer(root / "run", takeover=True) as second:
+    with Checkpointer(root / "run", run=RunOptions(takeover=True)) as second:
         second.save(2, _state(2)).result()
         error = first.save(3, _state(3)).exception(60)
         with contextlib.suppress(AsyncCkptError):
@@ -306,7 +309,7 @@ def a_run_that_was_cut_off_publishes_nothing(root: Path) -> None:
 
 def errors_are_reported_once_and_in_time(root: Path) -> None:
     """A background save that failed and that nobody asked about is raised by the next call."""
-    run = Checkpointer(root / "run", incremental=False)
+    run = Checkpointer(root / "run", writer=WriterOptions(reuse_unchanged=False))
     run.save(1, _state(1)).result()
     run._store.ops = ops = FaultyOps()
     ops.fail = ("fsync", 1, errno.EIO)

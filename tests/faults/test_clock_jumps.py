@@ -14,7 +14,7 @@ import pytest
 from support.scenarios import SCENARIOS, check_visible, generation_in, leftovers, state_of
 from typer.testing import CliRunner
 
-from asyncckpt import Checkpointer, KeepLast, Minutes, Run, RunLocked
+from asyncckpt import Checkpointer, KeepLast, Minutes, Run, RunLocked, WriterOptions
 from asyncckpt.cli.app import app
 from asyncckpt.storage import lease as lease_module
 from asyncckpt.storage.lease import LEASE_FILE, Lease, LeaseOptions
@@ -129,7 +129,7 @@ def test_minutes_between_saves_are_not_those_of_the_wall_clock(
 @pytest.fixture
 def gated(tmp_path: Path) -> Iterator[tuple[Checkpointer, GatedOps]]:
     """A run whose second save is in flight until its gate opens."""
-    run = Checkpointer(tmp_path / "run", incremental=False)
+    run = Checkpointer(tmp_path / "run", writer=WriterOptions(reuse_unchanged=False))
     run.save(1, state_of(1)).result()
     run.wait()
     ops = run._store.ops = GatedOps()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.scenarios import SCENARIOS, Scenario, check_visible, leftovers, state_of
 
-from asyncckpt import AsyncCkptError, Checkpointer, SaveAbandoned, WriterOptions
+from asyncckpt import AsyncCkptError, Checkpointer, SaveAbandoned, StagingOptions, WriterOptions
 from asyncckpt.commit import committer
 from asyncckpt.storage import lease
 from asyncckpt.storage.posix import PosixOps
@@ -69,8 +69,8 @@ def _timed(calls: list[float], call: Any) -> Any:
 
 
 def _run(path: Path, scenario: Scenario) -> Checkpointer:
-    options = WriterOptions(threads=2, durable_timeout_seconds=_DURABLE, stall_timeout_seconds=_STALL)
-    return scenario.checkpointer(path, keep=(), every=1000, writer=options)
+    options = WriterOptions(threads=2, durable_timeout_seconds=_DURABLE)
+    return scenario.checkpointer(path, keep=(), every=1000, writer=options, stall_timeout_seconds=_STALL)
 
 
 #: Where the storage hangs, and whether the save may be published when it is back: its name was being made.
@@ -203,7 +203,7 @@ def test_a_run_that_begins_on_hung_storage_is_given_up_and_begins_when_it_is_bac
     path = Path(disk.path, "run")
     os.mkdir(path)
     disk.stop()
-    run = Checkpointer(path, writer=WriterOptions(stall_timeout_seconds=0.3))
+    run = Checkpointer(path, staging=StagingOptions(stall_timeout_seconds=0.3))
     try:
         for _ in range(2):
             began = time.monotonic()
@@ -227,7 +227,7 @@ def test_a_run_that_gave_up_and_closed_leaves_the_directory_to_others(disk: Lazy
     path = Path(disk.path, "run")
     os.mkdir(path)
     disk.stop()
-    run = Checkpointer(path, writer=WriterOptions(stall_timeout_seconds=0.2))
+    run = Checkpointer(path, staging=StagingOptions(stall_timeout_seconds=0.2))
     try:
         with pytest.raises(SaveAbandoned):
             run.save(1, state_of(1))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_all_memory_came_back
+from support.options import by_stage
 from support.scenarios import count
 
 from asyncckpt import AsyncCkptError, Checkpointer, Delta, KeepLast, Run, WriterOptions
@@ -65,8 +66,8 @@ def _options(rng: random.Random) -> dict[str, Any]:
         "writer": WriterOptions(
             threads=rng.randint(1, 3),
             durable_timeout_seconds=_DEADLINE_SECONDS,
-            stall_timeout_seconds=_DEADLINE_SECONDS,
         ),
+        "stall_timeout_seconds": _DEADLINE_SECONDS,
     }
 
 
@@ -94,7 +95,7 @@ def _trial(seed: int, path: Path, *, with_errors: bool) -> int:
     expected: dict[int, dict[str, torch.Tensor]] = {}
     acknowledged = [0]
     failures = 0
-    with Checkpointer(path, **options) as run:
+    with Checkpointer(path, **by_stage(**options)) as run:
         run.prepare(weights)
         # copied behind training's back until the optimizer's next step; the rest, before ``save`` returns
         owned = [tensor for tensor in state.values() if rng.random() < 0.7] if rng.random() < 0.5 else []

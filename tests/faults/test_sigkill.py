@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.options import by_stage
 
-from asyncckpt import Checkpointer, Delta, KeepLast, Run
+from asyncckpt import Checkpointer, Delta, KeepLast, Run, Zarr
 
 
 def _state(step: int) -> dict[str, Any]:
@@ -37,7 +38,7 @@ KINDS: list[dict[str, Any]] = [
 
 def _trainer(path: Path, acknowledged: int, first: int, deferred: bool, kind: dict[str, Any]) -> None:
     """Save step after step, and write each acknowledged step to a pipe the parent reads."""
-    with Checkpointer(path, keep=KeepLast(2), staging_bytes=4 << 20, shard_bytes=1 << 20, **kind) as run:
+    with Checkpointer(path, **by_stage(keep=KeepLast(2), staging_bytes=4 << 20, shard_bytes=1 << 20, **kind)) as run:
         for step in range(first, first + 1000):
             pending = run.save(step, _state(step))
             pending.add_done_callback(lambda done: os.write(acknowledged, done.step.to_bytes(8, "little")))
@@ -89,7 +90,7 @@ def _check(path: Path, newest_acknowledged: int) -> int:
 def _kills(path: Path, count: int) -> tuple[int, int]:
     rng = random.Random(2026)
     step, in_flight, longest = 0, 0, 0.12
-    with Checkpointer(path.with_name("warm"), format="zarr") as run:
+    with Checkpointer(path.with_name("warm"), files=Zarr()) as run:
         run.save(1, _state(1)).result()  # zarr takes longer to import than a child lives
     for _ in range(count):
         acknowledged = _kill_once(path, step + 1, rng, longest)

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_all_memory_came_back
+from support.options import by_stage
 
 from asyncckpt import (
     Checkpointer,
     KeepLast,
     NotEnoughSpace,
     RunLocked,
+    RunOptions,
     RunPathError,
+    Safetensors,
     SaveFailed,
     SaveUndecided,
     StepExists,
@@ -36,7 +39,7 @@ CALLS = ["open", "close", "pwrite", "truncate", "fsync", "fsync_directory", "wri
 
 
 def _with_ops(path: Path, **options: Any) -> tuple[Checkpointer, FaultyOps]:
-    run = Checkpointer(path, extent_bytes=64 << 10, **{"incremental": False, **options})
+    run = Checkpointer(path, **by_stage(extent_bytes=64 << 10, **{"incremental": False, **options}))
     run.prepare(STATE)
     run.save(1, STATE).result()
     run.wait()
@@ -196,7 +199,7 @@ def test_read_back_catches_a_device_that_lies(tmp_path: Path) -> None:
             view[:] = bad
             return super().pwrite(fd, view, offset)
 
-    run = Checkpointer(tmp_path / "run", incremental=False, writer=WriterOptions(read_back=True))
+    run = Checkpointer(tmp_path / "run", writer=WriterOptions(read_back=True, reuse_unchanged=False))
     run.save(1, STATE).result()
     run._store.ops = Liar()
     with pytest.raises(SaveFailed, match="read back differs"):
@@ -262,7 +265,7 @@ def test_paths_that_cannot_be_used_say_what_to_do(tmp_path: Path) -> None:
         Checkpointer(tmp_path / "no" / "such" / "run").save(1, STATE)
     with pytest.raises(RunPathError, match=r"part of the path is a file|does not exist"):
         Checkpointer(tmp_path / "file" / "run").save(1, STATE)
-    with Checkpointer(tmp_path / "no" / "such" / "run", create_parents=True) as run:
+    with Checkpointer(tmp_path / "no" / "such" / "run", run=RunOptions(create_parents=True)) as run:
         run.save(1, STATE).result()
 
 
@@ -311,7 +314,7 @@ RUN_FSYNC = Site("fsync_directory", ".", 1)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_name_that_could_not_be_made_durable_is_taken_back(overwrite: bool, tmp_path: Path) -> None:
     """It stayed visible, and retention counted it: the acknowledged one before could be deleted for it."""
-    run = Checkpointer(tmp_path / "run", keep=KeepLast(1), overwrite=overwrite)
+    run = Checkpointer(tmp_path / "run", keep=KeepLast(1), run=RunOptions(overwrite=overwrite))
     run.save(1, STATE).result()
     ops = _sites(run)
     ops.arm(Fault(RUN_FSYNC, "before", errno.EIO))
@@ -370,7 +373,7 @@ def test_a_writer_that_is_cut_off_while_it_publishes_gets_everything_or_nothing(
 
         def before(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
             if name == "rename_noreplace":
-                other = Checkpointer(tmp_path / "run", takeover=True)
+                other = Checkpointer(tmp_path / "run", run=RunOptions(takeover=True))
                 other._store.ops = Deleting()
                 other.prepare(STATE)
                 other.close()
@@ -412,7 +415,7 @@ def test_an_extent_that_is_being_staged_while_its_save_fails_gives_its_memory_ba
 ) -> None:
     """The tensors were let go of between the memory and the copy: the slot was lost to all saves after."""
     state = {"w": torch.randn(100_000)}
-    with Checkpointer(tmp_path / "run", extent_bytes=64 << 10) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=64 << 10)) as run:
         run.save(1, state).result()
         run.wait()
         arena = run._arena
@@ -438,7 +441,7 @@ def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(
     """With a watched optimizer ``save`` raised the bare error of the background, without step or path."""
     owned, other = torch.randn(1000), torch.randn(1_000_000)  # too large to be cloned instead
     ops = FaultyOps()
-    with Checkpointer(tmp_path / "run", extent_bytes=512 << 10) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=512 << 10)) as run:
         optimizer = torch.optim.SGD([owned], lr=0.1)
         run.watch(optimizer)
         run.save(1, {"owned": owned, "other": other}).result()

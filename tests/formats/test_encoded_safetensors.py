@@ -16,9 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.options import by_stage
 from torch import nn
 
-from asyncckpt import Checkpointer, InvalidOption, Run
+from asyncckpt import Checkpointer, InvalidOption, Run, Safetensors
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.convert.single_file import export
@@ -73,7 +74,7 @@ def _manifest(path: Path, step: int = 1) -> Manifest:
 
 def _save(path: Path, state: dict[str, Any], codec: str | Codec, **options: Any) -> Path:
     options = {"extent_bytes": 32 << 10, "staging_bytes": PLENTY} | options
-    with Checkpointer(path, codec=codec, incremental=False, **options) as run:
+    with Checkpointer(path, **by_stage(codec=codec, incremental=False, **options)) as run:
         return Path(run.save(1, state).result().path)
 
 
@@ -268,7 +269,7 @@ def test_what_can_be_compressed_is(tmp_path: Path) -> None:
 @every_codec
 def test_a_name_that_a_chunk_would_have_is_refused(codec: str, tmp_path: Path) -> None:
     large = torch.zeros(40_000)
-    with Checkpointer(tmp_path / "run", codec=codec) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(codec=codec)) as run:
         with pytest.raises(InvalidOption, match="w#0"):
             run.save(1, {"model": Named({"w": large, "w#0": large.clone()})})
         run.save(1, {"model": Named({"w": large, "w#1": large.clone()})}).result()

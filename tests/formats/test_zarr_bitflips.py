@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from asyncckpt import CheckpointDamaged, Checkpointer, Run, VersionUnsupported
+from asyncckpt import CheckpointDamaged, Checkpointer, Run, VersionUnsupported, WriterOptions, Zarr
 
 CODECS = ["none", "planes"]
 
@@ -33,7 +33,9 @@ def _large() -> dict[str, Any]:
 
 def _save(path: Path, state: dict[str, Any], codec: str, extent_bytes: int) -> Path:
     with Checkpointer(
-        path, format="zarr", codec=codec, extent_bytes=extent_bytes, shard_bytes=2 * extent_bytes, incremental=False
+        path,
+        files=Zarr(codec=codec, chunk_bytes=extent_bytes, shard_bytes=2 * extent_bytes),
+        writer=WriterOptions(reuse_unchanged=False),
     ) as run:
         return Path(run.save(1, state).result().path)
 

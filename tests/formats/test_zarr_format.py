@@ -21,9 +21,10 @@ import torch
 from conftest import bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.options import by_stage
 from torch import nn
 
-from asyncckpt import CheckpointDamaged, Checkpointer, Run
+from asyncckpt import CheckpointDamaged, Checkpointer, Run, Zarr
 from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.formats.zarr import node_names
 from asyncckpt.manifest import json as manifests
@@ -110,7 +111,7 @@ def test_other_libraries_read_the_very_bits(
     state = {f"t{number}": tensor for number, tensor in enumerate(made)}
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"extent_bytes": 4096 * extents, "shard_bytes": shard_bytes, "incremental": False}
-        with Checkpointer(f"{folder}/run", format="zarr", codec=codec, **options) as run:
+        with Checkpointer(f"{folder}/run", **by_stage(format="zarr", codec=codec, **options)) as run:
             path = Path(run.save(1, state).result().path)
             assert run.verify(1) == []
             live = _zeros(state)
@@ -131,7 +132,7 @@ def test_other_libraries_read_the_very_bits(
 def test_every_dtype_in_shards_of_several_chunks(code: str, codec: str, tmp_path: Path) -> None:
     zarr_dtypes.register()
     tensor = _tensor(code, (6, 70, 100), 4, "bits")
-    with Checkpointer(tmp_path / "run", format="zarr", codec=codec, extent_bytes=16 << 10, shard_bytes=40_000) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(codec=codec, chunk_bytes=16 << 10, shard_bytes=40_000)) as run:
         path = Path(run.save(1, {"t": tensor}).result().path)
         assert run.verify(1) == []
         live = _zeros({"t": tensor})
@@ -151,7 +152,7 @@ def test_the_whole_tree_is_a_zarr_hierarchy(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.randn(4, 40)).sum().backward()
     optimizer.step()
-    with Checkpointer(tmp_path / "run", format="zarr", codec="planes") as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(codec="planes")) as run:
         path = Path(run.save(1, {"model": model, "optimizer": optimizer, "plain": 3}).result().path)
     group = zarr.open_group(path, mode="r")
     names = {name for name, _ in group.members(max_depth=None)}
@@ -227,7 +228,7 @@ class Named(nn.Module):
 @pytest.mark.parametrize("codec", ["none", "planes"])
 def test_tensors_of_any_name_come_back(codec: str, tmp_path: Path) -> None:
     made = {name: torch.arange(5 + number) * 1000 + number for number, name in enumerate(NAMES)}
-    with Checkpointer(tmp_path / "run", format="zarr", codec=codec) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(codec=codec)) as run:
         path = Path(run.save(1, {"model": Named(made)}).result().path)
         assert run.verify(1) == []
         live = {name: torch.zeros_like(tensor) for name, tensor in made.items()}
@@ -341,7 +342,7 @@ def test_damage_is_seen_and_restored_from_never(damage: Callable[[Path], object]
         if codec != "zstd"
         else torch.arange(512 * 32.0).view(512, 32),
     }
-    with Checkpointer(tmp_path / "run", format="zarr", codec=codec, extent_bytes=4096) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(codec=codec, chunk_bytes=4096)) as run:
         path = Path(run.save(1, state).result().path)
     assert (path / SHARD).stat().st_size > 260
     if codec == "zstd" and damage is DAMAGES["swapped chunks"]:
@@ -365,7 +366,7 @@ def test_damage_is_seen_and_restored_from_never(damage: Callable[[Path], object]
 
 def test_what_a_restore_does_not_touch_does_not_stop_it(tmp_path: Path) -> None:
     state = {"one": torch.randn(31, 32), "other": torch.randn(31, 32), "sharded": torch.randn(512, 32)}
-    with Checkpointer(tmp_path / "run", format="zarr", extent_bytes=4096) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(chunk_bytes=4096)) as run:
         path = Path(run.save(1, state).result().path)
         _swap_chunks(path / SHARD)
         live = {"other": torch.zeros(31, 32)}
@@ -379,7 +380,7 @@ def test_what_a_restore_does_not_touch_does_not_stop_it(tmp_path: Path) -> None:
 def test_an_index_says_which_chunks_are_past_the_edge(codec: str, tmp_path: Path) -> None:
     """Five chunks in shards of two: what is not there must not look like a chunk."""
     state = {"t": torch.randn(5, 1024)}
-    with Checkpointer(tmp_path / "run", format="zarr", codec=codec, extent_bytes=4096, shard_bytes=8192) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(codec=codec, chunk_bytes=4096, shard_bytes=8192)) as run:
         path = Path(run.save(1, state).result().path)
     sizes = {}
     for shard in sorted((path / "t" / "value").glob("c.*")):
@@ -431,7 +432,7 @@ def test_metadata_that_says_other_than_the_manifest_is_damage(
 ) -> None:
     """Other tools read the one, this library the other: both must be one checkpoint."""
     state = {"one": torch.randn(31, 32), "sharded": torch.randn(512, 32)}
-    with Checkpointer(tmp_path / "run", format="zarr", extent_bytes=4096) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(chunk_bytes=4096)) as run:
         path = Path(run.save(1, state).result().path)
     _resealed(path, file)
     assert Run(tmp_path / "run").verify(1) == [], "sealing alone is no damage"
@@ -444,7 +445,7 @@ def test_metadata_that_says_other_than_the_manifest_is_damage(
 
 def test_equal_metadata_is_one_file_and_copies_of_it_are_as_good(tmp_path: Path) -> None:
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
-    with Checkpointer(tmp_path / "run", format="zarr") as run:
+    with Checkpointer(tmp_path / "run", files=Zarr()) as run:
         path = Path(run.save(1, {"model": model}).result().path)
     copied = shutil.copytree(path.parent, tmp_path / "copied")
     assert Run(copied).verify(1) == []

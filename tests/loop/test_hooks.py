@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from asyncckpt import Checkpointer, InvalidOption, Preempted, Preemption, Run
+from asyncckpt import Checkpointer, InvalidOption, Preempted, Preemption, Run, StagingOptions
 from asyncckpt.events import Event, Preempting
 
 TRAINER = """
 import sys, time, torch, asyncckpt
 model = torch.nn.Linear(50, 50); optimizer = torch.optim.AdamW(model.parameters())
 state = {"model": model, "optimizer": optimizer}
-ckpt = asyncckpt.Checkpointer(sys.argv[1], every=1000, preempt=asyncckpt.Preemption(deadline_seconds=20))
+ckpt = asyncckpt.Checkpointer(sys.argv[1], every=1000, preemption=asyncckpt.Preemption(deadline_seconds=20))
 ckpt.watch(optimizer)
 start = ckpt.resume(state)
 with ckpt:
@@ -58,7 +58,7 @@ def test_a_step_that_is_saved_already_is_only_waited_for(tmp_path: Path) -> None
     events: list[Event] = []
     state = {"w": torch.zeros(3)}
     previous = signal.getsignal(signal.SIGUSR1)
-    run = Checkpointer(tmp_path / "run", every=1, preempt=Preemption((signal.SIGUSR1,)), on_event=events.append)
+    run = Checkpointer(tmp_path / "run", every=1, on_event=events.append, preemption=Preemption((signal.SIGUSR1,)))
     with pytest.raises(Preempted) as caught, run:
         run.step(1, state)
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -71,7 +71,7 @@ def test_a_step_that_is_saved_already_is_only_waited_for(tmp_path: Path) -> None
 
 
 def test_an_exit_code_of_ones_own(tmp_path: Path) -> None:
-    run = Checkpointer(tmp_path / "run", preempt=Preemption((signal.SIGUSR1,), exit_code=0))
+    run = Checkpointer(tmp_path / "run", preemption=Preemption((signal.SIGUSR1,), exit_code=0))
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(Preempted) as caught, run:
         run.step(1, {"w": torch.zeros(3)})
@@ -83,7 +83,7 @@ def test_signals_need_the_main_thread(tmp_path: Path) -> None:
 
     def make() -> None:
         try:
-            Checkpointer(tmp_path / "run", preempt=Preemption())
+            Checkpointer(tmp_path / "run", preemption=Preemption())
         except InvalidOption as error:
             errors.append(error)
 
@@ -135,7 +135,7 @@ def test_cuda_state_is_what_it_was_at_save_although_the_next_update_is_already_q
     model = nn.Linear(4096, 4096, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters())
     state = {"model": model, "optimizer": optimizer}
-    with Checkpointer(tmp_path / "run", staging_bytes=64 << 20) as run:
+    with Checkpointer(tmp_path / "run", staging=StagingOptions(budget_bytes=64 << 20)) as run:
         if deferred:
             run.watch(optimizer)
         expected = {}

@@ -35,8 +35,8 @@ from asyncckpt import (
     LeaseOptions,
     Run,
     RunLocked,
+    RunOptions,
     SaveFailed,
-    WriterOptions,
 )
 from asyncckpt.cli.app import app
 
@@ -152,7 +152,7 @@ def try_to_save(path: str, step: int, ttl_seconds: float = 20.0) -> dict[str, An
     began = time.monotonic()
     lease = LeaseOptions(beat_seconds=min(5.0, ttl_seconds / 4), ttl_seconds=ttl_seconds)
     try:
-        with Checkpointer(path, lease=lease) as run:
+        with Checkpointer(path, run=RunOptions(lease=lease)) as run:
             run.save(step, state_of(step)).result()
         refused = ""
     except RunLocked as error:
@@ -261,8 +261,7 @@ def visible(path: str) -> dict[int, int]:
 def _train(path: str, options: dict[str, float], told: Path) -> None:
     """A training loop: steps that take a hundredth of a second, a save at each. How it goes is in the file ``told``;
     ends once there is a file ``end`` beside it."""
-    writer = WriterOptions(threads=2, **options)
-    run = SCENARIOS["links"].checkpointer(Path(path), writer=writer, every=1)
+    run = SCENARIOS["links"].checkpointer(Path(path), every=1, **options)
     state: dict[str, Any] = {"steps": 0, "errors": [], "untyped": [], "longest_seconds": 0.0, "ended": False}
 
     def tell() -> None:

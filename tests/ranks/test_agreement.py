@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.harness import Crew, Crews, Me
+from support.options import by_stage
 from support.parallelisms import TIMEOUT
 
 import asyncckpt
@@ -34,7 +35,7 @@ def _state(**tensors: torch.Tensor) -> dict[str, Any]:
 
 def _disagree(me: Me, path: str, how: str) -> list[tuple[str, str]]:
     """Save step 1 alike, then something that is not alike on rank 1, then step 9 alike."""
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, check_replicas=how == "replicas") as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, check_replicas=how == "replicas")) as run:
         run.save(1, _state()).result(30)
         odd = me.rank == 1
         step, state = 2, _state()

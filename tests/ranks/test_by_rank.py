@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.harness import Crews, Me
+from support.options import by_stage
 from support.parallelisms import SIZES, TIMEOUT
 from support.sharded_states import build
 
@@ -45,7 +46,7 @@ def test_files_of_one_rank_each_are_restored_anywhere(
 
 def _twice(me: Me, path: str) -> list[int]:
     """Bytes written by the first and the second save of a state that stays as it is."""
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, layout="ranks") as run:
+    with asyncckpt.Checkpointer(path, files=asyncckpt.Safetensors(per_rank=True), ranks=TIMEOUT) as run:
         state = {"model": build("fsdp2", me.rank, me.size)["model"]}
         return [run.save(step, state).result(60).written_bytes for step in (1, 2)]
 
@@ -75,7 +76,9 @@ def test_other_tools_open_each_ranks_file(crews: Crews, tmp_path: Path) -> None:
 def test_it_is_for_plain_safetensors_alone(tmp_path: Path) -> None:
     for options in ({"format": "zarr"}, {"codec": "planes"}, {"layout": "disks"}):
         with pytest.raises(asyncckpt.InvalidOption, match="layout must be"):
-            asyncckpt.Checkpointer(tmp_path / "run", **{"layout": "ranks", **options})
-    with asyncckpt.Checkpointer(tmp_path / "run", layout="ranks") as run:  # alone, there is nothing to divide
+            asyncckpt.Checkpointer(tmp_path / "run", **by_stage(**{"layout": "ranks", **options}))
+    with asyncckpt.Checkpointer(
+        tmp_path / "run", files=asyncckpt.Safetensors(per_rank=True)
+    ) as run:  # alone, there is nothing to divide
         run.save(1, {"w": torch.arange(9)}).result()
     assert asyncckpt.Run(tmp_path / "run").load_tensors()["w.value"].tolist() == list(range(9))

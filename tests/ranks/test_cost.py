@@ -68,7 +68,9 @@ class _Counting:
 def _messages(me: Me, path: str, saves: int) -> Any:
     """Store operations of this rank in steady state: after two saves, over ``saves`` more."""
     counts: Counter[tuple[str, str]] = Counter()
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, every=1, incremental=False) as run:
+    with asyncckpt.Checkpointer(
+        path, every=1, writer=asyncckpt.WriterOptions(reuse_unchanged=False), ranks=TIMEOUT
+    ) as run:
         run._join()
         assert run._job is not None
         connection = run._job.ranks._connection

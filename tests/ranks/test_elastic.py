@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.harness import Crews, Me
+from support.options import by_stage
 from support.parallelisms import SIZES, TIMEOUT
 from support.sharded_states import build, contents, needed_bytes, possible, scramble
 from torch import nn
@@ -23,7 +24,7 @@ MOST = 1.10
 def _save(me: Me, path: str, way: str, options: dict[str, Any]) -> None:
     state = build(way, me.rank, me.size)
     _seed(me.rank)
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, **options) as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, **options)) as run:
         run.save(7, state).result(60)
 
 
@@ -41,7 +42,7 @@ def _restore(me: Me, path: str, way: str, options: dict[str, Any], saved_by: int
     state["loader"].position = 1000 + (me.rank if me.rank < saved_by else 0)
     expected = contents(state)
     scramble(state)
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, **options) as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, **options)) as run:
         assert run.resume(state) == 7
     found = contents(state)
     moved = ["memory moved"] if held != [tensor.data_ptr() for tensor in _tensors(state)] else []
@@ -166,7 +167,7 @@ def test_a_rank_reads_little_more_than_its_part(saved_by: int, restored_by: int,
 
 
 def _save_steps(me: Me, path: str, steps: tuple[int, ...]) -> None:
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, incremental=False, **SIZES) as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, incremental=False, **SIZES)) as run:
         for step in steps:
             state = build("fsdp2", me.rank, me.size)
             state["epoch"]["n"] = step
@@ -181,7 +182,7 @@ def _resume(me: Me, path: str, blind: dict[int, tuple[int, ...]], sick: tuple[in
 
     state = build("fsdp2", me.rank, me.size)
     scramble(state)
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, **SIZES) as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, **SIZES)) as run:
         names, opened = run._store.names, run._store.open
         hidden = {f"step-{step:08d}" for step in blind.get(me.rank, ())}
 

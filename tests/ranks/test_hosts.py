@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.harness import Crew, Crews, Me
+from support.options import by_stage
 from support.parallelisms import SIZES, TIMEOUT, hash_of
 from support.sharded_states import build, contents, scramble
 
@@ -48,7 +49,7 @@ def _addresses(me: Me) -> list[str]:
 def _save_and_restore(me: Me, path: str, way: str) -> str:
     state = build(way, me.rank, me.size)
     expected = contents(state)
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, **SIZES) as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, **SIZES)) as run:
         report = run.save(1, state).result(60)
         scramble(state)
         assert run.resume(state) == 1

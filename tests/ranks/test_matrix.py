@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.harness import Crews, Me
+from support.options import by_stage
 from support.parallelisms import FORMATS, SIZES, TIMEOUT, save_in_each
 from support.report_table import TABLE
 from support.sharded_states import PARALLELISMS, Net, build, possible
@@ -83,7 +84,7 @@ def _interleaved(me: Me, path: str) -> str:
     for number, (name, _) in enumerate(list(model.named_children())):
         if number % me.size != me.rank:
             delattr(model, name)
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, **SIZES) as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, **SIZES)) as run:
         return run.save(1, {"model": model}).result(30).path
 
 
@@ -99,7 +100,7 @@ def test_stages_dealt_out_in_turns_give_every_rank_its_own_layers_back(crews: Cr
 
 
 def _save(me: Me, path: str, way: str) -> None:
-    with asyncckpt.Checkpointer(path, ranks=TIMEOUT, **SIZES) as run:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT, **SIZES)) as run:
         run.save(1, build(way, me.rank, me.size)).result(60)
 
 

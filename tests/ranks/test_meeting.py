@@ -75,7 +75,9 @@ def _lives(me: Me, path: str) -> list[Any]:
     found: list[Any] = []
     for life in (1, 2):
         distributed._instances.clear()  # a process counts from the beginning
-        run = asyncckpt.Checkpointer(path, ranks=asyncckpt.RankOptions(timeout_seconds=20), takeover=life > 1)
+        run = asyncckpt.Checkpointer(
+            path, ranks=asyncckpt.RankOptions(timeout_seconds=20), run=asyncckpt.RunOptions(takeover=life > 1)
+        )
         found.append(run.resume(state_of(0)))
         for step in (3 * life - 2, 3 * life - 1):
             run.save(step, state_of(step)).result(40)

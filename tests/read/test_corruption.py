@@ -19,6 +19,7 @@ from asyncckpt import (
     NoUsableCheckpoint,
     Run,
     VersionUnsupported,
+    WriterOptions,
 )
 from asyncckpt.manifest import json as manifests
 
@@ -26,7 +27,7 @@ from asyncckpt.manifest import json as manifests
 def _small(path: Path, steps: tuple[int, ...] = (1,)) -> tuple[dict[str, Any], list[Path]]:
     state: dict[str, Any] = {"w": torch.arange(40, dtype=torch.float32), "n": torch.tensor(3), "plain": {"lr": 0.1}}
     paths = []
-    with Checkpointer(path, incremental=False) as run:
+    with Checkpointer(path, writer=WriterOptions(reuse_unchanged=False)) as run:
         for step in steps:
             state["w"] += step
             paths.append(Path(run.save(step, state).result().path))

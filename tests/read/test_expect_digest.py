@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from asyncckpt import CheckpointDamaged, Checkpointer, DigestMismatch, InvalidOption, Run, SaveReport
+from asyncckpt import CheckpointDamaged, Checkpointer, DigestMismatch, InvalidOption, Run, SaveReport, WriterOptions
 from asyncckpt.cli.app import app
 from asyncckpt.manifest import json as manifests
 
@@ -21,7 +21,7 @@ OTHER = "sha256:" + "0" * 64
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Run, list[SaveReport]]:
-    with Checkpointer(tmp_path / "run", digest="sha256") as run:
+    with Checkpointer(tmp_path / "run", writer=WriterOptions(digest="sha256")) as run:
         reports = [run.save(step, {"w": torch.full((9,), float(step))}).result() for step in (1, 2)]
     return Run(tmp_path / "run"), reports
 

@@ -10,7 +10,7 @@ import torch
 from conftest import Tiny, bits
 from torch import nn
 
-from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, Run, StateMismatch
+from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, Run, Safetensors, StateMismatch
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.storage.reader import LocalReader
 
@@ -18,7 +18,7 @@ from asyncckpt.storage.reader import LocalReader
 @pytest.fixture
 def saved(tmp_path: Path, tiny: Any) -> tuple[Run, nn.Module, Any]:
     model, optimizer = tiny
-    with Checkpointer(tmp_path / "run", extent_bytes=4096) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=4096)) as run:
         run.save(1, {"model": model, "optimizer": optimizer, "big": torch.arange(100_000)}).result()
     return Run(tmp_path / "run"), model, optimizer
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from asyncckpt import Checkpointer, RngState, WriterOptions
+from asyncckpt import Checkpointer, RngState, Safetensors, StagingOptions, WriterOptions
 from asyncckpt.events import Event, SaveStarted, Stalled
 from asyncckpt.testing import GatedOps, SlowOps
 
@@ -98,7 +98,9 @@ def test_every_legal_change_at_every_legal_moment_leaves_the_checkpoint_alone(
     path = tmp_path_factory.mktemp("run") / "run"
     deferred = data.draw(st.booleans(), "deferred")
     staging = data.draw(st.sampled_from([None, 1 << 20]), "staging_bytes")
-    with Checkpointer(path, staging_bytes=staging, extent_bytes=64 << 10) as run:
+    with Checkpointer(
+        path, files=Safetensors(extent_bytes=64 << 10), staging=StagingOptions(budget_bytes=staging)
+    ) as run:
         _slow(run)
         if deferred:
             run.watch(world.watched)
@@ -124,7 +126,9 @@ def test_every_legal_change_at_every_legal_moment_leaves_the_checkpoint_alone(
 def test_without_the_hook_an_update_would_spoil_the_checkpoint(tmp_path: Path) -> None:
     """Shows that the property above can fail at all: the same loop with the hook taken off is torn."""
     world = World()
-    with Checkpointer(tmp_path / "run", staging_bytes=1 << 20, extent_bytes=64 << 10) as run:
+    with Checkpointer(
+        tmp_path / "run", files=Safetensors(extent_bytes=64 << 10), staging=StagingOptions(budget_bytes=1 << 20)
+    ) as run:
         ops = run._store.ops = GatedOps()
         run.watch(world.watched)
         before = bits([world.late, world.watched])
@@ -142,7 +146,7 @@ def test_a_deferred_save_returns_before_the_copy_and_the_update_waits_for_it(tmp
     events: list[Event] = []
     model = nn.Linear(1000, 1000)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(tmp_path / "run", staging_bytes=1 << 20, on_event=events.append) as run:
+    with Checkpointer(tmp_path / "run", on_event=events.append, staging=StagingOptions(budget_bytes=1 << 20)) as run:
         _slow(run)
         run.watch(optimizer)
         pending = run.save(1, {"model": model, "optimizer": optimizer})
@@ -160,7 +164,7 @@ def test_a_deferred_save_returns_before_the_copy_and_the_update_waits_for_it(tmp
 def test_guard_covers_changes_outside_the_optimizer(tmp_path: Path) -> None:
     model = nn.Linear(600, 600)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(tmp_path / "run", staging_bytes=1 << 20) as run:
+    with Checkpointer(tmp_path / "run", staging=StagingOptions(budget_bytes=1 << 20)) as run:
         _slow(run)
         run.watch(optimizer)
         before = bits(model)
@@ -176,8 +180,11 @@ def test_guard_covers_changes_outside_the_optimizer(tmp_path: Path) -> None:
 def test_hung_storage_does_not_hang_training(tmp_path: Path) -> None:
     model = nn.Linear(600, 600)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    options = WriterOptions(stall_timeout_seconds=0.3, durable_timeout_seconds=0.5)
-    run = Checkpointer(tmp_path / "run", staging_bytes=1 << 20, writer=options)
+    writer, staging = (
+        WriterOptions(durable_timeout_seconds=0.5),
+        StagingOptions(budget_bytes=1 << 20, stall_timeout_seconds=0.3),
+    )
+    run = Checkpointer(tmp_path / "run", staging=staging, writer=writer)
     hung = GatedOps()
     try:
         run.watch(optimizer)

@@ -10,8 +10,9 @@ import tensorstore
 import torch
 import zarr
 from conftest import bits
+from support.options import by_stage
 
-from asyncckpt import Checkpointer
+from asyncckpt import Checkpointer, Zarr
 from asyncckpt.integrations import zarr_dtypes
 from asyncckpt.stage import job as staging
 
@@ -40,7 +41,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shard_format", ["safetensors", "zarr"])
 def test_what_was_split_comes_back_bit_for_bit(shard_format: str, codec: str, tmp_path: Path) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, extent_bytes=64 << 10) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, extent_bytes=64 << 10)) as run:
         first = run.save(1, {"t": state}).result()
         second = run.save(2, {"t": state}).result()
         assert run.verify(1) == []
@@ -54,7 +55,7 @@ def test_what_was_split_comes_back_bit_for_bit(shard_format: str, codec: str, tm
 def test_both_readers_of_zarr_take_split_chunks(tmp_path: Path) -> None:
     zarr_dtypes.register()
     state = _state()
-    with Checkpointer(tmp_path / "run", format="zarr", codec="planes", extent_bytes=64 << 10) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(codec="planes", chunk_bytes=64 << 10)) as run:
         run.save(1, {"t": state}).result()
     root = tmp_path / "run" / "step-00000001" / "t"
     for name, tensor in state.items():
@@ -71,7 +72,7 @@ def test_it_is_the_same_file_as_split_by_the_processor(tmp_path: Path, monkeypat
     sizes = []
     for name, devices in (("device", {"cpu"}), ("processor", set[str]())):
         monkeypatch.setattr(staging, "_DEVICES", devices)
-        with Checkpointer(tmp_path / name, format="zarr", codec="planes") as run:
+        with Checkpointer(tmp_path / name, files=Zarr(codec="planes")) as run:
             run.save(1, state).result()
         sizes.append((tmp_path / name / "step-00000001/w/value/c.0").read_bytes())
     assert sizes[0] == sizes[1]
@@ -82,7 +83,7 @@ def test_it_is_the_same_file_as_split_by_the_processor(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("codec", ["planes", "auto", "none"])
 def test_a_state_on_a_gpu_comes_back_bit_for_bit(codec: str, tmp_path: Path) -> None:
     state = _state("cuda")
-    with Checkpointer(tmp_path / "run", format="zarr", codec=codec, extent_bytes=64 << 10) as run:
+    with Checkpointer(tmp_path / "run", files=Zarr(codec=codec, chunk_bytes=64 << 10)) as run:
         run.save(1, {"t": state}).result()
         assert run.verify(1) == []
         loaded = run.load_tensors(1)

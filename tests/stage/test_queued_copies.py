@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.options import by_stage
 from support.queued_copies import (
     PATIENCE_SECONDS,
     Event,
@@ -28,7 +29,16 @@ from support.queued_copies import (
     until_it_failed,
 )
 
-from asyncckpt import ArenaBusy, Checkpointer, NotEnoughSpace, SaveAbandoned, SaveFailed, WriterOptions
+from asyncckpt import (
+    ArenaBusy,
+    Checkpointer,
+    NotEnoughSpace,
+    RunOptions,
+    Safetensors,
+    SaveAbandoned,
+    SaveFailed,
+    WriterOptions,
+)
 from asyncckpt.memory import arena as arenas
 from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.stage import job as staging
@@ -177,7 +187,7 @@ class Model:
         for parameter in self.model.parameters():
             parameter.grad = torch.ones_like(parameter)
         self.state = {"model": self.model}
-        self.run = Checkpointer(path, writer=WriterOptions(durable_timeout_seconds=600), **options)
+        self.run = Checkpointer(path, **by_stage(writer=WriterOptions(durable_timeout_seconds=600), **options))
         self.run.watch(self.optimizer)
         self.run.prepare(self.state)
         self.run._arena.wait_prepared(PATIENCE_SECONDS)
@@ -312,7 +322,7 @@ def test_on_a_gpu_copies_of_a_save_that_failed_do_not_land_on_the_next(
     """Half a second of kernels lies before the first one's copies, and nothing before the second one's. What is written
     is what lies in the staging memory once all copies have landed."""
     states = [{f"t{n}": torch.full((1 << 20,), value, device="cuda") for n in range(64)} for value in (1.0, 2.0)]
-    run = Checkpointer(tmp_path / "run", incremental=False)
+    run = Checkpointer(tmp_path / "run", writer=WriterOptions(reuse_unchanged=False))
     run.save(1, states[0]).result(60)
     run.wait()
     queued = threading.Event()
@@ -349,7 +359,9 @@ def test_saves_take_no_more_and_more_device_memory(tmp_path: Path) -> None:
     """Each save had a stream of its own, and the allocator a cache for each."""
     state = {"w": torch.randn(2880, 2880, device="cuda").t()}
     reserved = []
-    with Checkpointer(tmp_path / "run", incremental=False, overwrite=True) as run:
+    with Checkpointer(
+        tmp_path / "run", writer=WriterOptions(reuse_unchanged=False), run=RunOptions(overwrite=True)
+    ) as run:
         for _ in range(40):
             run.save(1, state).result(60)
             reserved.append(torch.cuda.memory_reserved())
@@ -361,7 +373,7 @@ def test_saves_take_no_more_and_more_device_memory(tmp_path: Path) -> None:
 def test_a_device_without_memory_for_the_planes_fails_the_save_at_once(tmp_path: Path) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False, device="cuda") for _ in range(16)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(tmp_path / "run", codec="planes", extent_bytes=64 << 20) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(codec="planes", extent_bytes=64 << 20)) as run:
         run.watch(optimizer)
         run.prepare({"model": model})
         assert run._arena.wait_prepared(60)

@@ -13,7 +13,7 @@ import torch
 from conftest import Tiny, bits, train
 from torch import nn
 
-from asyncckpt import Checkpointer, RngState, UnsupportedValue
+from asyncckpt import Checkpointer, RngState, Safetensors, UnsupportedValue
 from asyncckpt.codecs.dtypes import CODES
 
 PARAMS = [nn.Parameter(torch.zeros(1))]
@@ -317,7 +317,7 @@ def test_the_same_state_gives_the_same_data_bytes(tmp_path: Path, tiny: Any) -> 
     reordered = dict(reversed(state.items()))
     seen = []
     for number, one in enumerate((state, reordered)):
-        with Checkpointer(tmp_path / f"run{number}", shard_bytes=2000) as run:
+        with Checkpointer(tmp_path / f"run{number}", files=Safetensors(shard_bytes=2000)) as run:
             path = Path(run.save(1, one).result().path)
         seen.append(
             {f.name: f.read_bytes() for f in path.iterdir() if f.name != "manifest.json" and "state" not in f.name}
@@ -332,7 +332,7 @@ def test_safetensors_and_index_open_as_they_are(tmp_path: Path, tiny: Any) -> No
     from safetensors.torch import load_file
 
     model, optimizer = tiny
-    with Checkpointer(tmp_path / "run", shard_bytes=1000) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(shard_bytes=1000)) as run:
         path = Path(run.save(1, {"model": model, "optimizer": optimizer}).result().path)
     index = json.loads((path / "model.safetensors.index.json").read_text())
     merged: dict[str, torch.Tensor] = {}

@@ -13,6 +13,7 @@ import torch
 from conftest import bits
 
 from asyncckpt import AsyncCkptError, CheckpointDamaged, Checkpointer, Delta, Run, VersionUnsupported
+from support.options import by_stage
 
 #: Names of formats, and how each is saved; the last step of ``delta`` builds on the two before.
 FORMATS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ class Stored:
         zeros = torch.zeros(max(0, _ENCODED_NUMBERS.get(name, 0) - numbers))
         state: dict[str, Any] = {"w": {}, "plain": {"lr": 0.1}}
         base = {"big": torch.randn(numbers), "half": torch.randn(numbers)}
-        with Checkpointer(path.with_name("linked"), **options) as run:
+        with Checkpointer(path.with_name("linked"), **by_stage(**options)) as run:
             for step in STEPS:
                 base = {key: value + torch.rand_like(value) / 64 for key, value in base.items()}
                 big, half = torch.cat([base["big"], zeros]), base["half"].to(torch.bfloat16)

@@ -13,6 +13,7 @@ from asyncckpt.ranks import collective_save as together
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.types import Buffer
 from support.harness import Me
+from support.options import by_stage
 
 #: How long ranks wait for each other here.
 TIMEOUT_SECONDS = 2.0
@@ -59,7 +60,7 @@ def checkpointer(me: Me, path: str, **options: Any) -> tuple[asyncckpt.Checkpoin
             ops.at("stage")
 
     ranks = asyncckpt.RankOptions(timeout_seconds=TIMEOUT_SECONDS)
-    run = asyncckpt.Checkpointer(path, ranks=ranks, on_event=staged, extent_bytes=256 << 10, **options)
+    run = asyncckpt.Checkpointer(path, **by_stage(ranks=ranks, on_event=staged, extent_bytes=256 << 10, **options))
     run._store.ops = ops
     run._join()
     if run._job is not None:

@@ -22,6 +22,7 @@ from asyncckpt.restore.restore import load_tensors, restore
 from asyncckpt.storage import shard_file
 from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace, permitted
 from asyncckpt.testing.recovery import Saved
+from support.options import by_stage
 
 RUN = "run"
 Program = Callable[["Saver"], None]
@@ -58,7 +59,7 @@ class Saver:
     def open(self, **options: Any) -> Checkpointer:
         run = Checkpointer(
             self.path,
-            **{"writer": WriterOptions(threads=self.threads), "shard_bytes": 4096} | self.options | options,
+            **by_stage(**{"writer": WriterOptions(threads=self.threads), "shard_bytes": 4096} | self.options | options),
         )
         run._store.ops = self.ops
         self.run = run

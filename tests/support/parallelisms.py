@@ -10,6 +10,7 @@ from typing import Any
 
 import asyncckpt
 from support.harness import Me
+from support.options import by_stage
 from support.sharded_states import build
 
 #: ``format/codec``.
@@ -37,7 +38,7 @@ def save_in_each(me: Me, folder: str, parallelism: str, formats: tuple[str, ...]
     for one in formats:
         kind, _, codec = one.partition("/")
         path = os.path.join(folder, one.replace("/", "-"))
-        with asyncckpt.Checkpointer(path, format=kind, codec=codec, ranks=TIMEOUT, **SIZES) as run:
+        with asyncckpt.Checkpointer(path, **by_stage(format=kind, codec=codec, ranks=TIMEOUT, **SIZES)) as run:
             try:
                 report = run.save(1, state).result(60)
             except asyncckpt.UnsupportedValue as error:

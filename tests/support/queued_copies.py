@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from asyncckpt import Checkpointer, NotEnoughSpace
+from asyncckpt import Checkpointer, NotEnoughSpace, WriterOptions
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.types import Piece
 
@@ -126,7 +126,7 @@ def a_save_after_one_that_failed(
     """The copies of the first are still queued when its memory is taken by the second, and run last of all if nobody
     waits for them."""
     first, second = streams
-    run = Checkpointer(path, incremental=False)
+    run = Checkpointer(path, writer=WriterOptions(reuse_unchanged=False))
     first.after_each = lambda: until_it_failed(run)
     run.prepare(max(states, key=lambda state: sum(tensor.nbytes for tensor in state.values())))
     run._arena.wait_prepared(PATIENCE_SECONDS)

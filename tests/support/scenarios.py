@@ -14,6 +14,7 @@ import torch
 
 from asyncckpt import Checkpointer, Delta, KeepLast, Run, WriterOptions
 from asyncckpt.storage.lease import read_holder
+from support.options import by_stage
 
 #: The step that is saved again and again where ``overwrite`` is tried.
 SAME_STEP = 7
@@ -34,7 +35,9 @@ class Scenario:
 
     def checkpointer(self, path: Path, **more: Any) -> Checkpointer:
         options = {"keep": KeepLast(2), "extent_bytes": 64 << 10, "staging_bytes": 1 << 20, **self.options, **more}
-        return Checkpointer(path, **{"writer": WriterOptions(threads=2, durable_timeout_seconds=60), **options})
+        return Checkpointer(
+            path, **by_stage(**{"writer": WriterOptions(threads=2, durable_timeout_seconds=60), **options})
+        )
 
 
 SCENARIOS = {

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import bits
+from support.options import by_stage
 
-from asyncckpt import Checkpointer, InvalidOption, KeepLast, ManifestInvalid, Run, WriterOptions
+from asyncckpt import Checkpointer, Delta, InvalidOption, KeepLast, ManifestInvalid, Run, Safetensors, WriterOptions
 from asyncckpt.manifest import json as manifests
 from asyncckpt.testing import Fault, FaultyOps, Site, SiteFaultOps, SlowOps
-from asyncckpt.write.delta_options import Delta
 
 
 def _weights() -> dict[str, torch.Tensor]:
@@ -46,7 +46,9 @@ def test_every_checkpoint_of_a_chain_comes_back_and_is_complete_by_itself(
 ) -> None:
     weights = _weights()
     saved: dict[int, dict[str, torch.Tensor]] = {}
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta(chain=chain), extent_bytes=extent_bytes) as run:
+    with Checkpointer(
+        tmp_path / "run", files=Safetensors(codec="planes", delta=Delta(chain=chain), extent_bytes=extent_bytes)
+    ) as run:
         for step in range(1, 7):
             run.save(step, {"w": weights}).result()
             saved[step] = {name: tensor.clone() for name, tensor in weights.items()}
@@ -64,7 +66,7 @@ def test_every_checkpoint_of_a_chain_comes_back_and_is_complete_by_itself(
 
 def test_a_delta_is_smaller_than_what_it_stands_for(tmp_path: Path) -> None:
     weights = {"a": torch.randn(1000, 1000).to(torch.bfloat16)}
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta()) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(codec="planes", delta=Delta())) as run:
         first = run.save(1, {"w": weights}).result()
         weights["a"] = (weights["a"].float() * (1 + 1e-2 * torch.rand(1000, 1000))).to(torch.bfloat16)
         second = run.save(2, {"w": weights}).result()
@@ -74,7 +76,9 @@ def test_a_delta_is_smaller_than_what_it_stands_for(tmp_path: Path) -> None:
 
 def test_retention_takes_nothing_from_those_that_build_on_what_it_deletes(tmp_path: Path) -> None:
     weights = _weights()
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta(chain=8), keep=KeepLast(1)) as run:
+    with Checkpointer(
+        tmp_path / "run", keep=KeepLast(1), files=Safetensors(codec="planes", delta=Delta(chain=8))
+    ) as run:
         for step in range(1, 6):
             run.save(step, {"w": weights}).result()
             run.wait()
@@ -86,7 +90,7 @@ def test_retention_takes_nothing_from_those_that_build_on_what_it_deletes(tmp_pa
 def test_a_chain_goes_on_after_a_restart(tmp_path: Path) -> None:
     weights = _weights()
     for step in range(1, 5):
-        with Checkpointer(tmp_path / "run", codec="planes", delta=Delta(chain=2)) as run:
+        with Checkpointer(tmp_path / "run", files=Safetensors(codec="planes", delta=Delta(chain=2))) as run:
             run.save(step, {"w": weights}).result()
             _same(run, step, weights)
         _step(weights)
@@ -97,7 +101,9 @@ def test_a_chain_goes_on_after_a_restart(tmp_path: Path) -> None:
 def test_a_shard_of_which_only_a_part_changed(tmp_path: Path) -> None:
     """Extents that matched are taken over through the layers they are stored in."""
     weights = {"a": torch.randn(100, 1000), "z": torch.randn(100, 1000)}
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta(chain=3), extent_bytes=4096) as run:
+    with Checkpointer(
+        tmp_path / "run", files=Safetensors(codec="planes", delta=Delta(chain=3), extent_bytes=4096)
+    ) as run:
         for step in range(1, 6):
             run.save(step, {"w": weights}).result()
             _same(run, step, weights)
@@ -110,7 +116,9 @@ def test_a_file_that_changed_in_part_is_saved_though_the_disk_is_behind(threads:
     them copied, the save stood still until its deadline."""
     weights = {"part": torch.randn(400_000), "all": torch.randn(800_000)}
     writer = WriterOptions(threads=threads, durable_timeout_seconds=20)
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta(), extent_bytes=32768, writer=writer) as run:
+    with Checkpointer(
+        tmp_path / "run", files=Safetensors(codec="planes", delta=Delta(), extent_bytes=32768), writer=writer
+    ) as run:
         run._store.ops = SlowOps(0.002)
         for step in range(1, 4):
             run.save(step, weights).result()
@@ -122,7 +130,7 @@ def test_a_file_that_changed_in_part_is_saved_though_the_disk_is_behind(threads:
 @pytest.mark.parametrize("damage", ["missing", "flipped", "swapped"])
 def test_a_damaged_base_is_found_and_named(damage: str, tmp_path: Path) -> None:
     weights = _weights()
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta()) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(codec="planes", delta=Delta())) as run:
         for step in (1, 2, 3):
             run.save(step, {"w": weights}).result()
             _step(weights)
@@ -152,7 +160,7 @@ def test_a_damaged_base_is_found_and_named(damage: str, tmp_path: Path) -> None:
 
 def test_a_manifest_with_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     weights = _weights()
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta()) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(codec="planes", delta=Delta())) as run:
         for step in (1, 2):
             run.save(step, {"w": weights}).result()
             _step(weights)
@@ -178,7 +186,7 @@ def test_without_links_everything_is_saved(tmp_path: Path) -> None:
             raise OSError(95, "no reflinks here")
 
     weights = _weights()
-    with Checkpointer(tmp_path / "run", codec="planes", delta=Delta()) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(codec="planes", delta=Delta())) as run:
         run.prepare({"w": weights})
         run._store.ops = NoLinks()
         for step in (1, 2):
@@ -188,12 +196,10 @@ def test_without_links_everything_is_saved(tmp_path: Path) -> None:
     assert not list((tmp_path / "run/step-00000002").glob("base/*/*"))
 
 
-@pytest.mark.parametrize(
-    "options", [{"format": "zarr", "codec": "planes"}, {"codec": "none"}, {"codec": "planes", "incremental": False}]
-)
+@pytest.mark.parametrize("options", [{"codec": "none"}, {"codec": "planes", "incremental": False}])
 def test_where_delta_makes_no_sense_it_is_refused(options: dict[str, object], tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match="delta"):
-        Checkpointer(tmp_path / "run", delta=Delta(), **options)  # type: ignore[arg-type]
+        Checkpointer(tmp_path / "run", **by_stage(delta=Delta(), **options))  # type: ignore[arg-type]
     with pytest.raises(InvalidOption, match="chain"):
         Delta(chain=0)
 
@@ -201,7 +207,7 @@ def test_where_delta_makes_no_sense_it_is_refused(options: dict[str, object], tm
 def _after_a_link_failed(path: Path, subject: str, occurrence: int, *, changed: bool) -> None:
     """The third save of a chain, in which the file system has no further link for one file."""
     weights = _weights()
-    with Checkpointer(path, codec="planes", delta=Delta(chain=3), extent_bytes=8192) as run:
+    with Checkpointer(path, files=Safetensors(codec="planes", delta=Delta(chain=3), extent_bytes=8192)) as run:
         for step in (1, 2):
             _step(weights)
             run.save(step, {"w": weights}).result()

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Tiny, bits, train
+from support.options import by_stage
 
-from asyncckpt import AsyncCkptError, Checkpointer, KeepLast, Run, SaveReport
+from asyncckpt import AsyncCkptError, Checkpointer, KeepLast, Run, Safetensors, SaveReport, WriterOptions
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.codecs import Planes
 from asyncckpt.manifest import json as manifests
@@ -114,7 +115,7 @@ class CountedReads(PosixOps):
 @kinds
 def test_unchanged_files_are_links_and_changed_ones_are_not(shard_format: str, codec: str, tmp_path: Path) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         first = _save(run, 1, state)
         before = bits(state)
         state["big"][7, 7] += 1
@@ -142,7 +143,7 @@ def test_frozen_parameters_are_in_shards_of_their_own_and_stay_there(
     model = Tiny(160)  # its matrices are large enough to be encoded
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     state = {"model": model, "optimizer": optimizer}
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         train(model, optimizer)
         first = _save(run, 1, state)
         with contextlib.closing(run.open(1)) as reader:
@@ -170,13 +171,13 @@ def test_frozen_parameters_are_in_shards_of_their_own_and_stay_there(
 @kinds
 def test_a_checkpoint_does_not_need_the_one_it_was_linked_from(shard_format: str, codec: str, tmp_path: Path) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         first = _save(run, 1, state)
         state["tiny"] += 1
         _save(run, 2, state)
     shutil.rmtree(first.path)
     _good(tmp_path / "run", 2, state)
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, keep=KeepLast(1)) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, keep=KeepLast(1))) as run:
         for step in (3, 4, 5):
             state["tiny"] += 1
             report = _save(run, step, state)
@@ -190,10 +191,10 @@ def test_the_first_save_after_a_resume_takes_over_what_is_on_disk(
     shard_format: str, codec: str, tmp_path: Path
 ) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         first = _save(run, 1, state)
     live = {name: torch.zeros_like(value) if isinstance(value, torch.Tensor) else {} for name, value in state.items()}
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         assert run.resume(live) == 1
         live["same"][5] = 0
         second = _save(run, 2, live)
@@ -216,7 +217,7 @@ def test_weights_only_checkpoints_are_compared_with_their_like(tmp_path: Path) -
 
 def test_incremental_false_writes_everything(tmp_path: Path) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", incremental=False) as run:
+    with Checkpointer(tmp_path / "run", writer=WriterOptions(reuse_unchanged=False)) as run:
         first = _save(run, 1, state)
         second = _save(run, 2, state)
         assert second.written_bytes == second.nbytes
@@ -241,7 +242,7 @@ def test_the_same_bytes_under_another_description_are_restored_as_described(
 ) -> None:
     one = {"w": torch.randn(200, 300)}
     other = {"w": change(one["w"])}
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, extent_bytes=32 << 10) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, extent_bytes=32 << 10)) as run:
         _save(run, 1, one)
         _save(run, 2, other)
     _good(tmp_path / "run", 1, one)
@@ -254,12 +255,12 @@ def test_another_codec_or_format_takes_nothing_over_that_it_could_not_read(shard
     step = 0
     for codec in ("none", "planes", "zstd", codecs.Zstd(level=3), "lz4", "none", "planes"):
         step += 1
-        with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+        with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
             _save(run, step, state)
         _good(tmp_path / "run", step, state)
     for other in ("zarr", "safetensors"):
         step += 1
-        with Checkpointer(tmp_path / "run", format=other, codec="planes") as run:
+        with Checkpointer(tmp_path / "run", **by_stage(format=other, codec="planes")) as run:
             _save(run, step, state)
         _good(tmp_path / "run", step, state)
 
@@ -281,7 +282,7 @@ def test_a_shard_in_which_one_extent_changed_is_written_whole_and_correct(
     changed: int, extent_bytes: int, shard_format: str, codec: str, tmp_path: Path
 ) -> None:
     state = _long()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, extent_bytes=extent_bytes) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, extent_bytes=extent_bytes)) as run:
         first = _save(run, 1, state)
         run._store.ops = ops = CountedReads()
         state["w"][changed] += 1
@@ -303,7 +304,7 @@ def test_where_links_are_refused_everything_is_written(
     extent_bytes: int, shard_format: str, codec: str, tmp_path: Path
 ) -> None:
     state = _state() | _long()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, extent_bytes=extent_bytes) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, extent_bytes=extent_bytes)) as run:
         run._store.ops = NoLinks()
         first = _save(run, 1, state)
         for step in (2, 3):
@@ -346,7 +347,7 @@ def test_a_file_system_that_shares_blocks_gives_every_checkpoint_files_of_its_ow
             shutil.copyfile(source, target)
 
     state = _state()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         run._store.ops = Blocks()
         first = _save(run, 1, state)
         second = _save(run, 2, state)
@@ -419,7 +420,7 @@ def test_damage_to_the_checkpoint_before_is_never_copied_into_a_new_one(
     damage: Callable[[Path], object], linking: bool, shard_format: str, codec: str, tmp_path: Path
 ) -> None:
     state = _long()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, extent_bytes=32 << 10) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, extent_bytes=32 << 10)) as run:
         first = _save(run, 1, state)
         [file] = [file for name, file in _data_files(first.path).items() if _component(name) == "w"]
         damage(file)
@@ -447,7 +448,7 @@ def test_a_save_that_fails_for_damage_to_the_one_before_names_both_and_says_what
     damage: Callable[[Path], object], linking: bool, tmp_path: Path
 ) -> None:
     state = _long()
-    with Checkpointer(tmp_path / "run", extent_bytes=32 << 10) as run:
+    with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=32 << 10)) as run:
         first = _save(run, 1, state)
         damage(Path(first.path) / "w-00001-of-00001.safetensors")
         if not linking:
@@ -492,7 +493,7 @@ def test_where_the_checkpoint_before_is_gone_everything_is_written(
     shard_format: str, codec: str, tmp_path: Path
 ) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         first = _save(run, 1, state)
         shutil.rmtree(first.path)
         second = _save(run, 2, state)
@@ -520,7 +521,7 @@ def test_a_step_that_is_saved_again_may_take_over_what_it_replaces(
     shard_format: str, codec: str, tmp_path: Path
 ) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, overwrite=True) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, overwrite=True)) as run:
         _save(run, 1, state)
         for value in (1, 0, 1):
             state["tiny"][0] += value
@@ -604,7 +605,8 @@ def disordered(
     monkeypatch.setattr("asyncckpt.write.reorder_buffer._MAX_SET_ASIDE_BYTES", 0)
     state = {"w": torch.randn(128, 8192, generator=torch.Generator().manual_seed(5))}
     with Checkpointer(
-        tmp_path / "run", format=request.param, codec=LateFirst(100), extent_bytes=32 << 10, staging_bytes=1 << 20
+        tmp_path / "run",
+        **by_stage(format=request.param, codec=LateFirst(100), extent_bytes=32 << 10, staging_bytes=1 << 20),
     ) as run:
         path = _save(run, 1, state).path
     with contextlib.closing(Run(tmp_path / "run").open(1)) as reader:
@@ -629,7 +631,7 @@ def test_chunks_in_any_order_are_found(disordered: tuple[Path, str, dict[str, An
 @pytest.mark.parametrize("changed", [None, 0, 127])
 def test_chunks_in_any_order_are_taken_over(disordered: tuple[Path, str, dict[str, Any]], changed: int | None) -> None:
     path, shard_format, state = disordered
-    with Checkpointer(path, format=shard_format, codec="planes", extent_bytes=32 << 10) as run:
+    with Checkpointer(path, **by_stage(format=shard_format, codec="planes", extent_bytes=32 << 10)) as run:
         if changed is not None:
             state["w"][changed, 5] += 1
         second = _save(run, 2, state)
@@ -648,7 +650,7 @@ def test_a_long_run_of_small_changes_keeps_every_checkpoint_as_it_was(
     random = np.random.default_rng(6)
     state = _state() | _long()
     saved = {}
-    with Checkpointer(tmp_path / "run", format=shard_format, codec=codec, extent_bytes=16 << 10) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec, extent_bytes=16 << 10)) as run:
         for step in range(1, 9):
             for name in random.choice(["same", "big", "w", "n"], size=random.integers(0, 3)):
                 flat = state[name].view(-1)

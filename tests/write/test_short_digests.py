@@ -11,8 +11,9 @@ import google_crc32c
 import pytest
 import torch
 from conftest import bits, unseen_by_crc32c
+from support.options import by_stage
 
-from asyncckpt import Checkpointer, Delta, Run
+from asyncckpt import Checkpointer, Delta, Run, WriterOptions
 from asyncckpt.codecs import digests
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -63,7 +64,7 @@ def test_the_change_is_one_that_crc32c_does_not_see() -> None:
 def test_a_change_that_the_digest_does_not_show_is_saved(kind: str, extent_bytes: int, tmp_path: Path) -> None:
     state = _state()
     unseen = functools.partial(unseen_by_crc32c, state["w"])
-    with Checkpointer(tmp_path / "run", digest="crc32c", extent_bytes=extent_bytes, **KINDS[kind]) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(digest="crc32c", extent_bytes=extent_bytes, **KINDS[kind])) as run:
         _saves(run, state, unseen, unseen)
 
 
@@ -75,14 +76,14 @@ def test_nor_is_it_copied_from_where_another_part_of_the_file_changed(kind: str,
         unseen_by_crc32c(state["w"])
         state["w"][-1] += 1
 
-    with Checkpointer(tmp_path / "run", digest="crc32c", extent_bytes=32 << 10, **KINDS[kind]) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(digest="crc32c", extent_bytes=32 << 10, **KINDS[kind])) as run:
         _saves(run, state, changes, changes)
 
 
 @kinds
 def test_what_has_not_changed_is_taken_over_all_the_same(kind: str, tmp_path: Path) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", digest="crc32c", **KINDS[kind]) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(digest="crc32c", **KINDS[kind])) as run:
         first, *later = _saves(run, state, lambda: None, lambda: state["w"].add_(1), lambda: None)
         assert later[0] < first / 4
         assert later[2] < first / 4
@@ -92,10 +93,10 @@ def test_what_has_not_changed_is_taken_over_all_the_same(kind: str, tmp_path: Pa
 def test_what_another_process_saved_is_written_anew_once(kind: str, tmp_path: Path) -> None:
     """Only the process that wrote it knows the second digests."""
     state = _state()
-    with Checkpointer(tmp_path / "run", digest="crc32c", **KINDS[kind]) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(digest="crc32c", **KINDS[kind])) as run:
         (first,) = _saves(run, state)
     unseen_by_crc32c(state["w"])
-    with Checkpointer(tmp_path / "run", digest="crc32c", **KINDS[kind]) as run:
+    with Checkpointer(tmp_path / "run", **by_stage(digest="crc32c", **KINDS[kind])) as run:
         run.resume(_zeros(state))
         anew, linked = _saves(run, state, lambda: None)
         assert anew > first / 2
@@ -107,7 +108,7 @@ def test_a_long_digest_decides_by_itself(name: str, tmp_path: Path) -> None:
     assert digests.second(name) is None
     state = _state()
     for _ in range(2):  # in this process and, as it seems, in another
-        with Checkpointer(tmp_path / "run", digest=name) as run:
+        with Checkpointer(tmp_path / "run", writer=WriterOptions(digest=name)) as run:
             written = _saves(run, state, lambda: None)
             assert written[1] < 64 << 10
     assert written[0] < 64 << 10
@@ -117,7 +118,7 @@ def test_nor_is_a_change_missed_that_is_copied_while_training_goes_on(tmp_path: 
     """Then the digest was taken by the thread that copied."""
     model = torch.nn.Linear(200, 200)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with Checkpointer(tmp_path / "run", digest="crc32c") as run:
+    with Checkpointer(tmp_path / "run", writer=WriterOptions(digest="crc32c")) as run:
         run.watch(optimizer)
         run.save(1, {"model": model}).result()
         run.wait()

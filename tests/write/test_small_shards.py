@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import bits
 
-from asyncckpt import Checkpointer
+from asyncckpt import Checkpointer, StagingOptions, Zarr
 from asyncckpt.memory.arena import Arena
 from asyncckpt.testing import FaultyOps
 from asyncckpt.types import SMALL_SHARD_BYTES, Extent, Layout, Shard
@@ -100,7 +100,9 @@ def _state() -> dict[str, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("staging_bytes", [1 << 20, None])
 def test_many_small_arrays_between_large_ones_come_back(codec: str, staging_bytes: int | None, tmp_path: Path) -> None:
     state = _state()
-    with Checkpointer(tmp_path / "run", format="zarr", codec=codec, staging_bytes=staging_bytes) as run:
+    with Checkpointer(
+        tmp_path / "run", files=Zarr(codec=codec), staging=StagingOptions(budget_bytes=staging_bytes)
+    ) as run:
         pending = [run.save(step, state) for step in (1, 2, 3)]
         for one in pending:
             one.result(60)
@@ -110,7 +112,7 @@ def test_many_small_arrays_between_large_ones_come_back(codec: str, staging_byte
 
 
 def test_an_error_in_a_large_shard_ends_the_save_that_small_ones_wait_in(tmp_path: Path) -> None:
-    with Checkpointer(tmp_path / "run", format="zarr") as run:
+    with Checkpointer(tmp_path / "run", files=Zarr()) as run:
         run.prepare(_state())
         ops = run._store.ops = FaultyOps()
         ops.fail = ("pwrite", 2, errno.ENOSPC)

@@ -10,16 +10,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 import asyncckpt
 from asyncckpt.testing import ThrottledOps
-from asyncckpt.write.delta_options import Delta
 from benchmarks.harness.state import GPT, SIZES, State, plain_state, training_state
 from benchmarks.harness.trained import STEPS, trained_run
+
+#: What is saved of a state, by what the report calls it.
+Files: TypeAlias = Mapping[str, asyncckpt.Safetensors | asyncckpt.Zarr]
 
 #: A network file system's share, or a cloud disk of the cheaper kind.
 THROTTLED_BYTES_PER_SECOND = 200e6
@@ -63,12 +65,12 @@ def _formats(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
         ("20 tensors of 64 MiB", plain_state(20, 64 << 20)),
         ("GPT-2 small, 592", training_state("gpt2")),
     ):
-        kinds = {
-            "safetensors": {"format": "safetensors"},
-            "zarr": {"format": "zarr"},
-            "safetensors auto": {"format": "safetensors", "codec": "auto"},
-            "zarr auto": {"format": "zarr", "codec": "auto"},
-            "safetensors planes": {"format": "safetensors", "codec": "planes"},
+        kinds: Files = {
+            "safetensors": asyncckpt.Safetensors(),
+            "zarr": asyncckpt.Zarr(),
+            "safetensors auto": asyncckpt.Safetensors(codec="auto"),
+            "zarr auto": asyncckpt.Zarr(codec="auto"),
+            "safetensors planes": asyncckpt.Safetensors(codec="planes"),
         }
         seconds = _durable(state, kinds, directory, rounds + 2)
         base = seconds["safetensors"]
@@ -99,7 +101,7 @@ def _formats(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
 
 def _throttled(directory: Path, trained_in: Path, rounds: int) -> list[Row]:
     state = {name: _trained(trained_in, "late", name) for name in ("model", "optimizer")}
-    kinds = {name: {"format": "zarr", "codec": name} for name in ("none", "planes", "auto")}
+    kinds = {name: asyncckpt.Zarr(codec=name) for name in ("none", "planes", "auto")}
     ops = ThrottledOps(THROTTLED_BYTES_PER_SECOND)
     seconds = _durable(state, kinds, directory, rounds + 2, ops)
     planes, auto = _ratio(seconds["planes"], seconds["none"]), _ratio(seconds["auto"], seconds["none"])
@@ -138,9 +140,10 @@ def _lora(directory: Path, _trained_in: Path, _rounds: int) -> list[Row]:
     optimizer = torch.optim.AdamW(trained)
     state: State = {"model": model, "optimizer": optimizer}
     found: list[Row] = []
-    for label, options in (("safetensors", {}), ("zarr planes", {"format": "zarr", "codec": "planes"})):
+    kinds: Files = {"safetensors": asyncckpt.Safetensors(), "zarr planes": asyncckpt.Zarr(codec="planes")}
+    for label, files in kinds.items():
         written: list[int] = []
-        with asyncckpt.Checkpointer(directory / label, **options) as ckpt:  # type: ignore[arg-type]
+        with asyncckpt.Checkpointer(directory / label, files=files) as ckpt:
             for step in range(1, 4):
                 for parameter in trained:
                     parameter.grad = torch.randn_like(parameter)
@@ -167,8 +170,10 @@ def _delta(directory: Path, trained_in: Path, _rounds: int) -> list[Row]:
         ]
         nbytes = sum(tensor.nbytes for tensor in states[0]["weights"].values())
         sizes: dict[str, list[float]] = {}
-        for name, delta in (("planes", None), ("delta", Delta(chain=1))):
-            with asyncckpt.Checkpointer(directory / f"{label}-{name}", codec="planes", delta=delta) as ckpt:
+        for name, delta in (("planes", None), ("delta", asyncckpt.Delta(chain=1))):
+            with asyncckpt.Checkpointer(
+                directory / f"{label}-{name}", files=asyncckpt.Safetensors(codec="planes", delta=delta)
+            ) as ckpt:
                 reports = [ckpt.save(step, state).result() for step, state in enumerate(states, 1)]
                 sizes[name] = [nbytes / report.written_bytes for report in reports]
         found.append(
@@ -190,7 +195,11 @@ def _drag(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
     tokens = torch.randint(0, model.size.vocabulary, (1, 33))
     runs = {
         codec: asyncckpt.Checkpointer(
-            directory / codec, codec=codec, incremental=False, keep=asyncckpt.KeepLast(1), staging_bytes=1 << 30
+            directory / codec,
+            keep=asyncckpt.KeepLast(1),
+            files=asyncckpt.Safetensors(codec=codec),
+            staging=asyncckpt.StagingOptions(budget_bytes=1 << 30),
+            writer=asyncckpt.WriterOptions(reuse_unchanged=False),
         )
         for codec in ("none", "planes", "auto")
     }
@@ -236,19 +245,19 @@ def _drag(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
 
 
 def _durable(
-    state: State, kinds: Mapping[str, Mapping[str, Any]], directory: Path, saves: int, ops: ThrottledOps | None = None
+    state: State, kinds: Files, directory: Path, saves: int, ops: ThrottledOps | None = None
 ) -> dict[str, list[float]]:
     """Durable seconds of each kind, saved by turns into warm arenas; the first of each is left out of ratios."""
     needed = sum(t.nbytes for t in _tensors(state)) + (64 << 20)
     runs = {
         name: asyncckpt.Checkpointer(
             directory / name.replace(" ", "-"),
-            incremental=False,
             keep=asyncckpt.KeepLast(1),
-            staging_bytes=needed,
-            **options,
+            files=files,
+            staging=asyncckpt.StagingOptions(budget_bytes=needed),
+            writer=asyncckpt.WriterOptions(reuse_unchanged=False),
         )
-        for name, options in kinds.items()
+        for name, files in kinds.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for ckpt in runs.values():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from support.options import by_stage
 
 from asyncckpt import CheckpointDamaged, Checkpointer, Delta
 from asyncckpt.codecs import digests
@@ -126,7 +127,7 @@ def checkpoint(variant: str) -> Checkpoint:
     folder = tempfile.mkdtemp(prefix="asyncckpt-fuzz-")
     try:
         state = live_state()
-        with Checkpointer(f"{folder}/run", **VARIANTS[variant]) as run:
+        with Checkpointer(f"{folder}/run", **by_stage(**VARIANTS[variant])) as run:
             run.save(1, state).result()
             state["big"][::1000] += 1e-3
             path = run.save(2, state, metrics={"loss": 0.5}).result().path
