@@ -295,7 +295,7 @@ _TOLD = Path("/run/tmp/training/told")
 
 @call
 def start_training(path: str, options: dict[str, float]) -> None:
-    """``options``: of ``WriterOptions``."""
+    """``options``: of the checkpointer, by name."""
     shutil.rmtree(_TOLD.parent, ignore_errors=True)
     _TOLD.parent.mkdir()
     pid, pipe = fork(lambda _pipe: _train(path, options, _TOLD))
