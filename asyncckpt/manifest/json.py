@@ -37,7 +37,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.memory.gc_pause import held_back
+from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
 from asyncckpt.types import Chunking, JsonValue, Layout
 
@@ -153,7 +153,7 @@ def seal(body: bytes) -> bytes:
     return body + f',"manifest_digest":"{_SELF_DIGEST}:{digests.get(_SELF_DIGEST)(body)}"}}\n'.encode()
 
 
-@held_back()
+@gc_paused()
 def decode(data: bytes, where: str) -> Manifest:
     """The manifest in these bytes.
 

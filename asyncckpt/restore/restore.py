@@ -17,7 +17,7 @@ from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.records import Manifest, StoredTensor
-from asyncckpt.memory.gc_pause import held_back
+from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
 from asyncckpt.read.consistency import MAX_STATE_BYTES
 from asyncckpt.read.damage import check_files
@@ -68,7 +68,7 @@ class RestoreReport:
     whole: bool = False
 
 
-@held_back()
+@gc_paused()
 def restore(
     reader: Reader,
     state: Mapping[str, Any],
