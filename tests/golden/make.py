@@ -1,9 +1,9 @@
 """Makes the golden corpus: one small checkpoint of every format, written by the very version that first wrote it.
 
-``python tests/golden/make.py all`` writes what ``tests/golden`` lacks: for each entry it checks out the entry's commit in
-a temporary git worktree and runs itself there with that commit's ``asyncckpt``. ``make.py write NAME OUT`` writes one entry
-with whatever ``asyncckpt`` is imported. An entry that is there is never written again: that a newer version can still read
-what an older one wrote is what it is for.
+``python tests/golden/make.py all`` writes what ``tests/golden`` lacks: for each entry it checks out the entry's commit
+in a temporary git worktree and runs itself there with that commit's ``asyncckpt``. ``make.py write NAME OUT`` writes
+one entry with whatever ``asyncckpt`` is imported. An entry that is there is never written again: that a newer version
+can still read what an older one wrote is what it is for.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-import states
+if __package__:  # imported by the test
+    from golden import states
+else:
+    import states
 
 HERE = Path(__file__).resolve().parent
 #: Small, so that small tensors have several chunks and several extents.
@@ -109,7 +110,9 @@ def write(name: str, path: Path) -> None:
     import asyncckpt
 
     if not asyncckpt.__file__.startswith(os.getcwd() + os.sep):
-        raise SystemExit(f"{asyncckpt.__file__} is imported: run this where the code lies that is to write, on PYTHONPATH")
+        raise SystemExit(
+            f"{asyncckpt.__file__} is imported: run this where the code lies that is to write, on PYTHONPATH"
+        )
     entry = ENTRIES[name]
     if entry.ranks == 1:
         held = [_save_all(entry, path, 0)]
@@ -135,7 +138,10 @@ def _named(entry: Entry, save: Save) -> dict[str, str]:
     found = states.named_tensors(save.state, save.step)
     if not entry.by_dcp:
         return found
-    return {f"optim.{key.removeprefix('optimizer.')}" if key.startswith("optimizer.") else key: text for key, text in found.items()}
+    return {
+        f"optim.{key.removeprefix('optimizer.')}" if key.startswith("optimizer.") else key: text
+        for key, text in found.items()
+    }
 
 
 def _only_weights(save: Save, found: dict[str, str]) -> dict[str, str]:
@@ -156,14 +162,15 @@ def _save_all(entry: Entry, path: Path, rank: int) -> dict[str, Any]:
             continue
         if save.options != before:
             kept.close()
-            run = kept.enter_context(_checkpointer(path, save.options))
+            run = kept.enter_context(checkpointer(path, save.options))
             before = save.options
         run.save(save.step, state, metrics=METRICS, weights_only=save.weights_only).result(60)
     kept.close()
     return held
 
 
-def _checkpointer(path: Path, options: Mapping[str, Any]) -> Any:
+def checkpointer(path: Path, options: Mapping[str, Any]) -> Any:
+    """A ``Checkpointer`` with the options of a ``Save``."""
     import asyncckpt
 
     options = dict(options)
@@ -177,8 +184,9 @@ def _checkpointer(path: Path, options: Mapping[str, Any]) -> Any:
 
 def _save_by_dcp(path: Path, step: int, state: dict[str, Any]) -> None:
     import torch.distributed.checkpoint as dcp
-    from asyncckpt.integrations.dcp import Writer
     from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    from asyncckpt.integrations.dcp import Writer
 
     weights, moments = get_state_dict(state["model"], state["optimizer"])
     plain = {"model": weights, "optim": moments, "meta": {"name": "golden", "sizes": [1, 2.5]}}
@@ -196,7 +204,8 @@ def _in_processes(name: str, entry: Entry, path: Path) -> list[dict[str, Any]]:
             for rank, file in enumerate(files)
         ]
         processes = [subprocess.Popen(command) for command in commands]
-        if any([process.wait(180) for process in processes]):
+        ended = [process.wait(180) for process in processes]  # every one of them, before anything is said
+        if any(ended):
             raise SystemExit(f"{name}: a rank failed")
         return [json.loads(file.read_text()) for file in files]
 

@@ -1,7 +1,7 @@
 """The training states of the golden corpus, and what their bits are, in words that need no code of this library.
 
-Every value is a formula over integers (``filled``), so that a state can be built again, anywhere, without reading it. The
-module asks ``asyncckpt`` for nothing but its two public markers, which all versions have that know ranks.
+Every value is a formula over integers (``filled``), so that a state can be built again, anywhere, without reading it.
+This module uses nothing of ``asyncckpt`` but ``RngState`` and ``Shard``: users put these two into their states.
 """
 
 from __future__ import annotations
@@ -132,7 +132,12 @@ def optimizer_of(model: nn.Module, seed: int) -> torch.optim.Optimizer:
 def every_dtype(seed: int) -> dict[str, torch.Tensor]:
     """Any bits, NaNs with payloads among them, in each dtype and in shapes that are easily got wrong."""
     found = {name: filled((3, 5), getattr(torch, name), seed + at) for at, name in enumerate(DTYPES)}
-    return {**found, "none": torch.empty(0, 3), "one": filled((), torch.float32, seed), "row": filled((1, 9), torch.int16, 3)}
+    return {
+        **found,
+        "none": torch.empty(0, 3),
+        "one": filled((), torch.float32, seed),
+        "row": filled((1, 9), torch.int16, 3),
+    }
 
 
 def large(seed: int) -> dict[str, torch.Tensor]:
@@ -228,7 +233,12 @@ def _fsdp(seed: int, rank: int, size: int) -> dict[str, Any]:
         model = Plain(seed)
         fully_shard(model)
         optimizer = optimizer_of(model, seed)
-    return {"model": model, "optimizer": optimizer, "loader": Kept({"position": 1000 + rank}), "rng": Generators(seed + rank)}
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "loader": Kept({"position": 1000 + rank}),
+        "rng": Generators(seed + rank),
+    }
 
 
 STATES: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
@@ -295,7 +305,7 @@ def described(value: Any) -> str:
     if isinstance(value, complex):
         return f"{kind} {struct.pack('>dd', value.real, value.imag).hex()}"
     if isinstance(value, str):
-        return f"{kind} {ascii(value)}"
+        return f"{kind} {value!a}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{kind} {value:x}"
     if isinstance(value, dict):
@@ -326,7 +336,11 @@ def named_tensors(name: str, seed: int) -> dict[str, str]:
             names = {parameter: key for key, parameter in state["model"].named_parameters()}
             for parameter, items in value.state.items():
                 prefix = f"{component}.state.{names[parameter]}"
-                found |= {f"{prefix}.{key}": described(item) for key, item in items.items() if isinstance(item, torch.Tensor)}
+                found |= {
+                    f"{prefix}.{key}": described(item) for key, item in items.items() if isinstance(item, torch.Tensor)
+                }
         elif isinstance(value, dict):
-            found |= {f"{component}.{key}": described(item) for key, item in value.items() if isinstance(item, torch.Tensor)}
+            found |= {
+                f"{component}.{key}": described(item) for key, item in value.items() if isinstance(item, torch.Tensor)
+            }
     return found
