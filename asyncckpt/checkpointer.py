@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +15,9 @@ from asyncckpt import forks
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.catalog import CheckpointInfo
-from asyncckpt.catalog.steps import Claim, Ledger, numbers
+from asyncckpt.catalog.steps import Ledger, numbers
 from asyncckpt.commit.committer import Committer, Skipped
-from asyncckpt.commit.in_flight import InFlight
+from asyncckpt.commit.in_flight import InFlight, InFlightSaves
 from asyncckpt.commit.pending import PendingSave, failed
 from asyncckpt.errors import (
     ArenaBusy,
@@ -28,14 +27,15 @@ from asyncckpt.errors import (
     SaveAbandoned,
     storage_errors,
 )
-from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Stalled, Subscriber
+from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Subscriber
 from asyncckpt.formats.options import Files, FilesName, Safetensors, files_of
 from asyncckpt.loop import cadence
-from asyncckpt.loop.at_exit import drain_at_exit, weakly
-from asyncckpt.loop.optimizer_hooks import Watched, may_change
+from asyncckpt.loop.at_exit import drain_at_exit
+from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
 from asyncckpt.loop.preemption import Preempted, Preemption, SignalWatch
 from asyncckpt.loop.triggers import Occasions
 from asyncckpt.ownership import RunOptions, Session
+from asyncckpt.ranks.coordinator import Known
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.saver import Saves
@@ -45,6 +45,7 @@ from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.write.options import WriterOptions
+from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import Pools
 
 _SAFETENSORS, _STAGING, _WRITER, _RANKS, _RUN = (
@@ -98,37 +99,42 @@ class Checkpointer(Session):
         _check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
         if ranks is not None:
             _check_kinds(ranks=(ranks, RankOptions))
-        self._files = files_of(files)
-        if self._files.chain and not writer.reuse_unchanged:
+        files = files_of(files)
+        if files.chain and not writer.reuse_unchanged:
             raise InvalidOption("Safetensors(delta=…) builds on the checkpoint before: it needs reuse_unchanged=True")
-        layout = self._files.layout(staging.budget_bytes)
+        layout = files.layout(staging.budget_bytes)
         super().__init__(
             path,
             direct=writer.direct,
             events=EventBus(tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)),
             options=run,
             ranks=ranks,
+            files=files,
             layout=layout,
             patience_seconds=staging.stall_timeout_seconds,
         )
         self._staging = staging
-        self._ledger = Ledger(self.path, naming.NameTemplate(run.name), self._damaged, overwrite=run.overwrite)
+        self._ledger = Ledger(self.path, naming.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
+        self._reuse = ReuseSource(self._store, self._quarantine)
+        self._in_flight = InFlightSaves()
         self._committer = Committer(
             self._store,
             policies,
             writer,
             self.events,
-            weakly(self._check_lease),
-            self._damaged,
-            self._ledger,
             staging,
+            self._held,
+            self._quarantine,
+            self._ledger,
+            self._reuse,
+            self._in_flight,
         )
-        self._watched = Watched(weakly(self._before_change))
+        self._watched = WatchedOptimizers(self._in_flight, staging.stall_timeout_seconds)
         self._occasions = Occasions(every, preemption)
         self._saves = Saves(
-            files=self._files,
+            files=files,
             layout=layout,
             writer=writer,
             budget_bytes=staging.budget_bytes,
@@ -138,6 +144,7 @@ class Checkpointer(Session):
             store=self._store,
             events=self.events,
             committer=self._committer,
+            reuse=self._reuse,
         )
         self._arena = self._saves.arena
         self._stager = Stager()
@@ -211,7 +218,7 @@ class Checkpointer(Session):
     def guard(self) -> Iterator[None]:
         """For in-place changes of watched parameters outside ``optimizer.step`` (EMA swaps, weight clipping, a
         ``load_state_dict``): waits until no copy of them is pending, then runs the body."""
-        self._before_change("guard")
+        self._watched.before_change("guard")
         yield
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -245,8 +252,20 @@ class Checkpointer(Session):
         self.prepare(state)
         return report.step
 
+    def _learn(self, found: list[Known]) -> None:
+        for known in found:
+            if known.renamed:
+                self._ledger.learn_foreign(known.step, known.name)
+                continue
+            if known.damaged:
+                self._quarantine.add(known.name)
+            else:
+                self._reuse.learn(known.kind, known.name)
+            self._ledger.learn(known.step, known.kind, known.name, known.sequence)
+        self._ledger.opened()
+
     def _before_restore(self) -> None:
-        self._before_change("guard")
+        self._watched.before_change("guard")
         super()._before_restore()
 
     def _after_restore(self, report: RestoreReport) -> None:
@@ -255,7 +274,7 @@ class Checkpointer(Session):
 
     def unfinished(self) -> int:
         """Saves that are not durable yet; 0 in a forked child."""
-        return len(self._committer.in_flight()) if os.getpid() == self._pid and not self._closed else 0
+        return len(self._in_flight.all()) if os.getpid() == self._pid and not self._closed else 0
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
@@ -306,7 +325,7 @@ class Checkpointer(Session):
         except Skipped:
             raise
         except PlanChanged as error:  # training goes on, here as on the other ranks
-            self._saves.plan_anew = True
+            self._committer.plan_changed.set()
             self.events.emit(Failed(step=step, error=error))
             return failed(step, error)
         except BaseException as error:
@@ -339,26 +358,23 @@ class Checkpointer(Session):
             self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             owned = self._watched.owned()
             division = divide(pieces, owned) if deferred else Division(set(range(len(pieces))), [])
-            digest = save.digest if deferred else None  # an eager save's copies must not wait for digests
             job = StagingJob(
-                step,
+                save.scope,
                 pieces,
                 layout.extents(),
                 self._arena,
                 self._streams,
-                save.take,
-                save.fail,
+                save.shards,
                 self.events,
                 began,
-                digest,
+                save.digest if deferred else None,  # an eager save's copies must not wait for digests
                 self._saves.splits,
             )
         except BaseException:
             self._ledger.release(step, kind, claim)
             raise
-        save.on_error = job.cancel
-        flight = InFlight(save, job, PendingSave(step, job.wait, self._committer.expire), division.deferred)
-        flight.pending.add_done_callback(functools.partial(self._ended, step, kind, claim))
+        pending = PendingSave(step, job, self._committer.overdue(save))
+        flight = InFlight(save, job, pending, claim, division.deferred)
         deadline = time.monotonic() + self._staging.stall_timeout_seconds
         try:
             if deferred:
@@ -370,21 +386,16 @@ class Checkpointer(Session):
             if deferred:  # last of all: a thread that wakes up takes the interpreter from this one
                 self._start(flight)
         self._occasions.saved()
-        self._note_stall(job, began, "save")
-        return flight.pending
+        job.note_stall(began, "save")
+        return pending
 
     def _start(self, flight: InFlight) -> None:
         """Background threads take it from here."""
         self._committer.submit(flight)
         self._stager.submit(flight.job)
 
-    def _ended(self, step: int, kind: str, claim: Claim, done: PendingSave) -> None:
-        if done.failed():
-            self._ledger.release(step, kind, claim)
-            self._saves.plan_anew = self._saves.plan_anew or isinstance(done.failure(), PlanChanged)
-
     def _admit(self, step: int, nbytes: int, policy: OnBusy) -> None:
-        """As the committer says; where that is not to wait, what one rank cannot do, all do not."""
+        """Apply back-pressure. Where the policy is not to wait, a save that one rank cannot begin is begun by none."""
         if self._job is None or policy == "wait":
             self._committer.admit(step, nbytes, self._arena, policy)
             return
@@ -395,29 +406,6 @@ class Checkpointer(Session):
             busy = error
         if self._job.any_rank("busy", busy is not None):
             raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
-
-    def _before_change(self, where: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """What watched optimizers own is about to change, by the step of ``optimizer`` where there is one: whatever is
-        not copied yet is copied now."""
-        if os.getpid() != self._pid:  # a forked child's parameters are its own
-            return
-        for flight in self._committer.in_flight():
-            if flight.job.done and not flight.job.on_device:
-                continue
-            if optimizer is not None and not flight.job.done and not self._concerns(optimizer, flight):
-                continue
-            began = time.perf_counter()
-            flight.job.finish(time.monotonic() + self._staging.stall_timeout_seconds)
-            self._note_stall(flight.job, began, where)
-
-    def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
-        """Whether a step of the optimizer may change what is not copied yet."""
-        return optimizer in self._watched or may_change(optimizer, flight.deferred)
-
-    def _note_stall(self, job: StagingJob, began: float, where: str) -> None:
-        now = time.perf_counter()
-        job.stall_seconds += now - began
-        self.events.emit(Stalled(step=job.step, at_seconds=now, seconds=now - began, where=where))
 
     def _leave(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, signals: SignalWatch

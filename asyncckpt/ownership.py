@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from asyncckpt import formats
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
-from asyncckpt.catalog.steps import Ledger
 from asyncckpt.codecs import codecs
 from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
@@ -20,7 +19,7 @@ from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankOptions, Ranks
 from asyncckpt.restore import restore as restoring
 from asyncckpt.run import Run
-from asyncckpt.storage.lease import Lease, LeaseOptions
+from asyncckpt.storage.lease import HeldLease, Lease, LeaseOptions
 from asyncckpt.types import LayoutOptions
 
 
@@ -44,9 +43,6 @@ class RunOptions:
 class Session(Run):
     """What a ``Checkpointer`` is before it saves anything. The lease is rank 0's."""
 
-    _ledger: Ledger
-    _files: Files
-
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -55,16 +51,18 @@ class Session(Run):
         events: EventBus,
         options: RunOptions,
         ranks: RankOptions | None,
+        files: Files,
         layout: LayoutOptions,
         patience_seconds: float,
     ) -> None:
         super().__init__(path, direct=direct, events=events)
         self._run_options = options
         self._rank_options = ranks
+        self._files = files
         self._layout_options = layout
         self._patience_seconds = patience_seconds
         self._taking_over: Future[tuple[Lease, list[CheckpointInfo]]] | None = None
-        self._lease: Lease | None = None
+        self._held = HeldLease()
         self._job: Job | None = None
         self._opened = False
         self._closed = False
@@ -81,15 +79,11 @@ class Session(Run):
             found = list(map(Known.of, self._take_over()[1]))
         else:
             found = self._job.open(self.path, self._take_over)
-        for known in found:
-            if known.renamed:
-                self._ledger.learn_foreign(known.step, known.name)
-                continue
-            if known.damaged:
-                self._damaged.add(known.name)
-            self._ledger.learn(known.step, known.kind, known.name, known.sequence)
-        self._ledger.opened()
+        self._learn(found)
         self._opened = True
+
+    def _learn(self, found: list[Known]) -> None:
+        """What the directory held when it was taken, the oldest save first."""
 
     def _join(self) -> None:
         """Find the other ranks of the job, if there are any; once."""
@@ -115,8 +109,9 @@ class Session(Run):
                 f"again, or train into another directory"
             )
         taken, self._taking_over = self._taking_over, None
-        self._lease, entries = taken.result()
-        return self._lease.owner, entries
+        lease, entries = taken.result()
+        self._held.lease = lease
+        return lease.owner, entries
 
     def _take_directory(self, taking_over: Future[tuple[Lease, list[CheckpointInfo]]]) -> None:
         lease: Lease | None = None
@@ -136,14 +131,10 @@ class Session(Run):
         """Give the directory back; in a job, once the others know how the last save ended."""
         if self._opened and self._job is not None:
             self._job.close()
-        if self._lease is not None:
-            self._lease.release()
+        if self._held.lease is not None:
+            self._held.lease.release()
         if self._taking_over is not None:  # nobody waits for it any more
             self._taking_over.add_done_callback(_give_back)
-
-    def _check_lease(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
 
     def _check_usable(self) -> None:
         if self._closed:

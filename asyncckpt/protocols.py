@@ -121,6 +121,21 @@ class Replaced:
 class Store(Protocol):
     """Where a run's checkpoints live. Thread-safe; every call may block on the device."""
 
+    path: str
+
+    def prepare(self, *, create_parents: bool = False) -> None:
+        """Make the run directory usable for writing. Raises ``RunPathError`` with the way out."""
+
+    def reclaim(self) -> list[str]:
+        """Delete what dead attempts and interrupted deletions left behind; the names. Only for whoever holds the run's
+        lease. Raises ``RunPathError``."""
+
+    def write_hint(self, name: str, text: str) -> None:
+        """Replace a small hint file such as ``latest``. Atomic, and not durable: a hint is never truth."""
+
+    def open_attempt(self, path: str) -> Reader:
+        """Read an unpublished attempt of this process, for reading back what was written."""
+
     def begin(self, step: int, attempt: str, *, shared: bool = False) -> Attempt:
         """A new attempt's directory; ``shared``: another rank may have made it already."""
 
@@ -172,6 +187,17 @@ class Reader(Protocol):
         """Read into an aligned, padded buffer, past the page cache where the file system can; bytes read."""
 
     def close(self) -> None: ...
+
+    def disarm(self) -> None:
+        """In a forked child: let go of what it has inherited, and take nothing from its parent."""
+
+
+class SpaceReserver(Protocol):
+    """Whoever can make room on the storage, and knows what else is about to be written to it."""
+
+    def make_room(self, nbytes: int, step: int) -> None:
+        """See that a save of so many bytes fits, by retention where need be. Blocks on the device. Raises
+        ``NotEnoughSpace``."""
 
 
 class Digest(Protocol):

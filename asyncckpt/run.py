@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, Restored
 from asyncckpt.protocols import Reader
@@ -31,8 +32,8 @@ class Run:
         self.path = os.path.abspath(os.fspath(path))  # now: programs change their working directory
         self.events = events or EventBus()
         self._store = LocalStore(self.path, direct=direct)
-        #: Names found damaged inside: never counted by retention, set aside when their step is saved again.
-        self._damaged: set[str] = set()
+        #: Checkpoints that were found damaged inside.
+        self._quarantine = Quarantine()
 
     def ls(self) -> list[CheckpointInfo]:
         """The checkpoints of this run, oldest first, unusable ones included (``.damage`` says why). Reads manifests
@@ -201,7 +202,7 @@ class Run:
                 except (CheckpointDamaged, OSError) as error:
                     vanished = self._is_gone(entry)  # in the middle of reading it
                     if not vanished:
-                        self._damaged.add(entry.name)
+                        self._quarantine.add(entry.name)
                         reasons[entry.name] = f"{entry.path}: {error}"
                         warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=3)
                         self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from asyncckpt import formats
 from asyncckpt.catalog.steps import Claim
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.committer import Committer
-from asyncckpt.commit.transaction import Save
+from asyncckpt.commit.publisher import Publisher, Solo
+from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.events import EventBus
 from asyncckpt.formats.options import Files
 from asyncckpt.manifest.draft import config_tree, contents_of
@@ -19,13 +19,15 @@ from asyncckpt.memory.buffers import padded
 from asyncckpt.plan.layout import LayoutCache
 from asyncckpt.plan.planned import Planned, alone
 from asyncckpt.protocols import Store
-from asyncckpt.ranks.collective_save import LeadSave, PartSave, Party
+from asyncckpt.ranks.collective_save import Follower, Leader, Party
 from asyncckpt.ranks.coordinator import Job
+from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
 from asyncckpt.types import LayoutOptions
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.options import WriterOptions
+from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import Pools
 
 
@@ -49,6 +51,7 @@ class Saves:
         store: Store,
         events: EventBus,
         committer: Committer,
+        reuse: ReuseSource,
     ) -> None:
         self._format = formats.get(files.format)
         self._codec = codecs.get(files.codec)
@@ -61,14 +64,13 @@ class Saves:
         self._store = store
         self._events = events
         self._committer = committer
+        self._reuse = reuse if writer.reuse_unchanged else None
         self._layouts = LayoutCache(self._format, self._codec, layout)
         #: The layout whose saves the arena was last seen to be large enough for.
         self._fits: tuple[int, int, str] | None = None
         self.arena = Arena()
         self.pools = Pools(writer.threads)
         self._encoder = Encoder(self._codec, writer.threads)
-        #: Whether the job's ranks must agree on their layout again.
-        self.plan_anew = False
 
     @property
     def splits(self) -> bool:
@@ -90,8 +92,8 @@ class Saves:
         snapshot = capture(state, step, weights_only=weights_only)
         if job is not None:
             planner = job.planner
-            if self.plan_anew:
-                self.plan_anew = False
+            if self._committer.plan_changed.is_set():
+                self._committer.plan_changed.clear()
                 planner.forget()
             ask = number is not None and not planner.known(snapshot)
             unless = job.replan(number) if ask and number is not None else None
@@ -121,7 +123,7 @@ class Saves:
         kind: str,
         metrics: dict[str, float],
         began: float,
-    ) -> Save:
+    ) -> SaveTransaction:
         """The attempt to write what is planned. ``began``: when the save was asked for, by ``time.perf_counter``."""
         contents = contents_of(
             planned.components,
@@ -139,24 +141,24 @@ class Saves:
             attempt=job.attempt(number) if job is not None else None,
             world_size=job.ranks.size if job is not None else 1,
         )
-        reuse = self._writer.reuse_unchanged
-        return self._kind_of_save(job, planned, number)(
+        return SaveTransaction(
             contents,
+            SaveScope(planned.step),
+            self._publisher(job, planned, number),
             store=self._store,
+            space=self._committer,
+            source=self._reuse,
+            chain=self._chain,
             pools=self.pools,
             arena=self.arena,
             encoder=self._encoder,
-            previous=functools.partial(self._committer.previous, kind) if reuse else lambda: None,
-            chain=self._chain,
             events=self._events,
-            make_room=functools.partial(self._committer.make_room, step=planned.step),
             started_seconds=began,
         )
 
-    def _kind_of_save(self, job: Job | None, planned: Planned, number: int) -> Callable[..., Save]:
+    def _publisher(self, job: Job | None, planned: Planned, number: int) -> Publisher:
         if job is None:
-            return Save
+            return Solo()
         replicas = job.replica_digests(planned.components) if self._check_replicas else {}
-        anew = job.replanned(number)
-        party = Party(job.ranks, number, planned.own, planned.leads, replicas, anew)
-        return functools.partial(LeadSave if job.leads else PartSave, party=party)
+        party = Party(job.ranks, number, planned.own, planned.leads, replicas, job.replanned(number))
+        return Leader(party) if job.leads else Follower(party)

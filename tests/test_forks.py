@@ -85,17 +85,21 @@ def held(*locks: Any) -> Iterator[None]:
 
 def locks_of(run: Checkpointer) -> list[Any]:
     """Every lock that a thread of a checkpointer may hold while another one forks."""
-    assert run._lease is not None
+    lease = run._held.lease
+    assert lease is not None
     pools = run._saves.pools
     return [
         run._arena._changed,
-        run._committer._changed,
+        run._committer._lock,
+        run._in_flight._changed,
+        run._quarantine._lock,
+        run._reuse._lock,
         run._committer._retention_lock,
         *(pool._lock for pool in (pools.writing, pools.small, pools.encoding, run._committer._pool)),
         *(pool._start_lock for pool in (pools.writing, pools.small, pools.encoding, run._committer._pool)),
         run._saves._encoder._changed,
-        run._lease._stop._cond,
-        run._lease._write_lock,
+        lease._stop._cond,
+        lease._write_lock,
         run._ledger._lock,
     ]
 
@@ -126,8 +130,8 @@ def test_a_child_ends_although_threads_held_every_lock_when_it_was_forked(tmp_pa
     run = Checkpointer(tmp_path / "run")
     run.save(1, STATE).result()
     ops, pending = gated_save(run, STATE)
-    (flight,) = run._committer.in_flight()
-    locks = [pending._future._condition, flight.job._done._cond, flight.job._lock, flight.save._lock]
+    (flight,) = run._in_flight.all()
+    locks = [pending._future._condition, flight.job._done._cond, flight.job._lock, flight.save.scope._changed]
 
     def child() -> None:
         assert run.unfinished() == 0
@@ -233,7 +237,7 @@ def test_a_data_loader_with_workers_costs_a_run_nothing(tmp_path: Path) -> None:
 def test_a_child_that_closes_gives_nothing_of_its_parents_away(tmp_path: Path) -> None:
     run = Checkpointer(tmp_path / "run")
     run.save(1, STATE).result()
-    lease = run._lease
+    lease = run._held.lease
     assert lease is not None
 
     def child() -> None:
@@ -308,7 +312,7 @@ def test_a_child_does_not_wait_for_a_save_that_its_parent_makes(tmp_path: Path) 
         assert pending.failed()
         assert durable.result() == report
 
-    (flight,) = run._committer.in_flight()
+    (flight,) = run._in_flight.all()
     locks = [future._condition for future in (pending._future, durable._future)]
     with held(*locks, flight.job._done._cond):
         in_child(lambda: (child(), in_child(child)))

@@ -26,7 +26,7 @@ class Claim:
 class Ledger:
     """Kept in memory, so that a save asks no disk on the training thread whether its step is free. Thread-safe.
 
-    ``damaged`` are names that cannot be used: their steps may be saved again.
+    ``damaged`` are names that cannot be used: their steps may be saved again. A ``Quarantine``.
     """
 
     def __init__(self, path: str, template: NameTemplate, damaged: Container[str], *, overwrite: bool) -> None:

@@ -6,18 +6,17 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from asyncckpt import forks
 from asyncckpt.catalog.catalog import LATEST, Catalog, CheckpointInfo
+from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.catalog.retention import Policy, plan
 from asyncckpt.catalog.steps import Ledger
-from asyncckpt.commit.in_flight import InFlight
-from asyncckpt.commit.pending import PendingSave, SaveReport
-from asyncckpt.commit.transaction import Save
+from asyncckpt.commit.in_flight import InFlight, InFlightSaves
+from asyncckpt.commit.pending import Overdue, PendingSave, SaveReport
+from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import (
     ArenaBusy,
-    AsyncCkptError,
     CheckpointDamaged,
     NotEnoughSpace,
     PlanChanged,
@@ -25,15 +24,15 @@ from asyncckpt.errors import (
     SaveUndecided,
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
-from asyncckpt.manifest import json as manifests
 from asyncckpt.memory.arena import Arena
-from asyncckpt.protocols import Reader, Replaced
+from asyncckpt.protocols import Replaced
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import verify
 from asyncckpt.stage.options import OnBusy, StagingOptions
+from asyncckpt.storage.lease import HeldLease
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.write.options import WriterOptions
-from asyncckpt.write.reuse import KnownFile, Previous, files_of
+from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import WriterPool
 
 log = logging.getLogger("asyncckpt")
@@ -57,10 +56,12 @@ class Committer:
         policies: Sequence[Policy],
         options: WriterOptions,
         events: EventBus,
-        check_lease: Callable[[], None],
-        damaged: set[str],
-        ledger: Ledger,
         staging: StagingOptions,
+        lease: HeldLease,
+        quarantine: Quarantine,
+        ledger: Ledger,
+        reuse: ReuseSource,
+        saves: InFlightSaves,
     ) -> None:
         self._staging = staging
         self.policies = tuple(policies)
@@ -68,27 +69,27 @@ class Committer:
         self._catalog = Catalog(store, store.path)
         self._options = options
         self._events = events
-        self._check_lease = check_lease
+        self._lease = lease
+        self._reuse = reuse
+        self._saves = saves
         self._pool = WriterPool(1, "asyncckpt-committer")
-        self._in_flight: list[InFlight] = []
         self._failed: list[PendingSave] = []
         #: Failed saves of which a write hangs. For the committer's thread.
-        self._left: list[Save] = []
-        self._changed = threading.Condition()
+        self._left: list[SaveTransaction] = []
+        self._lock = threading.Lock()
         self._retention_lock = threading.Lock()
-        self._damaged = damaged
+        self._quarantine = quarantine
         self._ledger = ledger
         #: Checkpoints that have made way for one that is durable, and are still being read.
         self._replaced: list[Replaced] = []
         #: Another rank of the job publishes, and looks after the directory.
         self.follows = False
-        #: By kind: the checkpoint that the next save may take files over from.
-        self._last: dict[str, tuple[str, Mapping[str, KnownFile]] | None] = {}
+        #: Set where the ranks of a job must plan the next save anew.
+        self.plan_changed = threading.Event()
 
     def submit(self, flight: InFlight) -> None:
         """Follow this save to its end. Never blocks."""
-        with self._changed:
-            self._in_flight.append(flight)
+        self._saves.add(flight)
         self._pool.submit(lambda: self._commit(flight))
 
     def admit(self, step: int, nbytes: int, arena: Arena, policy: OnBusy) -> None:
@@ -97,7 +98,7 @@ class Committer:
         Raises ``Skipped`` or ``ArenaBusy`` where earlier saves hold the arena and the policy says so, and
         ``ArenaBusy`` after the stall timeout.
         """
-        flights = self.in_flight()
+        flights = self._saves.all()
         if not flights:
             return
         lacks_memory = arena.free_bytes() < min(nbytes, arena.budget_bytes)
@@ -114,28 +115,21 @@ class Committer:
         if not self.wait_below(self._staging.max_in_flight, timeout):
             raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) still not durable after {timeout:.0f} s")
 
-    def in_flight(self) -> list[InFlight]:
-        """Saves not yet durable or failed, oldest first."""
-        with self._changed:
-            return list(self._in_flight)
-
     def wait_below(self, count: int, timeout: float | None) -> bool:
         """Block until fewer than ``count`` saves are in flight; False where ``timeout`` seconds passed first."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             self.expire()
             remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
-            with self._changed:
-                if len(self._in_flight) < count:
-                    return True
-                if remaining <= 0:
-                    return False
-                self._changed.wait(remaining)
+            if self._saves.wait_below(count, remaining):
+                return True
+            if remaining <= 0:
+                return False
 
     def take_error(self) -> BaseException | None:
         """The oldest error of a failed save that nobody has seen yet, with the others as notes; each is handed out
         once."""
-        with self._changed:
+        with self._lock:
             failed, self._failed = self._failed, []
             errors = [error for error in (pending.unobserved_error() for pending in failed) if error is not None]
         for error in errors[1:]:
@@ -143,43 +137,20 @@ class Committer:
             errors[0].add_note(f"asyncckpt: a further background save failed too: {error}")
         return errors[0] if errors else None
 
+    def overdue(self, save: SaveTransaction) -> Overdue:
+        """When the save is given up though nothing is heard of it."""
+        error = SaveAbandoned(f"step {save.step}: storage under {self._store.path} hangs; the save was given up")
+        at_seconds = save.started_seconds + self._options.durable_timeout_seconds + _GRACE_SECONDS
+        return Overdue(save.scope, at_seconds, error)
+
     def expire(self) -> None:
         """Give up saves whose committer hangs in the kernel, and replace its thread."""
-        now = time.perf_counter()
-        for flight in self.in_flight():
-            overdue = now - flight.save.started_seconds - self._options.durable_timeout_seconds - _GRACE_SECONDS
-            if overdue > 0:
-                error = SaveAbandoned(
-                    f"step {flight.save.step}: storage under {self._store.path} hangs; the save was given up"
-                )
-                flight.save.fail(error)
-                self._end(flight, error)
+        for flight in self._saves.all():
+            overdue = self.overdue(flight.save)
+            if time.perf_counter() > overdue.at_seconds:
+                flight.save.scope.fail(overdue.error)
+                self._end(flight, overdue.error)
                 self._pool.replace_stuck(_GRACE_SECONDS)
-
-    def previous(self, kind: str) -> Previous | None:
-        """The newest checkpoint of that kind, open, for a save to take unchanged files over from. Blocks on the disk
-        the first time. Never raises: without one, everything is written."""
-        try:
-            last = self._last.get(kind)
-            if kind not in self._last or (last is not None and last[0] in self._damaged):
-                last = self._last[kind] = self._newest(kind)
-            return None if last is None else Previous(self._open(last[0]), last[1])
-        except (AsyncCkptError, OSError) as error:
-            log.warning("nothing is taken over from the checkpoint before: %s", error)
-            return None
-
-    def _open(self, name: str) -> Reader:
-        """A checkpoint to take files over from. A forked child does not have it open."""
-        reader = self._store.open(name)
-        forks.disarm_in_child(reader)
-        return reader
-
-    def _newest(self, kind: str) -> tuple[str, Mapping[str, KnownFile]] | None:
-        usable = [entry for entry in self._own() if entry.kind == kind]
-        if not usable:
-            return None
-        with contextlib.closing(self._open(usable[-1].name)) as reader:
-            return usable[-1].name, files_of(manifests.load(reader))
 
     def close(self) -> None:
         """End the thread after what was submitted."""
@@ -191,7 +162,7 @@ class Committer:
         """Before anything is written: enough space, after a retention run if need be. Raises ``NotEnoughSpace``."""
         if self.follows:
             return
-        reserved = sum(f.save.shards.unwritten_bytes() for f in self.in_flight() if f.save.step != step)
+        reserved = sum(f.save.shards.unwritten_bytes() for f in self._saves.all() if f.save.step != step)
         if self._store.free_bytes() - reserved >= nbytes:
             return
         self.prune()
@@ -212,7 +183,7 @@ class Committer:
                 return doomed
             deleted: list[CheckpointInfo] = []
             for entry in doomed:
-                self._check_lease()
+                self._lease.check()
                 if self._store.remove(entry.name):
                     deleted.append(entry)
                     self._catalog.forget(entry.name)
@@ -223,7 +194,7 @@ class Committer:
     def _own(self) -> list[CheckpointInfo]:
         """The run's own checkpoints that can be used, the oldest save first."""
         entries = self._catalog.entries(fresh=False)
-        return [e for e in entries if e.damage is None and not e.renamed and e.name not in self._damaged]
+        return [e for e in entries if e.damage is None and not e.renamed and e.name not in self._quarantine]
 
     def _commit(self, flight: InFlight) -> None:
         save = flight.save
@@ -257,53 +228,53 @@ class Committer:
                     commit_seconds=now - max(began, save.written_seconds),
                 )
             )
-            self._last[written.kind] = written.name, save.shards.files()
+            self._reuse.learn(written.kind, written.name, save.shards.files())
             flight.pending.resolve(report)
         except BaseException as caught:
             error = caught
-            flight.job.cancel(caught)
-        save.shards.close()
+            save.scope.fail(caught)
+        save.close()
         if error is None:
             self._replaced += replaced
             self._after(save, written.name)
         elif isinstance(error, SaveUndecided):  # the next run looks which of the two the disk has
-            self._damaged.add(save.contents.draft.name)
+            self._quarantine.add(save.contents.draft.name)
         else:
             for one in replaced:
                 self._store.put_back(one)
             if isinstance(error, CheckpointDamaged):  # of the one before: write everything next time
-                self._last[save.contents.draft.kind] = None
+                self._reuse.forget(save.contents.draft.kind)
         self._end(flight, error)
         self._discard(save if error is not None else None)
 
-    def _discard(self, failed: Save | None, wait_seconds: float = 0.0) -> None:
+    def _discard(self, failed: SaveTransaction | None, wait_seconds: float = 0.0) -> None:
         """Remove what is left of failed saves. Waits for writes that hang, which the failure was not to wait for, and
         gives up on threads that they hold for long: a file that hangs for good costs its save, and no other. For what
         hung before it waits ``wait_seconds``."""
         if failed is not None and not failed.discard(_STUCK_SECONDS):
             log.warning("step %d: a write of it hangs; its files go once it returns, or with the next run", failed.step)
-            failed.shards.give_up(_STUCK_SECONDS)
+            failed.shards.replace_stuck_threads(_STUCK_SECONDS)
             self._left.append(failed)
         self._left = [save for save in self._left if not save.discard(wait_seconds)]
 
-    def _before_publish(self, save: Save, replaced: list[Replaced]) -> Callable[[], None]:
+    def _before_publish(self, save: SaveTransaction, replaced: list[Replaced]) -> Callable[[], None]:
         def check() -> None:
-            self._check_lease()
+            self._lease.check()
             draft = save.contents.draft
             name = draft.name
             for old in self._ledger.replaced_by(draft.step, draft.kind, draft.sequence):
-                hidden = self._store.make_way(old, draft.attempt) if old not in self._damaged else None
+                hidden = self._store.make_way(old, draft.attempt) if old not in self._quarantine else None
                 if hidden is not None:
                     replaced.append(hidden)
                     self._catalog.forget(old)
-            if name in self._damaged or (save.contents.replace and self._catalog.must_be_kept(name)):
+            if name in self._quarantine or (save.contents.replace and self._catalog.must_be_kept(name)):
                 with contextlib.suppress(FileNotFoundError):  # somebody has taken it away already
                     log.error("step %d: the damaged %s is kept as %s", save.step, name, self._store.set_aside(name))
-                self._damaged.discard(name)
+                self._quarantine.discard(name)
 
         return check
 
-    def _after(self, save: Save, name: str) -> None:
+    def _after(self, save: SaveTransaction, name: str) -> None:
         """Nothing here can undo the acknowledgement: trouble is logged and comes up again at the next save."""
         try:
             self._catalog.forget(name)
@@ -322,7 +293,7 @@ class Committer:
         """Delete what has made way for a checkpoint that is durable now; later, where it is still being read."""
         kept: list[Replaced] = []
         for one in self._replaced:
-            self._check_lease()
+            self._lease.check()
             with contextlib.suppress(FileNotFoundError):  # somebody has taken it away already
                 if not self._store.remove(one.hidden):
                     kept.append(one)
@@ -338,14 +309,17 @@ class Committer:
             raise OSError(f"read back differs from what was written: {damage[0]}")
 
     def _end(self, flight: InFlight, error: BaseException | None) -> None:
-        with self._changed:
-            if flight in self._in_flight:
-                self._in_flight.remove(flight)
-                flight.job.forget()
-                if error is not None:
-                    flight.pending.reject(error)
-                    if not isinstance(error, PlanChanged):  # nothing is wrong: the next save makes up for it
+        if self._saves.begin_end(flight):
+            flight.job.forget()
+            if error is not None:
+                draft = flight.save.contents.draft
+                self._ledger.release(draft.step, draft.kind, flight.claim)  # who hears of it may save it again
+                if isinstance(error, PlanChanged):  # nothing is wrong: the next save makes up for it
+                    self.plan_changed.set()
+                flight.pending.reject(error)
+                if not isinstance(error, PlanChanged):
+                    with self._lock:
                         self._failed.append(flight.pending)
-            self._changed.notify_all()
+            self._saves.remove(flight)
         if error is not None:
             self._events.emit(Failed(step=flight.save.step, error=error))

@@ -1,4 +1,4 @@
-"""The background writer pool, and the handle a save is followed by."""
+"""The handle that a save is followed by, and the report of one that is durable."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 
 from asyncckpt import forks
 from asyncckpt.errors import CheckpointerClosed
+from asyncckpt.scope import SaveScope
+from asyncckpt.stage.job import StagingJob
 
 log = logging.getLogger("asyncckpt")
 
@@ -35,20 +37,28 @@ class SaveReport:
     manifest_digest: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """When a save is given up though its committer says nothing, because that hangs in the kernel, and the error
+    then. ``at_seconds``: by ``time.perf_counter``."""
+
+    scope: SaveScope
+    at_seconds: float
+    error: BaseException
+
+
 class PendingSave:
     """A save in flight. Thread-safe; awaitable from asyncio (``report = await pending``). In a forked child, one that
     was not done has failed with ``CheckpointerClosed``: only the process that saves learns how it ends."""
 
     step: int
 
-    def __init__(
-        self, step: int, wait_staged: Callable[[float | None], bool], expire: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, step: int, job: StagingJob | None = None, overdue: Overdue | None = None) -> None:
         self.step = step
         self._future: Future[SaveReport] = Future()
         self._future.set_running_or_notify_cancel()
-        self._wait_staged = wait_staged
-        self._expire = expire
+        self._job = job
+        self._overdue = overdue
         #: Whether somebody has been given the outcome: who waited in vain has not.
         self._observed = False
         #: Of a save that is done; read in a forked child, where the future's lock may be held for ever.
@@ -57,7 +67,7 @@ class PendingSave:
 
     def disarm(self) -> None:
         self._future = Future()
-        self._wait_staged = lambda _timeout: True
+        self._job = None
         if isinstance(self._outcome, SaveReport):
             self._future.set_result(self._outcome)
             return
@@ -70,7 +80,7 @@ class PendingSave:
     def staged(self, timeout: float | None = None) -> bool:
         """Block until training may change anything (the snapshot is copied, or the save failed); False where
         ``timeout`` seconds passed first."""
-        return self._wait_staged(timeout)
+        return self._job is None or self._job.wait(timeout)
 
     def result(self, timeout: float | None = None) -> SaveReport:
         """Block until the checkpoint is durable.
@@ -131,14 +141,16 @@ class PendingSave:
         self._observed = True
 
     def _wait(self, timeout: float | None) -> bool:
-        """Whether it is done within ``timeout`` seconds; asks meanwhile whether the committer hangs in the kernel."""
+        """Whether it is done within ``timeout`` seconds. Gives it up where the committer itself hangs in the kernel."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._future.done():
             remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
             if remaining <= 0:
                 return False
             wait([self._future], remaining)
-            self._expire()
+            if self._overdue is not None and time.perf_counter() > self._overdue.at_seconds:
+                self._overdue.scope.fail(self._overdue.error)
+                self.reject(self._overdue.error)
         return True
 
     def __repr__(self) -> str:
@@ -167,6 +179,6 @@ class PendingSave:
 
 def failed(step: int, error: BaseException) -> PendingSave:
     """A save that failed before it began."""
-    pending = PendingSave(step, lambda _timeout: True)
+    pending = PendingSave(step)
     pending.reject(error)
     return pending

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as replaced
@@ -18,23 +17,25 @@ from dataclasses import replace as replaced
 from asyncckpt import formats, jsontree
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
+from asyncckpt.commit.publisher import Publisher
 from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents, _components_json
 from asyncckpt.manifest.records import FileRecord, Manifest
-from asyncckpt.memory.arena import Arena, Slot
-from asyncckpt.protocols import Attempt, Store
-from asyncckpt.stage.job import Ready
+from asyncckpt.memory.arena import Arena
+from asyncckpt.protocols import Attempt, SpaceReserver, Store
+from asyncckpt.scope import SaveScope
+from asyncckpt.write.directory import AttemptDirectory
 from asyncckpt.write.encoder import Encoder
-from asyncckpt.write.reuse import Previous
-from asyncckpt.write.shards import ShardsWriting
+from asyncckpt.write.progress import progress_of
+from asyncckpt.write.reuse import ReuseSource
+from asyncckpt.write.shards import ShardPipeline
 from asyncckpt.write.threads import Pools
+from asyncckpt.write.unchanged import Unchanged
 
 log = logging.getLogger("asyncckpt")
 
-#: What a checkpoint needs on disk beyond its tensors, for the space estimate.
-_SMALL_FILES_BYTES = 4 << 20
 _WAY_OUT = "Check the storage, then save again"
 _WAYS_OUT = {
     errno.EFBIG: "Files may not grow that large here: raise the limit (ulimit -f), or save with a smaller shard_bytes",
@@ -44,130 +45,106 @@ _WAYS_OUT = {
 }
 
 
-class Save:
+class SaveTransaction:
     """One attempt to write one checkpoint. Thread-safe: extents arrive from staging, are written by the pool, and
-    ``commit`` runs on the committer's thread."""
+    ``commit`` runs on the committer's thread.
+
+    ``scope``: made by whoever makes the save; nothing is published once it has failed. ``space``: makes room for the
+    save. ``source``: the checkpoint that unchanged files are taken over from, None for none. ``chain``: how often in a
+    row a file may be saved as differences. ``started_seconds``: when the save was asked for, by ``time.perf_counter``.
+    """
 
     def __init__(
         self,
         contents: Contents,
+        scope: SaveScope,
+        publisher: Publisher,
         *,
         store: Store,
+        space: SpaceReserver,
+        source: ReuseSource | None,
+        chain: int,
         pools: Pools,
         arena: Arena,
         encoder: Encoder,
-        previous: Callable[[], Previous | None],
-        chain: int,
         events: EventBus,
-        make_room: Callable[[int], None],
         started_seconds: float,
     ) -> None:
         self.contents = contents
-        self.step = contents.draft.step
+        self.scope = scope
+        self.step = scope.step
         self.started_seconds = self.written_seconds = started_seconds
-        self._store = store
+        self._publisher = publisher
         self._events = events
-        self._make_room = make_room
         self._codec = encoder.codec
-        #: Told of the first error, so that staging stops too. Set before the first extent is taken.
-        self.on_error: Callable[[BaseException], None] = lambda _error: None
-        self.digest = get_digest(contents.draft.digest)
-        self._attempt: Attempt | None = None
-        self._error: BaseException | None = None
-        self._lock = threading.Lock()
-        self._start_lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._format = formats.get(contents.draft.shard_format)
-        self.shards = ShardsWriting(
+        draft = contents.draft
+        self.digest = get_digest(draft.digest)
+        self._format = formats.get(draft.shard_format)
+        shards = progress_of(contents.layout)
+        self._unchanged = Unchanged(
+            shards,
+            scope=scope,
+            source=source,
+            kind=draft.kind,
+            codec=encoder.codec,
+            digest=self.digest,
+            second=second_digest(draft.digest),
+            chain=chain,
+        )
+        self._directory = AttemptDirectory(
+            store,
+            scope,
+            space,
+            self._unchanged,
+            attempt=draft.attempt,
+            shared=draft.world_size > 1,
+            least_bytes=publisher.least_bytes(contents.layout),
+        )
+        self.shards = ShardPipeline(
             contents.layout,
-            step=self.step,
+            scope=scope,
+            shards=shards,
+            unchanged=self._unchanged,
+            directory=self._directory,
             shard_format=self._format,
             digest=self.digest,
-            second=second_digest(contents.draft.digest),
             encoder=encoder,
-            previous=previous,
-            chain=chain,
             pools=pools,
             arena=arena,
             events=events,
-            start=self._start,
-            fail=self.fail,
-            failed=lambda: self._error is not None,
-            changed=self._notify,
         )
-
-    @property
-    def error(self) -> BaseException | None:
-        """What poisoned the attempt, or None."""
-        return self._error
-
-    def take(self, number: int, slot: Slot, ready: Ready, digest: str | None) -> None:
-        """Accept a staged extent, with its content digest where it was taken already. Never blocks."""
-        self.shards.take(number, slot, ready, digest)
 
     def written_bytes(self, written: Manifest) -> int:
         """What went to the disk of a durable checkpoint; in a job, from this rank."""
-        return written.nbytes - self.shards.linked_bytes()
-
-    def _notify(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Poison the attempt: nothing of it will be published. The first error is kept. Idempotent."""
-        with self._changed:
-            if self._error is not None:
-                return
-            self._error = error
-            self._changed.notify_all()
-        self.shards.abandon()
-        self.on_error(error)
+        return self._publisher.written_bytes(self, written)
 
     def commit(
-        self,
-        check_lease: Callable[[], None],
-        timeout_seconds: float,
-        read_back: Callable[[str], None] | None,
+        self, check_lease: Callable[[], None], timeout_seconds: float, read_back: Callable[[str], None] | None
     ) -> Manifest:
         """Wait for the shards, then publish. Blocks; the returned manifest is durable.
 
-        Raises what poisoned the attempt, as ``SaveFailed`` or another of this library's errors.
+        Raises what made the save fail, as ``SaveFailed`` or another of this library's errors.
         """
         try:
-            attempt = self._start()
-            early = self._meanwhile(attempt)
+            attempt = self._directory.open()
+            early = self._publisher.prepare(self, attempt)
             self._wait_written(timeout_seconds)
             now = self.written_seconds = time.perf_counter()
             nbytes = self.contents.layout.nbytes
             self._events.emit(
                 Written(step=self.step, at_seconds=now, nbytes=nbytes, seconds=now - self.started_seconds)
             )
-            return self._conclude(attempt, early, check_lease, read_back)
+            return self._publisher.publish(self, attempt, early, check_lease, read_back)
         except BaseException as error:
-            self.fail(error)
-            self.discard(0.2)
+            self.scope.fail(error)
             typed = self._typed(error)
-            if typed is error:
+            raised = self._publisher.failed(self, typed)
+            self.discard(0.2)
+            if raised is error:
                 raise
-            raise typed from error
+            raise raised from (error if raised is typed else typed)
 
-    def _meanwhile(self, attempt: Attempt) -> dict[str, bytes]:
-        """What can be done while the shards are still being written: the small files."""
-        return self._write_small(attempt, self.contents)
-
-    def _conclude(
-        self,
-        attempt: Attempt,
-        small: Mapping[str, bytes],
-        check_lease: Callable[[], None],
-        read_back: Callable[[str], None] | None,
-    ) -> Manifest:
-        """All data is on the disk: manifest and publication."""
-        return self._publish(
-            attempt, self.contents, self.shards.records(), self.shards.orders(), small, check_lease, read_back
-        )
-
-    def _publish(
+    def publish(
         self,
         attempt: Attempt,
         contents: Contents,
@@ -177,11 +154,12 @@ class Save:
         check_lease: Callable[[], None],
         read_back: Callable[[str], None] | None,
     ) -> Manifest:
+        """For publishers: all data is on the disk; write the manifest, and give the attempt its name. ``small``: the
+        files beside the shards, which are durable too. ``orders``: where a file's extents lie, by file."""
         written = self._write_manifest(attempt, contents, records, orders, small)
         if read_back is not None:
             read_back(attempt.path)
-        if self._error is not None:
-            raise self._error
+        self.scope.raise_if_failed()
         check_lease()
         attempt.publish(written.name, replace=contents.replace)
         return written
@@ -189,7 +167,7 @@ class Save:
     def _typed(self, error: BaseException) -> BaseException:
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
             return error
-        path = self._attempt.path if self._attempt else getattr(self._store, "path", "the run directory")
+        path = self._directory.path
         code = error.errno if isinstance(error, OSError) else None
         if isinstance(error, OSError) and code in (errno.ENOSPC, errno.EDQUOT):
             return NotEnoughSpace(
@@ -201,38 +179,19 @@ class Save:
             f"earlier checkpoints are untouched. {_WAYS_OUT.get(code or 0, _WAY_OUT)}"
         )
 
-    def _start(self) -> Attempt:
-        """The attempt's directory, made by whichever thread comes first."""
-        with self._start_lock:
-            if self._attempt is None:
-                if self._error is not None:
-                    raise self._error
-                self._make_room(self._needed_bytes() + _SMALL_FILES_BYTES)
-                self._attempt = self._store.begin(
-                    self.step, self.contents.draft.attempt, shared=self.contents.draft.world_size > 1
-                )
-            return self._attempt
-
-    def _needed_bytes(self) -> int:
-        return self.shards.expected_bytes()
-
     def _wait_written(self, timeout_seconds: float) -> None:
-        deadline = self.started_seconds + timeout_seconds
-        with self._changed:
-            while self.shards.unfinished and self._error is None:
-                remaining = deadline - time.perf_counter()
-                if remaining <= 0:
-                    break
-                self._changed.wait(remaining)
-            if self._error is not None:
-                raise self._error
-            if self.shards.unfinished:
-                raise SaveAbandoned(
-                    f"step {self.step}: not durable after {timeout_seconds:.0f} s; the save was given up so that "
-                    f"training goes on. Check the storage under {getattr(self._store, 'path', 'the run')}"
-                )
+        remaining = self.started_seconds + timeout_seconds - time.perf_counter()
+        done = self.scope.wait_until(lambda: not self.shards.unfinished, remaining)
+        self.scope.raise_if_failed()
+        if not done:
+            raise SaveAbandoned(
+                f"step {self.step}: not durable after {timeout_seconds:.0f} s; the save was given up so that "
+                f"training goes on. Check the storage under {self._directory.path}"
+            )
 
-    def _write_small(self, attempt: Attempt, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
+    def write_small(self, attempt: Attempt, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
+        """For publishers: write the files beside the shards of these contents, durably, ``state.json`` among them with
+        ``state``; what is in them, by name."""
         small = {manifest.STATE_FILE: jsontree.dumps(contents.trees)} if state else {}
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
@@ -260,20 +219,17 @@ class Save:
         attempt.sync_directory()
         return replaced(draft, size_bytes=len(data), file_digest=manifest.file_digest(data))
 
-    def discard(self, timeout_seconds: float, *, keep: bool = False) -> bool:
+    def discard(self, timeout_seconds: float) -> bool:
         """Remove a failed attempt, once no write of it is in the kernel; False where one still is after
-        ``timeout_seconds`` (hung storage): to be called again, or left to the next run. ``keep``: only close its files.
-        Idempotent; never raises."""
+        ``timeout_seconds`` (hung storage): to be called again, or left to the next run. Idempotent; never raises."""
         deadline = time.monotonic() + timeout_seconds
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.shards.in_flight == 0, timeout_seconds):
-                return False
-        if not self._start_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+        if not self.scope.wait_until(lambda: self.shards.in_flight == 0, timeout_seconds, failed_too=False):
             return False
-        attempt = self._attempt  # nobody can create files from here on: the error is set
-        self._start_lock.release()
-        if attempt is not None and keep:
-            attempt.close()
-        elif attempt is not None:
-            attempt.discard()
-        return True
+        if self.scope.error is not None:  # the others are told why before their files are gone
+            self._publisher.failed(self, self._typed(self.scope.error))
+        return self._directory.discard(deadline - time.monotonic(), keep=self._publisher.keeps_files)
+
+    def close(self) -> None:
+        """Let go of what the save has read from. After it has ended, whichever way. Idempotent."""
+        self._unchanged.close()
+        self.scope.end()

@@ -1,5 +1,4 @@
-"""The end of a checkpointer that nobody closes: a script that ends must not lose an unfinished save silently, and one
-that is dropped must not live on in its own threads and hooks."""
+"""The end of a checkpointer that nobody closes: a script that ends must not lose an unfinished save silently."""
 
 from __future__ import annotations
 
@@ -8,10 +7,8 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
-from typing import ParamSpec, Protocol
+from typing import Protocol
 
-_P = ParamSpec("_P")
 log = logging.getLogger("asyncckpt")
 
 
@@ -49,15 +46,3 @@ def drain_at_exit(target: Drainable) -> None:
 
     register = getattr(threading, "_register_atexit", atexit.register)
     register(drain)
-
-
-def weakly(method: Callable[_P, None]) -> Callable[_P, None]:
-    """The method of an object that it does not keep alive: does nothing once that is gone."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: _P.args, **options: _P.kwargs) -> None:
-        found = reference()
-        if found is not None:
-            found(*args, **options)
-
-    return call

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 import weakref
 from collections.abc import Callable, Collection
 from typing import Any
@@ -10,20 +12,26 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from asyncckpt.commit.in_flight import InFlight, InFlightSaves
 from asyncckpt.errors import InvalidOption
 from asyncckpt.stage.eager import OwnedMemory, storages
 
 
-class Watched:
-    """The optimizers whose parameters and state are copied while training goes on.
+class WatchedOptimizers:
+    """The optimizers whose parameters and state are copied while training goes on. For the training thread.
+
+    ``saves``: those whose copies must be made before anything watched changes; ``stall_timeout_seconds``: the longest
+    that training waits for one of them.
 
     A pre-hook of every optimizer step waits for what is not copied yet, right before the update changes it: torch's
     global one, because another optimizer, or one made anew, may step over the same parameters. ``GradScaler`` skips the
     hook on steps that it skips: nothing changes then either.
     """
 
-    def __init__(self, before_change: Callable[[str, torch.optim.Optimizer | None], None]) -> None:
-        self._before_change = before_change
+    def __init__(self, saves: InFlightSaves, stall_timeout_seconds: float) -> None:
+        self._saves = saves
+        self._stall_timeout_seconds = stall_timeout_seconds
+        self._pid = os.getpid()
         #: By identity: not every optimizer can be hashed.
         self._optimizers: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self._handles: list[RemovableHandle] = []
@@ -36,16 +44,33 @@ class Watched:
         for stepping in [optimizer_that_steps(optimizer) for optimizer in optimizers]:
             if stepping in self:
                 continue
+            # neither torch's table of hooks nor an optimizer may keep this object alive
             if not self._handles:
-                handle = register_optimizer_step_pre_hook(_calling(weakref.WeakMethod(self._before_step)))
+                handle = register_optimizer_step_pre_hook(_hook(weakref.WeakMethod(self._before_step)))
                 self._handles.append(handle)
                 weakref.finalize(self, _retired.append, handle)
             # optimizer.load_state_dict replaces the state by copies, but its groups' tensors (a tensor lr) in place
-            before = self._before_change  # not this object, which the optimizer would keep alive
-            self._handles.append(
-                stepping.register_load_state_dict_pre_hook(lambda *_, call=before: call("guard", None))
-            )
+            loading = _hook(weakref.WeakMethod(self._before_load))
+            self._handles.append(stepping.register_load_state_dict_pre_hook(loading))
             self._optimizers[id(stepping)] = weakref.ref(stepping)
+
+    def before_change(self, where: str, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """What watched optimizers own is about to change, by the step of ``optimizer`` where there is one: whatever is
+        not copied yet is copied now. Blocks for that. ``where``: for the event."""
+        if os.getpid() != self._pid:  # a forked child's parameters are its own
+            return
+        for flight in self._saves.all():
+            if flight.job.done and not flight.job.on_device:
+                continue
+            if optimizer is not None and not flight.job.done and not self._concerns(optimizer, flight):
+                continue
+            began = time.perf_counter()
+            flight.job.finish(time.monotonic() + self._stall_timeout_seconds)
+            flight.job.note_stall(began, where)
+
+    def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
+        """Whether a step of the optimizer may change what is not copied yet."""
+        return optimizer in self or may_change(optimizer, flight.deferred)
 
     def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
         reference = self._optimizers.get(id(optimizer))
@@ -65,7 +90,10 @@ class Watched:
         return memory
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._before_change("optimizer.step", optimizer)
+        self.before_change("optimizer.step", optimizer)
+
+    def _before_load(self, _optimizer: torch.optim.Optimizer) -> None:
+        self.before_change("guard")
 
     def __bool__(self) -> bool:
         return bool(self._alive())
@@ -82,13 +110,13 @@ class Watched:
 _retired: list[RemovableHandle] = []
 
 
-def _calling(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> Callable[..., None]:
-    """A step hook that does nothing once its object is gone."""
+def _hook(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> Callable[..., None]:
+    """A hook of an optimizer that calls a method, and does nothing once its object is gone."""
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        method = before()
-        if method is not None:
-            method(optimizer)
+        alive = before()
+        if alive is not None:
+            alive(optimizer)
 
     return hook
 

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from asyncckpt.commit.transaction import Save
+from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.protocols import Attempt
 from asyncckpt.ranks.store import Ranks, retold, told
-from asyncckpt.types import JsonValue
+from asyncckpt.types import JsonValue, Layout
 
 #: Beyond rank 0's own deadline, until the others take it for lost.
 _GRACE_SECONDS = 15.0
@@ -52,28 +52,58 @@ class Party:
         return f"save/{self.number}/replan/{rank}"
 
 
-class PartSave(Save):
-    """The save of a rank other than 0."""
+class Follower:
+    """The part of a rank other than 0: it reports what it has written, and learns whether that was published."""
 
-    def __init__(self, contents: Contents, party: Party, **options: Any) -> None:
-        super().__init__(contents, **options)
+    def __init__(self, party: Party) -> None:
         self._party = party
         self._reported = self._given_up = False
 
-    def written_bytes(self, written: Manifest) -> int:
-        return self.shards.written_bytes
+    @property
+    def keeps_files(self) -> bool:
+        # unless rank 0 gave up too, it may be about to publish, and these are its files
+        return not self._given_up
 
-    def commit(
-        self, check_lease: Callable[[], None], timeout_seconds: float, read_back: Callable[[str], None] | None
+    def least_bytes(self, layout: Layout) -> int:
+        return 0
+
+    def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
+        return save.shards.written_bytes
+
+    def prepare(self, save: SaveTransaction, attempt: Attempt) -> dict[str, bytes]:
+        names = set(self._party.own.values())
+        kinds = {name: kind for name, kind in save.contents.kinds.items() if name in names}
+        return save.write_small(attempt, replace(save.contents, kinds=kinds), state=False)
+
+    def publish(
+        self,
+        save: SaveTransaction,
+        attempt: Attempt,
+        small: Mapping[str, bytes],
+        check_lease: Callable[[], None],
+        read_back: Callable[[str], None] | None,
     ) -> Manifest:
-        try:
-            return super().commit(check_lease, timeout_seconds, read_back)
-        except BaseException as error:
-            if not self._reported:
-                _try_post(self._party, f"{self._party.reports}/{self._party.ranks.rank}", {"error": told(error)})
-                if isinstance(error.__cause__, FileNotFoundError) and (reason := self._reason()) is not None:
-                    raise reason from error
-            raise
+        attempt.sync_directory()
+        save.scope.raise_if_failed()
+        party = self._party
+        beside = [manifest.whole_file(name, data, save.digest) for name, data in small.items()]
+        files = [*save.shards.records(), *beside]
+        party.ranks.post(f"{party.reports}/{party.ranks.rank}", _report(save, party, files))
+        self._reported = True
+        timeout = 2 * party.ranks.options.timeout_seconds + _GRACE_SECONDS
+        outcome = party.ranks.read(party.outcome, timeout, f"step {save.step}: rank 0")
+        if outcome["error"] is not None:
+            self._given_up = True
+            raise retold(outcome["error"])
+        return replace(save.contents.draft, name=outcome["name"], size_bytes=outcome["nbytes"])
+
+    def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
+        if self._reported:
+            return error
+        self._reported = True
+        _try_post(self._party, f"{self._party.reports}/{self._party.ranks.rank}", {"error": told(error)})
+        reason = self._reason() if isinstance(save.scope.error, FileNotFoundError) else None
+        return error if reason is None else reason
 
     def _reason(self) -> AsyncCkptError | None:
         """Why rank 0 gave this save up, where it has: the attempt's directory is gone then."""
@@ -84,132 +114,80 @@ class PartSave(Save):
             return None
         return retold(outcome["error"]) if outcome.get("error") else None
 
-    def _meanwhile(self, attempt: Attempt) -> dict[str, bytes]:
-        names = set(self._party.own.values())
-        kinds = {name: kind for name, kind in self.contents.kinds.items() if name in names}
-        return self._write_small(attempt, replace(self.contents, kinds=kinds), state=False)
 
-    def _conclude(
+class Leader:
+    """The part of rank 0: it waits for what the others report, publishes all of it, and tells them."""
+
+    keeps_files = False
+
+    def __init__(self, party: Party) -> None:
+        self._party = party
+        self._told = False
+
+    def least_bytes(self, layout: Layout) -> int:
+        return layout.nbytes
+
+    def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
+        return save.shards.written_bytes
+
+    def prepare(self, save: SaveTransaction, attempt: Attempt) -> dict[str, bytes]:
+        return {}
+
+    def publish(
         self,
+        save: SaveTransaction,
         attempt: Attempt,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
         read_back: Callable[[str], None] | None,
     ) -> Manifest:
-        attempt.sync_directory()
-        if self.error is not None:
-            raise self.error
-        party = self._party
-        beside = [manifest.whole_file(name, data, self.digest) for name, data in small.items()]
-        files = [*self.shards.records(), *beside]
-        party.ranks.post(f"{party.reports}/{party.ranks.rank}", _report(self, party, files))
-        self._reported = True
-        timeout = 2 * party.ranks.options.timeout_seconds + _GRACE_SECONDS
-        outcome = party.ranks.read(party.outcome, timeout, f"step {self.step}: rank 0")
-        if outcome["error"] is not None:
-            self._given_up = True
-            raise retold(outcome["error"])
-        return replace(self.contents.draft, name=outcome["name"], size_bytes=outcome["nbytes"])
-
-    def discard(self, timeout_seconds: float, *, keep: bool = False) -> bool:
-        # unless rank 0 gave up too, it may be about to publish, and these are its files
-        return super().discard(timeout_seconds, keep=keep or not self._given_up)
-
-
-class LeadSave(Save):
-    """The save of rank 0."""
-
-    def __init__(self, contents: Contents, party: Party, **options: Any) -> None:
-        super().__init__(contents, **options)
-        self._party = party
-        self._told = False
-
-    def written_bytes(self, written: Manifest) -> int:
-        return self.shards.written_bytes
-
-    def commit(
-        self, check_lease: Callable[[], None], timeout_seconds: float, read_back: Callable[[str], None] | None
-    ) -> Manifest:
-        party = self._party
-        try:
-            written = super().commit(check_lease, timeout_seconds, read_back)
-        except BaseException as error:
-            self._tell(error)
-            raise
+        party, draft = self._party, save.contents.draft
+        bodies = party.ranks.gather(
+            party.reports,
+            party.ranks.options.timeout_seconds,
+            f"report its part of step {save.step}",
+            lambda _rank, body: body["error"] is not None or _odd(body, draft) is not None,
+            lambda rank: not party.planned and party.ranks.there(party.replan(rank)),
+        )
+        reports = [_report(save, party, save.shards.records()), *bodies[1:]]
+        self._check(reports, draft)
+        contents = _merged(save.contents, party, reports)
+        small = save.write_small(attempt, contents)
+        orders = {file: order for report in reports for file, order in report["orders"].items()}
+        files = _files(reports, save.step)
+        written = save.publish(attempt, contents, files, orders, small, check_lease, read_back)
+        self._told = True
         _try_post(party, party.outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
         if party.number > 1:  # everyone who reported for this one has read that one
             party.ranks.forget(replace(party, number=party.number - 2).outcome)
         return written
 
-    def discard(self, timeout_seconds: float, *, keep: bool = False) -> bool:
-        # the others are told why before their files are gone
-        if self.error is not None:
-            self._tell(self._typed(self.error))
-        return super().discard(timeout_seconds, keep=keep)
-
-    def _tell(self, error: BaseException) -> None:
+    def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
         if not self._told:
             self._told = True
             _try_post(self._party, self._party.outcome, {"error": told(error)})
+        return error
 
-    def _needed_bytes(self) -> int:
-        return max(super()._needed_bytes(), self.contents.layout.nbytes)
-
-    def _meanwhile(self, attempt: Attempt) -> dict[str, bytes]:
-        return {}
-
-    def _conclude(
-        self,
-        attempt: Attempt,
-        small: Mapping[str, bytes],
-        check_lease: Callable[[], None],
-        read_back: Callable[[str], None] | None,
-    ) -> Manifest:
-        party = self._party
-        bodies = party.ranks.gather(
-            party.reports,
-            party.ranks.options.timeout_seconds,
-            f"report its part of step {self.step}",
-            lambda _rank, body: body["error"] is not None or self._odd(body) is not None,
-            lambda rank: not party.planned and party.ranks.there(party.replan(rank)),
-        )
-        mine = _report(self, party, self.shards.records())
-        self._check([mine, *bodies[1:]])
-        reports = [mine, *bodies[1:]]
-        contents = _merged(self.contents, party, reports)
-        small = self._write_small(attempt, contents)
-        orders = {file: order for report in reports for file, order in report["orders"].items()}
-        return self._publish(attempt, contents, _files(reports, self.step), orders, small, check_lease, read_back)
-
-    def _odd(self, body: Mapping[str, Any]) -> str | None:
-        """What a rank saves, where it is not this."""
-        draft = self.contents.draft
-        if (body["step"], body["kind"]) != (draft.step, draft.kind):
-            return f"step {body['step']} ({body['kind']})"
-        if body["layout"] != draft.layout:
-            return "another state (its names or shapes)"
-        return f"into another attempt ({body['attempt']})" if body["attempt"] != draft.attempt else None
-
-    def _check(self, reports: Sequence[Any]) -> None:
+    def _check(self, reports: Sequence[Any], draft: Manifest) -> None:
         for rank, body in enumerate(reports):
             if isinstance(body, dict) and body.get("error") is not None:
                 raise retold(body["error"], f"rank {rank}")
-        odd = {rank: found for rank, body in enumerate(reports) if body and (found := self._odd(body))}
+        odd = {rank: found for rank, body in enumerate(reports) if body and (found := _odd(body, draft))}
         if odd:
             shown = "; ".join(f"rank {rank} saves {what}" for rank, what in sorted(odd.items())[:8])
             raise RanksDisagree(
-                f"step {self.step} ({self.contents.draft.kind}): {shown}. Every rank has to save the same steps of one "
+                f"step {draft.step} ({draft.kind}): {shown}. Every rank has to save the same steps of one "
                 f"state; nothing was published"
             )
-        self._check_replicas(reports)
+        self._check_replicas(reports, draft.step)
         changed = [rank for rank, body in enumerate(reports) if body is None]
         if changed:
             raise PlanChanged(
-                f"step {self.step}: names or shapes changed on ranks {changed} alone, so this save was given up; the "
+                f"step {draft.step}: names or shapes changed on ranks {changed} alone, so this save was given up; the "
                 f"next one is planned anew"
             )
 
-    def _check_replicas(self, reports: Sequence[Any]) -> None:
+    def _check_replicas(self, reports: Sequence[Any], step: int) -> None:
         mine = self._party.replicas
         differing: dict[str, list[int]] = {}
         for rank, body in enumerate(reports):
@@ -220,12 +198,21 @@ class LeadSave(Save):
             shown = "; ".join(f"{name} on ranks {ranks}" for name, ranks in list(differing.items())[:8])
             more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
             raise RanksDisagree(
-                f"step {self.step}: tensors that every rank should have a copy of differ from rank 0's: {shown}{more}. "
+                f"step {step}: tensors that every rank should have a copy of differ from rank 0's: {shown}{more}. "
                 f"Nothing was published; broadcast them, or save them under other names"
             )
 
 
-def _report(save: Save, party: Party, files: Sequence[FileRecord]) -> dict[str, Any]:
+def _odd(body: Mapping[str, Any], draft: Manifest) -> str | None:
+    """What another rank saves, where it is not this."""
+    if (body["step"], body["kind"]) != (draft.step, draft.kind):
+        return f"step {body['step']} ({body['kind']})"
+    if body["layout"] != draft.layout:
+        return "another state (its names or shapes)"
+    return f"into another attempt ({body['attempt']})" if body["attempt"] != draft.attempt else None
+
+
+def _report(save: SaveTransaction, party: Party, files: Sequence[FileRecord]) -> dict[str, Any]:
     """What rank 0 has to know of a rank's part."""
     contents = save.contents
     own = set(party.own.values())

@@ -11,17 +11,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
-from asyncckpt.events import EventBus, ExtentStaged, Staged
+from asyncckpt.events import EventBus, ExtentStaged, Staged, Stalled
 from asyncckpt.memory.arena import Arena, QueuedCopy, Slot
 from asyncckpt.protocols import Digest
+from asyncckpt.scope import SaveScope
 from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
 from asyncckpt.stage.image import content_digest, finish_image, slot_bytes
+from asyncckpt.stage.staged import ExtentSink, StagedExtent
 from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.types import Extent, Piece
 
@@ -29,10 +31,6 @@ log = logging.getLogger("asyncckpt")
 
 #: Where splitting chunks into planes before the copy is next to free.
 _DEVICES = {"cuda"}
-
-Ready = Callable[[], None]
-#: Extent number, its slot, a wait for its bytes, and its digest where staging has taken it already.
-OnStaged = Callable[[int, Slot, Ready, str | None], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +40,23 @@ class _Work:
 
 
 class StagingJob:
-    """The copies of one save. Thread-safe. ``on_error`` is called with the first error, at once, by whichever thread
-    has it: nothing else tells the save that it will not become durable.
+    """The copies of one save. Thread-safe. ``scope``: of the save; what goes wrong here fails it at once, and nothing
+    more is copied once it has failed.
 
-    ``on_staged(number, slot, ready, digest)`` is called for each extent as its copy is done or enqueued; ``ready()``
-    blocks until the slot's bytes are there (CUDA copies run on a side stream). With ``digest``, extents that the
-    background thread copies are digested at once, while their bytes are still in the processor's cache; the training
-    thread never spends time on that. ``splits_on_device``: the codec takes chunks that were split into planes.
+    ``sink`` gets each extent as its copy is done or enqueued (CUDA copies run on a side stream). With ``digest``,
+    extents that the background thread copies are digested at once, while their bytes are still in the processor's
+    cache; the training thread never spends time on that. ``splits_on_device``: the codec takes chunks that were split
+    into planes.
     """
 
     def __init__(
         self,
-        step: int,
+        scope: SaveScope,
         pieces: Sequence[Piece],
         extents: Sequence[Extent],
         arena: Arena,
         streams: CopyStreams,
-        on_staged: OnStaged,
-        on_error: Callable[[BaseException], None],
+        sink: ExtentSink,
         events: EventBus,
         started_seconds: float,
         digest: Digest | None = None,
@@ -67,24 +64,24 @@ class StagingJob:
     ) -> None:
         self._digest = digest
         self._splits_on_device = splits_on_device
-        self.step = step
+        self.step = scope.step
         self.stall_seconds = 0.0
         self.staged_seconds = 0.0
         self._pieces: Sequence[Piece] = pieces
         self._arena = arena
-        self._on_staged = on_staged
-        self._on_error = on_error
+        self._sink = sink
+        self._scope = scope
         self._events = events
         self._streams = streams.of(pieces)
         self._lock = threading.Lock()
         self._queue = deque(_Work(number, extent) for number, extent in enumerate(extents))
         self._working = 0
-        self._error: BaseException | None = None
         self._done = threading.Event()
         self._started_seconds = started_seconds
         self._nbytes = sum(extent.nbytes for extent in extents)
         if not self._queue:
             self._done.set()
+        scope.when_failed(self._give_up)
 
     @property
     def done(self) -> bool:
@@ -94,10 +91,6 @@ class StagingJob:
     def on_device(self) -> bool:
         """Whether copies run on CUDA streams: then ``done`` means enqueued."""
         return bool(self._streams)
-
-    @property
-    def error(self) -> BaseException | None:
-        return self._error
 
     def stage_now(self, eager: Collection[int], deadline: float | None) -> None:
         """Copy every extent that holds one of the pieces in ``eager`` before returning.
@@ -130,7 +123,7 @@ class StagingJob:
     def _work(self, queue: deque[_Work], deadline: float | None, digest: Digest | None) -> None:
         while True:
             with self._lock:
-                if not queue or self._error is not None:
+                if not queue or self._scope.error is not None:
                     return
                 work = queue.popleft()
                 self._working += 1
@@ -169,6 +162,12 @@ class StagingJob:
         """Block without helping; False when ``timeout`` seconds passed first."""
         return self._done.wait(timeout)
 
+    def note_stall(self, began_seconds: float, where: str) -> None:
+        """Training has waited for this save since then, by ``time.perf_counter``. For the training thread."""
+        now = time.perf_counter()
+        self.stall_seconds += now - began_seconds
+        self._events.emit(Stalled(step=self.step, at_seconds=now, seconds=now - began_seconds, where=where))
+
     def synchronize(self) -> None:
         """Block until enqueued CUDA copies have run."""
         self._streams.synchronize()
@@ -178,16 +177,14 @@ class StagingJob:
         self._pieces = ()
 
     def cancel(self, error: BaseException, *, late: bool = False) -> None:
-        """Give up what is not copied yet, and the save with it. The first error is kept. Idempotent. ``late``: also
-        where all copies are enqueued already."""
-        with self._lock:
-            first = self._error is None and (late or not self._done.is_set())
-            if first:
-                self._error = error
+        """Give up what is not copied yet, and the save with it. Idempotent. ``late``: also where all copies are
+        enqueued already."""
+        if late or not self._done.is_set():
+            self._scope.fail(error)
+
+    def _give_up(self) -> None:
         self._arena.wake()
         self._drop_queue()
-        if first:
-            self._on_error(error)
 
     def _too_slow(self, cause: BaseException | None) -> SaveAbandoned:
         why = f" ({cause})" if cause is not None else ""
@@ -222,7 +219,7 @@ class StagingJob:
         return typed
 
     def _is_cancelled(self) -> bool:
-        return self._error is not None
+        return self._scope.error is not None
 
     def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
         extent = work.extent
@@ -255,10 +252,10 @@ class StagingJob:
         except BaseException:  # a subscriber that was interrupted
             self._arena.release(slot)
             raise
-        self._on_staged(work.number, slot, functools.partial(_wait_for, queued), taken)
+        self._sink.submit(StagedExtent(work.number, slot, functools.partial(_wait_for, queued), taken))
 
     def _drop_queue(self) -> None:
-        if self._error is not None:
+        if self._scope.error is not None:
             with self._lock:
                 self._queue.clear()
         self._settle()
@@ -270,7 +267,7 @@ class StagingJob:
             now = time.perf_counter()
             self.staged_seconds = now - self._started_seconds
             self._done.set()
-        if self._error is None:
+        if self._scope.error is None:
             self._events.emit(Staged(step=self.step, at_seconds=now, nbytes=self._nbytes, seconds=self.staged_seconds))
 
 

@@ -243,6 +243,18 @@ class Lease:
             os.replace(temp, os.path.join(self.directory, LEASE_FILE))
 
 
+class HeldLease:
+    """The lease of a run, once it is held. A rank that follows another in its job never holds one."""
+
+    def __init__(self) -> None:
+        self.lease: Lease | None = None
+
+    def check(self) -> None:
+        """See ``Lease.check``. Does nothing where none is held."""
+        if self.lease is not None:
+            self.lease.check()
+
+
 def _wait_until_dead(directory: str, options: LeaseOptions) -> None:
     """Having the lock, make sure that a holder elsewhere is not still beating."""
     holder = read_holder(directory)

@@ -12,7 +12,7 @@ from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import ShardWriter
 from asyncckpt.read.delta import order_of
 from asyncckpt.stage.image import Frame
-from asyncckpt.types import Shard, TensorSpec
+from asyncckpt.types import Layout, Shard, TensorSpec
 from asyncckpt.write.reuse import KnownFile
 
 
@@ -104,6 +104,18 @@ class Progress:
         extents = self.extents()
         order = order_of(extents, self.ordered()) if self.shard.reserved_bytes else ()
         return FileRecord(self.shard.file, self.nbytes, extents, self.shard.plan, layers, order)
+
+
+def progress_of(layout: Layout) -> list[Progress]:
+    """Of every shard, at its beginning."""
+    found: list[Progress] = []
+    first = 0
+    for shard in layout.shards:
+        progress = Progress(shard, first, len(shard.extents), shard.reserved_bytes)
+        progress.finished = not shard.extents
+        found.append(progress)
+        first += len(shard.extents)
+    return found
 
 
 def specs_of(shard: Shard) -> list[TensorSpec]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
+from asyncckpt import forks
+from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
+from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, join_records
-from asyncckpt.protocols import Reader
+from asyncckpt.protocols import Reader, Store
 from asyncckpt.types import Shard
+
+log = logging.getLogger("asyncckpt")
+
+#: Names of checkpoints, newest first, that may be tried: older ones are not worth it.
+_REMEMBERED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +79,54 @@ def files_of(manifest: Manifest) -> dict[str, KnownFile]:
         )
         for name, record in files.items()
     }
+
+
+class ReuseSource:
+    """Of each kind of checkpoint, the newest that can be used, for the next save to take files over from. Thread-safe.
+
+    ``quarantined``: names of checkpoints that were found damaged.
+    """
+
+    def __init__(self, store: Store, quarantined: Container[str]) -> None:
+        self._store = store
+        self._quarantined = quarantined
+        self._lock = threading.Lock()
+        #: By kind: names, the newest last, and the files of those that this process has written or read.
+        self._known: dict[str, list[tuple[str, Mapping[str, KnownFile] | None]]] = {}
+
+    def learn(self, kind: str, name: str, files: Mapping[str, KnownFile] | None = None) -> None:
+        """This one is the newest now. ``files``: what is in it, where that is known already."""
+        with self._lock:
+            others = [one for one in self._known.get(kind, ()) if one[0] != name]
+            self._known[kind] = [*others, (name, files)][-_REMEMBERED:]
+
+    def forget(self, kind: str) -> None:
+        """Take nothing over from any of these: the next save writes everything."""
+        with self._lock:
+            self._known.pop(kind, None)
+
+    def open(self, kind: str) -> Previous | None:
+        """The newest checkpoint of that kind that is still there and was not found damaged. Blocks on the disk. Never
+        raises: without one, everything is written."""
+        with self._lock:
+            known = list(self._known.get(kind, ()))
+        for name, files in reversed(known):
+            if name in self._quarantined:
+                continue
+            try:
+                return self._opened(name, files)
+            except CheckpointNotFound:  # deleted by retention
+                continue
+            except (AsyncCkptError, OSError) as error:
+                log.warning("nothing is taken over from the checkpoint before: %s", error)
+                return None
+        return None
+
+    def _opened(self, name: str, files: Mapping[str, KnownFile] | None) -> Previous:
+        reader = self._store.open(name)
+        try:
+            forks.disarm_in_child(reader)  # a forked child does not have it open
+            return Previous(reader, files if files is not None else files_of(manifests.load(reader)))
+        except BaseException:
+            reader.close()
+            raise

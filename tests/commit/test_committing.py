@@ -120,8 +120,8 @@ def test_a_save_that_is_poisoned_after_its_manifest_is_not_published(tmp_path: P
     run = checkpointer(tmp_path, PosixOps())
 
     def poison() -> None:
-        (flight,) = run._committer.in_flight()
-        flight.save.fail(SaveFailed("poisoned late"))
+        (flight,) = run._in_flight.all()
+        flight.save.scope.fail(SaveFailed("poisoned late"))
 
     run._store.ops = Between("write_file", poison, lambda path, _data: path.endswith("manifest.json"))
     with pytest.raises(SaveFailed, match="poisoned late"):
@@ -136,8 +136,8 @@ def test_a_save_that_is_poisoned_before_it_has_a_directory_makes_none(tmp_path: 
     free = run._store.free_bytes
 
     def poison() -> int:
-        (flight,) = run._committer.in_flight()
-        flight.save.fail(SaveFailed("poisoned early"))
+        (flight,) = run._in_flight.all()
+        flight.save.scope.fail(SaveFailed("poisoned early"))
         return free()
 
     entered = threading.Event()
@@ -169,8 +169,8 @@ def test_giving_an_attempt_up_does_not_wait_for_storage_that_hangs(tmp_path: Pat
     run._store.ops = Between("mkdir", hang)
     pending = run.save(2, STATE)
     assert hangs.wait(10)
-    (flight,) = run._committer.in_flight()
-    flight.save.fail(SaveFailed("given up"))
+    (flight,) = run._in_flight.all()
+    flight.save.scope.fail(SaveFailed("given up"))
     began = time.monotonic()
     flight.save.discard(0.05)
     assert time.monotonic() - began < 5
@@ -188,9 +188,12 @@ def test_an_attempt_that_others_may_be_about_to_publish_is_let_go_and_not_remove
     left: list[list[str]] = []
 
     def let_go() -> None:
-        (flight,) = run._committer.in_flight()
-        flight.save.fail(SaveFailed("rank 0 does not answer"))
-        flight.save.discard(10.0, keep=True)
+        (flight,) = run._in_flight.all()
+        flight.save.scope.fail(SaveFailed("rank 0 does not answer"))
+        publisher = flight.save._publisher
+        publisher.keeps_files = True  # type: ignore[misc]
+        flight.save.discard(10.0)
+        publisher.keeps_files = False  # type: ignore[misc]
         left.append([name for attempt in attempts(run) for name in os.listdir(tmp_path / "run" / attempt)])
 
     run._store.ops = Between("fsync_directory", let_go, lambda path: ".tmp-" in path)
@@ -204,19 +207,19 @@ def test_an_attempt_that_others_may_be_about_to_publish_is_let_go_and_not_remove
 
 
 def test_without_the_checkpoint_before_everything_is_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What cannot be listed cannot be taken over from; the save does not need it."""
+    """What cannot be read cannot be taken over from; the save does not need it."""
     with Checkpointer(tmp_path / "run") as run:
         run.save(1, STATE).result()
     with Checkpointer(tmp_path / "run") as run:
         run.prepare(STATE)
 
-        def broken(**_: object) -> Any:
-            raise OSError(errno.EIO, "cannot be listed")
+        def broken(*_: object) -> Any:
+            raise OSError(errno.EIO, "cannot be read")
 
-        entries = run._committer._catalog.entries
-        run._committer._catalog.entries = broken  # type: ignore[method-assign]
+        opened = run._reuse._opened
+        run._reuse._opened = broken  # type: ignore[method-assign]
         report = run.save(2, STATE).result()
-        run._committer._catalog.entries = entries  # type: ignore[method-assign]
+        run._reuse._opened = opened  # type: ignore[method-assign]
         assert report.written_bytes >= STATE["w"].nbytes
         assert "nothing is taken over from the checkpoint before" in caplog.text
         assert run.verify(2) == []

@@ -21,7 +21,7 @@ from asyncckpt.commit import committer
 from asyncckpt.commit import transaction as commit
 from asyncckpt.commit.committer import Committer
 from asyncckpt.commit.pending import PendingSave, SaveReport
-from asyncckpt.commit.transaction import Save
+from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
 from asyncckpt.loop import at_exit as leaving
 from asyncckpt.loop import optimizer_hooks as hooks
@@ -42,7 +42,8 @@ from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps
 from asyncckpt.write import shards as writing
 from asyncckpt.write.progress import Progress
-from asyncckpt.write.shards import ShardsWriting
+from asyncckpt.write.reuse import ReuseSource
+from asyncckpt.write.shards import ShardPipeline
 from faults import beside_saves
 from faults import mutant_checks as checks
 from faults.mutant_checks import Check, model
@@ -225,7 +226,7 @@ def _(patch: Patch) -> None:
 
 @mutant("the manifest is written before the other files", checks.order_is_the_documented_one)
 def _(patch: Patch) -> None:
-    def write_small(original: Any, self: Save, attempt: Any) -> Any:
+    def write_small(original: Any, self: SaveTransaction, attempt: Any) -> Any:
         late: dict[str, bytes] = {}
 
         class Later:
@@ -236,26 +237,26 @@ def _(patch: Patch) -> None:
         self.late = late  # type: ignore[attr-defined]
         return found
 
-    def write_manifest(original: Any, self: Save, attempt: Any, small: Any) -> Any:
+    def write_manifest(original: Any, self: SaveTransaction, attempt: Any, small: Any) -> Any:
         written = original(self, attempt, small)
         asyncio.run(attempt.write_small(self.late))  # type: ignore[attr-defined]
         attempt.sync_directory()
         return written
 
-    _around(patch, Save, "_write_small", write_small)
-    _around(patch, Save, "_write_manifest", write_manifest)
+    _around(patch, SaveTransaction, "write_small", write_small)
+    _around(patch, SaveTransaction, "_write_manifest", write_manifest)
 
 
 @mutant("the rename comes before the manifest", ONE)
 def _(patch: Patch) -> None:
-    def write_manifest(original: Any, self: Save, attempt: LocalAttempt, small: Any) -> Any:
+    def write_manifest(original: Any, self: SaveTransaction, attempt: LocalAttempt, small: Any) -> Any:
         attempt.sync_directory()
         attempt.publish(self.contents.draft.name, replace=False)
         attempt.path = os.path.join(os.path.dirname(attempt.path), self.contents.draft.name)
         attempt.publish = lambda *_, **__: None  # type: ignore[method-assign]
         return original(self, attempt, small)
 
-    _around(patch, Save, "_write_manifest", write_manifest)
+    _around(patch, SaveTransaction, "_write_manifest", write_manifest)
 
 
 @mutant("a save is acknowledged before it is published", ONE)
@@ -368,14 +369,14 @@ def _(patch: Patch) -> None:
 
 @mutant("a poisoned attempt is published", checks.failing_truncate, checks.failing_fsync)
 def _(patch: Patch) -> None:
-    def finish(original: Any, self: ShardsWriting, progress: Progress) -> None:
+    def finish(original: Any, self: ShardPipeline, progress: Progress) -> None:
         try:
             original(self, progress)
         except OSError:
             progress.nbytes = progress.shard.nbytes
             self._done(progress)
 
-    _around(patch, ShardsWriting, "_finish", finish)
+    _around(patch, ShardPipeline, "_finish", finish)
 
 
 @mutant("the error of a background save is forgotten", checks.errors_are_reported_once_and_in_time)
@@ -389,7 +390,7 @@ def _(patch: Patch) -> None:
 @mutant("the digest is taken after the write", checks.a_lying_device_is_found_out)
 def _(patch: Patch) -> None:
     def write(
-        original: Any, self: ShardsWriting, progress: Progress, view: memoryview, record: ExtentRecord, n: int
+        original: Any, self: ShardPipeline, progress: Progress, view: memoryview, record: ExtentRecord, n: int
     ) -> None:
         writer = self._writer(progress)
         writer.write_at(view, record.nbytes, record.offset)
@@ -398,7 +399,7 @@ def _(patch: Patch) -> None:
         original(self, progress, view, replace(record, digest=self._digest(view[: record.nbytes])), n)
         progress.writer = writer
 
-    _around(patch, ShardsWriting, "_write", write)
+    _around(patch, ShardPipeline, "_write", write)
 
 
 @mutant("the digest is of the wrong range", checks.saves_hold_what_was_saved)
@@ -463,10 +464,10 @@ def _(patch: Patch) -> None:
 
 @mutant("chunks are recorded in the wrong order", checks.saves_hold_what_was_saved)
 def _(patch: Patch) -> None:
-    def orders(original: Any, self: ShardsWriting) -> Any:
+    def orders(original: Any, self: ShardPipeline) -> Any:
         return {file: [*order[:-2], *order[:-3:-1]] for file, order in original(self).items()}
 
-    _around(patch, ShardsWriting, "orders", orders)
+    _around(patch, ShardPipeline, "orders", orders)
 
 
 @mutant("a shard is cut to the wrong size", checks.saves_hold_what_was_saved, LARGE)
@@ -479,24 +480,24 @@ def _(patch: Patch) -> None:
 
 @mutant("a file is taken over by its size, whatever it holds", checks.saves_hold_what_was_saved, LINKS)
 def _(patch: Patch) -> None:
-    def matches(original: Any, self: ShardsWriting, progress: Progress, number: int, found: str) -> Any:
+    def matches(original: Any, self: ShardPipeline, progress: Progress, number: int, found: str) -> Any:
         if progress.old is not None:
             found = progress.old.ordered[number].content or progress.old.ordered[number].digest
         return original(self, progress, number, found)
 
-    _around(patch, ShardsWriting, "_matches", matches)
+    _around(patch, ShardPipeline, "_matches", matches)
 
 
 @mutant("files are taken over from a damaged checkpoint", checks.nothing_is_taken_over_from_a_damaged_checkpoint)
 def _(patch: Patch) -> None:
-    def newest(original: Any, self: Committer, kind: str) -> Any:
-        known, self._damaged = self._damaged, set()
+    def opened(original: Any, self: ReuseSource, kind: str) -> Any:
+        known, self._quarantined = self._quarantined, ()
         try:
             return original(self, kind)
         finally:
-            self._damaged = known
+            self._quarantined = known
 
-    _around(patch, Committer, "_newest", newest)
+    _around(patch, ReuseSource, "open", opened)
 
 
 # -- retention, recovery, other processes ------------------------------------------------------------------------------
@@ -555,7 +556,7 @@ def _(patch: Patch) -> None:
 
 @mutant("the lease is not checked before the publish", checks.a_run_that_was_cut_off_publishes_nothing)
 def _(patch: Patch) -> None:
-    patch.setattr(Checkpointer, "_check_lease", lambda self: None)
+    patch.setattr(lease.HeldLease, "check", lambda self: None)
 
 
 # -- going back --------------------------------------------------------------------------------------------------------
@@ -636,21 +637,17 @@ def _(patch: Patch) -> None:
 
 @mutant("an error of the thread that copies is not told to the save", checks.a_save_that_cannot_be_copied_ends_at_once)
 def _(patch: Patch) -> None:
-    def cancel(original: Any, self: staging.StagingJob, error: BaseException) -> None:
-        self._on_error = lambda _: None
-        original(self, error)
-
-    _around(patch, staging.StagingJob, "cancel", cancel)
+    patch.setattr(staging.StagingJob, "cancel", lambda *_: None)
 
 
 @mutant("only the watched optimizer waits for what is deferred", checks.an_optimizer_made_anew_waits)
 def _(patch: Patch) -> None:
-    patch.setattr(Checkpointer, "_concerns", lambda self, optimizer, flight: optimizer in self._watched)
+    patch.setattr(hooks.WatchedOptimizers, "_concerns", lambda self, optimizer, flight: optimizer in self)
 
 
 @mutant("what an optimizer has is deferred, frozen or not", checks.frozen_parameters_are_not_deferred)
 def _(patch: Patch) -> None:
-    def owned(self: hooks.Watched) -> Any:
+    def owned(self: hooks.WatchedOptimizers) -> Any:
         memory = OwnedMemory()
         for optimizer in self._alive():
             memory.add(p for group in optimizer.param_groups for p in group["params"])
@@ -659,7 +656,7 @@ def _(patch: Patch) -> None:
     def divided(pieces: Any, owned: OwnedMemory) -> Any:
         return owned_memory.divide([replace(one, spec=replace(one.spec, frozen=False)) for one in pieces], owned)
 
-    patch.setattr(hooks.Watched, "owned", owned)
+    patch.setattr(hooks.WatchedOptimizers, "owned", owned)
     patch.setattr(checkpointer, "divide", divided)
 
 

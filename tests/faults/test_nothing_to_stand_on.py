@@ -116,7 +116,7 @@ def test_no_memory_for_even_one_extent_is_an_error_of_that_save_alone(
 
     with monkeypatch.context() as patch:
         patch.setattr(arena, "_Region", refuse)
-        with pytest.raises(NotEnoughMemory, match="staging_bytes"):
+        with pytest.raises(NotEnoughMemory, match="budget_bytes"):
             run.save(1, state_of(1))
     run.save(1, state_of(1)).result()
     run.close()

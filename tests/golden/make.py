@@ -191,11 +191,23 @@ def checkpointer(path: Path, options: Mapping[str, Any]) -> Any:
 
     options = dict(options)
     if "delta" in options:
-        from asyncckpt.checkpointer import Delta  # its first version was not exported
+        try:
+            from asyncckpt import Delta
+        except ImportError:  # its first version was not exported
+            from asyncckpt.checkpointer import Delta  # type: ignore[attr-defined, no-redef]
 
         options["delta"] = Delta(chain=options["delta"])
     sizes = {"extent_bytes": EXTENT_BYTES, "shard_bytes": SHARD_BYTES}
-    return asyncckpt.Checkpointer(path, config=CONFIG, **(sizes | options))
+    flat = sizes | options
+    if not hasattr(asyncckpt, "Safetensors"):  # older code takes options one by one
+        return asyncckpt.Checkpointer(path, config=CONFIG, **flat)
+    writer = {"digest": flat.pop("digest")} if "digest" in flat else {}
+    if flat.pop("format", "safetensors") == "zarr":
+        flat["chunk_bytes"] = flat.pop("extent_bytes")
+        files: Any = asyncckpt.Zarr(**flat)
+    else:
+        files = asyncckpt.Safetensors(per_rank=flat.pop("layout", "global") == "ranks", **flat)
+    return asyncckpt.Checkpointer(path, config=CONFIG, files=files, writer=asyncckpt.WriterOptions(**writer))
 
 
 def _save_by_dcp(path: Path, step: int, state: dict[str, Any]) -> None:

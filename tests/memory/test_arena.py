@@ -79,7 +79,7 @@ def test_a_cancelled_wait_ends_at_once() -> None:
 def test_an_extent_larger_than_the_budget_is_refused_instead_of_waiting_for_ever() -> None:
     arena = Arena()
     arena.grow(8192)
-    with pytest.raises(InvalidOption, match="staging_bytes"):
+    with pytest.raises(InvalidOption, match="budget_bytes"):
         arena.acquire(12288)
 
 

@@ -1,4 +1,4 @@
-"""``layout="ranks"``: a file is one rank's alone; what is restored, anywhere, is what the shared files would give."""
+"""``Safetensors(per_rank=True)``: a file is one rank's alone; what is restored, anywhere, is what shared files would give."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.harness import Crews, Me
-from support.options import by_stage
 from support.parallelisms import SIZES, TIMEOUT
 from support.sharded_states import build
 
 import asyncckpt
 from ranks.test_elastic import _restore, _save
 
-OPTIONS = {**SIZES, "layout": "ranks"}
+OPTIONS = {**SIZES, "per_rank": True}
 CASES = [
     (2, "ddp", 3, "fsdp2"),
     (4, "fsdp2", 2, "tp"),
@@ -74,11 +73,9 @@ def test_other_tools_open_each_ranks_file(crews: Crews, tmp_path: Path) -> None:
 
 
 def test_it_is_for_plain_safetensors_alone(tmp_path: Path) -> None:
-    for options in ({"format": "zarr"}, {"codec": "planes"}, {"layout": "disks"}):
-        with pytest.raises(asyncckpt.InvalidOption, match="layout must be"):
-            asyncckpt.Checkpointer(tmp_path / "run", **by_stage(**{"layout": "ranks", **options}))
-    with asyncckpt.Checkpointer(
-        tmp_path / "run", files=asyncckpt.Safetensors(per_rank=True)
-    ) as run:  # alone, there is nothing to divide
+    with pytest.raises(asyncckpt.InvalidOption, match="per_rank needs codec='none'"):
+        asyncckpt.Safetensors(codec="planes", per_rank=True)
+    # alone, there is nothing to divide
+    with asyncckpt.Checkpointer(tmp_path / "run", files=asyncckpt.Safetensors(per_rank=True)) as run:
         run.save(1, {"w": torch.arange(9)}).result()
     assert asyncckpt.Run(tmp_path / "run").load_tensors()["w.value"].tolist() == list(range(9))

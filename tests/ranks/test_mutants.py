@@ -20,7 +20,7 @@ from asyncckpt.plan import partition as division
 from asyncckpt.ranks import collective_save as together
 from asyncckpt.ranks import planner as planning
 from asyncckpt.ranks import store as distributed
-from asyncckpt.ranks.collective_save import LeadSave
+from asyncckpt.ranks.collective_save import Leader
 from asyncckpt.ranks.coordinator import Job
 from asyncckpt.ranks.store import Ranks
 from asyncckpt.storage.posix import PosixOps
@@ -166,7 +166,7 @@ def _gathering(patch: Patch, change: Callable[[Any, list[Any]], list[Any]], *, w
         return change(self, found)
 
     patch.setattr(Ranks, "gather", gather)
-    patch.setattr(LeadSave, "_odd", lambda _self, _body: None)
+    patch.setattr(together, "_odd", lambda _body, _draft: None)
 
 
 def failures_are_taken_for_empty_parts(patch: Patch) -> None:
@@ -180,7 +180,7 @@ def nobody_is_waited_for(patch: Patch) -> None:
 
 
 def any_step_will_do(patch: Patch) -> None:
-    patch.setattr(LeadSave, "_odd", lambda _self, _body: None)
+    patch.setattr(together, "_odd", lambda _body, _draft: None)
 
 
 def ranks_acknowledge_their_own_part(patch: Patch) -> None:
@@ -195,14 +195,14 @@ def ranks_acknowledge_their_own_part(patch: Patch) -> None:
 
 
 def success_is_told_before_it_is_so(patch: Patch) -> None:
-    real = LeadSave.commit
+    real = Leader.publish
 
-    def commit(self: LeadSave, *args: Any) -> Any:
+    def publish(self: Leader, *args: Any) -> Any:
         self._told = True
         together._try_post(self._party, self._party.outcome, {"error": None, "name": "step-00000002", "nbytes": 0})
         return real(self, *args)
 
-    patch.setattr(LeadSave, "commit", commit)
+    patch.setattr(Leader, "publish", publish)
 
 
 def parts_are_not_synced(patch: Patch) -> None:
@@ -231,7 +231,7 @@ def two_ranks_think_they_are_the_same(patch: Patch) -> None:
 
 
 def copies_are_not_compared(patch: Patch) -> None:
-    patch.setattr(LeadSave, "_check_replicas", lambda _self, _reports: None)
+    patch.setattr(Leader, "_check_replicas", lambda *_: None)
 
 
 _FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -265,7 +265,7 @@ def test_an_interrupt_while_the_update_waits_fails_the_save_at_once(
         original = threading.Event.wait
 
         def interrupted(self: threading.Event, timeout: float | None = None) -> bool:
-            (flight,) = used.run._committer.in_flight() or [None]
+            (flight,) = used.run._in_flight.all() or [None]
             if flight is not None and self is flight.job._done and next(waits, False):
                 raise KeyboardInterrupt
             return original(self, timeout)

@@ -29,6 +29,8 @@ def by_stage(**flat: Any) -> dict[str, Any]:
         flat["files"] = shard_format
     zarr = shard_format == "zarr"
     files = take(_FILES | {"extent_bytes": "chunk_bytes" if zarr else "extent_bytes"})
+    if zarr and files.get("delta") is None:
+        files.pop("delta", None)
     if zarr or files:
         flat["files"] = (Zarr if zarr else Safetensors)(**files)
     for name, kind, names in (

@@ -1,0 +1,69 @@
+"""The directory that one save is written to before it is published."""
+
+from __future__ import annotations
+
+import threading
+
+from asyncckpt.protocols import Attempt, SpaceReserver, Store
+from asyncckpt.scope import SaveScope
+from asyncckpt.write.unchanged import Unchanged
+
+#: What a checkpoint needs on disk beyond its tensors, for the space estimate.
+_SMALL_FILES_BYTES = 4 << 20
+
+
+class AttemptDirectory:
+    """Made by whichever thread first needs it, once there is room for what is expected of the save. Thread-safe.
+
+    ``attempt``: the attempt's uuid. ``shared``: several ranks write into it. ``least_bytes``: room that is needed
+    whatever is taken over from the checkpoint before.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        scope: SaveScope,
+        space: SpaceReserver,
+        unchanged: Unchanged,
+        *,
+        attempt: str,
+        shared: bool,
+        least_bytes: int,
+    ) -> None:
+        self._store = store
+        self._scope = scope
+        self._space = space
+        self._unchanged = unchanged
+        self._name = attempt
+        self._shared = shared
+        self._least_bytes = least_bytes
+        self._lock = threading.Lock()
+        self._attempt: Attempt | None = None
+
+    @property
+    def path(self) -> str:
+        """Where it is; before it is made, the run directory."""
+        return self._attempt.path if self._attempt is not None else self._store.path
+
+    def open(self) -> Attempt:
+        """The directory. Blocks on the disk the first time. Raises ``NotEnoughSpace``, and what made the save fail."""
+        with self._lock:
+            if self._attempt is None:
+                self._scope.raise_if_failed()
+                needed = max(self._unchanged.expected_bytes(), self._least_bytes)
+                self._space.make_room(needed + _SMALL_FILES_BYTES, self._scope.step)
+                self._attempt = self._store.begin(self._scope.step, self._name, shared=self._shared)
+            return self._attempt
+
+    def discard(self, timeout_seconds: float, *, keep: bool) -> bool:
+        """Remove it with all that is in it, or, with ``keep``, only close its files. Of a save that has failed, and of
+        which no write is in the kernel any more; False where it is still being made after so many seconds."""
+        if not self._lock.acquire(timeout=max(0.0, timeout_seconds)):
+            return False
+        attempt = self._attempt  # nobody can create files from here on: the save has failed
+        self._lock.release()
+        if attempt is not None and keep:
+            attempt.close()
+        elif attempt is not None:
+            attempt.discard()
+        return True

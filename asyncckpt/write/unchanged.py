@@ -1,0 +1,224 @@
+"""What one save takes over from the checkpoint before, instead of writing it.
+
+A shard whose extents all have the previous checkpoint's content is linked. As long as a shard's extents match, none of
+them is written; from the first that differs on, those that matched are copied over from the previous checkpoint,
+verified. Where files are saved as differences, chunks are stored as such to the files that they build on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from asyncckpt.codecs.blosc import Array
+from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.manifest.records import ExtentRecord, FileRecord
+from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.buffers import aligned_buffer
+from asyncckpt.protocols import Attempt, Codec, Digest
+from asyncckpt.read.delta import LayerReader, layer_name
+from asyncckpt.scope import SaveScope
+from asyncckpt.stage.image import content_digest, cut_digest, finish_image, slot_bytes
+from asyncckpt.types import LEAD_BYTES, Extent
+from asyncckpt.write.progress import Progress
+from asyncckpt.write.reuse import KnownFile, Previous, ReuseSource
+
+
+class OpensAttempt(Protocol):
+    """Gives the directory that the save is written to, made by whichever thread comes first."""
+
+    def open(self) -> Attempt: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``held``: nothing has to be written of the extent for now. ``copies``: the extents that matched before it, which
+    have to be copied now. ``linked``: the whole file has been taken over."""
+
+    held: bool
+    copies: Sequence[int] = ()
+    linked: bool = False
+
+
+class Unchanged:
+    """Thread-safe. ``source``: the checkpoint before, opened by the first ``begin``; None: everything is written.
+    ``second``: what has to agree before anything is taken over, where ``digest`` alone is too short to decide that.
+    ``chain``: how often in a row a file may be saved as differences to that checkpoint's."""
+
+    def __init__(
+        self,
+        shards: Sequence[Progress],
+        *,
+        scope: SaveScope,
+        source: ReuseSource | None,
+        kind: str,
+        codec: Codec,
+        digest: Digest,
+        second: Digest | None,
+        chain: int,
+    ) -> None:
+        self._shards = shards
+        self._scope = scope
+        self._source = source
+        self._kind = kind
+        self._codec = codec
+        self._digest = digest
+        self._second = second
+        self._chain = chain
+        self._lock = threading.Lock()
+        self._begun = False
+        self._previous: Previous | None = None
+        self._layer_reader: LayerReader | None = None
+        #: Files that were linked to build on and then were not needed.
+        self.unused: list[FileRecord] = []
+
+    @property
+    def differs(self) -> bool:
+        """Whether chunks may be stored as differences."""
+        return self._chain > 0
+
+    def begin(self) -> None:
+        """Open the checkpoint before, once. Blocks on the disk."""
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+            if self._scope.error is not None or self._source is None:
+                return
+            previous = self._source.open(self._kind)
+            if previous is None:
+                return
+            self._previous = previous
+            self._layer_reader = LayerReader(previous.reader, self._codec, self._digest)
+            for progress in self._shards:
+                old = previous.candidate(progress.shard) if progress.shard.extents else None
+                if old is not None and self._second is not None and len(old.seconds) != len(progress.shard.extents):
+                    old = None  # another process wrote it
+                progress.old = old
+                progress.matching = progress.old is not None
+
+    def expected_bytes(self) -> int:
+        """What the disk must have room for: frozen tensors that the previous checkpoint holds are taken to be equal."""
+        self.begin()
+        return sum(progress.shard.nbytes for progress in self._shards if progress.old is None or not progress.frozen)
+
+    def note(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> None:
+        """Take the second digest of a staged extent, where one is wanted."""
+        if self._second is not None:
+            progress.seconds[number] = content_digest(self._second, extent, slot)
+
+    def compare(
+        self, progress: Progress, number: int, found: str, lock: threading.Lock, directory: OpensAttempt
+    ) -> Verdict:
+        """What becomes of an extent with this content digest. ``lock`` guards the shards' progress."""
+        old = progress.old
+        if old is None:
+            return Verdict(held=False)
+        with lock:
+            if not progress.matching:
+                return Verdict(held=False)
+            if progress.equal(old, number, found):
+                progress.matched.append(number)
+                if len(progress.matched) < len(progress.shard.extents):
+                    return Verdict(held=True)
+                complete, copies = True, [n for n in progress.matched if n != number]
+            else:
+                progress.matching = complete = False
+                copies, progress.matched = progress.matched, []
+        if complete and self._link(progress, old, lock, directory):
+            return Verdict(held=True, linked=True)
+        progress.matching = False
+        return Verdict(held=False, copies=copies)
+
+    def _link(self, progress: Progress, old: KnownFile, lock: threading.Lock, directory: OpensAttempt) -> bool:
+        """Take the whole file over; False where the file system cannot (its extents are then copied)."""
+        previous = self._previous
+        if previous is None:
+            return False
+        linked: list[FileRecord] = []
+        for layer in old.layers:
+            if not directory.open().link(previous.reader, layer.name, layer.nbytes, layer.name):
+                with progress.lock:
+                    progress.layers = ()  # no differences, then
+                self.unused += linked  # what is linked already stays, listed like everything else
+                return False
+            linked.append(layer)
+        with lock:
+            progress.records = dict(enumerate(old.ordered))
+            known = {record.offset for record in progress.parts()}
+            progress.edges = [extent for extent in old.record.extents if extent.offset not in known]
+            progress.layers = old.bases
+            progress.nbytes = old.record.nbytes
+            progress.linked = True
+            progress.missing = 0
+        return True
+
+    def bytes_of(self, progress: Progress, number: int) -> tuple[memoryview, ExtentRecord]:
+        """An extent's bytes out of the previous checkpoint, and its record there. Raises ``CheckpointDamaged`` where
+        they are not what was written."""
+        known, previous = self._known(progress)
+        old = known.ordered[number]
+        buffer = memoryview(aligned_buffer(old.nbytes))
+        got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
+        cuts = progress.shard.extents[number].cuts
+        if got != old.nbytes or cut_digest(self._digest, buffer[: old.nbytes], cuts) != old.digest:
+            where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
+            raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
+        return buffer, old
+
+    def image_of(self, progress: Progress, number: int) -> Slot:
+        """A chunk out of the previous checkpoint, decoded through the files that it builds on, as if it was staged."""
+        known, _ = self._known(progress)
+        extent = progress.shard.extents[number]
+        buffer = memoryview(aligned_buffer(slot_bytes(extent)))
+        slot = Slot(-1, 0, len(buffer), 0, buffer, torch.frombuffer(buffer, dtype=torch.uint8))
+        if self._layer_reader is not None:
+            data: Array = np.frombuffer(buffer, np.uint8)[LEAD_BYTES : extent.nbytes]
+            self._layer_reader.add(known.layers, number, data)
+        finish_image(extent, slot)
+        return slot
+
+    def _known(self, progress: Progress) -> tuple[KnownFile, Previous]:
+        assert progress.old is not None
+        assert self._previous is not None
+        return progress.old, self._previous
+
+    def layers_of(self, progress: Progress, directory: OpensAttempt) -> tuple[FileRecord, ...]:
+        """The files that this shard's chunks are saved as differences to; they are linked into the checkpoint first.
+        Empty where chunks are stored whole."""
+        if not self._chain:
+            return ()
+        with progress.lock:
+            if progress.layers is not None:
+                return progress.layers
+            progress.layers = ()
+            old, previous = progress.old, self._previous
+            if old is None or previous is None or len(old.layers) > self._chain:
+                return ()
+            layers = [replace(layer, name=layer_name(layer, previous.reader), bases=()) for layer in old.layers]
+            linked = [
+                directory.open().link(previous.reader, layer.name, layer.nbytes, new.name)
+                for layer, new in zip(old.layers, layers, strict=True)
+            ]
+            if all(linked):
+                progress.layers = tuple(layers)
+            else:  # no differences, then; what is linked already stays, listed like everything else
+                self.unused += [layer for layer, there in zip(layers, linked, strict=True) if there]
+            return progress.layers
+
+    def subtract(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> None:
+        """Make of a staged chunk its difference to the previous checkpoint's, in place."""
+        if self._layer_reader is not None and progress.old is not None:
+            data: Array = np.frombuffer(slot.view, np.uint8)[LEAD_BYTES : extent.nbytes]
+            self._layer_reader.add(progress.old.layers, number, data)
+
+    def close(self) -> None:
+        """Let go of the previous checkpoint. After the save has ended, whichever way. Idempotent."""
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            previous.reader.close()
