@@ -11,7 +11,7 @@ from asyncckpt.ranks.coordinator import Job
 
 class Occasions:
     """For the training thread. What looks at a clock, and signals, are settled with the other ranks: see
-    ``Job.settled``."""
+    ``Announcements``."""
 
     def __init__(self, every: cadence.Every, preempt: Preemption | None) -> None:
         self._by_step, self._by_clock = cadence.by_step_and_by_clock(cadence.parse(every))
@@ -27,7 +27,7 @@ class Occasions:
         now = time.monotonic()
         by_clock = self._by_clock.due(step, now, last, self._last_saved_seconds)
         if job is not None and not isinstance(self._by_clock, cadence.Never):
-            by_clock = job.settled("due", step, by_clock)
+            by_clock = job.announcements.decide_at_step("due", step, by_clock)
         return by_clock or self._by_step.due(step, now, last, self._last_saved_seconds)
 
     def leaving(self, step: int, job: Job | None) -> SignalWatch | None:
@@ -37,7 +37,8 @@ class Occasions:
             return None
         here = signals.received is not None
         if job is not None:
-            here = job.settled("leave", step, job.raised_anywhere("leave", here))
+            announcements = job.announcements
+            here = announcements.decide_at_step("leave", step, announcements.raise_flag("leave", here))
             if here:
                 signals.notice()
         return signals if here else None

@@ -19,6 +19,7 @@ import torch
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.codecs import digests
 from asyncckpt.errors import AsyncCkptError, RunPathError
+from asyncckpt.ranks.announcements import Announcements
 from asyncckpt.ranks.collective_save import Party
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import Ranks, retold, told
@@ -26,9 +27,6 @@ from asyncckpt.restore.restore import Stages
 from asyncckpt.storage.lease import read_holder
 from asyncckpt.types import ComponentSnapshot
 
-#: Rank 0 announces a save for this many steps later. Ranks that train together are at most a step apart; what the host
-#: enqueues ahead of a GPU is less than another one.
-LEAD_STEPS: Final = 2
 #: A file that another host has just written may take as long to be seen on a network file system.
 _VISIBLE_SECONDS: Final = 30.0
 #: How long rank 0 stays for ranks that have not closed yet.
@@ -60,8 +58,7 @@ class Job:
         self._session = ""
         self._number = -1
         self._replanned = -1
-        self._announced: dict[str, int] = {}
-        self._announcements: dict[str, int] = {}
+        self.announcements = Announcements(ranks)
 
     @property
     def leads(self) -> bool:
@@ -142,31 +139,6 @@ class Job:
     def any_rank(self, what: str, here: bool) -> bool:
         """Whether it is so on some rank. Blocks for two messages."""
         return any(self.ranks.agree(what, here))
-
-    def settled(self, what: str, step: int, here: bool) -> bool:
-        """Whether what rank 0 sees coming (``here``) is to happen now: every rank says yes at the same step,
-        ``LEAD_STEPS`` after rank 0 first did. Costs one short message a call."""
-        number = self._announcements.setdefault(what, 0)
-        key = f"announced/{what}/{number}"
-        if what not in self._announced:
-            if self.leads and here:
-                self._announced[what] = step + LEAD_STEPS
-                self.ranks.post(key, step + LEAD_STEPS)
-            elif not self.leads and self.ranks.there(key):
-                self._announced[what] = int(self.ranks.read(key, 10.0, "rank 0"))
-        if step < self._announced.get(what, step + 1):
-            return False
-        del self._announced[what]
-        self._announcements[what] = number + 1
-        return True
-
-    def raised_anywhere(self, what: str, here: bool) -> bool:
-        """For rank 0: whether some rank has said so; for the others: say so, once."""
-        key = f"raised/{what}"
-        if here and self._announcements.setdefault(key, 0) == 0:
-            self._announcements[key] = 1
-            self.ranks.post(key, True)
-        return self.leads and (here or self.ranks.there(key))
 
     # -- together ----------------------------------------------------------------------------------------------------
 

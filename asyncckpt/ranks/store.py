@@ -89,6 +89,10 @@ class Ranks:
         session = meet(_Connection(store, options.timeout_seconds), rank, size, options.timeout_seconds)
         return cls(PrefixStore(session, store), rank, size, options)
 
+    def with_options(self, options: RankOptions) -> Ranks:
+        """The same ranks, over connections of their own."""
+        return Ranks(self._store, self.rank, self.size, options)
+
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def post(self, key: str, body: Any) -> None:

@@ -15,7 +15,7 @@ from support.options import by_stage
 from support.parallelisms import TIMEOUT
 
 import asyncckpt
-from asyncckpt.ranks import coordinator as job
+from asyncckpt.ranks.announcements import LEAD_STEPS
 
 SHORT = asyncckpt.RankOptions(timeout_seconds=1.5)
 
@@ -175,7 +175,7 @@ def _train_by(me: Me, path: str, every: Any) -> list[int]:
     [
         (asyncckpt.Steps(4), [4, 8, 12]),
         # due on rank 0's clock after 4 steps of 30 s, announced LEAD_STEPS ahead
-        (asyncckpt.Minutes(2), [4 + job.LEAD_STEPS, 4 + job.LEAD_STEPS + 4 + job.LEAD_STEPS]),
+        (asyncckpt.Minutes(2), [4 + LEAD_STEPS, 4 + LEAD_STEPS + 4 + LEAD_STEPS]),
         ([asyncckpt.Steps(5), asyncckpt.Minutes(60)], [5, 10]),
     ],
     ids=["steps", "minutes", "both"],

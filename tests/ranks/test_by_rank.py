@@ -1,4 +1,4 @@
-"""``Safetensors(per_rank=True)``: a file is one rank's alone; what is restored, anywhere, is what shared files would give."""
+"""``Safetensors(per_rank=True)``: a file is one rank's alone; what is restored is what shared files would give."""
 
 from __future__ import annotations
 
