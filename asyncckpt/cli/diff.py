@@ -10,13 +10,13 @@ import typer
 from rich.table import Table
 
 from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.protocols import Reader
 from asyncckpt.read.fill import fill
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.plan import qualified_records
 from asyncckpt.restore.restore import open_manifest, read_trees
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.types import JsonValue
 
 #: Small tensors are read together: one by one, each would cost the whole extent it lies in.

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from asyncckpt import jsontree
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import STATE_FILE
@@ -27,6 +26,7 @@ from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.plan import Options, Plan, new_tensor, qualified_records
 from asyncckpt.state.capture import check_state
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.rank_names import rank_name
 from asyncckpt.types import JsonValue
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from asyncckpt import CheckpointDamaged, Checkpointer, Run
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.formats.zarr import node_names
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import Manifest
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage.local import LocalStore
 
 zarr = pytest.importorskip("zarr", minversion="3.1")
