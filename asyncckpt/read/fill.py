@@ -29,7 +29,7 @@ from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.read.boxes import Region, Target, regions, scatter_box, span
-from asyncckpt.read.damage import Damage
+from asyncckpt.read.damage import raise_damage
 from asyncckpt.read.delta import LayerReader
 from asyncckpt.read.extents import extents_of, read_extents
 from asyncckpt.read.scatter import Window, scatter
@@ -294,11 +294,3 @@ def _parts(
                 at += 1
             parts[name, extent.offset] = mine
     return parts
-
-
-def raise_damage(path: str, damage: Sequence[Damage], consequence: str = "") -> None:
-    """Raise ``CheckpointDamaged`` naming the first few damages; returns where there are none."""
-    if damage:
-        shown = "; ".join(str(entry) for entry in damage[:3])
-        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
-        raise CheckpointDamaged(f"{path}: {shown}{more}.{consequence}")

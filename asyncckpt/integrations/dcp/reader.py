@@ -34,7 +34,7 @@ from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
 from asyncckpt.protocols import Reader as OpenCheckpoint
 from asyncckpt.read.boxes import Region
 from asyncckpt.read.fill import fill
-from asyncckpt.restore.restore import open_manifest, read_trees
+from asyncckpt.read.opening import open_manifest, read_trees
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage.local import LocalStore
 
