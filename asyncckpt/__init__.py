@@ -1,7 +1,7 @@
 """asyncckpt: asynchronous, verified, high-throughput checkpoints for PyTorch.
 
-``Checkpointer`` is the way in; ``Run`` reads a run directory without writing to it. A name's module is imported when the
-name is asked for: ``import asyncckpt`` alone imports neither torch nor NumPy.
+``Checkpointer`` is the way in; ``Run`` reads a run directory without writing to it. A name's module is imported when
+the name is asked for: ``import asyncckpt`` alone imports neither torch nor NumPy.
 """
 
 from __future__ import annotations

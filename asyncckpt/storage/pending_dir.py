@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -80,6 +79,8 @@ class LocalAttempt:
 
     async def write_small(self, files: Mapping[str, bytes]) -> None:
         """Files of equal content are one file of several names, where the file system can: metadata of equal arrays."""
+        import asyncio  # whoever runs this has it; reading has no use for it
+
         ops = self._store.ops
         first: dict[bytes, str] = {}
         twins: list[tuple[str, str]] = []
