@@ -15,6 +15,7 @@ from asyncckpt.codecs import blosc as frames
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.codecs.dtypes import ITEM_BYTES, NAMES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.formats import zarr
 from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.manifest.records import (
     BoxedRecord,
@@ -120,6 +121,8 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
             use(view)
 
     damage = read_extents(reader, manifest.digest, chosen, consume)
+    if manifest.shard_format == "zarr":
+        zarr.announce_dtypes()
     raise_damage(reader.path, damage, " The live objects may be partly overwritten: restore another checkpoint.")
     return sum(extent.nbytes for _, extent in chosen)
 
