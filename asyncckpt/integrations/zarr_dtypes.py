@@ -6,7 +6,7 @@ dtypes of ``ml_dtypes`` and come back bit for bit, NaN payloads included. Zarr v
 zarr leaves out a chunk that ``==`` its fill value, and a chunk of nothing but -0.0 equals 0.0: pass
 ``config={"write_empty_chunks": True}`` where the sign of zero matters. Reading is not concerned.
 
-zarr 3.4.1 and newer import this module by its entry points, for whatever array comes first: it imports neither torch nor
+zarr 3.4.1 and newer import this module by its entry points, whatever array comes first: it imports neither torch nor
 anything else of this package.
 """
 
@@ -247,6 +247,4 @@ def register() -> None:
     ours = {one._zarr_v3_name: one for one in (BFloat16, Float8E4M3FN, Float8E5M2, Float8E4M3FNUZ, Float8E5M2FNUZ)}
     if not ours.keys() <= known.keys():
         # a new dict, because zarr iterates over this one without a lock; the registry is a frozen dataclass
-        object.__setattr__(
-            data_type_registry, "contents", {**known, **{n: o for n, o in ours.items() if n not in known}}
-        )
+        object.__setattr__(data_type_registry, "contents", {**ours, **known})
