@@ -90,7 +90,11 @@ class LocalAttempt:
                 twins.append((known, name))
         originals = [(os.path.join(self.path, name), data) for data, name in first.items()]
         for start in range(0, len(originals), _SMALL_AT_ONCE):
-            await asyncio.gather(*(ops.write_file(*item) for item in originals[start : start + _SMALL_AT_ONCE]))
+            together = (ops.write_file(*item) for item in originals[start : start + _SMALL_AT_ONCE])
+            # all of them end, whatever fails: one that was cancelled while it opens its file would leave that open
+            for outcome in await asyncio.gather(*together, return_exceptions=True):
+                if outcome is not None:
+                    raise outcome
         for known, name in twins:
             target = os.path.join(self.path, name)
             try:
