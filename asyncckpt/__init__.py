@@ -1,58 +1,64 @@
 """asyncckpt: asynchronous, verified, high-throughput checkpoints for PyTorch.
 
-``Checkpointer`` is the way in; ``Run`` reads a run directory without writing to it.
+``Checkpointer`` is the way in; ``Run`` reads a run directory without writing to it. A name's module is imported when
+the name is asked for: ``import asyncckpt`` alone imports neither torch nor NumPy.
 """
 
-from asyncckpt.catalog.catalog import CheckpointInfo
-from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
-from asyncckpt.checkpointer import Checkpointer
-from asyncckpt.commit.pending import PendingSave, SaveReport
-from asyncckpt.errors import (
-    ArenaBusy,
-    AsyncCkptError,
-    CheckpointDamaged,
-    CheckpointerClosed,
-    CheckpointNotFound,
-    DigestMismatch,
-    InvalidOption,
-    InvalidStep,
-    LeaseLost,
-    ManifestInvalid,
-    MissingExtra,
-    NotEnoughMemory,
-    NotEnoughSpace,
-    NoUsableCheckpoint,
-    PlanChanged,
-    RankLost,
-    RanksDisagree,
-    RunLocked,
-    RunPathError,
-    SaveAbandoned,
-    SaveFailed,
-    SaveUndecided,
-    StateMismatch,
-    StepExists,
-    StorageFailed,
-    UnknownName,
-    UnsupportedValue,
-    VersionUnsupported,
-)
-from asyncckpt.formats.options import Delta, Safetensors, Zarr
-from asyncckpt.loop.cadence import Milestones, Minutes, Steps
-from asyncckpt.loop.preemption import Preempted, Preemption
-from asyncckpt.manifest.environment import version
-from asyncckpt.ownership import RunOptions
-from asyncckpt.ranks.store import RankOptions
-from asyncckpt.read.damage import Damage
-from asyncckpt.restore.restore import RestoreReport
-from asyncckpt.run import Run
-from asyncckpt.stage.options import StagingOptions
-from asyncckpt.state.markers import Replicated, Shard
-from asyncckpt.state.rng import RngState
-from asyncckpt.storage.lease import LeaseOptions
-from asyncckpt.write.options import WriterOptions
+from __future__ import annotations
 
-__version__ = version()
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from asyncckpt.catalog.catalog import CheckpointInfo
+    from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
+    from asyncckpt.checkpointer import Checkpointer
+    from asyncckpt.commit.pending import PendingSave, SaveReport
+    from asyncckpt.errors import (
+        ArenaBusy,
+        AsyncCkptError,
+        CheckpointDamaged,
+        CheckpointerClosed,
+        CheckpointNotFound,
+        DigestMismatch,
+        InvalidOption,
+        InvalidStep,
+        LeaseLost,
+        ManifestInvalid,
+        MissingExtra,
+        NotEnoughMemory,
+        NotEnoughSpace,
+        NoUsableCheckpoint,
+        PlanChanged,
+        RankLost,
+        RanksDisagree,
+        RunLocked,
+        RunPathError,
+        SaveAbandoned,
+        SaveFailed,
+        SaveUndecided,
+        StateMismatch,
+        StepExists,
+        StorageFailed,
+        UnknownName,
+        UnsupportedValue,
+        VersionUnsupported,
+    )
+    from asyncckpt.formats.options import Delta, Safetensors, Zarr
+    from asyncckpt.loop.cadence import Milestones, Minutes, Steps
+    from asyncckpt.loop.preemption import Preempted, Preemption
+    from asyncckpt.ownership import RunOptions
+    from asyncckpt.ranks.store import RankOptions
+    from asyncckpt.read.damage import Damage
+    from asyncckpt.restore.restore import RestoreReport
+    from asyncckpt.run import Run
+    from asyncckpt.stage.options import StagingOptions
+    from asyncckpt.state.markers import Replicated, Shard
+    from asyncckpt.state.rng import RngState
+    from asyncckpt.storage.lease import LeaseOptions
+    from asyncckpt.write.options import WriterOptions
+
+    __version__: str
 
 __all__ = [
     # saving and restoring
@@ -117,3 +123,54 @@ __all__ = [
     "UnsupportedValue",
     "VersionUnsupported",
 ]
+
+#: Where each name lives that is no error; those live in ``errors.py``. Type checkers read the imports above.
+_HOMES: Final[dict[str, str]] = {
+    "CheckpointInfo": "asyncckpt.catalog.catalog",
+    "KeepAll": "asyncckpt.catalog.retention",
+    "KeepBest": "asyncckpt.catalog.retention",
+    "KeepEvery": "asyncckpt.catalog.retention",
+    "KeepLast": "asyncckpt.catalog.retention",
+    "KeepSteps": "asyncckpt.catalog.retention",
+    "Checkpointer": "asyncckpt.checkpointer",
+    "PendingSave": "asyncckpt.commit.pending",
+    "SaveReport": "asyncckpt.commit.pending",
+    "Milestones": "asyncckpt.loop.cadence",
+    "Minutes": "asyncckpt.loop.cadence",
+    "Steps": "asyncckpt.loop.cadence",
+    "Preempted": "asyncckpt.loop.preemption",
+    "Preemption": "asyncckpt.loop.preemption",
+    "RankOptions": "asyncckpt.ranks.store",
+    "Damage": "asyncckpt.read.damage",
+    "RestoreReport": "asyncckpt.restore.restore",
+    "Run": "asyncckpt.run",
+    "Replicated": "asyncckpt.state.markers",
+    "Shard": "asyncckpt.state.markers",
+    "RngState": "asyncckpt.state.rng",
+    "LeaseOptions": "asyncckpt.storage.lease",
+    "Delta": "asyncckpt.formats.options",
+    "Safetensors": "asyncckpt.formats.options",
+    "Zarr": "asyncckpt.formats.options",
+    "StagingOptions": "asyncckpt.stage.options",
+    "RunOptions": "asyncckpt.ownership",
+    "WriterOptions": "asyncckpt.write.options",
+}
+
+
+if not TYPE_CHECKING:  # a checker that saw this would take any name for one of the package
+
+    def __getattr__(name: str) -> Any:
+        """The exported object of that name. It stays here, so that this runs once for each name."""
+        if name == "__version__":
+            from asyncckpt.manifest.environment import version
+
+            value = version()
+        elif name in __all__:
+            value = getattr(importlib.import_module(_HOMES.get(name, "asyncckpt.errors")), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "__version__"})

@@ -6,9 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
 from asyncckpt.catalog.quarantine import Quarantine
@@ -16,10 +14,15 @@ from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableChec
 from asyncckpt.events import EventBus, FellBack, Restored
 from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import Damage
+from asyncckpt.read.opening import open_manifest
 from asyncckpt.read.verify import Progress, verify
-from asyncckpt.restore import restore as restoring
-from asyncckpt.restore.restore import Rename, RestoreReport
 from asyncckpt.storage.local import LocalStore
+
+# restore/ imports torch, which those who only look at a run do not wait for: the methods import it
+if TYPE_CHECKING:
+    import torch
+
+    from asyncckpt.restore.restore import Rename, RestoreReport, Stages
 
 #: How often the newest checkpoint is looked for anew while another process publishes and deletes.
 _LOOKS = 20
@@ -116,8 +119,10 @@ class Run:
         Returns ``{"model.wte.weight": tensor, …}``. ``expect_digest``: as for ``restore``. Raises ``UnknownName`` and
         ``CheckpointDamaged``.
         """
+        from asyncckpt.restore.restore import load_tensors
+
         with storage_errors(self.path), contextlib.closing(self._open_chosen(step)[1]) as reader:
-            return restoring.load_tensors(reader, names, device=device, dtype=dtype, expect_digest=expect_digest)
+            return load_tensors(reader, names, device=device, dtype=dtype, expect_digest=expect_digest)
 
     def open(self, step: int | None = None) -> Reader:
         """An open checkpoint (default: the newest of any kind), protected from retention until its ``close``."""
@@ -155,6 +160,8 @@ class Run:
                     raise
 
     def _restore(self, name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+        from asyncckpt.restore import restore as restoring
+
         stages = self._stages()
         with stages.stage("open"):
             opened = self._store.open(name)
@@ -169,9 +176,11 @@ class Run:
     def _after_restore(self, report: RestoreReport) -> None:
         """What a run that is also written learns from a restore."""
 
-    def _stages(self) -> restoring.Stages:
+    def _stages(self) -> Stages:
         """How a restore goes from stage to stage: alone, or with the other ranks of a job."""
-        return restoring.Stages()
+        from asyncckpt.restore.restore import Stages
+
+        return Stages()
 
     def _candidates(self) -> list[CheckpointInfo]:
         """The checkpoints that ``restore`` may choose from."""
@@ -182,7 +191,7 @@ class Run:
 
     def _refuse(self, entry: CheckpointInfo) -> None:
         with contextlib.closing(self._store.open(entry.name)) as reader:
-            restoring.open_manifest(reader)  # a newer format version is no damage, and says so itself
+            open_manifest(reader)  # a newer format version is no damage, and says so itself
         raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
 
     def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.table import Table
 
 from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.protocols import Reader
 from asyncckpt.read.fill import fill
+from asyncckpt.read.opening import open_manifest, read_trees
 from asyncckpt.read.scatter import Window
-from asyncckpt.restore.plan import qualified_records
-from asyncckpt.restore.restore import open_manifest, read_trees
 from asyncckpt.types import JsonValue
+
+# takes seconds to import, which the other verbs do without
+if TYPE_CHECKING:
+    import torch
 
 #: Small tensors are read together: one by one, each would cost the whole extent it lies in.
 _BATCH_BYTES = 64 << 20
@@ -54,6 +55,8 @@ def diff(
 
 def compare(a: Reader, b: Reader) -> dict[str, Any]:
     """All differences as plain data. Memory: the largest tensor twice, or two batches. Raises ``CheckpointDamaged``."""
+    from asyncckpt.restore.plan import qualified_records
+
     manifest_a, manifest_b = open_manifest(a), open_manifest(b)
     in_a, in_b = (dict(qualified_records(manifest.components)) for manifest in (manifest_a, manifest_b))
     common = [name for name in in_a if name in in_b]
@@ -85,6 +88,8 @@ def change_of(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | int | None]
     ``max_abs``: max|a-b| over what is finite, None where nothing is; ``relative``: that over max|a|, None where that
     has no meaning; ``not_finite``: elements that differ by no finite number.
     """
+    import torch
+
     if torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)):
         return None
     wide = torch.complex128 if a.is_complex() else torch.float64
@@ -131,6 +136,10 @@ def _batches(names: list[str], records: Mapping[str, StoredTensor]) -> Iterator[
 def _load(
     reader: Reader, manifest: Manifest, names: list[str], records: Mapping[str, StoredTensor]
 ) -> dict[str, torch.Tensor]:
+    import torch
+
+    from asyncckpt.state.dtypes import DTYPES
+
     tensors = {name: torch.empty(records[name].shape, dtype=DTYPES[records[name].dtype]) for name in names}
     fill(reader, manifest, [(records[name], [Window(tensor)]) for name, tensor in tensors.items()])
     return tensors

@@ -7,14 +7,16 @@ import dataclasses
 import signal
 from collections.abc import Iterator
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from asyncckpt.cli.common import Exit, JsonOption, clean, console, exits, print_json
-from asyncckpt.doctor import Finding, Report, examine
+
+if TYPE_CHECKING:
+    from asyncckpt.doctor import Finding, Report
 
 _STYLES = {"good": "green", "note": "cyan", "warning": "yellow", "unsafe": "red"}
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -30,6 +32,8 @@ def doctor(
     deleted again, after Ctrl-C too.
 
     Exits with 1 where checkpoints would be unsafe there."""
+    from asyncckpt.doctor import examine
+
     with exits(), _first_signal_leaves():
         report = examine(path, seconds=seconds, max_bytes=max_bytes, on_finding=None if json else _show)
     if json:

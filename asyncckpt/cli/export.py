@@ -6,12 +6,10 @@ import enum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json, read, size
-from asyncckpt.convert import single_file as exporting
 from asyncckpt.errors import InvalidOption
 from asyncckpt.protocols import Reader
 
@@ -22,9 +20,6 @@ class DType(enum.StrEnum):
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
-
-
-_DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
 
 
 def export(
@@ -42,10 +37,15 @@ def export(
         if every and component is not None:
             raise InvalidOption("give --all or --component, not both")
         what = "all" if every else component or "weights"
-        target = _DTYPES[dtype] if dtype is not None else None
+        import torch  # takes seconds
+
+        from asyncckpt.convert.single_file import export as exporting
+
+        dtypes = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
+        target = dtypes[dtype] if dtype is not None else None
 
         def write(entry: CheckpointInfo, reader: Reader) -> tuple[int, int]:
-            return entry.step, exporting.export(reader, out, what=what, dtype=target, overwrite=force)
+            return entry.step, exporting(reader, out, what=what, dtype=target, overwrite=force)
 
         number, nbytes = read(open_run(run), step, write)
         if json:

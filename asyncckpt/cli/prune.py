@@ -12,7 +12,6 @@ import typer
 
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.catalog import CheckpointInfo
-from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.cli.common import (
     JsonOption,
     RunArgument,
@@ -100,6 +99,8 @@ def _delete(run: Run, policies: list[retention.Policy], newest: CheckpointInfo) 
             f"{newest.path} would be kept and is damaged ({damage[0]}); nothing was deleted. Look at the run with "
             f"`asyncckpt verify --all {run.path}`"
         )
+    from asyncckpt.checkpointer import Checkpointer  # torch takes seconds to import
+
     checkpointer = Checkpointer(run.path, keep=[*policies, _Verified(newest.step, newest.kind)])
     with contextlib.closing(checkpointer):
         return checkpointer.prune()

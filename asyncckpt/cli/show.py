@@ -26,7 +26,7 @@ from asyncckpt.cli.common import (
     size,
 )
 from asyncckpt.manifest.records import ComponentRecord, Manifest
-from asyncckpt.restore.restore import open_manifest
+from asyncckpt.read.opening import open_manifest
 
 #: A zarr checkpoint has two files a tensor.
 _FILES_SHOWN = 40

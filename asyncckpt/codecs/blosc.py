@@ -5,16 +5,18 @@ Whatever a frame says of sizes is checked before a decoder that trusts it sees i
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import zstandard
-from numcodecs import blosc
 
 from asyncckpt.errors import CheckpointDamaged
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 #: Begins the content digest of a chunk whose staged image was split into planes: the same data has another image then.
 SPLIT_MARK: Final = "planes:"
@@ -30,6 +32,14 @@ _COPIED: Final = 0x2
 _ZSTD_INSIDE: Final = 4 << 5
 _ZSTD_VERSION: Final = 1
 Array: TypeAlias = "npt.NDArray[np.uint8]"
+
+
+@functools.cache
+def blosc() -> Any:
+    """The module of numcodecs, imported with the first frame: who only lists checkpoints does not wait for it."""
+    from numcodecs import blosc as module
+
+    return module
 
 
 def stored_frame(header: Array, nbytes: int, item_bytes: int) -> int:
@@ -106,7 +116,7 @@ def blosc_into(frame: Array, out: Array) -> None:
     if not nbytes:
         return
     try:
-        blosc.decompress(frame, out)
+        blosc().decompress(frame, out)
     except (RuntimeError, ValueError) as error:
         raise CheckpointDamaged(f"a Blosc frame cannot be decoded: {error}") from error
 

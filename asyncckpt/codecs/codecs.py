@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
-from numcodecs import blosc
 
 from asyncckpt.codecs.blosc import (
     BLOSC_HEADER_BYTES,
     Array,
     as_view,
+    blosc,
     blosc_into,
     compressor,
     literals,
@@ -124,7 +124,7 @@ class Blosc:
         if not data.nbytes:
             return _copied(data, item_bytes, out)
         shuffle = _SHUFFLES[self.shuffle]
-        frame = blosc.compress(data, self.cname.encode(), self.clevel, shuffle, self.blocksize, item_bytes)
+        frame: bytes = blosc().compress(data, self.cname.encode(), self.clevel, shuffle, self.blocksize, item_bytes)
         return put(out, 0, frame)
 
     attempt = encode

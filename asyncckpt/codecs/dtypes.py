@@ -1,4 +1,4 @@
-"""Safetensors dtype codes for torch dtypes: the one table both directions use.
+"""Dtypes by their safetensors codes: torch's name of each and its size. Torch's own objects are in ``state/dtypes.py``.
 
 Source: the safetensors format description and ``safetensors.torch`` 0.8 (complex128 and sub-byte types have no code
 that torch can hold).
@@ -6,29 +6,45 @@ that torch can hold).
 
 from __future__ import annotations
 
-import torch
-
-CODES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.complex64: "C64",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
+NAMES: dict[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "C64": "complex64",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
 }
-DTYPES: dict[str, torch.dtype] = {code: dtype for dtype, code in CODES.items()}
-ITEM_BYTES: dict[str, int] = {code: dtype.itemsize for code, dtype in DTYPES.items()}
+ITEM_BYTES: dict[str, int] = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E4M3FNUZ": 1,
+    "F8_E5M2": 1,
+    "F8_E5M2FNUZ": 1,
+    "C64": 8,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+}
 #: Bytes of the numbers an item is made of, the ones whose planes are alike: a complex number is two floats.
 PLANE_BYTES: dict[str, int] = ITEM_BYTES | {"C64": 4}

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as replaced
 
+import aiofiles.os  # noqa: F401  storage imports it when it writes, which would make the first save wait for it
+
 from asyncckpt import formats, jsontree
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest

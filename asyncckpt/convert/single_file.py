@@ -18,7 +18,8 @@ from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, RunPathError
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
-from asyncckpt.restore.restore import load_tensors, open_manifest, read_trees
+from asyncckpt.read.opening import open_manifest, read_trees
+from asyncckpt.restore.restore import load_tensors
 from asyncckpt.storage.posix import PosixOps
 
 What = Literal["weights", "all"]

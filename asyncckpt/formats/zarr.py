@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import importlib.metadata
 import json
+import logging
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +29,8 @@ from asyncckpt.formats import chunking as chunks
 from asyncckpt.jsontree import loads
 from asyncckpt.protocols import Codec
 from asyncckpt.types import Chunking, ChunkRun, Extent, LayoutOptions, Placed, Shard, TensorSpec
+
+log = logging.getLogger("asyncckpt")
 
 METADATA_FILE: Final = "zarr.json"
 #: Index entries of chunks that are not there: past the array's edge.
@@ -53,6 +57,8 @@ DATA_TYPES: Final[Mapping[str, str]] = {
     "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
+#: The first zarr that loads the entry points of data types by itself.
+_LOADS_ENTRY_POINTS: Final = (3, 4, 1)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}\Z")
 
 
@@ -98,6 +104,7 @@ class ZarrFormat:
 
     def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
         """``zarr.json`` of the component's group, of its arrays and of the checkpoint's root."""
+        announce_dtypes()
         files = {METADATA_FILE: group_metadata(), f"{component}/{METADATA_FILE}": group_metadata()}
         for shard in shards:
             tensor = shard.runs[0].tensor
@@ -244,6 +251,20 @@ def group_metadata() -> bytes:
     zarr.create_group(store=MemoryStore(store), zarr_format=3)
     content: bytes = store[METADATA_FILE].to_bytes()
     return content
+
+
+@functools.cache
+def announce_dtypes() -> None:
+    """Have ``zarr.open`` know bfloat16 and the 8-bit floats in a process that writes or reads zarr checkpoints. Newer
+    zarrs see to it themselves; an older one is imported for it."""
+    try:
+        numbers = re.findall(r"\d+", importlib.metadata.version("zarr"))
+        if tuple(map(int, numbers[:3])) < _LOADS_ENTRY_POINTS:
+            from asyncckpt.integrations.zarr_dtypes import register
+
+            register()
+    except ImportError:
+        log.info("zarr-python is not here, so nobody can open these arrays with it in this process")
 
 
 def parse_array(data: bytes, what: str) -> tuple[str, tuple[int, ...]]:

@@ -5,6 +5,9 @@ dtypes of ``ml_dtypes`` and come back bit for bit, NaN payloads included. Zarr v
 
 zarr leaves out a chunk that ``==`` its fill value, and a chunk of nothing but -0.0 equals 0.0: pass
 ``config={"write_empty_chunks": True}`` where the sign of zero matters. Reading is not concerned.
+
+zarr 3.4.1 and newer import this module by its entry points, whatever array comes first: it imports neither torch nor
+anything else of this package.
 """
 
 from __future__ import annotations
@@ -18,18 +21,31 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Self, TypeGu
 
 import numpy as np
 
-from asyncckpt.errors import MissingExtra
+
+def _missing(what: str) -> ImportError:
+    """``MissingExtra``, of a module that is imported for it alone."""
+    from asyncckpt.errors import MissingExtra
+
+    return MissingExtra(f"{what}: pip install 'asyncckpt[zarr]'")
+
 
 try:
+    import zarr.dtype
+    import zarr.errors
     from zarr.core.dtype.common import HasEndianness, HasItemSize
     from zarr.core.dtype.npy.common import endianness_to_numpy_str, get_endianness_from_numpy_dtype
-    from zarr.dtype import DataTypeValidationError, ZDType, data_type_registry
+    from zarr.dtype import ZDType, data_type_registry
 except ImportError as error:
-    raise MissingExtra("zarr data types need zarr 3.1 or newer: pip install 'asyncckpt[zarr]'") from error
+    raise _missing("zarr data types need zarr 3.1 or newer") from error
 
 if TYPE_CHECKING:
     from zarr.core.common import JSON, ZarrFormat
     from zarr.core.dtype.common import DTypeJSON
+
+#: What zarr takes for "not this data type". It has moved: where the new place has it, the old one warns.
+DataTypeValidationError: type[ValueError] = (
+    getattr(zarr.errors, "DataTypeValidationError", None) or zarr.dtype.DataTypeValidationError
+)
 
 _Native = np.dtype[np.generic]
 
@@ -58,7 +74,7 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
             ml_dtypes = importlib.import_module("ml_dtypes")
         except ImportError as error:
             name = cls._zarr_v3_name
-            raise MissingExtra(f"zarr data type {name!r} needs ml_dtypes: pip install 'asyncckpt[zarr]'") from error
+            raise _missing(f"zarr data type {name!r} needs ml_dtypes") from error
         native: _Native = np.dtype(getattr(ml_dtypes, cls._zarr_v3_name))
         return native
 
@@ -224,9 +240,11 @@ class Float8E5M2FNUZ(_MLFloat):
 def register() -> None:
     """Make the five names known to zarr-python in this process; a name that is taken already stays as it is.
 
-    The entry points of the group ``zarr.data_type`` are there for it, but zarr 3.1.6 collects that group and never
-    loads it. Idempotent. Not for use while another thread opens or creates arrays: zarr's registry is an unlocked dict.
+    zarr 3.4.1 and newer do so by themselves, by the entry points of the group ``zarr.data_type``; older ones collect
+    that group and never load it. Idempotent. Other threads may open and create arrays meanwhile.
     """
-    for data_type in (BFloat16, Float8E4M3FN, Float8E5M2, Float8E4M3FNUZ, Float8E5M2FNUZ):
-        if data_type._zarr_v3_name not in data_type_registry.contents:
-            data_type_registry.register(data_type._zarr_v3_name, data_type)
+    known = data_type_registry.contents
+    ours = {one._zarr_v3_name: one for one in (BFloat16, Float8E4M3FN, Float8E5M2, Float8E4M3FNUZ, Float8E5M2FNUZ)}
+    if not ours.keys() <= known.keys():
+        # a new dict, because zarr iterates over this one without a lock; the registry is a frozen dataclass
+        object.__setattr__(data_type_registry, "contents", {**ours, **known})

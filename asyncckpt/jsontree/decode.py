@@ -9,14 +9,17 @@ import struct
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import numpy as np
-import torch
 
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
-from asyncckpt.jsontree.encode import AS_TENSOR, FACTORIES, MAX_DEPTH, NUMPY, TORCH_DTYPES
+from asyncckpt.jsontree.encode import AS_TENSOR, FACTORIES, MAX_DEPTH, NUMPY
+from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.types import JsonValue
+
+if TYPE_CHECKING:
+    import torch
 
 
 def decode(
@@ -192,7 +195,7 @@ class _Decoder:
         if content.keys() != _FIELDS or content["$"] != "tensor" or type(name) is not str:
             self.fail("an array that is neither base64 nor a tensor")
         tensor = self.arrays(name)
-        if list(tensor.shape) != shape or tensor.dtype != AS_TENSOR.get(dtype.str):
+        if list(tensor.shape) != shape or str(tensor.dtype) != f"torch.{AS_TENSOR.get(dtype.str)}":
             self.fail(f"an array whose tensor {name!r:.80} has another shape or dtype")
         if tensor.device.type != "cpu":
             raise InvalidOption(f"{name!r} is a numpy array and was given a tensor on {tensor.device}; give one on cpu")
@@ -208,24 +211,38 @@ class _Decoder:
         return number
 
     def torch_dtype(self, name: Any) -> torch.dtype:
-        if type(name) is not str or name not in TORCH_DTYPES:
+        there = _torch()
+        # vars: what torch imports when it is asked for stays unimported, whatever the tree says
+        found: Any = vars(there).get(name) if type(name) is str else None
+        if type(found) is not there.dtype or str(found) != f"torch.{name}":  # it has aliases, such as half
             self.fail(f"the torch dtype {name!r:.40} is unknown")
-        return TORCH_DTYPES[name]
+        dtype: torch.dtype = found
+        return dtype
 
     def size(self, sizes: list[Any]) -> torch.Size:
         if not all(type(size) is int and -1 << 63 <= size < 1 << 63 for size in sizes):
             self.fail("a torch.Size of something else than sizes")
-        return torch.Size(sizes)
+        size: torch.Size = _torch().Size(sizes)
+        return size
 
     def device(self, tree: Any) -> torch.device:
         kind, index = tree if type(tree) is list and len(tree) == 2 else (None, None)
         # torch keeps the index in 8 bits and wraps larger ones silently
         if type(kind) is not str or not (index is None or (type(index) is int and 0 <= index < 128)):
             self.fail("a device that is no name and index")
+        make = _torch().device
         try:
-            return torch.device(kind) if index is None else torch.device(kind, index)
+            device: torch.device = make(kind) if index is None else make(kind, index)
         except RuntimeError:
             self.fail(f"the device {kind!r:.40} is unknown")
+        return device
+
+
+def _torch() -> Any:
+    torch = loaded_torch()
+    if torch is None:
+        raise InvalidOption("the plain values hold a dtype, size or device of torch: import torch, then decode them")
+    return torch
 
 
 _MOST_OF_ONE_HASH: Final = 1000

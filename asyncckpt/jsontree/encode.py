@@ -11,14 +11,16 @@ import struct
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import numpy as np
-import torch
-from torch import nn
 
 from asyncckpt.errors import UnsupportedValue
+from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.types import JsonValue
+
+if TYPE_CHECKING:
+    import torch
 
 #: Containers in containers. One takes at most two levels of JSON, so whatever is encoded stays under the parser's cap.
 MAX_DEPTH: Final = 200
@@ -43,11 +45,10 @@ _SAME_SIZE: Final = (
     np.ulonglong,
 )  # on some platforms types of their own
 _INTS: Final = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-#: numpy dtypes that a shard can hold, in this machine's byte order.
-AS_TENSOR: Final[dict[str, torch.dtype]] = {
-    np.dtype(name).str: getattr(torch, name) for name in ("bool", *_INTS, "float16", "float32", "float64", "complex64")
+#: numpy dtypes that a shard can hold, in this machine's byte order, and what torch calls them.
+AS_TENSOR: Final[dict[str, str]] = {
+    np.dtype(name).str: name for name in ("bool", *_INTS, "float16", "float32", "float64", "complex64")
 }
-TORCH_DTYPES: Final = {str(one).removeprefix("torch."): one for one in vars(torch).values() if type(one) is torch.dtype}
 FACTORIES: Final[dict[str, Callable[[], Any] | None]] = {
     "None": None,
     **{t.__name__: t for t in (bool, int, float, complex, str, bytes, list, tuple, dict, set, Counter, OrderedDict)},
@@ -174,6 +175,9 @@ class _Encoder:
         shape: list[JsonValue] = list(value.shape)
         if value.nbytes > INLINE_ARRAY_BYTES and code in AS_TENSOR:
             owner = np.require(value, requirements=("C", "W"))
+            torch = loaded_torch()
+            if torch is None:
+                self.refuse(value, f"and {value.nbytes} bytes becomes a tensor", "import torch first")
             return {"$": "ndarray", "dtype": code, "shape": shape, "v": self.tensor(torch.from_numpy(owner))}
         return {"$": "ndarray", "dtype": code, "shape": shape, "v": _base64(value.tobytes())}
 
@@ -191,9 +195,30 @@ def _base64(data: bytes | bytearray) -> str:
 
 
 def _other(encoder: _Encoder, value: Any) -> JsonValue:
-    if not isinstance(value, torch.Tensor):
+    """A value of a type that has no row: the first of one of torch's types, a subclass of its tensor, or a stranger."""
+    torch = loaded_torch()
+    try:
+        if torch.Tensor not in _ENCODERS:
+            _ENCODERS.update(_rows_of_torch(torch))
+        is_tensor = isinstance(value, torch.Tensor)
+    except AttributeError:  # torch is not there, or not yet: nobody can hold what is its own
+        encoder.refuse(value)
+    row = _ENCODERS.get(type(value))
+    if row is not None:
+        return row(encoder, value)
+    if not is_tensor:
         encoder.refuse(value)
     return encoder.tensor(value)  # whether a subclass can be stored is the sink's to say
+
+
+def _rows_of_torch(torch: Any) -> dict[type, _ToJson]:
+    return {
+        torch.Tensor: _Encoder.tensor,
+        torch.nn.Parameter: _Encoder.tensor,
+        torch.dtype: lambda _, v: {"$": "dtype", "v": str(v).removeprefix("torch.")},
+        torch.Size: lambda e, v: {"$": "Size", "v": e.items(v)},
+        torch.device: lambda _, v: {"$": "device", "v": [v.type, v.index]},
+    }
 
 
 def _int(_: _Encoder, value: int) -> JsonValue:
@@ -219,8 +244,6 @@ _ENCODERS: Final[dict[type, _ToJson]] = {
     str: _str,
     list: lambda e, v: e.items(v),
     dict: _Encoder.mapping,
-    torch.Tensor: _Encoder.tensor,
-    nn.Parameter: _Encoder.tensor,
     tuple: lambda e, v: {"$": "tuple", "v": e.items(v)},
     set: _Encoder.unordered,
     frozenset: _Encoder.unordered,
@@ -231,9 +254,6 @@ _ENCODERS: Final[dict[type, _ToJson]] = {
     bytes: lambda _, v: {"$": "bytes", "v": _base64(v)},
     bytearray: lambda _, v: {"$": "bytearray", "v": _base64(v)},
     complex: lambda _, v: {"$": "complex", "v": struct.pack(">2d", v.real, v.imag).hex()},
-    torch.dtype: lambda _, v: {"$": "dtype", "v": str(v).removeprefix("torch.")},
-    torch.Size: lambda e, v: {"$": "Size", "v": e.items(v)},
-    torch.device: lambda _, v: {"$": "device", "v": [v.type, v.index]},
     np.ndarray: _Encoder.array,
     **dict.fromkeys(
         (*(dtype.type for dtype in NUMPY.values()), *_SAME_SIZE),

@@ -8,8 +8,8 @@ import platform
 import socket
 
 import numpy as np
-import torch
 
+from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.types import JsonValue
 
 
@@ -24,7 +24,9 @@ def version() -> str:
 
 @functools.cache
 def record() -> dict[str, JsonValue]:
-    """Python, torch, CUDA, NumPy, asyncckpt, host and platform. Read once: none of it changes in a process."""
+    """Python, torch, CUDA, NumPy, asyncckpt, host and platform. Read once, by whoever has tensors to save, and so
+    has torch: none of it changes in a process."""
+    torch = loaded_torch()
     return {
         "asyncckpt": version(),
         "python": platform.python_version(),

@@ -66,12 +66,10 @@ class Announcements:
                 if store is not None:
                     store.post(key, True)
                     self._raised.add(what)
-        if not self._leads or here:
-            return self._leads
-        raised = False
-        with self._asking() as store:
-            raised = store is not None and store.there(key)
-        return raised
+        if self._leads and not here:
+            with self._asking() as store:
+                here = store is not None and store.there(key)
+        return self._leads and here
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[Ranks | None]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.read.scatter import Window
+
+if TYPE_CHECKING:
+    import torch
 
 Index = tuple[int, ...]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
 
@@ -34,3 +36,11 @@ def check_files(reader: Reader, manifest: Manifest) -> list[Damage]:
     found.pop("manifest.json", None)
     damage.extend(Damage(name, 0, size, "the manifest does not list this file") for name, size in found.items())
     return damage
+
+
+def raise_damage(path: str, damage: Sequence[Damage], consequence: str = "") -> None:
+    """Raise ``CheckpointDamaged`` naming the first few damages; returns where there are none."""
+    if damage:
+        shown = "; ".join(str(entry) for entry in damage[:3])
+        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
+        raise CheckpointDamaged(f"{path}: {shown}{more}.{consequence}")

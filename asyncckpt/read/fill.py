@@ -7,14 +7,16 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from asyncckpt.codecs import blosc as frames
 from asyncckpt.codecs import codecs, digests
-from asyncckpt.codecs.dtypes import DTYPES, ITEM_BYTES, PLANE_BYTES
+from asyncckpt.codecs.dtypes import ITEM_BYTES, NAMES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.formats import zarr
+from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.manifest.records import (
     BoxedRecord,
     ChunkedRecord,
@@ -28,10 +30,14 @@ from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.read.boxes import Region, Target, regions, scatter_box, span
-from asyncckpt.read.damage import Damage
+from asyncckpt.read.damage import raise_damage
 from asyncckpt.read.delta import LayerReader
 from asyncckpt.read.extents import extents_of, read_extents
 from asyncckpt.read.scatter import Window, scatter
+from asyncckpt.types import Buffer
+
+if TYPE_CHECKING:
+    import torch
 
 Fill = Sequence[tuple[StoredTensor, Sequence[Target]]]
 #: Takes an extent's verified bytes.
@@ -114,14 +120,15 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
         for use in uses.get((file.name, extent.offset), ()):
             use(view)
 
-    with torch.no_grad():
-        damage = read_extents(reader, manifest.digest, chosen, consume)
+    damage = read_extents(reader, manifest.digest, chosen, consume)
+    if manifest.shard_format == "zarr":
+        zarr.announce_dtypes()
     raise_damage(reader.path, damage, " The live objects may be partly overwritten: restore another checkpoint.")
     return sum(extent.nbytes for _, extent in chosen)
 
 
 def _whole(tensor: TensorRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _Wanted | _WantedOfBox]]:
-    dtype = DTYPES[tensor.dtype]
+    dtype = _dtype(tensor)
     for target in targets:
         begin, end = _span(tensor, target)
         low, high = tensor.begin + begin, tensor.begin + end
@@ -135,7 +142,7 @@ def _whole(tensor: TensorRecord, targets: Sequence[Target]) -> Iterable[tuple[st
 
 
 def _boxed(tensor: BoxedRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _WantedOfBox]]:
-    dtype = DTYPES[tensor.dtype]
+    dtype = _dtype(tensor)
     live = [region for target in targets for region in regions(target, tensor.shape)]
     for box in tensor.boxes:
         for region in live:
@@ -176,7 +183,7 @@ def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
 
 
 def _give_plain(entries: _Plain, offset: int, view: memoryview) -> None:
-    data = torch.frombuffer(view, dtype=torch.uint8)
+    data = _as_tensor(view)
     for entry in entries:
         begin, end = max(entry.begin, offset), min(entry.end, offset + len(view))
         entry.give(begin, data[begin - offset : end - offset])
@@ -203,15 +210,15 @@ class _Decoder:
         """Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
         begin, nbytes = tensor.span(chunk)
         decoded = tensor.chunk_bytes if tensor.padded else nbytes
-        dtype = DTYPES[tensor.dtype]
+        dtype = _dtype(tensor)
         if not extent.content:
-            data = torch.frombuffer(view, dtype=torch.uint8)[:nbytes]
+            data = _as_tensor(view)[:nbytes]
         else:
             low, high = _span(tensor, windows[0])
             whole = len(windows) == 1 and decoded == nbytes and low <= begin and begin + nbytes <= high
             direct = whole and isinstance(windows[0], Window) and _takes_bytes(windows[0].tensor, dtype)
             if direct:
-                flat = windows[0].tensor.detach().reshape(-1).view(torch.uint8)
+                flat = windows[0].tensor.detach().reshape(-1).view(loaded_torch().uint8)
                 out = flat[begin - low : begin - low + nbytes]
             else:
                 out = self._buffer(decoded)
@@ -254,8 +261,19 @@ class _Decoder:
     def _buffer(self, nbytes: int) -> torch.Tensor:
         kept: torch.Tensor | None = getattr(self._local, "buffer", None)
         if kept is None or kept.numel() < nbytes:
-            kept = self._local.buffer = torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
+            kept = self._local.buffer = _as_tensor(aligned_buffer(nbytes))
         return kept[:nbytes]
+
+
+def _as_tensor(memory: Buffer) -> torch.Tensor:
+    there = loaded_torch()
+    data: torch.Tensor = there.frombuffer(memory, dtype=there.uint8)
+    return data
+
+
+def _dtype(tensor: StoredTensor) -> torch.dtype:
+    dtype: torch.dtype = getattr(loaded_torch(), NAMES[tensor.dtype])
+    return dtype
 
 
 def _takes_bytes(target: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -284,11 +302,3 @@ def _parts(
                 at += 1
             parts[name, extent.offset] = mine
     return parts
-
-
-def raise_damage(path: str, damage: Sequence[Damage], consequence: str = "") -> None:
-    """Raise ``CheckpointDamaged`` naming the first few damages; returns where there are none."""
-    if damage:
-        shown = "; ".join(str(entry) for entry in damage[:3])
-        more = f" and {len(damage) - 3} more" if len(damage) > 3 else ""
-        raise CheckpointDamaged(f"{path}: {shown}{more}.{consequence}")

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from asyncckpt import jsontree
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.plan import Options, Plan, Stored, decode, lookup, mismatch, new_tensor, new_tensors, on_host
 from asyncckpt.state.capture import kind_of
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, job_size, like
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names, parameter_names
 from asyncckpt.state.markers import Shard, with_shards, without_shards
 from asyncckpt.state.optimizer import optimizer_names

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from asyncckpt import jsontree
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.read.scatter import Window
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.types import JsonValue
 
 

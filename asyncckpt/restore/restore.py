@@ -11,24 +11,18 @@ from typing import Any
 
 import torch
 
-from asyncckpt import jsontree
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
-from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
-from asyncckpt.read.consistency import MAX_STATE_BYTES
-from asyncckpt.read.damage import check_files
-from asyncckpt.read.extents import read_record, read_small_file
-from asyncckpt.read.fill import fill, raise_damage
+from asyncckpt.read.fill import fill
+from asyncckpt.read.opening import open_manifest, read_trees
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.plan import Options, Plan, new_tensor, qualified_records
 from asyncckpt.state.capture import check_state
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.rank_names import rank_name
-from asyncckpt.types import JsonValue
 
 log = logging.getLogger("asyncckpt")
 
@@ -178,28 +172,6 @@ def load_tensors(
             made[id(record)] = record, new_tensor(record, target, device)
     fill(reader, manifest, [(record, [Window(tensor)]) for record, tensor in made.values()])
     return {name: made[id(record)][1] for name, record in chosen.items()}
-
-
-def open_manifest(reader: Reader, expect_digest: str | None = None) -> Manifest:
-    """The checkpoint's manifest, its files present and of the right size, the small ones (those without tensors)
-    verified. Raises ``CheckpointDamaged``."""
-    manifest = manifests.load(reader, expect_digest)
-    raise_damage(reader.path, check_files(reader, manifest))
-    shards = {f for component in manifest.components.values() for t in component.tensors.values() for f in t.files}
-    for record in manifest.files:
-        if record.name not in shards:
-            read_record(reader, manifest, record, MAX_STATE_BYTES)
-    return manifest
-
-
-def read_trees(reader: Reader, manifest: Manifest) -> dict[str, JsonValue]:
-    """The plain values of every component, verified."""
-    trees = jsontree.loads(
-        read_small_file(reader, manifest, STATE_FILE, MAX_STATE_BYTES), f"{reader.path}/{STATE_FILE}"
-    )
-    if not isinstance(trees, dict):
-        raise CheckpointDamaged(f"{reader.path}/{STATE_FILE} is no JSON object")
-    return trees
 
 
 def describe(where: str, plan: Plan) -> str:

@@ -9,7 +9,7 @@ import torch
 from asyncckpt.codecs.blosc import split_places
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES
 from asyncckpt.memory.arena import Slot
-from asyncckpt.memory.tensor_bytes import _copy_strided, _flat_bytes, _libc, is_plain
+from asyncckpt.memory.tensor_bytes import _copy_strided, _libc, is_plain
 from asyncckpt.types import LEAD_BYTES, Extent, Piece, Segment
 
 #: Below this, neighbours are copied in one call: every call that gives the GIL up may wait for it afterwards, and
@@ -99,3 +99,7 @@ def _flush(batch: list[torch.Tensor], slot: Slot, start: int, end: int) -> None:
     if batch:
         torch.cat(batch, out=slot.tensor[start:end])
         batch.clear()
+
+
+def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

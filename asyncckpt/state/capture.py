@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from asyncckpt import jsontree
-from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.protocols import Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
+from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
 from asyncckpt.state.markers import Replicated, Shard, without_shards
 from asyncckpt.state.optimizer import named_optimizer_state

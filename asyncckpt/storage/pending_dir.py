@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -80,6 +79,8 @@ class LocalAttempt:
 
     async def write_small(self, files: Mapping[str, bytes]) -> None:
         """Files of equal content are one file of several names, where the file system can: metadata of equal arrays."""
+        import asyncio  # whoever runs this has it; reading has no use for it
+
         ops = self._store.ops
         first: dict[bytes, str] = {}
         twins: list[tuple[str, str]] = []
@@ -89,7 +90,11 @@ class LocalAttempt:
                 twins.append((known, name))
         originals = [(os.path.join(self.path, name), data) for data, name in first.items()]
         for start in range(0, len(originals), _SMALL_AT_ONCE):
-            await asyncio.gather(*(ops.write_file(*item) for item in originals[start : start + _SMALL_AT_ONCE]))
+            together = (ops.write_file(*item) for item in originals[start : start + _SMALL_AT_ONCE])
+            # all of them end, whatever fails: one that was cancelled while it opens its file would leave that open
+            for outcome in await asyncio.gather(*together, return_exceptions=True):
+                if outcome is not None:
+                    raise outcome
         for known, name in twins:
             target = os.path.join(self.path, name)
             try:

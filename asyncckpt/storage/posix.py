@@ -14,9 +14,6 @@ import sys
 from collections.abc import Mapping
 from typing import Final
 
-import aiofiles
-import aiofiles.os
-
 from asyncckpt.types import Buffer
 
 #: File systems that refuse O_DIRECT, at open or at the first transfer, answer with one of these.
@@ -94,6 +91,8 @@ class PosixOps:
 
     async def write_file(self, path: str, data: bytes) -> None:
         """Create (exclusively), write and fsync a small file. ``aiofiles`` keeps the event loop free meanwhile."""
+        import aiofiles.os  # brings asyncio, which reading has no use for
+
         async with aiofiles.open(path, "xb", buffering=0) as file:
             view = memoryview(data)
             while view:  # a raw write may be short

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 
-from asyncckpt.codecs.blosc import Array, split_places
-from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Planes
+from asyncckpt.codecs.blosc import Array, blosc, split_places
+from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Blosc, Lz4, Planes
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Codec
@@ -22,6 +22,8 @@ class Encoder:
 
     def __init__(self, codec: Codec, threads: int) -> None:
         self.codec = codec
+        if isinstance(codec, Blosc | Lz4):
+            blosc()  # imported now, not in the first save
         self.balance = Balance(threads)
         self._changed = threading.Condition()
         self._buffers: list[memoryview] = []

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, Run
 from asyncckpt.cli.app import app
-from asyncckpt.codecs.dtypes import CODES
+from asyncckpt.state.dtypes import CODES
 
 compare_verb: Any = importlib.import_module("asyncckpt.cli.diff")
 NAN, INF = float("nan"), float("inf")

@@ -435,12 +435,12 @@ def _(patch: Patch) -> None:
 
 @mutant("small files are not verified by a restore", checks.flipped_bits_are_found)
 def _(patch: Patch) -> None:
-    from asyncckpt.restore import restore
+    from asyncckpt.read import opening
 
     def read_record(reader: Any, manifest: Any, record: Any, limit: int) -> Any:
         return reader.read_small(record.name, limit)
 
-    patch.setattr(restore, "read_record", read_record)
+    patch.setattr(opening, "read_record", read_record)
 
 
 @mutant("files that the manifest does not list are tolerated", checks.foreign_files_and_stale_copies_are_refused)

@@ -21,11 +21,11 @@ from torch import nn
 
 from asyncckpt import Checkpointer, InvalidOption, Run, Safetensors
 from asyncckpt.codecs import codecs
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.convert.single_file import export
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import ChunkedRecord, Manifest
 from asyncckpt.protocols import Codec
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage.posix import PosixOps
 
 CODECS = ["planes", "zstd", "lz4"]

@@ -25,10 +25,10 @@ from support.options import by_stage
 from torch import nn
 
 from asyncckpt import CheckpointDamaged, Checkpointer, Run, Zarr
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.formats.zarr import node_names
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import Manifest
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage.local import LocalStore
 
 zarr = pytest.importorskip("zarr", minversion="3.1")

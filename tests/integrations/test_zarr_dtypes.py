@@ -19,11 +19,12 @@ zarr = pytest.importorskip("zarr", minversion="3.1")
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
 from zarr.codecs import BloscCodec, BytesCodec, ShardingCodec, ZstdCodec  # noqa: E402
-from zarr.dtype import DataTypeValidationError, data_type_registry  # noqa: E402
+from zarr.dtype import data_type_registry  # noqa: E402
 
 from asyncckpt.integrations import zarr_dtypes  # noqa: E402
 from asyncckpt.integrations.zarr_dtypes import (  # noqa: E402
     BFloat16,
+    DataTypeValidationError,
     Float8E4M3FN,
     Float8E4M3FNUZ,
     Float8E5M2,

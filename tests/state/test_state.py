@@ -14,7 +14,7 @@ from conftest import Tiny, bits, train
 from torch import nn
 
 from asyncckpt import Checkpointer, RngState, Safetensors, UnsupportedValue
-from asyncckpt.codecs.dtypes import CODES
+from asyncckpt.state.dtypes import CODES
 
 PARAMS = [nn.Parameter(torch.zeros(1))]
 OPTIMIZERS: dict[str, Any] = {

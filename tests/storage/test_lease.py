@@ -37,13 +37,12 @@ def _holder(path: Path) -> subprocess.Popen[str]:
 
 
 def test_a_second_run_is_refused_naming_the_first(tmp_path: Path) -> None:
-    child = _holder(tmp_path)
-    try:
-        with pytest.raises(RunLocked, match=rf"pid {child.pid}\).*takeover=True"):
-            Lease.acquire(str(tmp_path), options=FAST)
-    finally:
-        child.kill()
-        child.wait()
+    with _holder(tmp_path) as child:
+        try:
+            with pytest.raises(RunLocked, match=rf"pid {child.pid}\).*takeover=True"):
+                Lease.acquire(str(tmp_path), options=FAST)
+        finally:
+            child.kill()
 
 
 def test_two_checkpointers_of_one_process_are_refused_too(tmp_path: Path) -> None:
@@ -55,9 +54,8 @@ def test_two_checkpointers_of_one_process_are_refused_too(tmp_path: Path) -> Non
 
 
 def test_after_a_sigkill_the_directory_is_free_at_once(tmp_path: Path) -> None:
-    child = _holder(tmp_path)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    with _holder(tmp_path) as child:
+        child.send_signal(signal.SIGKILL)
     began = time.monotonic()
     Lease.acquire(str(tmp_path)).release()
     assert time.monotonic() - began < 5, "waited for a holder of this very boot, whose lock the kernel released"

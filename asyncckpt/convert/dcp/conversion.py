@@ -11,13 +11,13 @@ from typing import Any
 from asyncckpt.catalog.names import DEFAULT
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
-from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.convert.dcp.native_reader import read_foreign
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import place_of
 from asyncckpt.integrations.dcp.sides import THREADS, Live
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord
+from asyncckpt.state.dtypes import CODES
 from asyncckpt.types import LayoutOptions, Piece, TensorSpec
 
 log = logging.getLogger("asyncckpt")

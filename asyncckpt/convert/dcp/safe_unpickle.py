@@ -15,8 +15,8 @@ from typing import Any, Final, Self
 
 import torch
 
-from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
+from asyncckpt.state.dtypes import CODES
 
 #: Of one value that is no tensor, and of all that a tensor's file says beside its data.
 _MAX_VALUE_BYTES: Final = 64 << 20

@@ -27,7 +27,6 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.codecs.dtypes import DTYPES
 from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
 from asyncckpt.integrations.dcp.names import Names, names_of
 from asyncckpt.manifest import json as manifests
@@ -35,7 +34,8 @@ from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
 from asyncckpt.protocols import Reader as OpenCheckpoint
 from asyncckpt.read.boxes import Region
 from asyncckpt.read.fill import fill
-from asyncckpt.restore.restore import open_manifest, read_trees
+from asyncckpt.read.opening import open_manifest, read_trees
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage.local import LocalStore
 
 

@@ -27,13 +27,13 @@ from asyncckpt import jsontree
 from asyncckpt.catalog.names import DEFAULT
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
-from asyncckpt.codecs.dtypes import CODES
 from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import Path, encode_value, place_of
 from asyncckpt.integrations.dcp.sides import THREADS, Live, Stager
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
 from asyncckpt.protocols import Attempt
+from asyncckpt.state.dtypes import CODES
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import LayoutOptions, Piece, TensorSpec
 
