@@ -10,7 +10,18 @@ import torch
 import typer
 
 from asyncckpt.catalog.catalog import CheckpointInfo
-from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json, read, size
+from asyncckpt.cli.common import (
+    STEP_HELP,
+    JsonOption,
+    RunArgument,
+    clean,
+    console,
+    exits,
+    open_run,
+    print_json,
+    read,
+    size,
+)
 from asyncckpt.convert import single_file as exporting
 from asyncckpt.errors import InvalidOption
 from asyncckpt.protocols import Reader
@@ -29,7 +40,7 @@ _DTYPES = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: to
 
 def export(
     run: RunArgument,
-    step: Annotated[str, typer.Argument(metavar="STEP", help="a step, or 'latest'")],
+    step: Annotated[str, typer.Argument(metavar="STEP", help=STEP_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a name ending in .safetensors or .pt")],
     every: Annotated[bool, typer.Option("--all", help="the whole training state, not only the weights")] = False,
     component: Annotated[str | None, typer.Option(help="this component alone")] = None,
@@ -37,7 +48,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="overwrite OUT")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint to one file: weights for inference, or everything. Every byte is verified on the way."""
+    """Write a checkpoint to one file: weights for inference, or the whole state. Every byte is verified first."""
     with exits():
         if every and component is not None:
             raise InvalidOption("give --all or --component, not both")
