@@ -134,7 +134,7 @@ def _refusal(run: Run, entry: CheckpointInfo, damage: object) -> _Refused:
     usable = _newest([other for other in checkpoints(run) if other.damage is None and other.name != entry.name])
     way_out = "no other one of this run is usable" if usable is None else f"the newest usable step: {usable.step}"
     return _Refused(
-        f"{str(damage).rstrip('.')}; 'latest' is this damaged checkpoint, and an older one has to be named: {way_out}"
+        f"{str(damage).rstrip('.')}; 'latest' is this damaged checkpoint, and name an older one to use it: {way_out}"
     )
 
 

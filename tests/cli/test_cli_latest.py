@@ -36,7 +36,7 @@ def saved(tmp_path: Path) -> str:
             10,
             20,
             30,
-        ):  # another model each time: files of equal bytes would be links, and share their damage
+        ):  # another model each time: equal files would be links, and share damage
             run.save(step, {"model": torch.nn.Linear(4, 4), "step": step}).result()
     return str(tmp_path / "run")
 
