@@ -132,10 +132,9 @@ def _newest(entries: list[CheckpointInfo]) -> CheckpointInfo | None:
 def _refusal(run: Run, entry: CheckpointInfo, damage: object) -> _Refused:
     """The error for a damaged ``latest``: it names the checkpoint that ``latest`` would mean without the damage."""
     usable = _newest([other for other in checkpoints(run) if other.damage is None and other.name != entry.name])
-    way_out = "no other one of this run is usable" if usable is None else f"the newest usable step: {usable.step}"
-    return _Refused(
-        f"{str(damage).rstrip('.')}; 'latest' is this damaged checkpoint, and name an older one to use it: {way_out}"
-    )
+    way_out = "no other one of this run is usable" if usable is None else f"the newest usable one is {usable.step}"
+    reason = str(damage).rstrip(".")
+    return _Refused(f"{reason}. 'latest' is this damaged checkpoint; to use an older one, give its step: {way_out}")
 
 
 def _is_of(error: Exception, entry: CheckpointInfo) -> bool:

@@ -99,7 +99,7 @@ def test_a_damaged_latest_is_reported_or_refused_never_replaced_by_an_older_one(
     assert "state.json" in result.output
     if verb != "verify":
         assert len(result.stderr.splitlines()) == 1
-        assert "the newest usable step: 20" in result.stderr
+        assert "the newest usable one is 20" in result.stderr
     assert not Path(saved).with_name("out.safetensors").exists()
     assert not any(entry.pinned for entry in Run(saved).ls())
 
@@ -110,7 +110,7 @@ def test_damage_that_only_reading_shows_is_no_reason_for_an_older_one_either(sav
     result = call(saved, VERBS[verb])
     assert result.exit_code == 1, result.output
     assert "step-00000030" in result.output
-    assert verb == "verify" or "the newest usable step: 20" in result.stderr
+    assert verb == "verify" or "the newest usable one is 20" in result.stderr
 
 
 def test_damage_of_a_named_step_is_not_blamed_on_latest(saved: str) -> None:
