@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow faults nfs coverage lint bench bench-micro clean
+.PHONY: demo test test-slow faults nfs coverage lint docs bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,8 +16,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)            ## train, kill, resume, compare, draw: the main job on real text
 	$(BIN)/asyncckpt demo --out demo-run
 
+# Processes of `make test`: one more than the cores, because some tests wait for disks and children
+WORKERS ?= 3
+
 test: $(STAMP)            ## the fast suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)       ## the long tests
 	$(BIN)/python -m pytest -m 'slow and not nfs'
@@ -61,7 +64,11 @@ lint: $(STAMP)            ## style, types and the layer rule
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP)           ## the table of the README, on this machine (about 20 minutes, 6 GB of disk)
+docs: $(STAMP)            ## the documentation site, in site/; a broken link or reference fails it (look: python -m http.server -d site)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP)           ## the tables of docs/performance.md, on this machine (about 20 minutes, 6 GB of disk)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python -m benchmarks
 
@@ -69,4 +76,4 @@ bench-micro: $(STAMP)     ## pytest-benchmark: hashes, copies, layout, manifest
 	$(BIN)/python -m pytest -m bench benchmarks/micro
 
 clean:
-	rm -rf $(VENV) demo-run bench-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo-run bench-out site .mypy_cache .ruff_cache .pytest_cache

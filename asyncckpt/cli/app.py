@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from asyncckpt.cli.common import EXIT_CODES
+from asyncckpt.cli.common import EXIT_CODES, LATEST_HELP
 from asyncckpt.cli.convert import convert
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
@@ -19,9 +22,35 @@ from asyncckpt.cli.show import show
 from asyncckpt.cli.verify import verify
 from asyncckpt.manifest.environment import version
 
+#: The verbs by what a user wants, in the order of the panels of ``--help``.
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Look": (ls, show, diff),
+    "Check": (verify, doctor),
+    "Change": (pin, unpin, prune),
+    "Convert": (export, convert),
+    "Try it out": (demo,),
+}
+
+
+class _Group(TyperGroup):
+    """The table of verbs. A flag takes no value, so its help shows none."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class _Verb(TyperCommand):
+    """One verb. A flag takes no value, so its help shows none."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
 app = typer.Typer(
     name="asyncckpt",
-    help="Look at, verify, compare, thin out and export checkpoints. Works on a run another process is writing.",
+    cls=_Group,
+    help=f"Look at, check, thin out and convert checkpoints. Works on a run that another process is writing.\n\n"
+    f"{LATEST_HELP}",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -36,9 +65,26 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    _version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None: ...
 
 
-for _verb in (ls, show, verify, diff, prune, pin, unpin, export, convert, doctor, demo):
-    app.command(epilog=EXIT_CODES)(_verb)
+def _reflowed(docstring: str | None) -> str:
+    """A docstring with one line a paragraph: the terminal breaks lines where it ends, not where the source did."""
+    paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def _without_types(params: list[Any]) -> list[Any]:
+    """The parameters, their flags without the ``<bool>`` that the framework writes beside them."""
+    for param in params:
+        if getattr(param, "is_flag", False) and param.metavar is None:
+            param.metavar = ""
+    return params
+
+
+for _panel, _verbs in PANELS.items():
+    for _verb in _verbs:
+        app.command(cls=_Verb, help=_reflowed(_verb.__doc__), epilog=EXIT_CODES, rich_help_panel=_panel)(_verb)

@@ -41,6 +41,14 @@ T = TypeVar("T")
 #: How often a checkpoint that a live run deletes under our hands is looked for again.
 _ATTEMPTS = 5
 
+#: The word for the newest checkpoint. Every verb means the same by it.
+LATEST = "latest"
+LATEST_HELP = (
+    "'latest' is the full checkpoint that the run saved last, damaged or not (its last weights-only one where it has "
+    "no full one). Copies and renamed directories are never 'latest'. Where it is damaged, verify reports that, and "
+    "the other verbs refuse and name the newest usable step."
+)
+
 
 class Exit(enum.IntEnum):
     """Exit codes of every verb."""
@@ -59,7 +67,9 @@ EXIT_CODES = (
 )
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
-StepArgument = Annotated[str, typer.Argument(metavar="[STEP]", help="a step, or 'latest'")]
+#: How every verb describes an argument that names a checkpoint.
+STEP_HELP = "a step, or 'latest': the newest full checkpoint, damaged or not"
+StepArgument = Annotated[str, typer.Argument(metavar="STEP", help=STEP_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on stdout")]
 
 
@@ -75,23 +85,34 @@ def checkpoints(run: Run) -> list[CheckpointInfo]:
     return [entry for entry in run.ls() if entry.damage is None or os.path.lexists(entry.path)]
 
 
+class _Refused(CheckpointDamaged):
+    """``latest`` is damaged, and the message already says what to use instead."""
+
+
 def find(run: Run, step: str) -> CheckpointInfo:
-    """The checkpoint a user named. Raises ``CheckpointNotFound`` and ``InvalidOption``."""
-    return find_all(run, step)[0]
+    """The checkpoint a user named.
+
+    Raises ``CheckpointNotFound`` and ``InvalidOption``, and ``CheckpointDamaged`` where ``latest`` is damaged: nobody
+    is handed an older checkpoint without having asked for it.
+    """
+    entry = find_all(run, step)[0]
+    if step == LATEST and entry.damage is not None:
+        raise _refusal(run, entry, f"{entry.path}: {entry.damage}")
+    return entry
 
 
 def find_all(run: Run, step: str) -> list[CheckpointInfo]:
-    """The checkpoints a user named: a step can have a full one, which comes first, and a weights-only one.
+    """The checkpoints a user named, damaged or not. A step can have a full one, which comes first, and a weights-only
+    one; ``latest`` (see ``LATEST_HELP``) is always one checkpoint.
 
     Raises ``CheckpointNotFound`` and ``InvalidOption``.
     """
     entries = checkpoints(run)
-    if step == "latest":
-        good = [entry for entry in entries if entry.damage is None and not entry.renamed]
-        usable = [entry for entry in good if entry.kind == "full"] or good
-        if not usable:
-            raise CheckpointNotFound(f"{run.path}: no usable checkpoint here")
-        return usable[-1:]
+    if step == LATEST:
+        newest = _newest(entries)
+        if newest is None:
+            raise CheckpointNotFound(f"{run.path}: the run has no checkpoint of its own here")
+        return [newest]
     if not step.isdecimal():
         raise InvalidOption(f"{step!r} is no step: give a whole number or 'latest'")
     matches = [entry for entry in entries if entry.step == int(step)]
@@ -101,21 +122,49 @@ def find_all(run: Run, step: str) -> list[CheckpointInfo]:
     return sorted(matches, key=lambda entry: (entry.renamed, entry.damage is not None, entry.kind != "full"))
 
 
+def _newest(entries: list[CheckpointInfo]) -> CheckpointInfo | None:
+    """The one that ``latest`` means among entries in the order they were saved in."""
+    own = [entry for entry in entries if not entry.renamed]
+    full = [entry for entry in own if entry.kind == "full"]
+    return next(reversed(full or own), None)
+
+
+def _refusal(run: Run, entry: CheckpointInfo, damage: object) -> _Refused:
+    """The error for a damaged ``latest``: it names the checkpoint that ``latest`` would mean without the damage."""
+    usable = _newest([other for other in checkpoints(run) if other.damage is None and other.name != entry.name])
+    way_out = "no other one of this run is usable" if usable is None else f"the newest usable one is {usable.step}"
+    reason = str(damage).rstrip(".")
+    return _Refused(f"{reason}. 'latest' is this damaged checkpoint; to use an older one, give its step: {way_out}")
+
+
+def _is_of(error: Exception, entry: CheckpointInfo) -> bool:
+    """Whether damage was found in this checkpoint: every such message begins with the path. ``diff`` reads two."""
+    return isinstance(error, CheckpointDamaged) and str(error).startswith((f"{entry.path}:", f"{entry.path}{os.sep}"))
+
+
 def read(run: Run, step: str, use: Callable[[CheckpointInfo, Reader], T]) -> T:
-    """What ``use`` makes of the open checkpoint a user named.
+    """Open the checkpoint a user named, and return what ``use`` makes of it.
 
     A live run may delete or replace it between the listing and the reading, which looks like damage: it is then
     looked for anew. Raises as ``find`` and ``use`` do.
     """
     for attempt in range(_ATTEMPTS):
-        entry = find(run, step)
+        entry = find_all(run, step)[0]
         before = _identity(entry.path)
         try:
             with contextlib.closing(run.open_entry(entry)) as reader:
+                if step == LATEST and entry.misnamed:
+                    raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
                 return use(entry, reader)
-        except (CheckpointDamaged, FileNotFoundError):
-            if attempt == _ATTEMPTS - 1 or _identity(entry.path) == before is not None:
-                raise
+        except _Refused:  # ``use`` reads a second checkpoint, and the error is about that one
+            raise
+        except (CheckpointDamaged, FileNotFoundError) as error:
+            stayed = before is not None and _identity(entry.path) == before
+            if attempt < _ATTEMPTS - 1 and not stayed:
+                continue
+            if step == LATEST and _is_of(error, entry):
+                raise _refusal(run, entry, error) from error
+            raise
     raise AssertionError("unreachable")
 
 

@@ -13,14 +13,14 @@ from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, errors
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a directory that dcp.save wrote")],
     run: RunArgument,
-    step: Annotated[int, typer.Argument(metavar="STEP", help="the training step it is of")],
+    step: Annotated[int, typer.Argument(metavar="STEP", help="the training step that SOURCE holds")],
     skip_unsupported: Annotated[
         bool, typer.Option("--skip-unsupported", help="leave out values that only a pickle can hold")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="replace the step if it is there")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Take a checkpoint of plain torch.distributed.checkpoint into a run. No pickle is executed."""
+    """Bring a checkpoint of plain torch.distributed.checkpoint into a run. No pickle is executed."""
     with exits():
         from asyncckpt.convert.dcp import convert as converting  # torch.distributed takes a second to import
 

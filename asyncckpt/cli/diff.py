@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from asyncckpt.cli.common import Exit, JsonOption, RunArgument, clean, console, exits, open_run, print_json, read
+from asyncckpt.cli.common import (
+    STEP_HELP,
+    Exit,
+    JsonOption,
+    RunArgument,
+    clean,
+    console,
+    exits,
+    open_run,
+    print_json,
+    read,
+)
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.protocols import Reader
 from asyncckpt.read.fill import fill
@@ -32,16 +43,16 @@ _DIFFERENCES = ("only_in_a", "only_in_b", "reshaped", "changed", "plain")
 
 def diff(
     run: RunArgument,
-    a: Annotated[str, typer.Argument(metavar="A", help="a step, or 'latest'")],
-    b: Annotated[str, typer.Argument(metavar="B", help="a step, or 'latest'")],
+    a: Annotated[str, typer.Argument(metavar="A", help=STEP_HELP)],
+    b: Annotated[str, typer.Argument(metavar="B", help=STEP_HELP)],
     other: Annotated[str | None, typer.Option("--other", metavar="RUN", help="the run B is in, if another")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints: names, shapes, and for each tensor max|A-B| and that relative to max|A|, in float64.
+    """Compare two checkpoints: names, shapes, plain values, and how far each tensor moved.
 
-    Bits are compared first: a tensor that is not equal to the bit is listed, with a change of 0 where only the sign of
-    a zero or the kind of a NaN differs. NaNs and infinities that stand in both at the same place count as equal; the
-    others are counted apart. Exits with 1 where the two differ."""
+    For each tensor that is not equal to the bit, the table has max|A-B| and that relative to max|A|, in float64. The
+    change is 0 where only the sign of a zero or the kind of a NaN differs. NaNs and infinities that stand in both at
+    the same place count as equal; the others are counted apart. The command exits with 1 where the two differ."""
     with exits():
         run_a, run_b = open_run(run), open_run(other or run)
         result = read(run_a, a, lambda _, one: read(run_b, b, lambda _, two: compare(one, two)))

@@ -28,10 +28,10 @@ def doctor(
     max_bytes: Annotated[int, typer.Option(metavar="N", help="the most to have on the disk at one time")] = 256 << 20,
     json: JsonOption = False,
 ) -> None:
-    """Try what saves rely on in a directory, measure its speed, and recommend settings for it. What is written is
-    deleted again, after Ctrl-C too.
+    """Check whether a file system is safe and fast for checkpoints.
 
-    Exits with 1 where checkpoints would be unsafe there."""
+    The command tries in PATH what saves rely on, measures the speed there, and recommends settings. Whatever it writes
+    it deletes again, after Ctrl-C too. It exits with 1 where checkpoints would be unsafe."""
     from asyncckpt.doctor import examine
 
     with exits(), _first_signal_leaves():

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from asyncckpt.catalog.catalog import CheckpointInfo
-from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json, read, size
+from asyncckpt.cli.common import (
+    STEP_HELP,
+    JsonOption,
+    RunArgument,
+    clean,
+    console,
+    exits,
+    open_run,
+    print_json,
+    read,
+    size,
+)
 from asyncckpt.errors import InvalidOption
 from asyncckpt.protocols import Reader
 
@@ -24,7 +35,7 @@ class DType(enum.StrEnum):
 
 def export(
     run: RunArgument,
-    step: Annotated[str, typer.Argument(metavar="STEP", help="a step, or 'latest'")],
+    step: Annotated[str, typer.Argument(metavar="STEP", help=STEP_HELP)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="a name ending in .safetensors or .pt")],
     every: Annotated[bool, typer.Option("--all", help="the whole training state, not only the weights")] = False,
     component: Annotated[str | None, typer.Option(help="this component alone")] = None,
@@ -32,7 +43,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="overwrite OUT")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Write a checkpoint to one file: weights for inference, or everything. Every byte is verified on the way."""
+    """Write a checkpoint to one file: weights for inference, or the whole state. Every byte is verified first."""
     with exits():
         if every and component is not None:
             raise InvalidOption("give --all or --component, not both")

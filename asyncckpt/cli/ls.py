@@ -22,7 +22,10 @@ from asyncckpt.cli.common import (
 
 
 def ls(run: RunArgument, json: JsonOption = False) -> None:
-    """List the checkpoints of a run, damaged ones included. Reads manifests and sizes, not data."""
+    """List the checkpoints of a run, damaged ones included.
+
+    Rows stand in the order in which checkpoints were saved. Manifests and sizes are read, data is not: `verify` does
+    that."""
     with exits():
         entries = checkpoints(open_run(run))
         if json:

@@ -6,9 +6,20 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt.cli.common import JsonOption, RunArgument, as_json, clean, console, exits, find, open_run, print_json
+from asyncckpt.cli.common import (
+    STEP_HELP,
+    JsonOption,
+    RunArgument,
+    as_json,
+    clean,
+    console,
+    exits,
+    find,
+    open_run,
+    print_json,
+)
 
-Step = Annotated[str, typer.Argument(metavar="STEP", help="a step, or 'latest'")]
+Step = Annotated[str, typer.Argument(metavar="STEP", help=STEP_HELP)]
 
 
 def pin(run: RunArgument, step: Step, json: JsonOption = False) -> None:

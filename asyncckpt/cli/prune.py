@@ -40,8 +40,10 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be deleted")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Delete checkpoints that no policy keeps. Pinned and damaged ones, those being read and the newest stay. The
-    newest that stays is verified first: where it is damaged, nothing is deleted."""
+    """Delete the checkpoints that no policy keeps.
+
+    Pinned and damaged checkpoints, those that somebody reads, and the newest always stay. The newest that stays is
+    verified first: where it is damaged, nothing is deleted."""
     with exits():
         opened = open_run(run)
         entries = [entry for entry in checkpoints(opened) if entry.damage is None and not entry.renamed]

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.cli.common import (
+    LATEST,
     JsonOption,
     RunArgument,
     StepArgument,
@@ -34,7 +35,7 @@ _FILES_SHOWN = 40
 
 def show(
     run: RunArgument,
-    step: StepArgument = "latest",
+    step: StepArgument = LATEST,
     tensors: Annotated[bool, typer.Option("--tensors", help="list every tensor")] = False,
     json: JsonOption = False,
 ) -> None:

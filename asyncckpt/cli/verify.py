@@ -10,6 +10,7 @@ from rich.text import Text
 
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.cli.common import (
+    LATEST,
     Exit,
     JsonOption,
     RunArgument,
@@ -27,23 +28,22 @@ from asyncckpt.cli.common import (
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.manifest.json import check_expected
 from asyncckpt.read.damage import Damage
-from asyncckpt.run import Run
 
 _LOOKS = 20
 
 
 def verify(
     run: RunArgument,
-    step: StepArgument = "latest",
+    step: StepArgument = LATEST,
     every: Annotated[bool, typer.Option("--all", help="verify every checkpoint of the run")] = False,
     expect_digest: Annotated[
         str | None, typer.Option(metavar="SHA256", help="what `show` called the manifest when you trusted it")
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Read every byte of a checkpoint past the page cache and check it. Safe on a directory you do not trust.
+    """Read every byte of a checkpoint and check it. Safe on a directory you do not trust.
 
-    Exits with 1 where anything is damaged. 'latest' is the newest there is, damaged or not."""
+    Bytes are read from the disk, past the page cache. The command exits with 1 where anything is damaged."""
     with exits():
         opened = open_run(run)
         if every and expect_digest is not None:
@@ -51,7 +51,7 @@ def verify(
         check_expected(expect_digest)
         found: list[tuple[CheckpointInfo, list[Damage]]] = []
         for _ in range(_LOOKS):  # a live run may delete all of them under our hands: once more, what is there now
-            entries = checkpoints(opened) if every else _named(opened, step)
+            entries = checkpoints(opened) if every else find_all(opened, step)
             checked = [(entry, verified(opened, entry, expect_digest)) for entry in entries]
             found = [(entry, damage) for entry, damage in checked if damage is not None]
             if found or not entries:
@@ -74,9 +74,3 @@ def verify(
                     console.print(line, soft_wrap=True)
         if any(damage for _, damage in found):
             raise typer.Exit(int(Exit.DAMAGED_OR_DIFFERENT))
-
-
-def _named(run: Run, step: str) -> list[CheckpointInfo]:
-    """``latest`` means the newest there is, damaged or not: that is the question asked."""
-    entries = [entry for entry in checkpoints(run) if not entry.renamed]
-    return entries[-1:] if step == "latest" and entries else find_all(run, step)
