@@ -277,8 +277,8 @@ class Committer:
         return check
 
     def _after(self, save: SaveTransaction, name: str) -> None:
-        """Tidy up after a durable save. Nothing here can undo the acknowledgement: trouble is logged, and comes up again
-        at the next save."""
+        """Tidy up after a durable save. Nothing here can undo the acknowledgement: trouble is logged, and comes up
+        again at the next save."""
         try:
             self._catalog.forget(name)
             self._ledger.durable(save.step, save.contents.draft.kind, save.contents.draft.sequence)
@@ -316,7 +316,7 @@ class Committer:
             flight.job.forget()
             if error is not None:
                 draft = flight.save.contents.draft
-                self._ledger.release(draft.step, draft.kind, flight.claim)  # first: a caller told of it may save again
+                self._ledger.release(draft.step, draft.kind, flight.claim)  # who is told next may save the step again
                 if isinstance(error, PlanChanged):  # nothing is wrong: the next save makes up for it
                     self.plan_changed.set()
                 flight.pending.reject(error)
