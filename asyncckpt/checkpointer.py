@@ -62,7 +62,7 @@ class Checkpointer(Session):
 
     ``path``: the run directory, made if only its last part is missing.
     ``every``: when ``step`` saves: an int (steps), ``Steps``, ``Minutes``, ``Milestones``, several in a list, or None.
-    ``keep``: which checkpoints stay: ``KeepLast`` and other policies, a union; none keeps everything.
+    ``keep``: which checkpoints stay: all that ``KeepLast`` or another policy names; without a policy, every one.
     ``preemption``: save on SIGTERM and such, then leave.
     ``on_event``: called with every event, on the thread where it happens.
     ``config``: plain values that every manifest records.
@@ -73,12 +73,14 @@ class Checkpointer(Session):
     ``run``: names, and how the directory is taken.
 
     Where ``torch.distributed`` is initialised, all its ranks write each checkpoint together: every rank makes the same
-    checkpointer and the same calls (docs/parallelism.md).
+    checkpointer and the same calls (docs/parallelism.md). A call that needs the others waits for each of their answers
+    at most ``RankOptions.timeout_seconds``, then raises ``RankLost``.
 
-    Call ``save``, ``step``, ``watch``, ``guard`` and ``resume`` from the training thread; everything else from any
-    thread. Errors of background saves are raised by the next ``step``, ``save``, ``wait`` or ``close``, unless
-    ``PendingSave.result`` delivered them already. Nothing is written before the first ``step``, ``save``, ``prepare``
-    or ``resume``: reading a run that another process is writing needs no lease. Raises ``InvalidOption``.
+    Call ``step``, ``save``, ``prepare``, ``watch``, ``guard``, ``resume`` and ``restore`` from the training thread;
+    everything else from any thread. Errors of background saves are raised by the next ``step``, ``save``, ``wait`` or
+    ``close``, unless the ``PendingSave`` delivered them already. After ``close`` and in a forked child, ``step``,
+    ``save`` and ``wait`` raise ``CheckpointerClosed``. The first ``step``, ``save``, ``prepare``, ``resume`` or
+    ``prune`` opens the run: before it nothing is written, and no lease is needed. Raises ``InvalidOption``.
     """
 
     def __init__(
@@ -158,10 +160,13 @@ class Checkpointer(Session):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
-        """Call once a training step, after the update: saves when one is due and returns its ``PendingSave``.
+        """Call once a training step, after the update: saves when a save is due and returns its ``PendingSave``.
 
-        Costs microseconds where none is due. Raises as ``save`` does, and ``Preempted`` (a ``SystemExit``) once the
-        save that a preemption signal asked for is durable.
+        Returns None in microseconds where none is due. In a job with ``preemption``, or with a cadence that looks at a
+        clock (``Minutes``), each step asks the job's store: a message, or at most a second where the store has stopped.
+        The first call does what ``prepare`` does. Blocks and raises as ``save`` does, but returns None where
+        ``on_busy="skip"`` skips. After a preemption signal it saves, waits until that is durable, closes, and raises
+        ``Preempted`` (a ``SystemExit``), or ``TimeoutError`` at ``Preemption.deadline_seconds``.
         """
         self._surface()
         if not self._prepared:
@@ -186,17 +191,22 @@ class Checkpointer(Session):
     ) -> PendingSave:
         """Save now. Returns once training may go on; the checkpoint becomes durable in the background.
 
-        Blocks until the state is copied, or, for what a watched optimizer owns, not at all. ``weights_only`` saves
-        the modules alone, as a checkpoint of kind ``weights`` that ``resume`` does not look at. Raises
-        ``UnsupportedValue``, ``InvalidStep``, ``StepExists``, ``RunLocked``, ``RunPathError``, ``ArenaBusy``, and the
-        error of an earlier background save.
+        Blocks until the state is copied, but not for what a watched optimizer owns; after
+        ``StagingOptions.stall_timeout_seconds`` the save fails instead. First waits as long for earlier saves (see
+        ``on_busy``; ``ArenaBusy``), and in a job, where names or shapes are new, for the other ranks. ``metrics``:
+        numbers; a tensor among them is read here, which waits for its device. ``weights_only`` saves the modules
+        alone, as a checkpoint of kind ``weights`` that ``resume`` does not look at. Raises ``UnsupportedValue``,
+        ``InvalidStep``, ``InvalidOption``, ``StepExists``, what ``prepare`` raises, and the error of an earlier save.
         """
         self._surface()
         return self._save(step, state, metrics, kind="weights" if weights_only else "full", may_skip=False)
 
     def prepare(self, state: Mapping[str, Any]) -> None:
-        """Plan the layout and begin to fault the arena in, in the background, so that the first save is as fast as
-        the others. Returns at once; ``step`` and ``resume`` do it by themselves."""
+        """Open the run, plan the layout, and have memory faulted in in the background, so that the first save is as
+        fast as the others; ``step`` and ``resume`` do it by themselves. Takes the lease: blocks for the storage, at
+        most ``StagingOptions.stall_timeout_seconds``, and in a job for the other ranks. Raises ``RunLocked``,
+        ``RunPathError``, ``StorageFailed``, ``SaveAbandoned`` (the storage does not answer), ``RankLost``,
+        ``RanksDisagree``, ``UnsupportedValue``, ``NotEnoughMemory``."""
         self._open()
         self._committer.follows = self._job is not None and not self._job.leads
         planned = self._saves.plan(self._job, state, 0, weights_only=False, call=f"prepare/{self._preparations}")
@@ -205,31 +215,33 @@ class Checkpointer(Session):
         self._prepared = True
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
-        """Let snapshots overlap forward and backward: ``save`` returns at once, and what these optimizers own, their
-        trained parameters and their state, is copied until the next ``step`` of any optimizer over it, which waits for
-        what is left. Change parameters in no other way meanwhile, or do so inside ``guard()``.
+        """Let snapshots overlap forward and backward: ``save`` returns at once, and the trained parameters and the
+        state of these optimizers are copied in the background. The next ``step`` of an optimizer over them waits for
+        what is not copied yet. Change parameters in no other way meanwhile, or do so inside ``guard()``. Never blocks.
 
         A wrapper such as Accelerate's is followed to the optimizer that it wraps. Raises ``InvalidOption`` where that
-        cannot be told, and for what is no optimizer; nothing is watched then."""
+        one cannot be found, and for anything but an optimizer; then none of them is watched."""
         self._check_process()
         self._watched.add(*optimizers)
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """For in-place changes of watched parameters outside ``optimizer.step`` (EMA swaps, weight clipping, a
-        ``load_state_dict``): waits until no copy of them is pending, then runs the body."""
+        """Wrap in-place changes of watched parameters outside ``optimizer.step`` (EMA swaps, weight clipping, a
+        ``load_state_dict``) in this: it waits until no copy of them is pending, then runs the body. A save whose copy
+        takes longer than ``StagingOptions.stall_timeout_seconds`` fails instead."""
         self._watched.before_change("guard")
         yield
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until every save is durable; False where ``timeout`` seconds passed first. Raises background errors."""
+        """Block until every save has ended; False where ``timeout`` seconds passed first. Raises background errors."""
         self._check_usable()
         drained = self._committer.wait_below(1, timeout)
         self._surface()
         return drained
 
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
-        """Apply the retention policies now; the checkpoints deleted (or that would be). Blocks on the disk."""
+        """Apply the retention policies now; return the checkpoints deleted (or that would be). Blocks on the disk. In a
+        job, first call ``prepare``: then only rank 0 prunes. Raises ``LeaseLost``, and as ``prepare`` does."""
         self._check_process()
         if not dry_run:
             self._open()
@@ -239,8 +251,9 @@ class Checkpointer(Session):
     def resume(self, state: Mapping[str, Any]) -> int:
         """Restore the newest full checkpoint that verifies and return its step; 0 where there is none at all.
 
-        A damaged checkpoint is reported (``FellBack``, the log) and the one before is used. Raises
-        ``NoUsableCheckpoint`` where checkpoints exist and none can be used: never a silent start from scratch.
+        Blocks for the whole read, in a job together with the other ranks. A damaged checkpoint is reported
+        (``FellBack``, a warning) and the one before is used. Raises ``NoUsableCheckpoint`` where checkpoints exist and
+        none can be used (training never starts from scratch in silence), and as ``restore`` and ``prepare`` do.
         """
         self._open()
         try:
@@ -273,14 +286,14 @@ class Checkpointer(Session):
             self._ledger.go_to(report.step)
 
     def unfinished(self) -> int:
-        """Saves that are not durable yet; 0 in a forked child."""
+        """Count the saves that have not ended; 0 after ``close`` and in a forked child. Never blocks."""
         return len(self._in_flight.all()) if os.getpid() == self._pid and not self._closed else 0
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait until every save is durable, give the directory back and raise what failed. Idempotent; nothing in a
-        forked child."""
+        """Wait until every save is durable or given up (``WriterOptions.durable_timeout_seconds``), give the directory
+        back, and raise the error of a save that failed. Idempotent; does nothing in a forked child."""
         if os.getpid() != self._pid:
             return
         if not self._closed:

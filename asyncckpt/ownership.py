@@ -1,4 +1,4 @@
-"""``Session``: a run directory's one writer, be it a process or all ranks of a job."""
+"""``Session`` makes one process, or all ranks of one job, the only writer of a run directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from asyncckpt.types import LayoutOptions
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunOptions:
-    """``name``: the template of the checkpoints' directories, with ``{step}`` and metrics as fields.
+    """Says how a run directory is taken, and how checkpoints are named.
+
+    ``name``: the template of the checkpoints' directories, with ``{step}`` and metrics as fields.
     ``create_parents``: make the parents of the run directory, not its last part alone. ``overwrite``: saving a step
     again replaces it. ``takeover``: cut off a run that holds the directory and cannot be reached. ``lease``: how this
     run shows that it is alive. Raises ``InvalidOption``."""
@@ -41,7 +43,7 @@ class RunOptions:
 
 
 class Session(Run):
-    """What a ``Checkpointer`` is before it saves anything. The lease is rank 0's."""
+    """Opens a run for writing, and gives it back. In a job, rank 0 alone holds the lease. For the training thread."""
 
     def __init__(
         self,
@@ -69,7 +71,8 @@ class Session(Run):
         self._pid = os.getpid()
 
     def _open(self) -> None:
-        """Become the directory's writer, once; learn what is there."""
+        """Become the directory's writer and learn what is there. Does nothing the second time. Blocks; see
+        ``Checkpointer.prepare``."""
         self._check_process()
         if self._opened:
             return
@@ -83,7 +86,7 @@ class Session(Run):
         self._opened = True
 
     def _learn(self, found: list[Known]) -> None:
-        """What the directory held when it was taken, the oldest save first."""
+        """Called with what the directory held when it was taken, the oldest save first."""
 
     def _join(self) -> None:
         """Find the other ranks of the job, if there are any; once."""
@@ -94,8 +97,8 @@ class Session(Run):
                 self._job = Job(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
 
     def _take_over(self) -> tuple[str, list[CheckpointInfo]]:
-        """Take the lease and tidy up; its owner, and what is there. Raises ``SaveAbandoned`` where the storage does not
-        answer; asked again, it goes on waiting where it was."""
+        """Take the lease and remove leftovers; return the lease's owner and the checkpoints that are there. Raises
+        ``SaveAbandoned`` where the storage does not answer in time; the next call goes on waiting for that answer."""
         if self._taking_over is None:
             taking_over = self._taking_over = Future()
             # a call to hung storage may never come back, and training has to
@@ -128,7 +131,7 @@ class Session(Run):
             taking_over.set_exception(error)
 
     def _leave_directory(self) -> None:
-        """Give the directory back; in a job, once the others know how the last save ended."""
+        """Give the directory back; in a job, after the other ranks have learnt how the last save ended."""
         if self._opened and self._job is not None:
             self._job.close()
         if self._held.lease is not None:

@@ -1,4 +1,4 @@
-"""``Run``: the reading side of a run directory. Needs no lease, so it works on a run another process is writing."""
+"""``Run`` reads a run directory. It needs no lease, so it works on a run that another process is writing."""
 
 from __future__ import annotations
 
@@ -24,32 +24,39 @@ if TYPE_CHECKING:
 
     from asyncckpt.restore.restore import Rename, RestoreReport, Stages
 
-#: How often the newest checkpoint is looked for anew while another process publishes and deletes.
+#: The newest checkpoint is looked for anew so many times, while another process publishes and deletes.
 _LOOKS = 20
 
 
 class Run:
-    """A run directory, for reading. Thread-safe. ``Checkpointer`` adds the writing side."""
+    """Reads a run directory. Thread-safe. ``Checkpointer`` adds the writing side.
+
+    ``direct``: read past the page cache where the file system has O_DIRECT. ``events``: gets ``Restored`` and
+    ``FellBack``. Every method blocks on the disk, and raises ``StorageFailed`` where the storage itself fails.
+    """
 
     def __init__(self, path: str | os.PathLike[str], *, direct: bool = True, events: EventBus | None = None) -> None:
         self.path = os.path.abspath(os.fspath(path))  # now: programs change their working directory
         self.events = events or EventBus()
         self._store = LocalStore(self.path, direct=direct)
-        #: Checkpoints that were found damaged inside.
+        #: Names of the checkpoints whose files were found damaged.
         self._quarantine = Quarantine()
 
     def ls(self) -> list[CheckpointInfo]:
-        """The checkpoints of this run, oldest first, unusable ones included (``.damage`` says why). Reads manifests
-        and sizes, not data."""
+        """List the checkpoints of this run, the oldest save first, unusable ones included (``.damage`` says why).
+        Reads manifests and file sizes, not data."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).entries()
 
     def verify(
         self, step: int | None = None, *, progress: Progress | None = None, expect_digest: str | None = None
     ) -> list[Damage]:
-        """Read every byte of a checkpoint (default: the newest) past the page cache; empty means good.
+        """Read every byte of a checkpoint (default: the newest) past the page cache, and return what is damaged: an
+        empty list means that it is good. Blocks for the whole read.
 
-        ``expect_digest``: as for ``restore``; another manifest is damage."""
+        ``progress(done_bytes, total_bytes)`` is called on reader threads. ``expect_digest``: see ``restore``; a
+        manifest of another digest is damage. Raises ``CheckpointNotFound``, ``VersionUnsupported``, ``MissingExtra``
+        and ``MemoryError``."""
         with storage_errors(self.path):
             entry, reader = self._open_chosen(step, misnamed=True)
             return _verified(entry, reader, progress, expect_digest)
@@ -57,7 +64,7 @@ class Run:
     def verify_entry(
         self, entry: CheckpointInfo, *, progress: Progress | None = None, expect_digest: str | None = None
     ) -> list[Damage]:
-        """``verify`` for one row of ``ls``: a step can have a full and a weights-only checkpoint."""
+        """Verify the checkpoint of one row of ``ls``: a step can have a full and a weights-only one. See ``verify``."""
         with storage_errors(self.path):
             return _verified(entry, self.open_entry(entry), progress, expect_digest)
 
@@ -73,20 +80,24 @@ class Run:
         dtype: torch.dtype | None = None,
         expect_digest: str | None = None,
     ) -> RestoreReport:
-        """Restore the components in ``state``, in place, from checkpoint ``step`` (default: the newest that verifies).
+        """Restore the components in ``state``, in place, from checkpoint ``step`` (default: the newest full one that
+        verifies).
 
+        Blocks for the whole read. Nobody else may use ``state`` meanwhile; in a job, all ranks make this call.
         Reads only the extents those components need, and verifies every byte before it is used. ``include``:
         qualified-name prefixes (``model.encoder.``) to restore; modules by tensor, other components whole.
         ``rename``: maps stored names or prefixes of them to live ones, or a function (None drops a tensor).
         ``dtype``: a live floating tensor of this dtype takes any stored floating dtype. ``device``: where tensors
         that do not live yet are made (modules on the meta device are materialised there).
         ``expect_digest``: the ``sha256:…`` of the manifest's file, known from elsewhere
-        (``SaveReport.manifest_digest``, ``asyncckpt show``). Nothing of another manifest is used, and there is no
-        falling back: ``DigestMismatch``. It binds the data as far as the checkpoint's own digests do: save with
-        ``digest="blake3"`` or ``"sha256"``.
+        (``SaveReport.manifest_digest``, ``asyncckpt show``). Nothing of another manifest is used: it raises
+        ``DigestMismatch``, and no older checkpoint is tried. It binds the data as far as the checkpoint's own digests
+        do: save with ``digest="blake3"`` or ``"sha256"``.
 
         Raises ``StateMismatch`` listing all missing, unexpected and mismatched names, before anything is changed;
-        ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointDamaged`` on bad bytes.
+        ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointNotFound``, ``CheckpointDamaged``
+        on bad bytes (tensors may then hold a mix of old and new values), ``NoUsableCheckpoint`` where checkpoints
+        exist and none can be restored, ``VersionUnsupported``, ``InvalidOption`` and, in a job, ``RankLost``.
         """
         self._before_restore()
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
@@ -114,10 +125,12 @@ class Run:
         dtype: torch.dtype | None = None,
         expect_digest: str | None = None,
     ) -> dict[str, torch.Tensor]:
-        """New tensors from a checkpoint (default: the newest), by qualified name or component (None: all), verified.
+        """Read tensors of a checkpoint (default: the newest) into new memory, verified. Blocks for the whole read.
 
-        Returns ``{"model.wte.weight": tensor, …}``. ``expect_digest``: as for ``restore``. Raises ``UnknownName`` and
-        ``CheckpointDamaged``.
+        Returns ``{"model.wte.weight": tensor, …}``, each of its stored shape. ``names``: qualified names, prefixes of
+        them that end before a dot, or components; None takes all. ``device``: the tensors' (default: torch's).
+        ``dtype``: the dtype of the floating ones (default: as stored). ``expect_digest``: see ``restore``.
+        Raises ``UnknownName``, ``CheckpointNotFound``, ``CheckpointDamaged``, ``VersionUnsupported``.
         """
         from asyncckpt.restore.restore import load_tensors
 
@@ -125,27 +138,30 @@ class Run:
             return load_tensors(reader, names, device=device, dtype=dtype, expect_digest=expect_digest)
 
     def open(self, step: int | None = None) -> Reader:
-        """An open checkpoint (default: the newest of any kind), protected from retention until its ``close``."""
+        """Open a checkpoint (default: the newest of any kind), which retention spares until the reader is closed.
+        Raises ``CheckpointNotFound``, and ``CheckpointDamaged`` where it holds another step than its name says."""
         with storage_errors(self.path):
             return self._open_chosen(step)[1]
 
     def open_entry(self, entry: CheckpointInfo) -> Reader:
-        """As ``open``, for one row of ``ls``. Raises ``CheckpointNotFound`` where it was deleted meanwhile."""
+        """Open the checkpoint of one row of ``ls``; see ``open``. Raises ``CheckpointNotFound`` where it was deleted
+        meanwhile."""
         with storage_errors(self.path):
             return self._store.open(entry.name)
 
     def pin(self, step: int) -> CheckpointInfo:
-        """Never let retention delete this checkpoint. Raises ``CheckpointNotFound``."""
+        """Never let retention delete this checkpoint, in this run or a later one; return its row. Needs no lease, and
+        works while another process prunes. Raises ``CheckpointNotFound`` and ``RunPathError``."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step)
 
     def unpin(self, step: int) -> CheckpointInfo:
-        """Undo ``pin``."""
+        """Let retention delete the checkpoint again. Raises as ``pin`` does."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step, pinned=False)
 
     def _open_chosen(self, step: int | None, *, misnamed: bool = False) -> tuple[CheckpointInfo, Reader]:
-        """That checkpoint, or the newest of any kind, protected from retention."""
+        """Find the checkpoint of that step, or the newest of any kind, and open it, so that retention spares it."""
         catalog = Catalog(self._store, self.path)
         looks_left = _LOOKS
         while True:
@@ -171,19 +187,19 @@ class Run:
         return report
 
     def _before_restore(self) -> None:
-        """What a run that is also written has to see to before live objects are changed."""
+        """Called before live objects are changed; a run that is also written overrides it."""
 
     def _after_restore(self, report: RestoreReport) -> None:
-        """What a run that is also written learns from a restore."""
+        """Called after a restore that succeeded; a run that is also written overrides it."""
 
     def _stages(self) -> Stages:
-        """How a restore goes from stage to stage: alone, or with the other ranks of a job."""
+        """Return the stages that a restore goes through: alone, or with the other ranks of a job."""
         from asyncckpt.restore.restore import Stages
 
         return Stages()
 
     def _candidates(self) -> list[CheckpointInfo]:
-        """The checkpoints that ``restore`` may choose from."""
+        """Return the checkpoints that ``restore`` may choose from, the oldest save first."""
         return Catalog(self._store, self.path).entries()
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
@@ -235,7 +251,7 @@ class Run:
 
 
 def _of_its_name(entry: CheckpointInfo) -> CheckpointInfo:
-    """The entry. Raises ``CheckpointDamaged`` where it holds another step than its name says."""
+    """Return the entry. Raises ``CheckpointDamaged`` where it holds another step than its name says."""
     if entry.misnamed:
         raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
     return entry
@@ -246,6 +262,6 @@ def _verified(
 ) -> list[Damage]:
     with contextlib.closing(opened) as reader:
         damage = verify(reader, progress=progress, expect_digest=expect_digest)
-    if entry.damage is not None and not damage:  # what only the directory's place in the run shows
+    if entry.damage is not None and not damage:  # such as a name that is not the manifest's
         damage = [Damage("manifest.json", 0, 0, entry.damage)]
     return damage

@@ -1,4 +1,4 @@
-"""How one save is made: its layout, agreed on with the other ranks, memory to stage it in, and the ``Save`` itself."""
+"""``Saves`` makes a save: it agrees on the layout with the other ranks, provides memory, and builds the transaction."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from asyncckpt.write.threads import Pools
 
 
 class Saves:
-    """What the saves of one checkpointer have in common, and how one is made of it. For the training thread.
+    """Holds what the saves of one checkpointer share, and makes each of them. For the training thread.
 
     ``config``: plain values for every manifest. ``replace``: saving a step again replaces it. The options are those of
     ``Checkpointer``.
@@ -66,7 +66,7 @@ class Saves:
         self._committer = committer
         self._reuse = reuse if writer.reuse_unchanged else None
         self._layouts = LayoutCache(self._format, self._codec, layout)
-        #: The layout whose saves the arena was last seen to be large enough for.
+        #: Identifies the layout for which the arena was last found large enough.
         self._fits: tuple[int, int, str] | None = None
         self.arena = Arena()
         self.pools = Pools(writer.threads)
@@ -74,7 +74,7 @@ class Saves:
 
     @property
     def splits(self) -> bool:
-        """Whether chunks may be staged as planes; differences are taken of whole items."""
+        """Whether chunks may be staged as planes; not where differences are saved, which are those of whole items."""
         return self._encoder.splits and not self._chain
 
     def plan(
@@ -87,8 +87,9 @@ class Saves:
         call: str,
         number: int | None = None,
     ) -> Planned:
-        """``call`` tells this planning from others, ``number`` the save that it is for. Raises as ``capture`` does,
-        and in a job ``PlanChanged`` where another rank must plan anew."""
+        """Capture the state and plan its layout. ``call`` names this planning among all of the job's; ``number`` is
+        that of the save, None where nothing is saved yet. In a job, blocks where names or shapes are new, until all
+        ranks have called. Raises as ``capture`` and ``JobPlanner.plan`` do, ``PlanChanged`` among them."""
         snapshot = capture(state, step, weights_only=weights_only)
         if job is not None:
             planner = job.planner
@@ -102,7 +103,8 @@ class Saves:
         return alone(snapshot, self._layouts.get(components))
 
     def grow_arena(self, planned: Planned) -> None:
-        """Have the memory that a save of this layout takes. Returns at once: it is faulted in in the background."""
+        """Give the arena the memory that a save of this layout takes. Returns at once: the memory is faulted in in the
+        background. Raises ``NotEnoughMemory``."""
         extents = planned.layout.extents()
         key = len(extents), planned.layout.nbytes, planned.layout.fingerprint
         if key == self._fits:  # the arena never shrinks
@@ -124,7 +126,8 @@ class Saves:
         metrics: dict[str, float],
         began: float,
     ) -> SaveTransaction:
-        """The attempt to write what is planned. ``began``: when the save was asked for, by ``time.perf_counter``."""
+        """Make the transaction that writes what is planned; nothing is written yet. ``number`` is the save's among the
+        job's, ``began`` when the save was asked for, by ``time.perf_counter``."""
         contents = contents_of(
             planned.components,
             planned.layout,

@@ -1,4 +1,4 @@
-"""The committer: one save after the other is published, acknowledged, and only then followed by retention."""
+"""The committer publishes one save after the other, acknowledges it, and only then applies retention."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from asyncckpt.write.threads import WriterPool
 
 log = logging.getLogger("asyncckpt")
 
-#: Beyond a save's own deadline, before a committer stuck in the kernel is given up.
+#: A committer stuck in the kernel is given up so much later than the save's own deadline.
 _GRACE_SECONDS = 10.0
 #: How long a failed save's writes may stay in the kernel before their threads are given up.
 _STUCK_SECONDS = 30.0
 
 
 class Skipped(Exception):
-    """``on_busy="skip"``: never leaves ``Checkpointer.step``."""
+    """A save is skipped, as ``on_busy="skip"`` asks. It never leaves ``Checkpointer.step``."""
 
 
 class Committer:
@@ -74,15 +74,15 @@ class Committer:
         self._saves = saves
         self._pool = WriterPool(1, "asyncckpt-committer")
         self._failed: list[PendingSave] = []
-        #: Failed saves of which a write hangs. For the committer's thread.
+        #: Failed saves with a write that hangs. For the committer's thread.
         self._left: list[SaveTransaction] = []
         self._lock = threading.Lock()
         self._retention_lock = threading.Lock()
         self._quarantine = quarantine
         self._ledger = ledger
-        #: Checkpoints that have made way for one that is durable, and are still being read.
+        #: Checkpoints that a durable one has replaced, but that somebody still reads.
         self._replaced: list[Replaced] = []
-        #: Another rank of the job publishes, and looks after the directory.
+        #: Whether another rank of the job publishes and looks after the directory.
         self.follows = False
         #: Set where the ranks of a job must plan the next save anew.
         self.plan_changed = threading.Event()
@@ -127,8 +127,8 @@ class Committer:
                 return False
 
     def take_error(self) -> BaseException | None:
-        """The oldest error of a failed save that nobody has seen yet, with the others as notes; each is handed out
-        once."""
+        """Return the oldest error of a failed save that nobody has seen yet, with the others as notes, or None. Each is
+        handed out once."""
         with self._lock:
             failed, self._failed = self._failed, []
             errors = [error for error in (pending.unobserved_error() for pending in failed) if error is not None]
@@ -138,7 +138,7 @@ class Committer:
         return errors[0] if errors else None
 
     def overdue(self, save: SaveTransaction) -> Overdue:
-        """When the save is given up though nothing is heard of it."""
+        """Say when the save is given up although its committer reports nothing."""
         error = SaveAbandoned(f"step {save.step}: storage under {self._store.path} hangs; the save was given up")
         at_seconds = save.started_seconds + self._options.durable_timeout_seconds + _GRACE_SECONDS
         return Overdue(save.scope, at_seconds, error)
@@ -153,13 +153,14 @@ class Committer:
                 self._pool.replace_stuck(_GRACE_SECONDS)
 
     def close(self) -> None:
-        """End the thread after what was submitted."""
+        """End the thread once it has done what was submitted. Does not wait."""
         if self._left:
             self._pool.submit(lambda: self._discard(None, _STUCK_SECONDS))
         self._pool.close()
 
     def make_room(self, nbytes: int, step: int) -> None:
-        """Before anything is written: enough space, after a retention run if need be. Raises ``NotEnoughSpace``."""
+        """Make sure, before anything is written, that ``nbytes`` are free; if they are not, apply retention first.
+        Blocks on the disk. Raises ``NotEnoughSpace``."""
         if self.follows:
             return
         reserved = sum(f.save.shards.unwritten_bytes() for f in self._saves.all() if f.save.step != step)
@@ -174,7 +175,8 @@ class Committer:
             )
 
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
-        """Apply the policies now; what was deleted (or would be). Unusable checkpoints are evidence and stay."""
+        """Apply the policies now; return what was deleted (or would be). Unusable checkpoints are evidence and stay.
+        Raises ``LeaseLost``."""
         if self.follows:
             return []
         with self._retention_lock:
@@ -192,7 +194,7 @@ class Committer:
             return deleted
 
     def _own(self) -> list[CheckpointInfo]:
-        """The run's own checkpoints that can be used, the oldest save first."""
+        """List the usable checkpoints that this run made itself, the oldest save first."""
         entries = self._catalog.entries(fresh=False)
         return [e for e in entries if e.damage is None and not e.renamed and e.name not in self._quarantine]
 
@@ -242,15 +244,15 @@ class Committer:
         else:
             for one in replaced:
                 self._store.put_back(one)
-            if isinstance(error, CheckpointDamaged):  # of the one before: write everything next time
+            if isinstance(error, CheckpointDamaged):  # the one before is damaged: write everything next time
                 self._reuse.forget(save.contents.draft.kind)
         self._end(flight, error)
         self._discard(save if error is not None else None)
 
     def _discard(self, failed: SaveTransaction | None, wait_seconds: float = 0.0) -> None:
-        """Remove what is left of failed saves. Waits for writes that hang, which the failure was not to wait for, and
-        gives up on threads that they hold for long: a file that hangs for good costs its save, and no other. For what
-        hung before it waits ``wait_seconds``."""
+        """Remove what is left of failed saves. Waits until the writes of ``failed`` have left the kernel, and replaces
+        the threads of those that stay there: a file that hangs for good costs its save, and no other. For saves that
+        hung before, waits ``wait_seconds``."""
         if failed is not None and not failed.discard(_STUCK_SECONDS):
             log.warning("step %d: a write of it hangs; its files go once it returns, or with the next run", failed.step)
             failed.shards.replace_stuck_threads(_STUCK_SECONDS)
@@ -275,7 +277,8 @@ class Committer:
         return check
 
     def _after(self, save: SaveTransaction, name: str) -> None:
-        """Nothing here can undo the acknowledgement: trouble is logged and comes up again at the next save."""
+        """Tidy up after a durable save. Nothing here can undo the acknowledgement: trouble is logged, and comes up
+        again at the next save."""
         try:
             self._catalog.forget(name)
             self._ledger.durable(save.step, save.contents.draft.kind, save.contents.draft.sequence)
@@ -290,7 +293,7 @@ class Committer:
             log.warning("step %d is durable, but tidying up after it failed: %s", save.step, error)
 
     def _remove_replaced(self) -> None:
-        """Delete what has made way for a checkpoint that is durable now; later, where it is still being read."""
+        """Delete what the checkpoint that is durable now has replaced; what somebody still reads is deleted later."""
         kept: list[Replaced] = []
         for one in self._replaced:
             self._lease.check()
@@ -313,7 +316,7 @@ class Committer:
             flight.job.forget()
             if error is not None:
                 draft = flight.save.contents.draft
-                self._ledger.release(draft.step, draft.kind, flight.claim)  # who hears of it may save it again
+                self._ledger.release(draft.step, draft.kind, flight.claim)  # who is told next may save the step again
                 if isinstance(error, PlanChanged):  # nothing is wrong: the next save makes up for it
                     self.plan_changed.set()
                 flight.pending.reject(error)

@@ -16,8 +16,8 @@ from asyncckpt.stage.job import StagingJob
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InFlight:
-    """A save and everything that belongs to it. ``claim``: its step. ``deferred``: the tensors that are copied while
-    training goes on."""
+    """Holds a save and everything that belongs to it. ``claim``: the step that it has reserved. ``deferred``: the
+    tensors that are copied while training goes on."""
 
     save: SaveTransaction
     job: StagingJob
@@ -27,7 +27,7 @@ class InFlight:
 
 
 class InFlightSaves:
-    """All of a checkpointer's, the oldest first. Thread-safe."""
+    """Lists all saves of a checkpointer that have not ended, the oldest first. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -35,12 +35,12 @@ class InFlightSaves:
         self._ending: list[InFlight] = []
 
     def add(self, flight: InFlight) -> None:
-        """This one has begun."""
+        """Add a save that has begun."""
         with self._changed:
             self._flights.append(flight)
 
     def begin_end(self, flight: InFlight) -> bool:
-        """Whether the caller is the one to end this save: true once, and nobody is told of it before ``remove``."""
+        """Whether the caller is the one to end this save: true once. Nobody is told of the end before ``remove``."""
         with self._changed:
             if flight not in self._flights or flight in self._ending:
                 return False
@@ -48,18 +48,18 @@ class InFlightSaves:
             return True
 
     def remove(self, flight: InFlight) -> None:
-        """This one has ended: who waits for that goes on."""
+        """Remove a save that has ended, and wake whoever waits for that."""
         with self._changed:
             self._flights.remove(flight)
             self._ending.remove(flight)
             self._changed.notify_all()
 
     def all(self) -> list[InFlight]:
-        """Those that have not ended, as they are now."""
+        """Return a copy of the list."""
         with self._changed:
             return list(self._flights)
 
     def wait_below(self, count: int, timeout_seconds: float) -> bool:
-        """Block until fewer than ``count`` are left; False where that many seconds passed first."""
+        """Block until fewer than ``count`` are left; return False where ``timeout_seconds`` passed first."""
         with self._changed:
             return self._changed.wait_for(lambda: len(self._flights) < count, max(0.0, timeout_seconds))

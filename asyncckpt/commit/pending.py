@@ -1,4 +1,4 @@
-"""The handle that a save is followed by, and the report of one that is durable."""
+"""``PendingSave`` is the handle of a save in flight; ``SaveReport`` describes one that is durable."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ log = logging.getLogger("asyncckpt")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveReport:
-    """What a durable save was. ``nbytes`` is the checkpoint's size, ``written_bytes`` what of it went to the disk: the
-    rest was taken over from the checkpoint before. ``stall_seconds`` is the training thread's time inside asyncckpt;
-    ``staged_seconds`` and ``durable_seconds`` are counted from the call of ``save``. ``manifest_digest`` is what
-    ``expect_digest`` takes: keep it elsewhere, and no other checkpoint passes for this one."""
+    """Describes a durable save. ``nbytes`` is the checkpoint's size in bytes, ``written_bytes`` the part of it that
+    this process wrote: the rest was taken over from the checkpoint before, or written by other ranks.
+    ``stall_seconds`` is the training thread's time inside asyncckpt until the save was durable; ``staged_seconds``
+    and ``durable_seconds`` are counted from the call of ``save``. ``manifest_digest`` is what ``expect_digest`` takes
+    (empty on ranks other than 0): keep it elsewhere, and no other checkpoint passes for this one."""
 
     step: int
     path: str
@@ -39,8 +40,8 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """When a save is given up though its committer says nothing, because that hangs in the kernel, and the error
-    then. ``at_seconds``: by ``time.perf_counter``."""
+    """Says when a save is given up because its committer hangs in the kernel and reports nothing. ``at_seconds``: by
+    ``time.perf_counter``. ``error``: what the save then fails with."""
 
     scope: SaveScope
     at_seconds: float
@@ -48,8 +49,10 @@ class Overdue:
 
 
 class PendingSave:
-    """A save in flight. Thread-safe; awaitable from asyncio (``report = await pending``). In a forked child, one that
-    was not done has failed with ``CheckpointerClosed``: only the process that saves learns how it ends."""
+    """Follows a save to its end. Thread-safe; awaitable from asyncio (``report = await pending``). In a forked child, a
+    save that was not done has failed with ``CheckpointerClosed``: only the process that saves learns how it ends.
+
+    An error that ``result``, ``exception`` or ``await`` has handed out is not raised again by the checkpointer."""
 
     step: int
 
@@ -59,9 +62,9 @@ class PendingSave:
         self._future.set_running_or_notify_cancel()
         self._job = job
         self._overdue = overdue
-        #: Whether somebody has been given the outcome: who waited in vain has not.
+        #: Whether somebody has been given the outcome; a wait that timed out has given nobody any.
         self._observed = False
-        #: Of a save that is done; read in a forked child, where the future's lock may be held for ever.
+        #: The outcome once the save is done, for a forked child, where the future's lock may be held for ever.
         self._outcome: SaveReport | BaseException | None = None
         forks.disarm_in_child(self)
 
@@ -78,39 +81,42 @@ class PendingSave:
         self._future.set_exception(self._outcome)
 
     def staged(self, timeout: float | None = None) -> bool:
-        """Block until training may change anything (the snapshot is copied, or the save failed); False where
-        ``timeout`` seconds passed first."""
+        """Block until training may change anything: the snapshot is copied (CUDA: the copies are enqueued), or the
+        save failed. Returns False where ``timeout`` seconds passed first. Does not raise what made the save fail."""
         return self._job is None or self._job.wait(timeout)
 
     def result(self, timeout: float | None = None) -> SaveReport:
-        """Block until the checkpoint is durable.
+        """Block until the checkpoint is durable, and return its report.
 
-        Raises what made the save fail (``SaveFailed``, ``NotEnoughSpace``, …), or ``TimeoutError`` after ``timeout``
-        seconds (the save goes on).
+        Raises what made the save fail (``SaveFailed``, ``NotEnoughSpace``, ``LeaseLost``, ``RanksDisagree``, …), or
+        ``TimeoutError`` after ``timeout`` seconds (the save goes on). Without ``timeout`` the wait still ends: a save
+        is given up after ``WriterOptions.durable_timeout_seconds``.
         """
         self._deliver(timeout)
         return self._future.result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Block until durable or failed; the error, or None."""
+        """Block until the save is durable or failed, and return the error, or None. Raises ``TimeoutError`` after
+        ``timeout`` seconds."""
         self._deliver(timeout)
         return self._future.exception(0)
 
     def done(self) -> bool:
-        """Whether it is durable or failed."""
+        """Whether the save is durable or failed. Never blocks."""
         return self._future.done()
 
     def failure(self) -> BaseException | None:
-        """The error of a save that is done and failed. Does not count as having seen it."""
+        """Return the error of a save that has failed; None for any other. Never blocks, and does not count as having
+        seen the error."""
         return self._future.exception() if self._future.done() else None
 
     def failed(self) -> bool:
-        """Whether it is done and failed. Does not count as having seen the error."""
+        """Whether the save has failed. Never blocks, and does not count as having seen the error."""
         return self._future.done() and self._future.exception() is not None
 
     def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
-        """Call ``callback(self)`` when durable or failed, on the thread where that happens (at once if it has). What it
-        raises is logged."""
+        """Call ``callback(self)`` once the save is durable or failed: on the thread where that happens, which must not
+        be held up, or at once on this one if it has happened. What ``callback`` raises is logged."""
         caller = threading.get_ident()
 
         def call(_: Future[SaveReport]) -> None:
@@ -135,13 +141,14 @@ class PendingSave:
         return report
 
     def _deliver(self, timeout: float | None) -> None:
-        """Wait until it is done: then the outcome is about to be handed out, and not before."""
+        """Wait until the save is done, and mark its outcome as seen: the caller hands it out. Raises
+        ``TimeoutError``."""
         if not self._wait(timeout):
             raise TimeoutError(f"step {self.step}: not done after {timeout} s; the save goes on")
         self._observed = True
 
     def _wait(self, timeout: float | None) -> bool:
-        """Whether it is done within ``timeout`` seconds. Gives it up where the committer itself hangs in the kernel."""
+        """Whether the save is done within ``timeout`` seconds. Gives it up where the committer hangs in the kernel."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._future.done():
             remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
@@ -158,27 +165,27 @@ class PendingSave:
         return f"<PendingSave step {self.step}: {state}>"
 
     def unobserved_error(self) -> BaseException | None:
-        """The error of a failed save that nobody has asked for yet; hands it out once."""
+        """Return the error of a failed save that nobody has been given yet, and mark it as seen; None otherwise."""
         if self._observed or not self._future.done():
             return None
         self._observed = True
         return self._future.exception()
 
     def resolve(self, report: SaveReport) -> None:
-        """For the committer: the save is durable."""
+        """Called by the committer: the save is durable. Later outcomes are ignored."""
         with contextlib.suppress(InvalidStateError):
             self._future.set_result(report)
             self._outcome = report
 
     def reject(self, error: BaseException) -> None:
-        """For the committer: the save failed. Later outcomes are ignored."""
+        """Called by the committer: the save failed. Later outcomes are ignored."""
         with contextlib.suppress(InvalidStateError):
             self._future.set_exception(error)
             self._outcome = error
 
 
 def failed(step: int, error: BaseException) -> PendingSave:
-    """A save that failed before it began."""
+    """Return the handle of a save that failed before it began."""
     pending = PendingSave(step)
     pending.reject(error)
     return pending

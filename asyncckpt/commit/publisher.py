@@ -1,4 +1,4 @@
-"""How a save whose data is on the disk becomes a checkpoint: by this process alone, or with the other ranks."""
+"""Publishers turn a save whose data is on the disk into a checkpoint: by this process alone, or with other ranks."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class Publisher(Protocol):
-    """One object a save; its methods are called on the committer's thread."""
+    """Publishes one save. Its methods are called on the committer's thread."""
 
     @property
     def keeps_files(self) -> bool:
         """Whether the files of a save that has failed here must stay, because another rank may still publish them."""
 
     def least_bytes(self, layout: Layout) -> int:
-        """Room that the save needs on the storage, whatever is taken over from the checkpoint before."""
+        """Return the bytes that the save needs on the storage, whatever is taken over from the checkpoint before."""
 
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
-        """What this process has written of a durable checkpoint."""
+        """Return how many bytes of a durable checkpoint this process has written."""
 
     def prepare(self, save: SaveTransaction, attempt: Attempt) -> dict[str, bytes]:
-        """Write those small files that can be written while the shards still are; what is in them, by name."""
+        """Write those small files that can be written while the shards still are; return their contents by name."""
 
     def publish(
         self,
@@ -37,16 +37,17 @@ class Publisher(Protocol):
         check_lease: Callable[[], None],
         read_back: Callable[[str], None] | None,
     ) -> Manifest:
-        """Publish the checkpoint, or see it published; what is durable then. Blocks, in a job for the other ranks.
-        ``small``: what ``prepare`` has written. Raises what keeps it from being published."""
+        """Publish the checkpoint, or wait until rank 0 has; return the manifest, which is durable. Blocks on the disk
+        and, in a job, for the other ranks. ``small``: what ``prepare`` has written. Raises what keeps the checkpoint
+        from being published."""
 
     def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
-        """The save has failed here: let whoever waits for it know. The error to raise: that of another rank where it
-        came first. Idempotent; never raises."""
+        """Tell whoever waits for this save that it has failed here. Returns the error to raise: another rank's where
+        that came first. Idempotent; never raises."""
 
 
 class Solo:
-    """This process publishes what it alone has written."""
+    """Publishes what this process alone has written."""
 
     keeps_files = False
 

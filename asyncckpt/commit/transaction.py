@@ -1,4 +1,4 @@
-"""From staged extents to a published checkpoint.
+"""A transaction takes one save from staged extents to a published checkpoint.
 
 Order (docs/format.md, "Write ordering"): shards written and fsynced → small files → directory fsynced → manifest, last,
 fsynced → directory fsynced → rename, never over anything → parent fsynced → only then acknowledged. Digests are taken
@@ -117,7 +117,7 @@ class SaveTransaction:
         )
 
     def written_bytes(self, written: Manifest) -> int:
-        """What went to the disk of a durable checkpoint; in a job, from this rank."""
+        """Return how many bytes of a durable checkpoint were written, in a job by this rank."""
         return self._publisher.written_bytes(self, written)
 
     def commit(
@@ -156,8 +156,9 @@ class SaveTransaction:
         check_lease: Callable[[], None],
         read_back: Callable[[str], None] | None,
     ) -> Manifest:
-        """For publishers: all data is on the disk; write the manifest, and give the attempt its name. ``small``: the
-        files beside the shards, which are durable too. ``orders``: where a file's extents lie, by file."""
+        """Write the manifest and give the attempt its name, once all data is on the disk. Called by publishers. Blocks
+        on the disk. ``small``: the files beside the shards, which are durable too. ``orders``: by file, which of its
+        extents each extent of the layout is."""
         written = self._write_manifest(attempt, contents, records, orders, small)
         if read_back is not None:
             read_back(attempt.path)
@@ -192,8 +193,8 @@ class SaveTransaction:
             )
 
     def write_small(self, attempt: Attempt, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
-        """For publishers: write the files beside the shards of these contents, durably, ``state.json`` among them with
-        ``state``; what is in them, by name."""
+        """Write the files beside the shards of these contents, durably; return what is in them, by name. Called by
+        publishers. ``state``: write ``state.json`` too."""
         small = {manifest.STATE_FILE: jsontree.dumps(contents.trees)} if state else {}
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
@@ -222,8 +223,8 @@ class SaveTransaction:
         return replaced(draft, size_bytes=len(data), file_digest=manifest.file_digest(data))
 
     def discard(self, timeout_seconds: float) -> bool:
-        """Remove a failed attempt, once no write of it is in the kernel; False where one still is after
-        ``timeout_seconds`` (hung storage): to be called again, or left to the next run. Idempotent; never raises."""
+        """Remove a failed attempt, once none of its writes is in the kernel. Returns False where one still is after
+        ``timeout_seconds`` (hung storage): call it again, or leave that to the next run. Idempotent; never raises."""
         deadline = time.monotonic() + timeout_seconds
         if not self.scope.wait_until(lambda: self.shards.in_flight == 0, timeout_seconds, failed_too=False):
             return False
@@ -232,6 +233,7 @@ class SaveTransaction:
         return self._directory.discard(deadline - time.monotonic(), keep=self._publisher.keeps_files)
 
     def close(self) -> None:
-        """Let go of what the save has read from. After it has ended, whichever way. Idempotent."""
+        """Close the checkpoint that files were taken over from. Call it once the save has ended, whichever way.
+        Idempotent."""
         self._unchanged.close()
         self.scope.end()

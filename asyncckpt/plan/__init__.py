@@ -1,1 +1,1 @@
-"""The plan of a save: which bytes go where, and which rank writes them. Pure."""
+"""Planning decides, before a save, which bytes go where and which rank writes them. Pure."""

@@ -1,5 +1,5 @@
-"""Which byte range of which shard each tensor goes to: a pure function of the global names, shapes and dtypes (and of
-which tensors are frozen). The formats know how to fill one component's shards; this numbers and remembers them."""
+"""The layout says which byte range of which shard each tensor goes to. It is a pure function of the global names, shapes
+and dtypes (and of which tensors are frozen). The formats fill one component's shards; this numbers and keeps them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Components = tuple[tuple[str, tuple[TensorSpec, ...]], ...]
 
 
 def plan(components: Components, shard_format: ShardFormat, codec: Codec, options: LayoutOptions) -> Layout:
-    """The layout of these components' tensors; pieces are numbered in the order given. Pure; no I/O.
+    """Lay out these components' tensors; pieces are numbered in the order given. Pure; no I/O.
 
     Components without tensors get no shard. Takes about a second for 100,000 tensors; ``LayoutCache`` keeps the
     result for the saves that follow.
@@ -27,7 +27,7 @@ def plan(components: Components, shard_format: ShardFormat, codec: Codec, option
 
 
 def fingerprint(components: Components) -> str:
-    """A digest of names, dtypes and shapes: equal on every rank that holds the same global state."""
+    """Digest names, dtypes and shapes: the result is equal on every rank that holds the same global state."""
     text = "\n".join(
         f"{component}\0{spec.name}\0{spec.dtype}\0{spec.shape}" for component, specs in components for spec in specs
     )
@@ -35,8 +35,8 @@ def fingerprint(components: Components) -> str:
 
 
 class LayoutCache:
-    """Keeps the latest layouts: in steady state, a save's layout is one comparison, not a hash of every name and shape:
-    ``capture`` gives the same ``TensorSpec`` objects save after save. Not thread-safe."""
+    """Keeps the latest layouts. In steady state, finding one costs a comparison of objects, not a hash of every name and
+    shape: ``capture`` gives the same ``TensorSpec`` objects save after save. Not thread-safe."""
 
     def __init__(self, shard_format: ShardFormat, codec: Codec, options: LayoutOptions) -> None:
         self._format = shard_format

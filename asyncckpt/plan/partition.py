@@ -1,9 +1,9 @@
-"""Which part of a layout each rank stages and writes: a pure function of the layout and of who holds what.
+"""Divides a layout among the ranks that stage and write it: a pure function of the layout and of who holds what.
 
 A plain shard is one line of bytes. Where one rank holds a stretch of it, that rank writes it; a stretch that several
-ranks hold is divided evenly among them; a short one goes to whoever writes what lies before it. A shard whose bytes
-nobody can write in part (encoded, zarr) is written whole by one rank, so that each has about the same number of bytes;
-so is one that training does not change, so that it can be taken over from the checkpoint before.
+ranks hold is divided evenly among them; a short one goes to the rank that writes the bytes before it. A shard that
+cannot be written in parts (encoded, zarr) is written whole by one rank, chosen so that all write about as many bytes;
+so is a shard that training does not change, which can then be taken over from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _MIN_DIVIDED_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What this rank has of one piece of the layout: ``local`` is its number among the rank's own pieces (-1: nothing),
-    ``begin`` the byte of the tensor where that begins; ``rows`` says the same for all ranks."""
+    """Says what this rank holds of one piece of the layout: ``local`` is the index among the rank's own pieces (-1: it
+    holds nothing), ``begin`` the byte of the tensor where its part begins. ``rows`` says it for all ranks."""
 
     rows: Rows
     local: int
@@ -33,15 +33,16 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """A rank's part. ``layout`` has all shards, each with the extents that are this rank's. ``whole``: the pieces (by
-    their number in the layout) of which one rank needs every row, and which rank."""
+    """A rank's part of a layout. ``layout`` has all shards, each with the extents of this rank alone. ``whole``: the
+    pieces that have to be gathered, by their index in the layout → the ranks that need all rows."""
 
     layout: Layout
     whole: Mapping[int, frozenset[int]]
 
 
 def divide(layout: Layout, holdings: Sequence[Holding], rank: int, extent_bytes: int) -> Division:
-    """``holdings[i]`` is about piece ``i`` of the layout. Pure; a second for 10,000 tensors."""
+    """Divide a layout, and return the part of ``rank``. ``holdings[i]`` is about piece ``i`` of the layout. Pure; takes
+    about a second for 10,000 tensors."""
     load: dict[int, int] = {}
     whole: dict[int, set[int]] = {}
     shards: list[Shard] = []
@@ -63,7 +64,8 @@ def divide(layout: Layout, holdings: Sequence[Holding], rank: int, extent_bytes:
 
 
 def _owner(shard: Shard, rows: Sequence[Rows], load: Mapping[int, int]) -> int | None:
-    """The rank that writes all of a shard; None where it is divided."""
+    """Choose the rank that writes all of a shard; None where it is divided. Raises ``UnsupportedValue`` where no rank
+    can."""
     frozen = bool(shard.placements) and all(placement.spec.frozen for placement in shard.placements)
     spread = any(len(held.holders) > 1 for held in rows)
     if not rows:
@@ -80,7 +82,7 @@ def _owner(shard: Shard, rows: Sequence[Rows], load: Mapping[int, int]) -> int |
 
 
 def _local(extent: Extent, holdings: Sequence[Holding]) -> Extent:
-    """With this rank's numbers of the pieces."""
+    """Return the extent with its segments numbered by this rank's own pieces."""
     segments = tuple(replace(segment, piece=holdings[segment.piece].local) for segment in extent.segments)
     return replace(extent, segments=segments)
 
@@ -88,7 +90,7 @@ def _local(extent: Extent, holdings: Sequence[Holding]) -> Extent:
 # -- a line of bytes -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class _Lying:
-    """A tensor in the line."""
+    """A tensor in the line of bytes, and who holds it."""
 
     placement: Placement
     holding: Holding
@@ -107,7 +109,7 @@ def _part(number: int, shard: Shard, holdings: Sequence[Holding], rank: int, ext
 
 
 def _spans(lying: Sequence[_Lying], nbytes: int, rank: int) -> Iterator[tuple[int, int]]:
-    """This rank's byte ranges of the file, in order."""
+    """Yield this rank's byte ranges of the file, in order."""
     begin = 0  # of the stretch that ``holders`` hold; the header belongs to the first
     holders: tuple[int, ...] | None = None
     last = 0
@@ -134,8 +136,8 @@ def _spans(lying: Sequence[_Lying], nbytes: int, rank: int) -> Iterator[tuple[in
 def _shares(
     begin: int, end: int, holders: tuple[int, ...], before: int | None, rank: int
 ) -> Generator[tuple[int, int], None, int]:
-    """This rank's share of a stretch that all of ``holders`` hold; returns who writes its end. ``before`` writes what
-    lies before it."""
+    """Yield this rank's share of a stretch that all of ``holders`` hold; return the rank that writes its end. ``before``
+    is the rank that writes the bytes before it."""
     count = len(holders)
     if count == 1 or end - begin < _MIN_DIVIDED_BYTES:
         owner = before if before in holders and before is not None else holders[zlib.crc32(b"%d" % begin) % count]
@@ -151,7 +153,7 @@ def _shares(
 
 
 def _edge(begin: int, end: int, index: int, count: int) -> int:
-    """Where share ``index`` of ``count`` begins: whole blocks, so that two ranks never write into one."""
+    """Return where share ``index`` of ``count`` begins: at a block's begin, so that two ranks never write one block."""
     if index in (0, count):
         return end if index else begin
     return (begin + (end - begin) * index // count) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
@@ -170,7 +172,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def _extents(
     number: int, spans: Sequence[tuple[int, int]], header: bytes, lying: Sequence[_Lying], extent_bytes: int
 ) -> Iterator[Extent]:
-    """Spans cut where the extents of an undivided file are, too, so that none is larger than those."""
+    """Cut spans into extents where an undivided file would be cut too, so that none is larger than its extents."""
     ends = [item.placement.end for item in lying]
     for low, high in spans:
         begin = low

@@ -1,8 +1,8 @@
-"""Shards of one rank each: the alternative to files that ranks write together, where those are slow.
+"""Lays out shards that one rank each writes, for storage on which files that ranks write together are slow.
 
 Each rank's file holds the parts that it writes, as tensors of their own; the manifest says which box of the whole each
-is. Like the other layout it is a pure function of the global state and of who holds what; unlike there, the files
-depend on the number of ranks.
+is. Like ``partition``, this is a pure function of the global state and of who holds what; but here the files depend on
+the number of ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Components = Sequence[tuple[str, Sequence[TensorSpec]]]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A run of a tensor's rows that one rank writes. ``holding``: of the rank that plans; ``begin``: the part's first
-    byte in the whole."""
+    """A run of a tensor's rows that one rank writes. ``holding``: what the planning rank holds of the tensor;
+    ``begin``: the part's first byte in the whole tensor."""
 
     spec: TensorSpec
     whole: TensorSpec
@@ -41,9 +41,10 @@ def divide_by_rank(
     codec: Codec,
     options: LayoutOptions,
 ) -> Division:
-    """The shards of all ranks, with the extents of this one. ``holdings[i]`` is about tensor ``i`` of all components.
+    """Lay out the shards of all ranks; only those of ``rank`` have extents. ``holdings[i]`` is about tensor ``i`` of all
+    components, in their order.
 
-    A part that several ranks hold is written by the one that has least to write. Pure.
+    A part that several ranks hold is written by the one that has least to write so far. Pure.
     """
     load = [0] * ranks
     shards: list[Shard] = []
@@ -67,7 +68,7 @@ def divide_by_rank(
 
 
 def _parts(component: str, spec: TensorSpec, holding: Holding) -> list[tuple[_Part, Sequence[int]]]:
-    """A tensor's parts and who holds each; one that nobody has bytes of is rank 0's."""
+    """List a tensor's parts, each with the ranks that hold it; a tensor without bytes is rank 0's."""
     rows = holding.rows
     if not spec.nbytes or len(rows.holders) == 1:
         return [(_Part(spec, spec, (), 0, holding), rows.holders[0] if spec.nbytes else (0,))]
@@ -84,7 +85,8 @@ def _parts(component: str, spec: TensorSpec, holding: Holding) -> list[tuple[_Pa
 
 
 def _placed(shard: Shard, component: str, parts: Sequence[_Part], *, mine_here: bool) -> Shard:
-    """Of the component, with what its tensors are boxes of, and with this rank's numbers of the pieces."""
+    """Return a planned shard under its component's name. Its tensors name the tensor and the offsets that they are a
+    box of; its extents, kept only with ``mine_here``, are numbered by this rank's own pieces."""
     by_name = {part.spec.name: part for part in parts}
     placements = tuple(
         replace(placement, part_of=part.whole, offsets=part.offsets)

@@ -1,4 +1,4 @@
-"""The plan of one save: the layout, the pieces, and what this rank does of it."""
+"""``Planned`` is the plan of one save as one rank sees it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from asyncckpt.types import ComponentSnapshot, Layout, Piece, Snapshot
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A save of this rank: its pieces, the layout of its part (all shared shards with its own extents, then the shards
-    of the components that are its own), and all components under the names they are stored under, those of other ranks
-    empty. ``own``: component → the name this rank's own is stored under. ``leads``: see ``Agreed``."""
+    """The plan of one save on this rank. ``layout``: all shared shards, with the extents that this rank writes, then
+    the shards of its own components. ``pieces``: this rank's. ``components``: all, under the names that they are stored
+    under, those that only other ranks hold empty. ``own``: component → the name that this rank's own is stored under.
+    ``leads``: see ``Agreed``."""
 
     step: int
     pieces: list[Piece]
@@ -23,5 +24,5 @@ class Planned:
 
 
 def alone(snapshot: Snapshot, layout: Layout) -> Planned:
-    """The plan of a process that saves by itself."""
+    """Make the plan of a process that saves by itself."""
     return Planned(snapshot.step, snapshot.pieces(), layout, snapshot.components, {}, frozenset())

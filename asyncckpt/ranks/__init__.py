@@ -1,1 +1,1 @@
-"""The ranks of a job: what they tell each other, and how they save and restore together."""
+"""The ranks of a job: they talk through the job's store, and save and restore together."""

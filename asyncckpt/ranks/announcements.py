@@ -1,4 +1,4 @@
-"""What rank 0 announces to the other ranks some steps ahead, so that all do it after the same step."""
+"""Rank 0 announces saves to the other ranks some steps ahead, so that all save after the same step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ _SILENCE_SECONDS: Final = 30.0
 
 
 class Announcements:
-    """For the training thread. Each look at the job's store costs one short message, and ends after ``LOOK_SECONDS``:
-    a store that has stopped is taken to announce nothing, and is left alone for half a minute. A rank that missed an
-    announcement that way saves at another step than the others, and that save fails with ``RanksDisagree``."""
+    """Lets all ranks act at the same step. For the training thread.
+
+    Each look at the job's store costs one short message, and ends after ``LOOK_SECONDS``: a store that has stopped is
+    taken to announce nothing, and is left alone for half a minute. A rank that missed an announcement that way saves
+    at another step than the others, and that save fails with ``RanksDisagree``."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._leads = ranks.rank == 0
@@ -41,8 +43,9 @@ class Announcements:
         return self._patient.with_options(replace(self._patient.options, timeout_seconds=LOOK_SECONDS))
 
     def decide_at_step(self, what: str, step: int, here: bool) -> bool:
-        """Whether what rank 0 sees coming (``here``) is to happen now: every rank says yes at the same step,
-        ``LEAD_STEPS`` after rank 0 first did."""
+        """Whether to do ``what`` after this step. Every rank gets True at the same step, ``LEAD_STEPS`` after rank 0
+        first called with ``here``; other ranks' ``here`` counts for nothing. Blocks for ``LOOK_SECONDS`` at most a
+        message."""
         number = self._numbers.setdefault(what, 0)
         key = f"announced/{what}/{number}"
         if what not in self._announced:
@@ -59,7 +62,8 @@ class Announcements:
         return True
 
     def raise_flag(self, what: str, here: bool) -> bool:
-        """Say that it is so on this rank, once. For rank 0: whether it is so on any; False for the others."""
+        """Tell rank 0, once, that ``what`` holds on this rank (``here``). Returns, on rank 0, whether it holds on any
+        rank it has heard of; on the others False. Blocks for ``LOOK_SECONDS`` at most."""
         key = f"raised/{what}"
         if here and not self._leads and what not in self._raised:
             with self._asking() as store:
@@ -73,7 +77,8 @@ class Announcements:
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[Ranks | None]:
-        """The job's store, or None while it is left alone. What it does not answer has not been said."""
+        """Yield the job's store, or None while it is left alone. Where it does not answer, the body ends there, and
+        nothing is raised."""
         if time.monotonic() < self._silent_until_seconds:
             yield None
             return

@@ -21,16 +21,16 @@ from asyncckpt.protocols import Attempt
 from asyncckpt.ranks.store import Ranks, retold, told
 from asyncckpt.types import JsonValue, Layout
 
-#: Beyond rank 0's own deadline, until the others take it for lost.
+#: The other ranks wait so much longer than rank 0's own deadline before they take it for lost.
 _GRACE_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """One save among the ranks. ``number`` counts the calls of ``save``, alike on every rank. ``own``: component → the
-    name this rank's own is stored under; ``leads``: the shared ones whose plain values this rank sends. ``replicas``:
-    digests of the tensors that are to be equal on every rank, where that is checked. ``planned``: all ranks planned
-    this save together, so that one which asked for a plan is no reason to give up."""
+    """One save, as this rank takes part in it. ``number`` counts the calls of ``save``, alike on every rank. ``own``:
+    component → the name that this rank's own is stored under; ``leads``: the shared components whose plain values this
+    rank sends. ``replicas``: digests of the tensors that must be equal on every rank, where that is checked.
+    ``planned``: all ranks have planned this save together, so one that asked for a plan does not end it."""
 
     ranks: Ranks
     number: int
@@ -48,12 +48,12 @@ class Party:
         return f"save/{self.number}/outcome"
 
     def replan(self, rank: int) -> str:
-        """Where a rank says that it cannot save without a new plan."""
+        """Return the key under which a rank says that it cannot save without a new plan."""
         return f"save/{self.number}/replan/{rank}"
 
 
 class Follower:
-    """The part of a rank other than 0: it reports what it has written, and learns whether that was published."""
+    """Takes the part of a rank other than 0: reports what it has written, and learns whether that was published."""
 
     def __init__(self, party: Party) -> None:
         self._party = party
@@ -106,7 +106,7 @@ class Follower:
         return error if reason is None else reason
 
     def _reason(self) -> AsyncCkptError | None:
-        """Why rank 0 gave this save up, where it has: the attempt's directory is gone then."""
+        """Return why rank 0 gave this save up, if it has: the attempt's directory is gone then."""
         ranks, key = self._party.ranks, self._party.outcome
         try:
             outcome = ranks.read(key, 10.0, "rank 0") if ranks.there(key) else {}
@@ -116,7 +116,7 @@ class Follower:
 
 
 class Leader:
-    """The part of rank 0: it waits for what the others report, publishes all of it, and tells them."""
+    """Takes the part of rank 0: waits for the others' reports, publishes all of it, and tells them."""
 
     keeps_files = False
 
@@ -158,7 +158,7 @@ class Leader:
         written = save.publish(attempt, contents, files, orders, small, check_lease, read_back)
         self._told = True
         _try_post(party, party.outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
-        if party.number > 1:  # everyone who reported for this one has read that one
+        if party.number > 1:  # a rank that has reported for this save has read the outcome of that one
             party.ranks.forget(replace(party, number=party.number - 2).outcome)
         return written
 
@@ -204,7 +204,7 @@ class Leader:
 
 
 def _odd(body: Mapping[str, Any], draft: Manifest) -> str | None:
-    """What another rank saves, where it is not this."""
+    """Say in words what another rank's report saves, or return None where it saves the same as this rank."""
     if (body["step"], body["kind"]) != (draft.step, draft.kind):
         return f"step {body['step']} ({body['kind']})"
     if body["layout"] != draft.layout:
@@ -213,7 +213,7 @@ def _odd(body: Mapping[str, Any], draft: Manifest) -> str | None:
 
 
 def _report(save: SaveTransaction, party: Party, files: Sequence[FileRecord]) -> dict[str, Any]:
-    """What rank 0 has to know of a rank's part."""
+    """Make the report that tells rank 0 what this rank has written. ``files``: those that it wrote, in whole or part."""
     contents = save.contents
     own = set(party.own.values())
     shards = tuple(shard for shard in contents.layout.shards if shard.component in own)
@@ -238,8 +238,8 @@ def _report(save: SaveTransaction, party: Party, files: Sequence[FileRecord]) ->
 
 
 def _merged(contents: Contents, party: Party, reports: Sequence[Mapping[str, Any]]) -> Contents:
-    """The checkpoint's contents: shared components from whoever leads them, own ones of every rank that differ from
-    rank 0's."""
+    """Merge all reports into the checkpoint's contents: a shared component's values come from the ranks that lead it,
+    and a rank's own component is kept where it differs from rank 0's."""
     own_of_lead = set(party.own.values())
     trees: dict[str, JsonValue] = {}
     aliases: dict[str, dict[str, str]] = {name: {} for name in contents.kinds}
@@ -261,8 +261,8 @@ def _merged(contents: Contents, party: Party, reports: Sequence[Mapping[str, Any
 
 
 def _joined(first: JsonValue, second: JsonValue) -> JsonValue:
-    """The plain values of a component whose parts different ranks hold (pipeline stages): dicts are united, lists of
-    dicts (an optimizer's param groups) entry by entry, lists of names one after the other."""
+    """Join the plain values of a component whose parts different ranks hold (pipeline stages): dicts are united, lists
+    of dicts (an optimizer's param groups) are joined entry by entry, lists of names one after the other."""
     if isinstance(first, dict) and isinstance(second, dict):
         return {
             key: _joined(first[key], second[key]) if key in first and key in second else first.get(key, second.get(key))
@@ -280,7 +280,7 @@ def _joined(first: JsonValue, second: JsonValue) -> JsonValue:
 
 
 def _files(reports: Sequence[Mapping[str, Any]], step: int) -> list[FileRecord]:
-    """Every file with what all ranks wrote of it. Raises ``SaveFailed`` where that is not all of it, exactly once."""
+    """Merge the records of each file. Raises ``SaveFailed`` where the ranks did not write every byte exactly once."""
     found: dict[str, dict[str, Any]] = {}
     for report in reports:
         for row in report["files"]:
@@ -303,7 +303,7 @@ def _files(reports: Sequence[Mapping[str, Any]], step: int) -> list[FileRecord]:
 
 
 def _try_post(party: Party, key: str, body: Any) -> None:
-    """Where the store is gone, so is the job; the others' deadlines end it."""
+    """Post a message if the store still answers. Where it is gone, so is the job, and the others' deadlines end it."""
     try:
         party.ranks.post(key, body)
     except (RuntimeError, AsyncCkptError):

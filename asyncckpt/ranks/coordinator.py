@@ -1,4 +1,4 @@
-"""A checkpointer's part in its job: what the ranks settle on the training thread, beside the saves themselves.
+"""A job settles with the other ranks, on the training thread, everything but the writing itself.
 
 Opening, planning and restoring are settled by everyone; a save that the clock or a signal calls for is announced by
 rank 0 some steps ahead, so that nobody waits for it.
@@ -27,7 +27,7 @@ from asyncckpt.restore.restore import Stages
 from asyncckpt.storage.lease import read_holder
 from asyncckpt.types import ComponentSnapshot
 
-#: A file that another host has just written may take as long to be seen on a network file system.
+#: On a network file system, a file that another host has just written may stay invisible for so long.
 _VISIBLE_SECONDS: Final = 30.0
 #: How long rank 0 stays for ranks that have not closed yet.
 _FAREWELL_SECONDS: Final = 5.0
@@ -35,7 +35,7 @@ _FAREWELL_SECONDS: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A checkpoint that was there when the run was opened; see ``CheckpointInfo``."""
+    """Describes a checkpoint that was there when the run was opened; see ``CheckpointInfo``."""
 
     step: int
     kind: str
@@ -50,7 +50,8 @@ class Known:
 
 
 class Job:
-    """For the training thread."""
+    """Settles things with the other ranks of the job. For the training thread. Calls that need the others wait for them
+    at most ``RankOptions.timeout_seconds``, then raise ``RankLost``."""
 
     def __init__(self, ranks: Ranks, planner: JobPlanner) -> None:
         self.ranks = ranks
@@ -66,8 +67,10 @@ class Job:
         return self.ranks.rank == 0
 
     def open(self, path: str, lead: Callable[[], tuple[str, list[CheckpointInfo]]]) -> list[Known]:
-        """Begin together: rank 0 runs ``lead`` (it takes the lease; its owner and what is there); every rank makes sure
-        that it sees the same directory. Raises on every rank what went wrong on one."""
+        """Open the run on all ranks: rank 0 runs ``lead``, which takes the lease and returns its owner and the
+        checkpoints that are there; every rank makes sure that it sees the same directory, and returns the checkpoints.
+        Blocks for the others. Raises on every rank what went wrong on one, and ``RunPathError`` where a rank sees
+        another directory."""
         body: dict[str, Any] = {}
         own: BaseException | None = None
         if self.leads:
@@ -88,7 +91,8 @@ class Job:
         return [Known(*row) for row in answer["known"]]
 
     def close(self) -> None:
-        """This rank is done. Rank 0 waits a moment for the others: the store they hear from may end with it."""
+        """Tell the others that this rank is done. Rank 0 waits for them a few seconds at most: the store may end with
+        its process. Never raises."""
         with contextlib.suppress(RuntimeError, AsyncCkptError):
             if self.leads:
                 self.ranks.gather("closed", _FAREWELL_SECONDS, "close")
@@ -98,23 +102,25 @@ class Job:
     # -- saves -------------------------------------------------------------------------------------------------------
 
     def next_save(self) -> int:
-        """The number of a call of ``save``: it counts on every rank alike, whatever becomes of the call."""
+        """Count a call of ``save``, and return its number. It is the same on every rank, whatever becomes of the
+        call."""
         self._number += 1
         return self._number
 
     def attempt(self, number: int) -> str:
-        """A save's attempt uuid: rank 0's session and the number, so it never has to be sent."""
+        """Return a save's attempt uuid. It follows from rank 0's session and the number, so it never has to be sent."""
         return hashlib.sha256(f"{self._session}/{number}".encode()).hexdigest()[:32]
 
     def give_up(self, number: int, error: BaseException) -> None:
-        """This rank's call of ``save`` failed before it had begun to write: the others need not wait for it."""
+        """Tell the others that this rank's call of ``save`` failed before it wrote anything: they need not wait for
+        it. Never raises."""
         party = Party(self.ranks, number, {}, frozenset())
         key = party.outcome if self.leads else f"{party.reports}/{self.ranks.rank}"
         with contextlib.suppress(RuntimeError, AsyncCkptError):
             self.ranks.post(key, {"error": told(error)})
 
     def replica_digests(self, components: Sequence[ComponentSnapshot]) -> dict[str, str]:
-        """Digests of the tensors that each rank holds whole. Reads them all, and blocks for as long."""
+        """Digest the tensors that each rank holds whole, by qualified name. Blocks while it reads all of them."""
         digest = digests.get(digests.DEFAULT)
         return {
             f"{component.name}.{piece.spec.name}": digest(_bytes_of(piece.tensor))
@@ -125,7 +131,8 @@ class Job:
         }
 
     def replan(self, number: int) -> str:
-        """Say that this rank cannot save without a new plan; the message that would make waiting for one vain."""
+        """Tell rank 0 that this rank cannot save without a new plan. Returns the key of the save's outcome: once that is
+        there, no plan will come."""
         party = Party(self.ranks, number, {}, frozenset())
         if not self.leads:
             self.ranks.post(party.replan(self.ranks.rank), True)
@@ -137,14 +144,14 @@ class Job:
         return self._replanned == number
 
     def any_rank(self, what: str, here: bool) -> bool:
-        """Whether it is so on some rank. Blocks for two messages."""
+        """Whether ``here`` is true on some rank. Every rank has to call; blocks until all have."""
         return any(self.ranks.agree(what, here))
 
     # -- together ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run the body on all ranks; what goes wrong on one is raised on all."""
+        """Run the body on all ranks, and wait until all have; an error on one is raised on all."""
         error: BaseException | None = None
         try:
             yield
@@ -158,7 +165,7 @@ class Job:
                 raise retold(body, f"rank {rank}")
 
     def candidates(self, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Rank 0's list of checkpoints, on every rank."""
+        """Return rank 0's list of checkpoints, on every rank; one that this rank does not see has ``damage``."""
         rows = [[e.step, e.name, e.kind, e.damage] for e in entries]
         here = {entry.name: entry for entry in entries}
         found: list[CheckpointInfo] = []
@@ -174,7 +181,7 @@ class Job:
 
 
 class RestoreStages(Stages):
-    """All ranks restore one checkpoint, stage by stage."""
+    """Makes all ranks restore one checkpoint together, stage by stage."""
 
     def __init__(self, job: Job) -> None:
         self._job = job

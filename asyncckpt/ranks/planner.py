@@ -1,7 +1,7 @@
-"""One layout for all ranks of a job: agreed once, then kept for as long as every rank's names and shapes stay the same.
+"""All ranks of a job agree on one layout, and keep it for as long as every rank's names and shapes stay the same.
 
-Each rank describes what it holds. Where all descriptions are equal (DDP, FSDP), their digests are all that travels;
-where they are not (pipeline stages, experts), each distinct one does, and every rank merges them in the same order.
+Each rank describes what it holds. Where all descriptions are equal (DDP, FSDP), only their digests are sent; where
+they are not (pipeline stages, experts), each distinct one is sent once, and every rank merges them in the same order.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from asyncckpt.ranks.store import Ranks
 from asyncckpt.state.rank_names import rank_name
 from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, Snapshot, TensorSpec
 
-#: What a rank tells about a component: kind, digest of the entries.
+#: A rank describes a component by its kind and the digest of its table.
 _Digest = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Agreed:
-    """What all ranks know. ``kinds``: of the shared components. ``leads``: those whose plain values this rank sends,
-    being the first to hold what it holds of them. ``whole``: numbers among this rank's shared pieces that are gathered,
-    in this order on all ranks, and whether this rank keeps the tensor."""
+    """Holds what all ranks have agreed on, as this rank sees it. ``kinds``: the shared components' kinds, by name.
+    ``leads``: the components whose plain values this rank sends: it is the first of the ranks that hold the same parts
+    of them. ``whole``: the indexes, among this rank's shared pieces, of those to gather, in the same order on all
+    ranks, each with whether this rank keeps the tensor."""
 
     layout: Layout
     kinds: Mapping[str, str]
@@ -48,13 +49,14 @@ class JobPlanner:
         self._format = shard_format
         self._codec = codec
         self._options = options
-        #: By what ``plan_key`` gives: compared, which costs little, as its parts are the same objects each time.
+        #: Pairs of ``plan_key`` and what was agreed. Comparing keys is cheap: their parts are the same objects each time.
         self._kept: deque[tuple[Any, Agreed]] = deque(maxlen=8)
 
     def plan(self, snapshot: Snapshot, key: str, unless: str | None = None, *, gather: bool = True) -> Planned:
-        """The plan of a save. Blocks, until all ranks have called with the same ``key``, where this rank's names or
-        shapes are new; ``unless``: see ``Ranks.agree``. Where a shard has to be written whole, gathers its tensors.
-        Raises ``RanksDisagree``, ``RankLost``, ``PlanChanged``, ``UnsupportedValue``."""
+        """Plan a save. Where this rank's names or shapes are new, blocks until all ranks have called with the same
+        ``key``; ``unless``: see ``Ranks.agree``. Where a shard has to be written whole, and with ``gather``, gathers
+        its tensors: a collective of the training's own communication. Raises ``RanksDisagree``, ``RankLost``,
+        ``PlanChanged``, ``UnsupportedValue``."""
         shared = [component for component in snapshot.components if component.shared]
         agreed = self._agreed(shared, key, unless)
         pieces = [piece for component in shared for piece in component.pieces]
@@ -85,11 +87,11 @@ class JobPlanner:
         return Planned(snapshot.step, pieces, layout, components, own, agreed.leads)
 
     def known(self, snapshot: Snapshot) -> bool:
-        """Whether ``plan`` would not have to ask the other ranks."""
+        """Whether ``plan`` can do without asking the other ranks."""
         return self._find(plan_key([component for component in snapshot.components if component.shared])) is not None
 
     def forget(self) -> None:
-        """Ask the other ranks at the next save, whatever it holds."""
+        """Forget all plans: the next save asks the other ranks, whatever it holds."""
         self._kept.clear()
 
     def _agreed(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
@@ -165,8 +167,8 @@ class _Component:
 
 
 def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
-    """What has to be the same for a plan to be good for another save; cheap to compare, as ``Rows`` and specs are the
-    same objects at every save of one state."""
+    """Return what two saves must have in common to share a plan. Cheap to compare: ``Rows`` and specs are the same
+    objects at every save of one state."""
     return [
         (c.name, c.kind, [p.spec for p in c.pieces], [p.rows for p in c.pieces], [p.span for p in c.pieces])
         for c in shared
@@ -174,8 +176,8 @@ def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
 
 
 def _table(component: ComponentSnapshot) -> Any:
-    """``{"rows": [[bounds, holders], …], "tensors": [[name, dtype, shape, nbytes, frozen, rows, span], …]}``: ``rows``
-    is a number in the list, -1 where the whole tensor is here."""
+    """Describe a component for the other ranks: ``{"rows": [[bounds, holders], …], "tensors": [[name, dtype, shape,
+    nbytes, frozen, rows, span], …]}``. A tensor's ``rows`` is an index into the list, -1 where all of it is here."""
     numbers: dict[int, int] = {}
     rows: list[Any] = []
     tensors: list[Any] = []
@@ -195,7 +197,7 @@ def _digest(table: Any) -> str:
 
 
 def _leaders(digests: Sequence[Mapping[str, _Digest]]) -> dict[tuple[str, str], list[int]]:
-    """(component, digest) → the ranks that described it so, the first of them its leader."""
+    """Map (component, digest) to the ranks that described it so; the first of them is its leader."""
     found: dict[tuple[str, str], list[int]] = {}
     for rank, body in enumerate(digests):
         for name, (_, digest) in body.items():
@@ -208,7 +210,7 @@ def _merge(
     leaders: Mapping[tuple[str, str], Sequence[int]],
     tables: Mapping[str, Any],
 ) -> dict[str, _Component]:
-    """The components of all ranks together. Raises ``RanksDisagree``."""
+    """Merge the components of all ranks. ``tables``: by digest. Raises ``RanksDisagree`` where they contradict."""
     kinds: dict[str, str] = {}
     wholes: dict[str, dict[str, list[int]]] = {}  # tensors that are held whole → by which ranks
     spans: dict[str, dict[str, dict[tuple[int, int], list[int]]]] = {}
@@ -254,8 +256,8 @@ def _merge(
 
 
 def _united(first: Rows, second: Rows) -> Rows:
-    """What two groups of ranks hold, each of the whole tensor (fully_shard on one dimension of a mesh, say). Where they
-    have cut it differently, the first group's parts are written."""
+    """Unite what two groups of ranks hold, each of which holds the whole tensor (fully_shard on one dimension of a mesh,
+    say). Where they have cut it differently, the first group's parts are written."""
     if first.bounds != second.bounds or first.holders == second.holders:
         return first
     pairs = zip(first.holders, second.holders, strict=True)

@@ -1,8 +1,8 @@
-"""How the ranks of a job find each other in a store that may hold the messages of a job before it.
+"""The ranks of a job find each other in a store that may still hold messages of earlier processes.
 
-torchrun's store outlives its workers: what they left is still there when they are started again, under the same keys,
-and every rank counts from the beginning. So nothing is believed that does not answer to something of this process:
-each rank leaves a random word, rank 0 lists them, and a rank takes the list for true that has its word in it.
+torchrun's store outlives its workers: after a restart their messages are still there, under the same keys, and every
+rank counts from the beginning. So a rank believes only answers to something that this process made up: each rank posts
+a random word, rank 0 posts the list of them, and a rank believes a list that has its own word in it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from asyncckpt.errors import RankLost
 
 _PAUSE_SECONDS: Final = 0.002
 _LONGEST_PAUSE_SECONDS: Final = 0.1
-#: Beyond rank 0's own patience: to hear from it whom it misses.
+#: The other ranks wait so much longer than rank 0, to hear from it which ranks are missing.
 _GRACE_SECONDS: Final = 10.0
 _Found = TypeVar("_Found")
 
 
 class Messages(Protocol):
-    """A store's calls, each of which blocks for one round trip."""
+    """Declares the store's calls, each of which blocks for one round trip."""
 
     def set(self, key: str, value: bytes) -> None: ...
 
@@ -35,9 +35,9 @@ class Messages(Protocol):
 
 
 def meet(messages: Messages, rank: int, size: int, timeout_seconds: float) -> str:
-    """A name for what these processes do together, the same on all of them, that no processes before them had.
+    """Agree on a name for this group of processes: the same on all of them, and never used by earlier ones.
 
-    Blocks until all ranks have called. Raises ``RankLost`` naming those that have not, after the timeout.
+    Blocks until all ranks have called. After the timeout, raises ``RankLost`` naming those that have not.
     """
     return _lead(messages, size, timeout_seconds) if rank == 0 else _follow(messages, rank, timeout_seconds)
 
@@ -75,7 +75,7 @@ def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
             missing.update(absent)
             return None
         before = dict(words)
-        for rank in missing or others:  # whoever has not answered may have left the word of a process before it
+        for rank in missing or others:  # the word of a rank that has not answered may be an earlier process's
             words[rank] = messages.get(f"here/{rank}").decode()
         if words != before:
             body = {"session": session, "words": {str(rank): word for rank, word in words.items()}}
@@ -105,7 +105,7 @@ def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
 
 
 def _absent(messages: Messages, kind: str, ranks: Collection[int]) -> set[int]:
-    """Of whom there is no such message; all at once where all are there."""
+    """Return the ranks that have posted no such message. Costs one round trip where all have."""
     if messages.check([f"{kind}/{rank}" for rank in ranks]):
         return set()
     return {rank for rank in ranks if not messages.check([f"{kind}/{rank}"])}

@@ -1,7 +1,7 @@
-"""The ranks of a job and what they tell each other, through the store that ``torch.distributed`` runs on.
+"""The ranks of a job talk through the store that ``torch.distributed`` runs on.
 
 Nothing here is a collective on a device, so nothing waits for, or disturbs, the training's own communication. In steady
-state a save costs each rank one message (its report) and one reading (the outcome), both in the background.
+state a save costs each rank one message (its report) and one read (of the outcome), both in the background.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from asyncckpt.state.dtensor import job_size
 
 _SHORTEST_PAUSE_SECONDS: Final = 0.001
 _LONGEST_PAUSE_SECONDS: Final = 0.1
-#: From one look to the next, of the time waited so far: nobody learns of an answer much later, in proportion, than it
-#: came.
+#: A rank that waits looks again after this fraction of the time waited so far: it learns of an answer at most that
+#: much too late.
 _LATENESS: Final = 0.03
-#: Looks a second that all ranks together may ask of the store.
+#: All ranks together look at the store at most so many times a second.
 _LOOKS_A_SECOND: Final = 10_000
-#: Who waits longer than this looks at one rank after the other, and asks whether waiting is vain.
+#: After this long, rank 0 looks at each missing rank by itself, and asks whether it still has to wait.
 _A_WHILE_SECONDS: Final = 0.4
 #: A report is a list of digests: this is ten million of them.
 _MAX_MESSAGE_BYTES: Final = 1 << 30
@@ -41,10 +41,12 @@ _MAX_MESSAGE_BYTES: Final = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankOptions:
-    """``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
-    ``resume`` fails); also how long any call waits for the job's store where that does not answer. Ranks on a busy file
-    system may lie far apart. ``check_replicas``: before each save, on the training thread, digest what every rank holds
-    a copy of; where copies differ the save fails and names them. Raises ``InvalidOption``."""
+    """Says how the ranks of a job deal with each other.
+
+    ``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
+    ``resume`` fails); a call also waits so long for a job's store that does not answer. On a busy file system, ranks
+    may be far apart. ``check_replicas``: before each save, on the training thread, digest the tensors that every rank
+    holds a copy of; where copies differ the save fails and names them. Raises ``InvalidOption``."""
 
     timeout_seconds: float = 300.0
     check_replicas: bool = False
@@ -59,7 +61,7 @@ _instances_lock = threading.Lock()
 
 
 class Ranks:
-    """All ranks of the job, for one ``Checkpointer``. Thread-safe; each thread that waits has a connection of its own.
+    """Reaches all ranks of the job, for one ``Checkpointer``. Thread-safe; each thread has a connection of its own.
 
     Every rank has to make its checkpointers for one path in the same order.
     """
@@ -75,8 +77,8 @@ class Ranks:
 
     @classmethod
     def of_job(cls, path: str, options: RankOptions) -> Ranks | None:
-        """The ranks of this process's job; None where it is alone. Blocks until all of them have called; raises
-        ``RankLost``."""
+        """Find the ranks of this process's job; None where it is alone. Blocks until all of them have called. Raises
+        ``RankLost`` after the timeout."""
         if job_size() == 1:
             return None
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
@@ -90,22 +92,25 @@ class Ranks:
         return cls(PrefixStore(session, store), rank, size, options)
 
     def with_options(self, options: RankOptions) -> Ranks:
-        """The same ranks, over connections of their own."""
+        """Return the same ranks with other options, over connections of their own."""
         return Ranks(self._store, self.rank, self.size, options)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def post(self, key: str, body: Any) -> None:
-        """Leave a message for whoever reads it. Blocks for one round trip."""
+        """Leave a message under ``key``. ``body``: anything that JSON has. Blocks for one round trip. Raises
+        ``RankLost`` where the store does not answer."""
         self._connection().set(key, _packed(body))
 
     def there(self, key: str) -> bool:
-        """Whether somebody has posted this. Blocks for one round trip."""
+        """Whether there is a message under ``key``. Blocks for one round trip. Raises ``RankLost`` where the store does
+        not answer."""
         return bool(self._connection().check([key]))
 
     def read(self, key: str, timeout_seconds: float, whose: str, unless: str | None = None) -> Any:
-        """The message under ``key``, once it is there. Raises ``RankLost`` naming ``whose`` it is after the timeout,
-        or where the store is gone (with the process that ran it), and ``PlanChanged`` once ``unless`` is there."""
+        """Block until there is a message under ``key``, and return it. Raises ``RankLost``, naming ``whose`` message it
+        is, after the timeout or where the store is gone (with the process that ran it), and ``PlanChanged`` once there
+        is a message under ``unless``."""
         store = self._connection()
         began = time.monotonic()
         while not _checked(store, [key], whose):
@@ -125,11 +130,12 @@ class Ranks:
         given_up: Callable[[int, Any], bool] = lambda _rank, _body: False,
         excused: Callable[[int], bool] = lambda _rank: False,
     ) -> list[Any]:
-        """For rank 0: what every other rank posted under ``key/<rank>``, by rank (None for rank 0 itself).
+        """Block until every other rank has posted under ``key/<rank>``, and return the messages by rank (None for rank
+        0). For rank 0.
 
-        Returns early, with None for those that are missing, as soon as ``given_up(rank, body)`` is true for one, or
-        ``excused(rank)`` for one that has posted nothing for a while.
-        Raises ``RankLost`` naming the missing ranks after the timeout.
+        Returns early, with None for ranks that are missing, as soon as ``given_up(rank, body)`` is true for a message,
+        or, after a while, ``excused(rank)`` for a rank that has posted none. Raises ``RankLost`` naming the missing
+        ranks, and ``what`` they did not do, after the timeout.
         """
         store = self._connection()
         found: list[Any] = [None] * self.size
@@ -138,7 +144,7 @@ class Ranks:
         while missing:
             waited = time.monotonic() - began
             late = waited >= _A_WHILE_SECONDS
-            # all at once where all are there, which is the rule; else one by one, for an early word of trouble
+            # asked for all at once, as all usually are there; later one by one, so that a failure is heard of early
             ready = missing if _checked(store, [f"{key}/{rank}" for rank in missing], "the job's store") else set()
             if not ready and late:
                 ready = {rank for rank in missing if store.check([f"{key}/{rank}"])}
@@ -159,7 +165,7 @@ class Ranks:
         return found
 
     def _pause(self, waited_seconds: float) -> None:
-        """Between two looks at the store."""
+        """Sleep between two looks at the store: the longer, the longer the rank has waited."""
         shortest = max(_SHORTEST_PAUSE_SECONDS, self.size / _LOOKS_A_SECOND)
         time.sleep(min(_LONGEST_PAUSE_SECONDS, max(shortest, _LATENESS * waited_seconds)))
 
@@ -171,11 +177,12 @@ class Ranks:
                 store.delete_key(key)
 
     def agree(self, what: str, body: Any, *, key: str | None = None, unless: str | None = None) -> list[Any]:
-        """Everyone's ``body``, by rank, on every rank; blocks until all have called. Raises ``RankLost``.
+        """Exchange ``body`` among all ranks: blocks until all have called, and returns everyone's, by rank, on every
+        rank. Raises ``RankLost``.
 
-        For what happens now and then on the training thread: opening, planning, restoring. ``key`` tells this call from
-        others of its kind (default: their number); ``unless`` is a message that makes waiting vain: then it raises
-        ``PlanChanged``.
+        For what happens now and then on the training thread: opening, planning, restoring. ``key`` names this call
+        among others for the same ``what`` (default: a count of them). Once there is a message under ``unless``, ranks
+        other than 0 wait no longer and raise ``PlanChanged``.
         """
         number = -1
         if key is None:
@@ -199,7 +206,8 @@ class Ranks:
         return bodies
 
     def _connection(self) -> _Connection:
-        """A store blocks everyone on its connection while one waits: each thread has its own."""
+        """Return this thread's connection: a store answers the calls on one connection one after the other, so threads
+        that shared it would wait for each other."""
         store: _Connection | None = getattr(self._local, "store", None)
         if store is None:
             store = self._local.store = _Connection(self._store, self.options.timeout_seconds)
@@ -207,9 +215,11 @@ class Ranks:
 
 
 class _Connection:
-    """A connection to the job's store, of which every call ends: one whose process was stopped, or whose host is gone,
-    never answers, and torch waits for it whatever timeout it was given. Calls run on a thread of their own, which is
-    given up with the connection. All of them raise ``RankLost`` where the store does not answer or is gone."""
+    """A connection to the job's store on which every call ends.
+
+    A store whose process was stopped, or whose host is gone, never answers, and torch waits for it whatever timeout it
+    was given. So calls run on a thread of their own, which is given up with the connection. They raise ``RankLost``
+    where the store does not answer in time or is gone."""
 
     def __init__(self, store: Any, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
@@ -283,12 +293,13 @@ def _unpacked(data: bytes) -> Any:
 
 
 def told(error: BaseException) -> dict[str, str]:
-    """An error as a message."""
+    """Return an error as a message; ``retold`` is the inverse."""
     return {"type": type(error).__name__, "message": str(error)}
 
 
 def retold(body: Mapping[str, str], who: str = "") -> AsyncCkptError:
-    """Another rank's error, as this rank raises it: of the same type where that is one of this library's."""
+    """Make the error that this rank raises of another rank's message: of the same type where that is one of this
+    library's, else ``SaveFailed``."""
     message = f"{who}: {body['message']}" if who else body["message"]
     kind = getattr(errors, body["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, AsyncCkptError)):

@@ -1,4 +1,4 @@
-"""Copies of tensors' bytes into the arena: the only code that touches tensor memory on the way out."""
+"""Copies tensors' bytes into the arena: the only code that touches tensor memory on the way out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.tensor_bytes import _copy_strided, _libc, is_plain
 from asyncckpt.types import LEAD_BYTES, Extent, Piece, Segment
 
-#: Below this, neighbours are copied in one call: every call that gives the GIL up may wait for it afterwards, and
+#: Smaller neighbours are copied in one call: a call that gives the GIL up may have to wait for it afterwards, and
 #: twenty thousand such waits would cost more than the copies.
 _BATCH_BELOW_BYTES = 256 << 10
 
@@ -50,7 +50,7 @@ def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Sl
 
 
 def host_writes(pieces: Sequence[Piece], extent: Extent) -> bool:
-    """Whether the host itself writes into the slot of an extent, now: headers, padding, and tensors that it holds."""
+    """Whether the host itself writes into the slot while this extent is staged: a header, padding, or CPU tensors."""
     if extent.header or extent.item_bytes or not extent.segments:
         return True
     last = extent.segments[-1]
@@ -59,7 +59,7 @@ def host_writes(pieces: Sequence[Piece], extent: Extent) -> bool:
 
 
 def can_split(pieces: Sequence[Piece], extent: Extent) -> bool:
-    """Whether a chunk can be split into planes where its tensor is."""
+    """Whether a chunk can be split into byte planes on its tensor's device."""
     nbytes = extent.nbytes - LEAD_BYTES
     if extent.item_bytes < 2 or nbytes < MIN_PLANES_CHUNK_BYTES or nbytes % extent.item_bytes:
         return False
@@ -81,7 +81,7 @@ def copy_planes(pieces: Sequence[Piece], extent: Extent, slot: Slot) -> None:
 
 
 def fill_rest(slot: Slot, extent: Extent) -> None:
-    """Zeros after an extent's last segment: what a chunk at an array's edge is padded with. Done on return."""
+    """Write zeros after an extent's last segment, which pad a chunk at an array's edge. Done on return."""
     if extent.segments:
         last = extent.segments[-1]
         end = last.extent_offset + last.nbytes

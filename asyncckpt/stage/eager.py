@@ -1,4 +1,4 @@
-"""Which tensors of a snapshot may be copied while training goes on: those whose memory a watched optimizer owns."""
+"""Decides which tensors may be copied while training goes on: those whose memory a watched optimizer owns."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CLONE_TOTAL_BYTES = 16 << 20
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    """Identities of the memory blocks behind tensors; of a DTensor, behind the part that is here."""
+    """Return the addresses of the memory blocks behind the tensors; for a DTensor, behind the part that is here."""
     return {getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses from the first byte of a tensor to behind its last one."""
+    """Return the address of a tensor's first byte, and the one behind its last byte."""
     begin = tensor.data_ptr()
     if tensor.is_contiguous():
         return begin, begin + tensor.numel() * tensor.element_size()
@@ -43,7 +43,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 class OwnedMemory:
-    """The byte ranges that nothing but the update of a watched optimizer changes."""
+    """Collects the byte ranges that nothing but the update of a watched optimizer changes."""
 
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}  # of contiguous tensors, by address
@@ -57,11 +57,11 @@ class OwnedMemory:
                 begin, nbytes = here.data_ptr(), here.nbytes
                 if sizes.get(begin, -1) < nbytes:
                     sizes[begin] = nbytes
-            elif _is_dense(here):  # in the gaps of others lies somebody else's
+            elif _is_dense(here):  # what lies in the gaps of others belongs to somebody else
                 self._others.append(_span(here))
 
     def not_covered(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
-        """The tensors of those pieces that do not lie in owned ranges, whole."""
+        """Return the tensors of those pieces that do not lie wholly in owned ranges."""
         size_at = self._sizes.get
         doubtful = [
             tensor
@@ -76,13 +76,14 @@ class OwnedMemory:
         return [tensor for tensor in doubtful if not _lies_in(*_span(tensor), ranges)]
 
     def _is_apart(self, tensor: torch.Tensor) -> bool:
-        """Whether it is plain to see that nothing owned covers a tensor: it begins where its memory block does."""
+        """Whether nothing owned covers a tensor for sure, because it begins where its memory block does. False says
+        nothing."""
         address = tensor.data_ptr()
         return address not in self._sizes and not self._others and address == _block(tensor)[0] != 0
 
 
 def _lies_in(begin: int, end: int, ranges: Sequence[tuple[int, int]]) -> bool:
-    """Whether one of the ranges, sorted and apart, holds this one, or there is nothing to hold."""
+    """Whether one of the ranges, sorted and disjoint, holds this one; true for an empty one."""
     if begin == end:
         return True
     at = bisect.bisect_right(ranges, begin, key=lambda found: found[0]) - 1
@@ -109,11 +110,12 @@ class Division:
 
 
 def divide(pieces: Sequence[Piece], owned: OwnedMemory) -> Division:
-    """What is copied when. Small pieces that would have to be staged at once are cloned in place instead.
+    """Decide which pieces are copied when. Small pieces that would have to be staged at once are cloned, in ``pieces``
+    itself.
 
-    A piece is deferred only where all of its memory block's pieces lie in owned ranges and none is a frozen parameter,
-    under whatever name: what else lies in a block, as flattened modules have it, may be changed by a write that is
-    wider than one tensor.
+    A piece is deferred only where all pieces in its memory block lie in owned ranges and none of them is a frozen
+    parameter, under whatever name: flattened modules share one block, and one write may change more of it than one
+    tensor.
     """
     ours = [piece for piece in pieces if not piece.private and not piece.spec.frozen]
     frozen = [piece.tensor for piece in pieces if piece.spec.frozen and not piece.private]
@@ -140,7 +142,7 @@ def divide(pieces: Sequence[Piece], owned: OwnedMemory) -> Division:
 
 
 def _block(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses from the first byte of a tensor's memory block to behind its last one."""
+    """Return the address of the first byte of a tensor's memory block, and the one behind its last byte."""
     storage = tensor.untyped_storage()
     begin = storage.data_ptr()
     return begin, begin + storage.nbytes()

@@ -1,4 +1,4 @@
-"""What lies in a staging slot: an extent's bytes, or a chunk as the frame that it would be if stored as it is."""
+"""A staging slot holds an extent's bytes or a chunk's image: the frame that the chunk would be without compression."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from asyncckpt.types import LEAD_BYTES, Extent
 
 
 def slot_bytes(extent: Extent) -> int:
-    """What an extent needs of the arena: its staged bytes, or its frame, if that is larger."""
+    """Return how many bytes of the arena an extent needs: those of its frame if it is a chunk, else its own."""
     return extent.nbytes + FRAME_OVERHEAD_BYTES if extent.item_bytes else extent.lead + extent.nbytes
 
 
 def image_bytes(extent: Extent, slot: Slot) -> int:
-    """The size of what is staged of a chunk, header included: a frame that holds it as it is."""
+    """Return the bytes of a chunk's image, its header included."""
     if not slot.split:
         return extent.nbytes
     nbytes = extent.nbytes - LEAD_BYTES
@@ -30,7 +30,8 @@ def image_bytes(extent: Extent, slot: Slot) -> int:
 
 
 def finish_image(extent: Extent, slot: Slot) -> None:
-    """Make of a staged chunk, with what lies before and after it, the frame that it would be if stored as it is."""
+    """Write the frame header before a staged chunk, and what else a frame needs around it, so that the slot holds the
+    frame of the chunk stored without compression. Does nothing to an extent that is no chunk."""
     if extent.item_bytes:
         image: Array = np.frombuffer(slot.view, np.uint8)
         nbytes = extent.nbytes - LEAD_BYTES
@@ -40,8 +41,8 @@ def finish_image(extent: Extent, slot: Slot) -> None:
 
 
 def content_digest(digest: Digest, extent: Extent, slot: Slot) -> str:
-    """The digest of what is staged. A chunk stored as it is has just these bytes in its file; an extent with cuts has
-    several, one after the other."""
+    """Digest what is staged: a chunk's image, padding included, which is what its file holds if the chunk is stored as
+    it is. An extent with cuts has several digests, joined."""
     if not extent.item_bytes:
         return cut_digest(digest, slot.view[extent.lead : extent.lead + extent.nbytes], extent.cuts)
     found = digest(slot.view[: padded(image_bytes(extent, slot))])
@@ -49,7 +50,7 @@ def content_digest(digest: Digest, extent: Extent, slot: Slot) -> str:
 
 
 def cut_digest(digest: Digest, view: memoryview, cuts: Sequence[int]) -> str:
-    """The digests of the parts of ``view``, joined; see ``records.split_record``."""
+    """Digest the parts of ``view`` between the cuts, and join the digests; see ``records.split_record``."""
     if not cuts:
         return digest(view)
     edges = (0, *cuts, len(view))
@@ -58,8 +59,9 @@ def cut_digest(digest: Digest, view: memoryview, cuts: Sequence[int]) -> str:
 
 @dataclass(slots=True)
 class Frame:
-    """An encoded chunk: the first ``stored`` bytes of ``view``, which is zeros up to a multiple of 4096 and lies in the
-    staging slot or in a buffer of the encoder's. ``unchanged``: it is the staged image."""
+    """An encoded chunk: the first ``stored`` bytes of ``view``, followed by zeros up to a multiple of 4096. ``buffer``:
+    the encoder's buffer that it lies in, None where it lies in the staging slot or in memory of its own.
+    ``unchanged``: it is the staged image."""
 
     view: memoryview
     stored: int
@@ -68,5 +70,5 @@ class Frame:
 
 
 def as_it_is(extent: Extent, slot: Slot) -> Frame:
-    """A staged chunk as a frame, without a codec: where it lies."""
+    """Return a staged chunk as the frame that its slot already holds: no codec, no copy."""
     return Frame(slot.view, image_bytes(extent, slot), None, unchanged=True)

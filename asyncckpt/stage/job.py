@@ -29,7 +29,7 @@ from asyncckpt.types import Extent, Piece
 
 log = logging.getLogger("asyncckpt")
 
-#: Where splitting chunks into planes before the copy is next to free.
+#: On these devices, splitting chunks into planes before the copy costs next to nothing.
 _DEVICES = {"cuda"}
 
 
@@ -40,7 +40,7 @@ class _Work:
 
 
 class StagingJob:
-    """The copies of one save. Thread-safe. ``scope``: of the save; what goes wrong here fails it at once, and nothing
+    """Makes the copies of one save. Thread-safe. ``scope``: the save's; an error here fails it at once, and nothing
     more is copied once it has failed.
 
     ``sink`` gets each extent as its copy is done or enqueued (CUDA copies run on a side stream). With ``digest``,
@@ -89,7 +89,7 @@ class StagingJob:
 
     @property
     def on_device(self) -> bool:
-        """Whether copies run on CUDA streams: then ``done`` means enqueued."""
+        """Whether copies run on CUDA streams; ``done`` then means that all are enqueued."""
         return bool(self._streams)
 
     def stage_now(self, eager: Collection[int], deadline: float | None) -> None:
@@ -116,7 +116,8 @@ class StagingJob:
         self._drop_queue()
 
     def run_in_background(self) -> None:
-        """As ``run``, on a thread that training does not wait for."""
+        """Do the work of ``run`` on a thread that training does not wait for: without deadline, and digesting copies
+        that are made at once."""
         self._work(self._queue, None, None if self._streams else self._digest)
         self._drop_queue()
 
@@ -159,11 +160,13 @@ class StagingJob:
         self._hold_training_back()
 
     def wait(self, timeout: float | None) -> bool:
-        """Block without helping; False when ``timeout`` seconds passed first."""
+        """Block until every copy is done (CUDA: enqueued), without helping; False when ``timeout`` seconds passed
+        first."""
         return self._done.wait(timeout)
 
     def note_stall(self, began_seconds: float, where: str) -> None:
-        """Training has waited for this save since then, by ``time.perf_counter``. For the training thread."""
+        """Record that training has waited for this save since ``began_seconds``, by ``time.perf_counter``. For the
+        training thread. ``where``: for the event."""
         now = time.perf_counter()
         self.stall_seconds += now - began_seconds
         self._events.emit(Stalled(step=self.step, at_seconds=now, seconds=now - began_seconds, where=where))
@@ -173,12 +176,13 @@ class StagingJob:
         self._streams.synchronize()
 
     def forget(self) -> None:
-        """Let go of the tensors, once every copy has run: whoever keeps a ``PendingSave`` must not keep them alive."""
+        """Drop the references to the tensors: whoever keeps a ``PendingSave`` must not keep them alive. Call it once
+        every copy has run, or the save has failed."""
         self._pieces = ()
 
     def cancel(self, error: BaseException, *, late: bool = False) -> None:
-        """Give up what is not copied yet, and the save with it. Idempotent. ``late``: also where all copies are
-        enqueued already."""
+        """Fail the save with ``error``, unless all its copies are made or enqueued already; with ``late``, even then.
+        Idempotent."""
         if late or not self._done.is_set():
             self._scope.fail(error)
 
@@ -194,7 +198,7 @@ class StagingJob:
         )
 
     def _hold_training_back(self) -> None:
-        """Have what training enqueues from now on run after the copies."""
+        """Make what training enqueues from now on run after the copies."""
         try:
             self._streams.make_current_wait()
         except Exception as error:

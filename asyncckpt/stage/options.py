@@ -13,12 +13,14 @@ _LEAST_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagingOptions:
-    """``budget_bytes``: host memory that snapshots are staged in; by default the state's size, at most a quarter of the
+    """Says how much host memory staging takes, and what happens where that is full.
+
+    ``budget_bytes``: host memory that snapshots are staged in; by default the state's size, at most a quarter of the
     memory that is free when it is allotted. ``on_busy``: what a save that is due does while earlier saves hold that
     memory: ``wait`` (training stalls), ``skip`` (``step`` returns None; an explicit ``save`` waits) or ``error``
-    (``ArenaBusy``). ``max_in_flight``: the most saves that are not durable at one time. ``stall_timeout_seconds``: the
-    longest the training thread ever waits, for staging or for the storage when a run begins, before the save is given
-    up. Raises ``InvalidOption``."""
+    (``ArenaBusy``). ``max_in_flight``: the most saves that are not durable at one time. ``stall_timeout_seconds``: how
+    long the training thread waits at most for earlier saves, for staging, or for the storage when a run begins, each;
+    then the save is given up. Raises ``InvalidOption``."""
 
     budget_bytes: int | None = None
     on_busy: OnBusy = "wait"

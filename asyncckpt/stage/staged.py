@@ -1,4 +1,4 @@
-"""What staging hands over: one extent in host memory, or on its way there."""
+"""Staging hands over one extent after the other, each in host memory or on its way there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from asyncckpt.memory.arena import Slot
 
 @dataclass(frozen=True, slots=True)
 class StagedExtent:
-    """``index``: the extent's place in the layout. ``slot``: the memory that it is staged in, which whoever takes it
-    gives back to the arena. ``wait_copied``: blocks until its bytes are there (copies of a device run on a side
-    stream). ``digest``: of its content, where it has been taken already; None otherwise."""
+    """An extent in staging memory. ``index``: its position in the layout. ``slot``: the memory, which the receiver
+    gives back to the arena. ``wait_copied``: blocks until the bytes are there (copies from a device run on a side
+    stream). ``digest``: the content digest where it has been taken already, else None."""
 
     index: int
     slot: Slot
@@ -22,7 +22,7 @@ class StagedExtent:
 
 
 class ExtentSink(Protocol):
-    """Where staged extents go."""
+    """Receives staged extents."""
 
     def submit(self, extent: StagedExtent) -> None:
         """Take an extent over, with its memory. Thread-safe; never blocks, never raises."""

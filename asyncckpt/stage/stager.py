@@ -12,8 +12,8 @@ log = logging.getLogger("asyncckpt")
 
 
 class Stager:
-    """The background thread that works on deferred jobs, in the order given. Daemon; made by the first ``submit``,
-    ended by ``close``."""
+    """Works on deferred jobs, in the order given, on one daemon thread, which the first ``submit`` starts and ``close``
+    ends. Neither blocks. For the training thread."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[StagingJob | None] = SimpleQueue()

@@ -1,4 +1,4 @@
-"""Where copies into staging memory run, and how one learns that they have run.
+"""Copies into staging memory run on streams; this makes the streams and tells when the copies have run.
 
 Copies of CPU tensors run at once. Those of CUDA tensors are enqueued on one stream a device, which lives as long as the
 checkpointer: a new stream for each save would have the allocator keep a cache for each.
@@ -18,13 +18,13 @@ from asyncckpt.types import Piece
 
 
 class Copies(Protocol):
-    """How the copies of one save are made. Thread-safe; true where copies are enqueued and run later."""
+    """Makes the copies of one save. Thread-safe. The object is true where copies are enqueued and run later."""
 
     def __bool__(self) -> bool: ...
 
     def enqueue(self, copy: Callable[[], None], after: Sequence[QueuedCopy], queued: list[QueuedCopy]) -> None:
-        """Call ``copy``, which makes the copies or enqueues them so that they run after those in ``after``. What has to
-        be waited for until they have run is added to ``queued``, also where ``copy`` raises half-way."""
+        """Call ``copy``, which makes the copies, or enqueues them so that they run after those in ``after``. Enqueued
+        copies are added to ``queued``, also where ``copy`` raises half-way; wait for them there."""
 
     def make_current_wait(self) -> None:
         """Have whatever training enqueues from now on run after the copies enqueued so far."""
@@ -34,14 +34,15 @@ class Copies(Protocol):
 
 
 class CopyStreams:
-    """The copy streams of one checkpointer, made when a save needs them. Thread-safe."""
+    """Holds the copy streams of one checkpointer, made when a save needs them. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def of(self, pieces: Iterable[Piece]) -> Copies:
-        """The copies of one snapshot, which see its tensors as training has left them when this is called."""
+        """Return the object that makes the copies of one snapshot. They see its tensors as training has left them at
+        this call."""
         devices = {piece.tensor.device for piece in pieces if piece.tensor.device.type == "cuda"}
         make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
         with self._lock:

@@ -13,7 +13,7 @@ _SMALL_FILES_BYTES = 4 << 20
 
 
 class AttemptDirectory:
-    """Made by whichever thread first needs it, once there is room for what is expected of the save. Thread-safe.
+    """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
     ``attempt``: the attempt's uuid. ``shared``: several ranks write into it. ``least_bytes``: room that is needed
     whatever is taken over from the checkpoint before.
@@ -42,11 +42,12 @@ class AttemptDirectory:
 
     @property
     def path(self) -> str:
-        """Where it is; before it is made, the run directory."""
+        """The directory's path; before it is made, that of the run."""
         return self._attempt.path if self._attempt is not None else self._store.path
 
     def open(self) -> Attempt:
-        """The directory. Blocks on the disk the first time. Raises ``NotEnoughSpace``, and what made the save fail."""
+        """Return the directory, and make it the first time. Blocks on the disk. Raises ``NotEnoughSpace``, and what
+        made the save fail."""
         with self._lock:
             if self._attempt is None:
                 self._scope.raise_if_failed()
@@ -56,8 +57,9 @@ class AttemptDirectory:
             return self._attempt
 
     def discard(self, timeout_seconds: float, *, keep: bool) -> bool:
-        """Remove it with all that is in it, or, with ``keep``, only close its files. Of a save that has failed, and of
-        which no write is in the kernel any more; False where it is still being made after so many seconds."""
+        """Remove the directory with all that is in it, or, with ``keep``, only close its files. Call it only for a save
+        that has failed and has no write in the kernel any more. Returns False where another thread is still making the
+        directory after ``timeout_seconds``."""
         if not self._lock.acquire(timeout=max(0.0, timeout_seconds)):
             return False
         attempt = self._attempt  # nobody can create files from here on: the save has failed

@@ -1,4 +1,4 @@
-"""Encoding staged chunks, and ``auto``'s decision: compress only while that is no slower than the disk."""
+"""The encoder turns staged chunks into frames; under ``auto`` it compresses only while the disk is not faster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Encoder:
         self.balance = Balance(threads)
         self._changed = threading.Condition()
         self._buffers: list[memoryview] = []
-        #: Buffers there may still be: one for each thread that encodes and some more for frames that wait for the disk.
+        #: How many more buffers may be made: one for each encoding thread, and some for frames that wait for the disk.
         self._left = threads + 3
 
     @property
@@ -36,13 +36,14 @@ class Encoder:
         return isinstance(self.codec, Auto | Planes)
 
     def wanted(self, extent: Extent) -> bool:
-        """Whether this chunk, the next one, should be encoded at all."""
+        """Whether this chunk should be encoded; ask once a chunk, as ``auto`` counts the calls."""
         if isinstance(self.codec, Auto | Planes) and extent.nbytes < MIN_PLANES_CHUNK_BYTES:
             return False
         return not isinstance(self.codec, Auto) or self.balance.worth()
 
     def encode(self, extent: Extent, slot: Slot) -> Frame:
-        """The frame of a staged chunk. Give its buffer back with ``release`` once it is written."""
+        """Encode a staged chunk and return its frame. Blocks while no buffer is free. Give the frame's buffer back with
+        ``release`` once it is written."""
         image: Array = np.frombuffer(slot.view, np.uint8)
         nbytes = extent.nbytes - LEAD_BYTES
         buffer = self._acquire(padded(slot_bytes(extent)))
@@ -81,13 +82,14 @@ class Encoder:
                 self._changed.notify()
 
     def give_up(self, count: int) -> None:
-        """As many buffers may never come back: there may be as many others."""
+        """Allow ``count`` new buffers for those that stuck threads hold and may never give back."""
         with self._changed:
             self._left += count
             self._changed.notify_all()
 
     def _acquire(self, nbytes: int) -> memoryview:
-        """Blocks while the disk is behind: whoever writes never waits for whoever encodes."""
+        """Return a buffer of at least ``nbytes``. Blocks while the disk is behind and all are in use; a thread that
+        writes never comes here, so one is given back in the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._buffers or self._left)
             for number, buffer in enumerate(self._buffers):

@@ -10,12 +10,15 @@ from asyncckpt.errors import InvalidOption
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WriterOptions:
-    """``threads``: writers that hash, encode and write. ``direct``: O_DIRECT where the file system has it. ``digest``:
-    what bytes are proven by: ``xxh3-128`` (default), ``crc32c``, ``sha256``, or ``blake3`` (extra
-    ``hashes``). ``reuse_unchanged``: files whose bytes equal the previous checkpoint's are linked,
-    not written (frozen parameters get files of their own); every checkpoint stays complete by itself. ``read_back``:
-    read every byte back past the page cache and compare digests before publishing. ``durable_timeout_seconds``: after
-    this a save that is not durable is given up (hung storage). Raises ``InvalidOption`` and ``UnknownName``."""
+    """Says how saves are written.
+
+    ``threads``: how many threads hash and write, and how many encode. ``direct``: write with O_DIRECT where the file
+    system has it. ``digest``: the algorithm that proves the bytes: ``xxh3-128`` (default), ``crc32c``, ``sha256``, or
+    ``blake3`` (extra ``hashes``). ``reuse_unchanged``: link files whose bytes equal the previous checkpoint's instead
+    of writing them (frozen parameters get files of their own); every checkpoint stays complete by itself.
+    ``read_back``: read every byte back past the page cache and compare digests before publishing.
+    ``durable_timeout_seconds``: give a save up that is not durable so long after it was asked for (hung storage).
+    Raises ``InvalidOption``, ``UnknownName`` and ``MissingExtra``."""
 
     threads: int = 3
     direct: bool = True

@@ -1,4 +1,4 @@
-"""How far one shard of a save has come, and where its frames go."""
+"""``Progress`` records how far one shard of a save has come, and gives its frames their places in the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from asyncckpt.write.reuse import KnownFile
 
 @dataclass(slots=True)
 class Parked:
-    """An encoded chunk on its way to the disk. ``slot`` is to be released after it, None where it is already."""
+    """An encoded chunk on its way to the disk. ``number``: the chunk's among the shard's extents. ``slot``: the memory
+    to release once it is written, None where that has happened. ``content``: the digest of what was encoded."""
 
     number: int
     slot: Slot | None
@@ -28,10 +29,10 @@ class Parked:
 
 @dataclass(slots=True)
 class Progress:
-    """One shard. ``records`` are its extents by number; ``edges`` what the format adds; ``old`` the previous
-    checkpoint's file that it may be equal to, ``matched`` the extents that are; ``layers`` the files that its chunks
-    are differences to (None: not decided); ``seconds`` the extents' second digests, where one is not enough. Not
-    thread-safe."""
+    """Tracks one shard. ``records`` are its extents by number; ``edges`` those that the format adds; ``old`` is the
+    previous checkpoint's file that it may be equal to, ``matched`` are the extents found equal; ``layers`` are the
+    files that its chunks are differences to (None: not decided); ``seconds`` are the extents' second digests, where
+    one is not enough. Not thread-safe."""
 
     shard: Shard
     first: int
@@ -54,27 +55,28 @@ class Progress:
 
     @property
     def alone(self) -> bool:
-        """Whether the file is one frame and nothing else: then it is not padded."""
+        """Whether the file is one frame and nothing else; such a file is not padded."""
         shard = self.shard
         return len(shard.extents) == 1 and not shard.reserved_bytes and chunks.chunk_count(shard.runs[0].tensor) == 1
 
     @property
     def frozen(self) -> bool:
-        """Whether training changes nothing of it."""
+        """Whether the shard holds only tensors that training does not change."""
         return all(spec.frozen for spec in specs_of(self.shard))
 
     def known(self) -> KnownFile:
-        """The file as the next save compares with it."""
+        """Describe the file as the next save compares with it."""
         seconds = tuple(digest for _, digest in sorted(self.seconds.items()))
         return KnownFile(self.record(), tuple(self.parts()), self.layers or (), seconds)
 
     def equal(self, old: KnownFile, number: int, found: str) -> bool:
-        """Whether an extent, of this content digest, is the old file's."""
+        """Whether extent ``number``, whose content digest is ``found``, has the old file's bytes."""
         record, second = old.ordered[number], self.seconds.get(number)
         return (record.content or record.digest) == found and (second is None or old.seconds[number] == second)
 
     def place(self, item: Parked) -> int:
-        """The offset of a frame; those after it in the layout's order may follow where it was its turn."""
+        """Give a frame its place in the file and return the offset. Where it was the frame's turn, the next one in the
+        layout's order has the turn now."""
         offset = self.cursor
         self.cursor += padded(item.frame.stored)
         self.records[item.number] = ExtentRecord(offset, 0, "")
@@ -83,11 +85,11 @@ class Progress:
         return offset
 
     def extents(self) -> tuple[ExtentRecord, ...]:
-        """Everything in the file, in file order."""
+        """List everything in the file, in file order."""
         return tuple(sorted([*self.parts(), *self.edges], key=lambda extent: extent.offset))
 
     def parts(self) -> list[ExtentRecord]:
-        """The layout's extents, each part of one a record of its own, in its order."""
+        """List the layout's extents in its order, one record for each part between two cuts."""
         return [
             part
             for number, extent in enumerate(self.shard.extents)
@@ -95,11 +97,11 @@ class Progress:
         ]
 
     def ordered(self) -> tuple[ExtentRecord, ...]:
-        """The layout's extents, in its order."""
+        """List the layout's extents in its order, one record each."""
         return tuple(self.records[number] for number in range(len(self.shard.extents)))
 
     def record(self) -> FileRecord:
-        """The file as written."""
+        """Return the manifest's record of the file as written."""
         layers = tuple(layer.name for layer in self.layers or ())
         extents = self.extents()
         order = order_of(extents, self.ordered()) if self.shard.reserved_bytes else ()
@@ -107,7 +109,7 @@ class Progress:
 
 
 def progress_of(layout: Layout) -> list[Progress]:
-    """Of every shard, at its beginning."""
+    """Make the ``Progress`` of every shard, none of it written yet."""
     found: list[Progress] = []
     first = 0
     for shard in layout.shards:
@@ -119,5 +121,5 @@ def progress_of(layout: Layout) -> list[Progress]:
 
 
 def specs_of(shard: Shard) -> list[TensorSpec]:
-    """The tensors that a shard holds, whole or in part."""
+    """List the tensors that a shard holds, whole or in part."""
     return [placement.spec for placement in shard.placements] + [run.tensor.spec for run in shard.runs]

@@ -1,4 +1,4 @@
-"""Where encoded frames wait for their turn in a file, and the memory they wait in."""
+"""The reorder buffer: encoded frames wait in it for their turn in a file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from asyncckpt.stage.image import Frame
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.progress import Parked, Progress
 
-#: Frames that wait for their turn outside the arena.
+#: The most bytes of frames that wait for their turn outside the arena.
 _MAX_SET_ASIDE_BYTES = 256 << 20
 
 
 class Parking:
-    """Gives frames their places, in the layout's order, so that equal states give equal files whoever writes them; one
-    whose turn has not come is parked in its slot.
+    """Gives frames their places in the layout's order, so that equal states give equal files, whichever thread is
+    first. A frame whose turn has not come is parked in its slot.
 
-    So that parked slots can never keep the others from being staged, frames are parked in memory of their own where
-    slots hold much of the arena, and order is given up where that too is much: the manifest says where everything is.
-    ``lock`` guards the progress of the shards. Thread-safe, except ``let_go`` of one item.
+    Parked slots must never keep other extents from being staged. So once they hold a quarter of the arena, frames are
+    parked in memory of their own, and once that is full too, frames are placed out of order: the manifest says where
+    everything is. ``lock`` guards the progress of the shards. Thread-safe, except that an item is released once.
     """
 
     def __init__(self, lock: threading.Lock, encoder: Encoder, arena: Arena) -> None:
@@ -32,7 +32,7 @@ class Parking:
         self._abandoned = False
 
     def place(self, progress: Progress, item: Parked) -> list[tuple[Parked, int]]:
-        """What can be written now, and where."""
+        """Park the frame, or return the frames that can be written now, each with its offset in the file."""
         with self._lock:
             slot = item.slot
             if self._abandoned:
@@ -61,7 +61,7 @@ class Parking:
         return placed
 
     def _set_aside(self, item: Parked) -> Parked:
-        """The frame in memory of its own."""
+        """Copy the frame into memory of its own, and release its slot."""
         frame = item.frame
         nbytes = padded(frame.stored)
         buffer = memoryview(aligned_buffer(nbytes))
@@ -71,13 +71,14 @@ class Parking:
         return Parked(item.number, None, Frame(buffer, frame.stored, None, frame.unchanged), item.content)
 
     def let_go(self, item: Parked) -> None:
-        """Give back the memory a frame lies in."""
+        """Give back the memory that a frame lies in. Call it once an item."""
         self._encoder.release(item.frame.buffer)
         if item.slot is not None:
             self._arena.release(item.slot)
 
     def abandon(self, shards: Sequence[Progress]) -> None:
-        """Give back all that waits in these, and whatever comes after. Idempotent."""
+        """Give back the memory of all frames that wait for these shards, and of every frame placed later.
+        Idempotent."""
         with self._lock:
             self._abandoned = True
             waiting = [item for progress in shards for item in progress.parked.values()]

@@ -1,4 +1,4 @@
-"""The previous checkpoint, as far as the next save can take its files over: what is equal is not written again."""
+"""The next save can take files over from the previous checkpoint: equal ones are not written again."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from asyncckpt.types import Shard
 
 log = logging.getLogger("asyncckpt")
 
-#: Names of checkpoints, newest first, that may be tried: older ones are not worth it.
+#: How many of the newest checkpoints may be tried: older ones are not worth it.
 _REMEMBERED = 4
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
-    """A file of the previous checkpoint; ``ordered`` are its extents in the order of the layout that it was made by
-    (what a format adds around them is only in the record), each part of one a record of its own until ``fitted``.
-    ``seconds``: their second digests (``digests.second``), which only the process that wrote the file knows."""
+    """A file of the previous checkpoint. ``ordered``: its extents in the order of the layout that it was made by,
+    without those that the format adds; until ``fitted``, one record for each part between two cuts. ``bases``: the
+    files that it builds on. ``seconds``: the extents' second digests (``digests.second``), which only the process that
+    wrote the file knows."""
 
     record: FileRecord
     ordered: tuple[ExtentRecord, ...]
@@ -33,11 +34,11 @@ class KnownFile:
 
     @property
     def layers(self) -> tuple[FileRecord, ...]:
-        """The files that together give its data."""
+        """The files whose chunks, XORed, give its data; the file itself is the last."""
         return (*self.bases, self.record)
 
     def fitted(self, shard: Shard) -> KnownFile | None:
-        """This file with its extents as the shard has them; None where it could not be that shard, contents apart."""
+        """Return this file with its extents as the shard has them; None where the two differ in more than contents."""
         if self.record.plan != shard.plan or shard.shared:
             return None
         if shard.floating:
@@ -50,19 +51,19 @@ class KnownFile:
 
 @dataclass(frozen=True, slots=True)
 class Previous:
-    """An open, published checkpoint. The reader keeps retention away from it until the save is done with it."""
+    """An open, published checkpoint. Retention spares it until the reader is closed."""
 
     reader: Reader
     files: Mapping[str, KnownFile]
 
     def candidate(self, shard: Shard) -> KnownFile | None:
-        """The file that could be this shard."""
+        """Return the file that could be equal to this shard, or None."""
         known = self.files.get(shard.file)
         return known.fitted(shard) if known is not None else None
 
 
 def files_of(manifest: Manifest) -> dict[str, KnownFile]:
-    """The files of a checkpoint that another process wrote."""
+    """List the files of a checkpoint that another process wrote, by name."""
     ordered: dict[str, list[ExtentRecord]] = {}
     files = {record.name: record for record in manifest.files}
     for component in manifest.components.values():
@@ -82,7 +83,7 @@ def files_of(manifest: Manifest) -> dict[str, KnownFile]:
 
 
 class ReuseSource:
-    """Of each kind of checkpoint, the newest that can be used, for the next save to take files over from. Thread-safe.
+    """Remembers the newest checkpoints of each kind, from which the next save may take files over. Thread-safe.
 
     ``quarantined``: names of checkpoints that were found damaged.
     """
@@ -91,23 +92,23 @@ class ReuseSource:
         self._store = store
         self._quarantined = quarantined
         self._lock = threading.Lock()
-        #: By kind: names, the newest last, and the files of those that this process has written or read.
+        #: By kind: names, the newest last, each with the files where this process has written them.
         self._known: dict[str, list[tuple[str, Mapping[str, KnownFile] | None]]] = {}
 
     def learn(self, kind: str, name: str, files: Mapping[str, KnownFile] | None = None) -> None:
-        """This one is the newest now. ``files``: what is in it, where that is known already."""
+        """Remember a checkpoint as the newest of its kind. ``files``: its files, where they are known already."""
         with self._lock:
             others = [one for one in self._known.get(kind, ()) if one[0] != name]
             self._known[kind] = [*others, (name, files)][-_REMEMBERED:]
 
     def forget(self, kind: str) -> None:
-        """Take nothing over from any of these: the next save writes everything."""
+        """Forget all checkpoints of that kind: the next save writes everything."""
         with self._lock:
             self._known.pop(kind, None)
 
     def open(self, kind: str) -> Previous | None:
-        """The newest checkpoint of that kind that is still there and was not found damaged. Blocks on the disk. Never
-        raises: without one, everything is written."""
+        """Open the newest checkpoint of that kind that is still there and was not found damaged. Blocks on the disk.
+        Where none can be read it returns None, and everything is written."""
         with self._lock:
             known = list(self._known.get(kind, ()))
         for name, files in reversed(known):

@@ -1,4 +1,4 @@
-"""The shards of one save on their way to disk: digest, compare with the previous checkpoint, encode, place, write.
+"""Takes the shards of one save to the disk: digest, compare with the previous checkpoint, encode, place, write.
 
 A shard whose extents all have the previous checkpoint's content is linked, not written. As long as a shard's extents
 match, none of them is written; from the first that differs on, those that matched are copied over from the previous
@@ -36,8 +36,8 @@ from asyncckpt.write.unchanged import Unchanged
 class ShardPipeline:
     """Takes staged extents from any thread and writes them on the pool's threads. Thread-safe.
 
-    ``scope``: of the save; every error here fails it, and it is notified as extents are done. ``unchanged``: what is
-    taken over from the checkpoint before; ``directory``: where all of it goes.
+    ``scope``: the save's; every error here fails it, and it is notified as extents are done. ``unchanged``: decides
+    what is taken over from the checkpoint before. ``directory``: gets the files.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class ShardPipeline:
         return self._in_flight
 
     def unwritten_bytes(self) -> int:
-        """What will still be taken from the disk (0 where blocks are reserved, written or linked)."""
+        """Estimate the bytes that this save will still take from the disk. A shard counts until its blocks are
+        reserved, or it is linked or seems about to be."""
         return sum(
             progress.shard.nbytes
             for progress in self._shards
@@ -102,18 +103,18 @@ class ShardPipeline:
         self._encoder.give_up(self._pools.replace_stuck(stuck_seconds))
 
     def records(self) -> list[FileRecord]:
-        """The files as written, those they build on included; to be asked once nothing is unfinished."""
+        """List the files as written, those they build on included. Call it once nothing is unfinished."""
         written = [progress.record() for progress in self._shards if progress.shard.extents]
         return (
             written + [layer for progress in self._shards for layer in progress.layers or ()] + self._unchanged.unused
         )
 
     def files(self) -> dict[str, KnownFile]:
-        """The same, for the next save to compare with."""
+        """List the files by name, as the next save compares with them."""
         return {progress.shard.file: progress.known() for progress in self._shards if progress.shard.extents}
 
     def orders(self) -> Mapping[str, list[int]]:
-        """For each file: the position, among its record's extents, of each of its layout's extents."""
+        """List, for each file, the position of each of the layout's extents among those of its record."""
         found: dict[str, list[int]] = {}
         for progress in self._shards:
             index = {extent.offset: at for at, extent in enumerate(progress.extents())}
@@ -121,7 +122,7 @@ class ShardPipeline:
         return found
 
     def linked_bytes(self) -> int:
-        """Bytes of the checkpoint that were taken over without writing them."""
+        """Count the bytes of the checkpoint that were taken over without writing them."""
         whole = sum(progress.nbytes for progress in self._shards if progress.linked)
         layers = [layer for progress in self._shards for layer in progress.layers or ()]
         return whole + sum(layer.nbytes for layer in (*layers, *self._unchanged.unused))
@@ -129,7 +130,7 @@ class ShardPipeline:
     # -- extents -----------------------------------------------------------------------------------------------------
 
     def submit(self, extent: StagedExtent) -> None:
-        """Take a staged extent over. Never blocks."""
+        """Take a staged extent over, with its memory. Never blocks."""
         with self._lock:
             self._in_flight += 1
         shard = self._shards[self._extents[extent.index].shard].shard
@@ -184,7 +185,7 @@ class ShardPipeline:
         verdict = self._unchanged.compare(progress, number, found, self._lock, self._directory)
         if verdict.linked:
             self._done(progress)
-        # what is encoded again waits for a buffer, which only those that write give back: it is not for their threads
+        # encoding waits for a buffer, and only writing threads give buffers back: they must not wait there themselves
         encodes = self._unchanged.differs and progress.shard.floating
         pool = self._pools.encoding if encodes else self._small.pool(progress.shard)
         for copied in verdict.copies:
@@ -192,7 +193,7 @@ class ShardPipeline:
         return verdict.held
 
     def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
-        """Encode a chunk, or not, and write it; the slot is released on the way."""
+        """Encode a chunk if that pays, and write it. Takes the slot over."""
         if self._unchanged.differs or self._encoder.wanted(extent):
             work = functools.partial(self._encode, progress, number, extent, slot, found)
             self._submit(work, self._pools.encoding)
@@ -221,7 +222,7 @@ class ShardPipeline:
         return frame
 
     def _write_all(self, progress: Progress, placed: Sequence[tuple[Parked, int]]) -> None:
-        """Write the first on this thread, and leave the others to any."""
+        """Write the first frame on this thread, and submit the others to the pool."""
         for later in placed[1:]:
             self._submit(functools.partial(self._write_placed, progress, *later), self._small.pool(progress.shard))
         for item, offset in placed[:1]:
@@ -259,10 +260,10 @@ class ShardPipeline:
             self._finish(progress)
 
     def _copy(self, progress: Progress, number: int) -> None:
-        """Write an extent that matched, of a shard that did not, out of the previous checkpoint, verified."""
+        """Write an extent out of the previous checkpoint, verified: the extent matched, but its shard did not."""
         if self._scope.error is not None or progress.old is None:
             return
-        if self._unchanged.differs and progress.shard.floating:  # decoded, and encoded again on the layers it has now
+        if self._unchanged.differs and progress.shard.floating:  # decode, then encode against the layers it has now
             extent = progress.shard.extents[number]
             slot = self._unchanged.image_of(progress, number)
             content = progress.old.ordered[number].content
@@ -287,7 +288,7 @@ class ShardPipeline:
             return progress.writer
 
     def _finish(self, progress: Progress) -> None:
-        """Head, tail, and everything on the disk."""
+        """Write the shard's head and tail, and make the file durable."""
         writer = self._writer(progress)
         end = progress.shard.nbytes
         if progress.shard.floating:

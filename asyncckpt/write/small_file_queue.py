@@ -1,5 +1,5 @@
-"""Small shards wait until the large ones are written: an fsync in the midst of large writes takes many times as long as
-one on a quiet device, where several take as long as one (docs/design/006-zarr.md)."""
+"""Small shards wait until the large ones are written: an fsync amid large writes takes many times as long as one on a
+quiet device, and there several at once take no longer than one (docs/design/006-zarr.md)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from asyncckpt.memory.arena import Arena
 from asyncckpt.types import SMALL_SHARD_BYTES, Layout, Shard
 from asyncckpt.write.threads import Pools, WriterPool
 
-#: Where there are no more, they are written by the threads that write everything else, as they come.
+#: So few small shards or fewer do not wait: the threads that write everything else write them as they come.
 _FEW = 16
-#: Of the arena, which must never be full of what waits.
+#: Waiting extents hold at most one part in so many of the arena, which must never be full of them.
 _SHARE = 8
 
 
 class SmallShards:
-    """Where and when the extents of one save's shards are worked on. Thread-safe; never blocks."""
+    """Decides on which threads, and when, the extents of one save's shards are worked on. Thread-safe; never blocks."""
 
     def __init__(self, layout: Layout, pools: Pools, arena: Arena) -> None:
         self._pools = pools
@@ -33,11 +33,12 @@ class SmallShards:
             arena.tell_when_short(self.hold_no_longer)
 
     def pool(self, shard: Shard) -> WriterPool:
-        """The threads that write this one."""
+        """Return the pool whose threads write this shard."""
         return self._pools.small if _is_small(shard) and not self._few else self._pools.writing
 
     def submit(self, shard: Shard, nbytes: int, task: Callable[[], None]) -> None:
-        """Run ``task``, which holds ``nbytes`` of the arena: now, or, for a small shard, when its turn has come."""
+        """Submit ``task``, which holds ``nbytes`` of the arena: now, or, for a small shard, once the large ones are
+        written."""
         with self._lock:
             if self._held is not None and _is_small(shard) and nbytes <= self._room and not self._arena.waiting:
                 self._room -= nbytes
@@ -46,7 +47,7 @@ class SmallShards:
         self.pool(shard).submit(task)
 
     def done(self, shard: Shard) -> None:
-        """This one is durable."""
+        """Count a shard that is durable; after the last large one, start what waits."""
         if _is_small(shard):
             return
         with self._lock:
@@ -56,8 +57,8 @@ class SmallShards:
         self.hold_no_longer()
 
     def hold_no_longer(self) -> None:
-        """Whatever waits has its turn: the large ones are written, memory is short (of whichever save: nobody may wait
-        for what waits here), or the save has failed. Idempotent."""
+        """Start all tasks that wait. Called when the large shards are written, when any save waits for memory (it would
+        wait for the memory held here), or when this save has failed. Idempotent."""
         with self._lock:
             held, self._held = self._held, None
         for task in held or ():

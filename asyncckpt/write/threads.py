@@ -1,4 +1,4 @@
-"""The background threads that hash, encode and write."""
+"""Pools of the background threads that hash, encode and write."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ log = logging.getLogger("asyncckpt")
 
 
 class WriterPool:
-    """Threads that run tasks in order. A task that hangs in the kernel can be abandoned: its thread is replaced, and
-    ends when the kernel lets it go. ``niceness``: how far the threads stand back for training (Linux). Thread-safe."""
+    """Runs tasks on its threads, in the order submitted. A task that hangs in the kernel can be abandoned: its thread
+    is replaced, and ends when the kernel lets it go. ``niceness`` is added to that of the threads, so that training
+    goes first (Linux). Thread-safe."""
 
     def __init__(self, threads: int, name: str = "asyncckpt-writer", *, niceness: int = 0) -> None:
         self._name = name
@@ -38,7 +39,7 @@ class WriterPool:
         self._tasks.put(task)
 
     def replace_stuck(self, stuck_seconds: float) -> int:
-        """Replace threads that have been inside one task for longer than ``stuck_seconds``; how many."""
+        """Replace threads that have been inside one task for longer than ``stuck_seconds``; return how many."""
         now = time.monotonic()
         with self._lock:
             stuck = [
@@ -87,13 +88,13 @@ class WriterPool:
 
 #: Small files written at one time: each is a write and an fsync, which the device can do together.
 _SMALL_THREADS = 8
-#: How far encoding stands back: it is work for the processor, which training may need more.
+#: Encoding is work for the processor, which training may need more.
 _ENCODING_NICENESS = 10
 
 
 class Pools:
-    """The threads of one checkpointer. ``writing``: digests and writes of extents. ``small``: the same of shards that
-    are small, where there are many. ``encoding``: codecs. Threads start with the first task of their pool."""
+    """Holds the thread pools of one checkpointer. ``writing`` digests and writes extents; ``small`` does it for small
+    shards, where there are many; ``encoding`` runs codecs. Threads start with the first task of their pool."""
 
     def __init__(self, threads: int) -> None:
         self.writing = WriterPool(threads)
@@ -101,10 +102,10 @@ class Pools:
         self.encoding = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
 
     def replace_stuck(self, stuck_seconds: float) -> int:
-        """Replace threads that have been inside one task for longer than ``stuck_seconds``; how many."""
+        """Replace threads that have been inside one task for longer than ``stuck_seconds``; return how many."""
         return sum(pool.replace_stuck(stuck_seconds) for pool in (self.writing, self.small, self.encoding))
 
     def close(self) -> None:
-        """End the threads after what was submitted. Does not wait."""
+        """End the threads after the tasks already submitted. Does not wait."""
         for pool in (self.writing, self.small, self.encoding):
             pool.close()

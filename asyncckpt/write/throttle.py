@@ -1,4 +1,4 @@
-"""``auto``'s decision: encode only while that is no slower than the disk."""
+"""The codec ``auto`` encodes only while that is no slower than the disk; this measures and decides."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: The rate of the disk is taken anew after this many bytes.
+#: The disk's rate is measured anew after this many bytes.
 _WINDOW_BYTES = 32 << 20
-#: Writes that overlap at least this much on average show what the disk can do; fewer show what it was asked for.
+#: So many writes at one time, on average, show what the disk can do; fewer only show what was asked of it.
 _BUSY_WRITES = 1.5
-#: While chunks are stored as they are, one in so many is encoded, to know what the codec would do now.
+#: While chunks are stored as they are, one in so many is encoded, to measure the codec.
 _PROBE_EVERY = 64
 #: The codec has to be this much faster than the disk: near balance it only warms the processor.
 _MARGIN = 1.1
 
 
 class Balance:
-    """The live ratio of disk to codec speed in one run. Thread-safe; measures, never blocks.
+    """Compares the speeds of disk and codec in one run. Thread-safe; never blocks.
 
     Saving raw takes ``1 / disk`` seconds a byte, saving encoded ``max(1 / (threads x codec), 1 / (ratio x disk))``: so
-    encoding is worth while where all encoding threads together are faster than the disk.
+    encoding pays where all encoding threads together are faster than the disk.
     """
 
     def __init__(self, threads: int) -> None:
@@ -39,7 +39,7 @@ class Balance:
         self._count = 0
 
     def worth(self) -> bool:
-        """Whether the next chunk should be encoded."""
+        """Whether the next chunk should be encoded. Call it once a chunk."""
         with self._lock:
             self._count += 1
             if not self._codec_rate:  # the very first: to know the codec
@@ -50,7 +50,7 @@ class Balance:
             return gains or self._count % _PROBE_EVERY == 0
 
     def encoded(self, nbytes: int, stored: int, seconds: float) -> None:
-        """A chunk was encoded by one thread."""
+        """Record that one thread encoded ``nbytes`` into ``stored`` bytes in so many seconds."""
         with self._lock:
             rate = nbytes / max(seconds, 1e-9)
             first = not self._codec_rate
@@ -59,7 +59,7 @@ class Balance:
 
     @contextmanager
     def writing(self, nbytes: int) -> Iterator[None]:
-        """Around every write."""
+        """Measure the write of ``nbytes`` in the body. Wrap every write in it."""
         self._move(+1)
         try:
             yield

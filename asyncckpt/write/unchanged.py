@@ -1,8 +1,8 @@
-"""What one save takes over from the checkpoint before, instead of writing it.
+"""Decides what one save takes over from the checkpoint before, instead of writing it.
 
 A shard whose extents all have the previous checkpoint's content is linked. As long as a shard's extents match, none of
-them is written; from the first that differs on, those that matched are copied over from the previous checkpoint,
-verified. Where files are saved as differences, chunks are stored as such to the files that they build on.
+them is written; once one differs, those that matched are copied over from the previous checkpoint, verified. Where
+files are saved as differences, a chunk is stored as its difference to the same chunk of the checkpoint before.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from asyncckpt.write.reuse import KnownFile, Previous, ReuseSource
 
 
 class OpensAttempt(Protocol):
-    """Gives the directory that the save is written to, made by whichever thread comes first."""
+    """Opens the directory that the save is written to; whichever thread comes first makes it."""
 
     def open(self) -> Attempt: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``held``: nothing has to be written of the extent for now. ``copies``: the extents that matched before it, which
-    have to be copied now. ``linked``: the whole file has been taken over."""
+    """Says what becomes of an extent. ``held``: nothing of it has to be written for now. ``copies``: the extents that
+    matched before it and have to be copied now. ``linked``: the whole file has been taken over."""
 
     held: bool
     copies: Sequence[int] = ()
@@ -46,9 +46,11 @@ class Verdict:
 
 
 class Unchanged:
-    """Thread-safe. ``source``: the checkpoint before, opened by the first ``begin``; None: everything is written.
-    ``second``: what has to agree before anything is taken over, where ``digest`` alone is too short to decide that.
-    ``chain``: how often in a row a file may be saved as differences to that checkpoint's."""
+    """Compares the extents of one save with the checkpoint before. Thread-safe.
+
+    ``source``: gives that checkpoint to the first ``begin``; None: everything is written. ``second``: a digest that has
+    to agree too before anything is taken over, where ``digest`` alone is too short to decide that. ``chain``: how often
+    in a row a file may be saved as differences."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class Unchanged:
         self._begun = False
         self._previous: Previous | None = None
         self._layer_reader: LayerReader | None = None
-        #: Files that were linked to build on and then were not needed.
+        #: Files that were linked as layers to build on, and then were not needed.
         self.unused: list[FileRecord] = []
 
     @property
@@ -83,7 +85,7 @@ class Unchanged:
         return self._chain > 0
 
     def begin(self) -> None:
-        """Open the checkpoint before, once. Blocks on the disk."""
+        """Open the checkpoint before. Blocks on the disk the first time, and does nothing after it."""
         with self._lock:
             if self._begun:
                 return
@@ -103,19 +105,21 @@ class Unchanged:
                 progress.matching = progress.old is not None
 
     def expected_bytes(self) -> int:
-        """What the disk must have room for: frozen tensors that the previous checkpoint holds are taken to be equal."""
+        """Estimate the bytes that the disk must have room for; frozen tensors that the previous checkpoint holds are
+        assumed equal. Blocks as ``begin`` does."""
         self.begin()
         return sum(progress.shard.nbytes for progress in self._shards if progress.old is None or not progress.frozen)
 
     def note(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> None:
-        """Take the second digest of a staged extent, where one is wanted."""
+        """Take the second digest of a staged extent, if one is wanted."""
         if self._second is not None:
             progress.seconds[number] = content_digest(self._second, extent, slot)
 
     def compare(
         self, progress: Progress, number: int, found: str, lock: threading.Lock, directory: OpensAttempt
     ) -> Verdict:
-        """What becomes of an extent with this content digest. ``lock`` guards the shards' progress."""
+        """Say what becomes of extent ``number``, whose content digest is ``found``. ``lock`` guards the shards'
+        progress. Blocks on the disk where the whole file can be linked."""
         old = progress.old
         if old is None:
             return Verdict(held=False)
@@ -136,7 +140,8 @@ class Unchanged:
         return Verdict(held=False, copies=copies)
 
     def _link(self, progress: Progress, old: KnownFile, lock: threading.Lock, directory: OpensAttempt) -> bool:
-        """Take the whole file over; False where the file system cannot (its extents are then copied)."""
+        """Link the whole file and those it builds on; return False where the file system cannot (its extents are then
+        copied)."""
         previous = self._previous
         if previous is None:
             return False
@@ -159,8 +164,8 @@ class Unchanged:
         return True
 
     def bytes_of(self, progress: Progress, number: int) -> tuple[memoryview, ExtentRecord]:
-        """An extent's bytes out of the previous checkpoint, and its record there. Raises ``CheckpointDamaged`` where
-        they are not what was written."""
+        """Read an extent's bytes out of the previous checkpoint; return them with their record there. Blocks. Raises
+        ``CheckpointDamaged`` where they are not what was written."""
         known, previous = self._known(progress)
         old = known.ordered[number]
         buffer = memoryview(aligned_buffer(old.nbytes))
@@ -172,7 +177,8 @@ class Unchanged:
         return buffer, old
 
     def image_of(self, progress: Progress, number: int) -> Slot:
-        """A chunk out of the previous checkpoint, decoded through the files that it builds on, as if it was staged."""
+        """Read a chunk out of the previous checkpoint, decode it through the files that it builds on, and return it as
+        if it had been staged. Blocks. Raises ``CheckpointDamaged``."""
         known, _ = self._known(progress)
         extent = progress.shard.extents[number]
         buffer = memoryview(aligned_buffer(slot_bytes(extent)))
@@ -189,8 +195,8 @@ class Unchanged:
         return progress.old, self._previous
 
     def layers_of(self, progress: Progress, directory: OpensAttempt) -> tuple[FileRecord, ...]:
-        """The files that this shard's chunks are saved as differences to; they are linked into the checkpoint first.
-        Empty where chunks are stored whole."""
+        """Link the files that this shard's chunks are saved as differences to, the first time, and return them; empty
+        where chunks are stored whole."""
         if not self._chain:
             return ()
         with progress.lock:
@@ -212,13 +218,13 @@ class Unchanged:
             return progress.layers
 
     def subtract(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> None:
-        """Make of a staged chunk its difference to the previous checkpoint's, in place."""
+        """Turn a staged chunk, in place, into its difference (XOR) to the previous checkpoint's. Blocks."""
         if self._layer_reader is not None and progress.old is not None:
             data: Array = np.frombuffer(slot.view, np.uint8)[LEAD_BYTES : extent.nbytes]
             self._layer_reader.add(progress.old.layers, number, data)
 
     def close(self) -> None:
-        """Let go of the previous checkpoint. After the save has ended, whichever way. Idempotent."""
+        """Close the previous checkpoint. Call it once the save has ended, whichever way. Idempotent."""
         previous, self._previous = self._previous, None
         if previous is not None:
             previous.reader.close()
