@@ -1,5 +1,5 @@
-"""The layout says which byte range of which shard each tensor goes to. It is a pure function of the global names, shapes
-and dtypes (and of which tensors are frozen). The formats fill one component's shards; this numbers and keeps them."""
+"""The layout says which byte range of which shard each tensor goes to. It is a pure function of the global names,
+shapes and dtypes (and of which tensors are frozen). The formats fill one component's shards; this numbers and keeps them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def fingerprint(components: Components) -> str:
 
 
 class LayoutCache:
-    """Keeps the latest layouts. In steady state, finding one costs a comparison of objects, not a hash of every name and
-    shape: ``capture`` gives the same ``TensorSpec`` objects save after save. Not thread-safe."""
+    """Keeps the latest layouts. In steady state, finding one costs a comparison of objects, not a hash of every name
+    and shape: ``capture`` gives the same ``TensorSpec`` objects save after save. Not thread-safe."""
 
     def __init__(self, shard_format: ShardFormat, codec: Codec, options: LayoutOptions) -> None:
         self._format = shard_format

@@ -136,8 +136,8 @@ def _spans(lying: Sequence[_Lying], nbytes: int, rank: int) -> Iterator[tuple[in
 def _shares(
     begin: int, end: int, holders: tuple[int, ...], before: int | None, rank: int
 ) -> Generator[tuple[int, int], None, int]:
-    """Yield this rank's share of a stretch that all of ``holders`` hold; return the rank that writes its end. ``before``
-    is the rank that writes the bytes before it."""
+    """Yield this rank's share of a stretch that all of ``holders`` hold; return the rank that writes its end.
+    ``before`` is the rank that writes the bytes before it."""
     count = len(holders)
     if count == 1 or end - begin < _MIN_DIVIDED_BYTES:
         owner = before if before in holders and before is not None else holders[zlib.crc32(b"%d" % begin) % count]

@@ -41,8 +41,8 @@ def divide_by_rank(
     codec: Codec,
     options: LayoutOptions,
 ) -> Division:
-    """Lay out the shards of all ranks; only those of ``rank`` have extents. ``holdings[i]`` is about tensor ``i`` of all
-    components, in their order.
+    """Lay out the shards of all ranks; only those of ``rank`` have extents. ``holdings[i]`` is about tensor ``i`` of
+    all components, in their order.
 
     A part that several ranks hold is written by the one that has least to write so far. Pure.
     """

@@ -131,8 +131,8 @@ class Job:
         }
 
     def replan(self, number: int) -> str:
-        """Tell rank 0 that this rank cannot save without a new plan. Returns the key of the save's outcome: once that is
-        there, no plan will come."""
+        """Tell rank 0 that this rank cannot save without a new plan. Returns the key of the save's outcome: once that
+        is there, no plan will come."""
         party = Party(self.ranks, number, {}, frozenset())
         if not self.leads:
             self.ranks.post(party.replan(self.ranks.rank), True)

@@ -49,7 +49,8 @@ class JobPlanner:
         self._format = shard_format
         self._codec = codec
         self._options = options
-        #: Pairs of ``plan_key`` and what was agreed. Comparing keys is cheap: their parts are the same objects each time.
+        #: Pairs of ``plan_key`` and what was agreed. Comparing keys is cheap: their parts are the same objects every
+        #: time.
         self._kept: deque[tuple[Any, Agreed]] = deque(maxlen=8)
 
     def plan(self, snapshot: Snapshot, key: str, unless: str | None = None, *, gather: bool = True) -> Planned:
@@ -256,8 +257,8 @@ def _merge(
 
 
 def _united(first: Rows, second: Rows) -> Rows:
-    """Unite what two groups of ranks hold, each of which holds the whole tensor (fully_shard on one dimension of a mesh,
-    say). Where they have cut it differently, the first group's parts are written."""
+    """Unite what two groups of ranks hold, each of which holds the whole tensor (fully_shard on one dimension of a
+    mesh, say). Where they have cut it differently, the first group's parts are written."""
     if first.bounds != second.bounds or first.holders == second.holders:
         return first
     pairs = zip(first.holders, second.holders, strict=True)
