@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run of each format, with a tensor of a dtype that zarr lacks."""
     folder = tmp_path_factory.mktemp("runs")
     for name in ("safetensors", "zarr"):
-        with asyncckpt.Checkpointer(folder / name, format=name) as checkpointer:
+        with asyncckpt.Checkpointer(folder / name, files=name) as checkpointer:
             checkpointer.save(1, {"model": nn.Linear(4, 4), "ema": {"w": torch.ones(4, dtype=torch.bfloat16)}}).result()
     return {name: folder / name for name in ("safetensors", "zarr")}
 
@@ -141,7 +141,7 @@ def test_the_zarr_dtypes_load_without_torch_and_without_the_rest_of_this_package
     "use",
     [
         "asyncckpt.Run(run).load_tensors(1)",
-        "asyncckpt.Checkpointer(run + '-2', format='zarr').save(1, {'ema': {'w': torch.ones(4)}}).result()",
+        "asyncckpt.Checkpointer(run + '-2', files='zarr').save(1, {'ema': {'w': torch.ones(4)}}).result()",
     ],
     ids=["read", "written"],
 )

@@ -1,5 +1,6 @@
 """The layout says which byte range of which shard each tensor goes to. It is a pure function of the global names,
-shapes and dtypes (and of which tensors are frozen). The formats fill one component's shards; this numbers and keeps them."""
+shapes and dtypes (and of which tensors are frozen). The formats fill one component's shards; this numbers and keeps
+them."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ def _odd(body: Mapping[str, Any], draft: Manifest) -> str | None:
 
 
 def _report(save: SaveTransaction, party: Party, files: Sequence[FileRecord]) -> dict[str, Any]:
-    """Make the report that tells rank 0 what this rank has written. ``files``: those that it wrote, whole or in part."""
+    """Make the report that tells rank 0 what this rank has written. ``files``: those that it wrote, or a part of."""
     contents = save.contents
     own = set(party.own.values())
     shards = tuple(shard for shard in contents.layout.shards if shard.component in own)

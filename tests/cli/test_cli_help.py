@@ -15,7 +15,7 @@ VERBS = tuple(verb.__name__ for verbs in PANELS.values() for verb in verbs)
 
 
 def _help(*verb: str, width: int = 100) -> str:
-    result = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": str(width), "TERMINAL_WIDTH": str(width)})
+    result = CliRunner().invoke(app, [*verb, "--help"], env={"COLUMNS": str(width)})
     assert result.exit_code == 0
     return re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
 

@@ -123,7 +123,7 @@ def a_forked_child_ends_at_once(root: Path) -> None:
     with Checkpointer(root / "run") as run:
         pending = run.save(1, _state())
         pending.result()
-        with _held(run._committer._changed, run._arena._changed):
+        with _held(run._in_flight._changed, run._committer._lock, run._arena._changed):
             assert _code_of_child(lambda: None) == 0, "the child did not end"
 
 

@@ -424,7 +424,7 @@ def test_an_extent_that_is_being_staged_while_its_save_fails_gives_its_memory_ba
         def fail_meanwhile(*args: Any) -> Slot:
             slot = acquire(*args)
             for flight in run._in_flight.all():
-                flight.save.fail(OSError(errno.EIO, "late"))
+                flight.save.scope.fail(OSError(errno.EIO, "late"))
                 assert isinstance(flight.pending.exception(30), SaveFailed)
             return slot
 

@@ -24,6 +24,8 @@ from support.harness import Crew, Me
 from asyncckpt import Run, VersionUnsupported
 from asyncckpt.manifest.json import FORMAT_VERSION, seal
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 GOLDEN = Path(make.__file__).parent
 EXPECTED: dict[str, dict[str, Any]] = {
     file.stem: json.loads(file.read_text()) for file in sorted(GOLDEN.glob("v*.json"))
