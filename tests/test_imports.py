@@ -161,7 +161,8 @@ def test_who_does_not_use_zarr_does_not_import_it(runs: dict[str, Path], tmp_pat
     script = (
         "import sys, torch, asyncckpt\n"
         "asyncckpt.Run(sys.argv[1]).load_tensors(1)\n"
-        "with asyncckpt.Checkpointer(sys.argv[2], codec='planes') as one: one.save(1, {'w': {'w': torch.ones(4)}})\n"
+        "files = asyncckpt.Safetensors(codec='planes')\n"
+        "with asyncckpt.Checkpointer(sys.argv[2], files=files) as one: one.save(1, {'w': {'w': torch.ones(4)}})\n"
         "assert 'zarr' not in sys.modules"
     )
     run(script, str(runs["safetensors"]), str(tmp_path / "run"))

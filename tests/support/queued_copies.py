@@ -118,7 +118,7 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
 def until_it_failed(run: Checkpointer) -> None:
     """Hand what has been copied on only once the save has failed: its memory is then given back at once."""
     flights = run._in_flight.all()
-    assert until(lambda: all(flight.save.error is not None for flight in flights))
+    assert until(lambda: all(flight.save.scope.error is not None for flight in flights))
 
 
 def a_save_after_one_that_failed(
