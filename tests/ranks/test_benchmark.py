@@ -54,6 +54,7 @@ def test_the_best_variant_of_the_peer_is_compared_with() -> None:
     assert "2.20 s against 1.10 s" in row.measured
 
 
+@pytest.mark.slow
 def test_a_job_runs_on_its_ranks_and_one_that_fails_says_why(tmp_path: Path) -> None:
     (event,) = run_job(Job("replicated", 2), tmp_path, "small")
     assert sum(event["nbytes"]) == pytest.approx(event["state_bytes"], rel=0.01)

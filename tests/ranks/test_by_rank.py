@@ -19,11 +19,11 @@ OPTIONS = {**SIZES, "per_rank": True}
 CASES = [
     (2, "ddp", 3, "fsdp2"),
     (4, "fsdp2", 2, "tp"),
-    (2, "fsdp2", 1, "ddp"),
-    (4, "hsdp", 3, "ddp"),
+    pytest.param((2, "fsdp2", 1, "ddp"), marks=pytest.mark.slow),
+    pytest.param((4, "hsdp", 3, "ddp"), marks=pytest.mark.slow),
     (3, "pp", 4, "fsdp2+tp"),
     (2, "ep", 3, "ep"),
-    (2, "tp", 4, "fsdp2"),
+    pytest.param((2, "tp", 4, "fsdp2"), marks=pytest.mark.slow),
     (3, "shards", 2, "shards"),
 ]
 
