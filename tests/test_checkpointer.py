@@ -508,7 +508,8 @@ def test_a_checkpointer_that_is_done_with_keeps_neither_itself_nor_its_memory(cl
         assert arena() is None, "closed, and its memory is still there"
     del run
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while itself() is not None and time.monotonic() < deadline:  # a thread may be telling it that the save has ended
+    # threads may be telling it that the save has ended, or be on their own way out with the last reference
+    while (itself() is not None or arena() is not None) and time.monotonic() < deadline:
         gc.collect()
     assert itself() is None
     assert arena() is None

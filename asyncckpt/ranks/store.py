@@ -110,11 +110,13 @@ class Ranks:
     def read(self, key: str, timeout_seconds: float, whose: str, unless: str | None = None) -> Any:
         """Block until there is a message under ``key``, and return it. Raises ``RankLost``, naming ``whose`` message it
         is, after the timeout or where the store is gone (with the process that ran it), and ``PlanChanged`` once there
-        is a message under ``unless``."""
+        is a message under ``unless`` and still none under ``key``."""
         store = self._connection()
         began = time.monotonic()
         while not _checked(store, [key], whose):
             if unless is not None and _checked(store, [unless], whose):
+                if _checked(store, [key], whose):  # it came between the two looks, and what came after it was seen
+                    break
                 raise PlanChanged("names or shapes changed on this rank alone; the next save is planned anew")
             waited = time.monotonic() - began
             if waited >= timeout_seconds:

@@ -14,7 +14,7 @@ from support.fault_points import state_of
 from support.harness import Crews, Me
 
 import asyncckpt
-from asyncckpt.errors import RankLost
+from asyncckpt.errors import PlanChanged, RankLost
 from asyncckpt.ranks import rendezvous as meeting
 from asyncckpt.ranks import store as distributed
 from asyncckpt.ranks.rendezvous import meet
@@ -91,3 +91,27 @@ def test_ranks_that_are_started_again_save_and_resume_together(crews: Crews, tmp
     run = asyncckpt.Run(tmp_path / "run")
     assert [entry.step for entry in run.ls()] == [1, 2, 4, 5]
     assert all(run.verify(entry.step) == [] for entry in run.ls())
+
+
+class _Overtaking:
+    """A store where rank 0 answers, and goes on, between two looks of another rank."""
+
+    def __init__(self, answers: bool) -> None:
+        self._messages = _Messages()
+        self._answers = answers
+        self.get, self.set, self.delete_key = self._messages.get, self._messages.set, self._messages.delete_key
+
+    def check(self, keys: list[str]) -> bool:
+        if keys == ["went on"]:
+            if self._answers:
+                self.set("plan/all", distributed._packed({"bodies": ["of 0", "of 1"]}))
+            self.set("went on", b"")
+        return bool(self._messages.check(keys))
+
+
+def test_an_answer_counts_also_where_rank_0_has_gone_on_since() -> None:
+    ranks = distributed.Ranks(_Overtaking(True), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
+    assert ranks.agree("plan", "of 1", key="plan", unless="went on") == ["of 0", "of 1"]
+    alone = distributed.Ranks(_Overtaking(False), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
+    with pytest.raises(PlanChanged, match="on this rank alone"):
+        alone.agree("plan", "of 1", key="plan", unless="went on")
