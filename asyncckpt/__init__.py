@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from asyncckpt.stage.options import StagingOptions
     from asyncckpt.state.markers import Replicated, Shard
     from asyncckpt.state.rng import RngState
-    from asyncckpt.storage.lease import LeaseOptions
+    from asyncckpt.types import LeaseOptions
     from asyncckpt.write.options import WriterOptions
 
     __version__: str
@@ -147,7 +147,7 @@ _HOMES: Final[dict[str, str]] = {
     "Replicated": "asyncckpt.state.markers",
     "Shard": "asyncckpt.state.markers",
     "RngState": "asyncckpt.state.rng",
-    "LeaseOptions": "asyncckpt.storage.lease",
+    "LeaseOptions": "asyncckpt.types",
     "Delta": "asyncckpt.formats.options",
     "Safetensors": "asyncckpt.formats.options",
     "Zarr": "asyncckpt.formats.options",

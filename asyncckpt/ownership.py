@@ -9,18 +9,20 @@ from dataclasses import dataclass, field
 
 from asyncckpt import formats
 from asyncckpt.catalog import names as naming
-from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.codecs import codecs
-from asyncckpt.errors import CheckpointerClosed, SaveAbandoned, storage_errors
+from asyncckpt.commit.publication import take_over
+from asyncckpt.errors import CheckpointerClosed, InvalidOption, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
 from asyncckpt.formats.options import Files
+from asyncckpt.protocols import Capability, Hold, Store
 from asyncckpt.ranks.coordinator import Job, Known, RestoreStages
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankOptions, Ranks
 from asyncckpt.restore import restore as restoring
 from asyncckpt.run import Run
-from asyncckpt.storage.lease import HeldLease, Lease, LeaseOptions
-from asyncckpt.types import LayoutOptions
+from asyncckpt.storage.lease import HeldLease
+from asyncckpt.types import LayoutOptions, LeaseOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +32,15 @@ class RunOptions:
     ``name``: the template of the checkpoints' directories, with ``{step}`` and metrics as fields.
     ``create_parents``: make the parents of the run directory, not its last part alone. ``overwrite``: saving a step
     again replaces it. ``takeover``: cut off a run that holds the directory and cannot be reached. ``lease``: how this
-    run shows that it is alive. Raises ``InvalidOption``."""
+    run shows that it is alive. ``store``: a storage backend of your own, used instead of the one that the path names
+    (a double in tests, say); ``direct`` of ``WriterOptions`` does not reach it. Raises ``InvalidOption``."""
 
     name: str = naming.DEFAULT
     create_parents: bool = False
     overwrite: bool = False
     takeover: bool = False
     lease: LeaseOptions = field(default_factory=LeaseOptions)
+    store: Store | None = None
 
     def __post_init__(self) -> None:
         naming.NameTemplate(self.name)
@@ -57,13 +61,13 @@ class Session(Run):
         layout: LayoutOptions,
         patience_seconds: float,
     ) -> None:
-        super().__init__(path, direct=direct, events=events)
+        super().__init__(path, direct=direct, events=events, store=options.store)
         self._run_options = options
         self._rank_options = ranks
         self._files = files
         self._layout_options = layout
         self._patience_seconds = patience_seconds
-        self._taking_over: Future[tuple[Lease, list[CheckpointInfo]]] | None = None
+        self._taking_over: Future[tuple[Hold, list[CheckpointInfo]]] | None = None
         self._held = HeldLease()
         self._job: Job | None = None
         self._opened = False
@@ -81,7 +85,7 @@ class Session(Run):
         if self._job is None:
             found = list(map(Known.of, self._take_over()[1]))
         else:
-            found = self._job.open(self.path, self._take_over)
+            found = self._job.open(self._store, self._take_over)
         self._learn(found)
         self._opened = True
 
@@ -93,6 +97,11 @@ class Session(Run):
         if self._job is None and self._rank_options is not None:
             ranks = Ranks.of_job(self.path, self._rank_options)
             if ranks is not None:
+                if Capability.SHARED_FILES not in self._store.capabilities and not self._layout_options.by_rank:
+                    raise InvalidOption(
+                        f"{self.path}: this storage has no files that several ranks write into. Let each rank write "
+                        f"its own: files=Safetensors(per_rank=True)"
+                    )
                 shard_format, codec = formats.get(self._files.format), codecs.get(self._files.codec)
                 self._job = Job(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
 
@@ -112,30 +121,33 @@ class Session(Run):
                 f"again, or train into another directory"
             )
         taken, self._taking_over = self._taking_over, None
-        lease, entries = taken.result()
-        self._held.lease = lease
-        return lease.owner, entries
+        hold, entries = taken.result()
+        self._held.hold = hold
+        return hold.owner, entries
 
-    def _take_directory(self, taking_over: Future[tuple[Lease, list[CheckpointInfo]]]) -> None:
-        lease: Lease | None = None
+    def _take_directory(self, taking_over: Future[tuple[Hold, list[CheckpointInfo]]]) -> None:
+        options = self._run_options
+        hold: Hold | None = None
         try:
             with storage_errors(self.path):
-                self._store.prepare(create_parents=self._run_options.create_parents)
-                lease = Lease.acquire(self.path, takeover=self._run_options.takeover, options=self._run_options.lease)
-                self._store.reclaim()
-                Catalog(self._store, self.path).settle_replaced()
-                taking_over.set_result((lease, self.ls()))
+                hold = take_over(
+                    self._store,
+                    create_parents=options.create_parents,
+                    takeover=options.takeover,
+                    options=options.lease,
+                )
+                taking_over.set_result((hold, self.ls()))
         except BaseException as error:
-            if lease is not None:
-                lease.release()
+            if hold is not None:
+                hold.release()
             taking_over.set_exception(error)
 
     def _leave_directory(self) -> None:
         """Give the directory back; in a job, after the other ranks have learnt how the last save ended."""
         if self._opened and self._job is not None:
             self._job.close()
-        if self._held.lease is not None:
-            self._held.lease.release()
+        if self._held.hold is not None:
+            self._held.hold.release()
         if self._taking_over is not None:  # nobody waits for it any more
             self._taking_over.add_done_callback(_give_back)
 
@@ -166,6 +178,6 @@ class Session(Run):
         return self._job.any_rank("gone", gone) if self._job is not None else gone
 
 
-def _give_back(taken: Future[tuple[Lease, list[CheckpointInfo]]]) -> None:
+def _give_back(taken: Future[tuple[Hold, list[CheckpointInfo]]]) -> None:
     if taken.exception() is None:
         taken.result()[0].release()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
-from asyncckpt.types import Buffer, LayoutOptions, Placed, Shard, TensorSpec
+from asyncckpt.types import Buffer, Holder, LayoutOptions, LeaseOptions, Placed, Shard, TensorSpec
 
 
 @runtime_checkable
@@ -73,40 +73,69 @@ class ShardWriter(Protocol):
         memory as the offset into one of the file, and is padded to the end of its last block."""
 
     def finish(self, nbytes: int) -> None:
-        """Cut the file to ``nbytes``, fsync and close it."""
+        """Cut the file to ``nbytes``, make it durable and close it."""
 
     def abort(self) -> None:
-        """Close without syncing. Idempotent; never raises."""
+        """Close the file without making it durable. Idempotent; never raises."""
 
 
 class Attempt(Protocol):
-    """One unpublished checkpoint in a directory of its own. Never reused."""
+    """One unpublished checkpoint, which no reader takes for one. Its uuid is never used again. The order of calls is
+    that of ``commit.publication``: files, ``sync_directory``, the manifest, ``sync_directory``, ``publish``."""
 
     uuid: str
+    #: Where it is written to, for messages.
     path: str
 
     def create_shard(self, file: str, nbytes: int, *, shared: bool = False) -> ShardWriter:
-        """A new file of at most ``nbytes``; directories in its name are made. ``shared``: other ranks write into it
-        too, so it may be there already, and not a byte but those asked for is touched."""
+        """Create a new file of at most ``nbytes``, with the directories in its name. ``shared``, where the store has
+        ``Capability.SHARED_FILES``: other ranks write into it too, so it may be there already, and no byte but those
+        asked for is touched."""
 
     def link(self, source: Reader, file: str, nbytes: int, name: str) -> bool:
-        """Take over another checkpoint's file of that size as ``name``, without copying it; False where the file system
-        cannot. Raises ``CheckpointDamaged`` where the file is not what it was."""
+        """Take over another checkpoint's file of that size as ``name``, without copying it; return False where the
+        storage cannot. Raises ``CheckpointDamaged`` where the file is not what it was."""
 
-    async def write_small(self, files: Mapping[str, bytes]) -> None:
-        """Create, write and fsync small files, all at once."""
+    def write_small(self, files: Mapping[str, bytes]) -> None:
+        """Create small files and make their content durable, all at once. Blocks on the device."""
 
     def sync_directory(self) -> None:
         """Make every name written so far durable."""
 
+    def open(self) -> Reader:
+        """Open what has been written, for reading it back."""
+
     def publish(self, name: str, *, replace: bool) -> None:
-        """Give the directory its final name, atomically, and make that durable. Raises ``StepExists``."""
+        """Make this the checkpoint of that name, atomically and durably: a reader sees nothing of it before, and all of
+        it after. ``replace``, where the store has ``Capability.RENAMES``: also where there is one of that name, which
+        stays until then. Raises ``StepExists``."""
 
     def close(self) -> None:
         """Write nothing more; what is there stays. Idempotent; never raises."""
 
     def discard(self) -> None:
-        """Remove what was written. Idempotent; never raises."""
+        """Remove what was written, unless it was published. Idempotent; never raises."""
+
+
+class Capability(enum.Enum):
+    """What a storage backend can do beyond what every backend has to: beyond a bucket of objects."""
+
+    #: Names move in one step: a checkpoint can be replaced, hidden, set aside. See ``RenamingStore``.
+    RENAMES = "renames"
+    #: A file can be taken over into another checkpoint without being copied.
+    LINKS = "links"
+    #: Several ranks can write into one file.
+    SHARED_FILES = "shared files"
+    #: The system releases what a dead process held, and a reader keeps a checkpoint from being deleted.
+    LOCKS = "locks"
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """What a listing says of one entry. ``nbytes``: the size of a file; 0 for anything else."""
+
+    nbytes: int
+    kind: Literal["file", "folder", "other"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,55 +147,106 @@ class Replaced:
     attempt: str
 
 
-class Store(Protocol):
-    """Where a run's checkpoints live. Thread-safe; every call may block on the device."""
+class Hold(Protocol):
+    """A run that is held by one writer. Thread-safe."""
 
-    path: str
+    #: A name that no other writer of the run ever had or gets.
+    owner: str
+
+    def check(self) -> None:
+        """Raise ``LeaseLost`` where another writer has taken the run over, and ``OSError`` where that cannot be told.
+        Called right before a publish."""
+
+    def release(self) -> None:
+        """Give the run back. Idempotent; never raises, and blocks for seconds at most where the storage hangs."""
+
+
+class Store(Protocol):
+    """Where one run's checkpoints live. Thread-safe; every call may block on the device.
+
+    It asks no more than a bucket of objects can keep: objects that appear whole, small ones that are only created where
+    there is none, reads of a range, listing, deletion. What a backend can do beyond that it names in ``capabilities``.
+    ``asyncckpt.testing.contracts.StoreContract`` tests one.
+    """
+
+    #: The run, in words that ``open_store`` takes; for a local directory, its absolute path.
+    address: str
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What this backend can do beyond what every one has to. It may shrink while the store is used, where the
+        storage turns out to lack something, and never grows."""
 
     def prepare(self, *, create_parents: bool = False) -> None:
-        """Make the run directory usable for writing. Raises ``RunPathError`` with the way out."""
+        """Make the run usable for writing. Raises ``RunPathError`` with the way out."""
+
+    def hold(self, *, takeover: bool = False, options: LeaseOptions | None = None) -> Hold:
+        """Become the run's only writer. Blocks for at most ``options.ttl_seconds`` and the device. Raises ``RunLocked``
+        while another live run holds it. ``takeover``: cut such a one off."""
+
+    def holder(self) -> Holder | None:
+        """Return the recorded holder, or None where there is no record that can be read (it is a record, no lock)."""
 
     def reclaim(self) -> list[str]:
-        """Delete what dead attempts and interrupted deletions left behind; the names. Only for whoever holds the run's
-        lease. Raises ``RunPathError``."""
+        """Delete what dead attempts and interrupted deletions left behind; return the names. Only for whoever holds
+        the run. Raises ``RunPathError``."""
 
-    def write_hint(self, name: str, text: str) -> None:
-        """Replace a small hint file such as ``latest``. Atomic, and not durable: a hint is never truth."""
+    def free_bytes(self) -> int | None:
+        """Return how much can still be written; None where there is no such limit."""
 
-    def open_attempt(self, path: str) -> Reader:
-        """Read an unpublished attempt of this process, for reading back what was written."""
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+        """Store a small object beside the checkpoints: a pin such as ``.pins/step-1``, or the hint ``latest``. Readers
+        see all of it or nothing. Raises ``FileExistsError`` where there is one, unless ``replace``; such a one need not
+        be durable, because a hint is never truth."""
 
-    def begin(self, step: int, attempt: str, *, shared: bool = False) -> Attempt:
-        """A new attempt's directory; ``shared``: another rank may have made it already."""
-
-    def free_bytes(self) -> int: ...
+    def delete(self, key: str) -> None:
+        """Delete a small object. Does nothing where there is none."""
 
     def names(self) -> list[str]:
-        """Candidate checkpoints' names, in no order. Temporary and trash names are not among them."""
+        """Return the candidate checkpoints' names, in no order. Hidden names, which begin with a dot, are not among
+        them."""
 
     def identity(self, name: str) -> int | None:
-        """What is there under this name, of whatever kind: another number where it was replaced; None for nothing."""
+        """Return a number for what is there under this name, of whatever kind: another where it was replaced, None
+        where nothing is."""
 
-    def listing(self, name: str) -> Mapping[str, os.stat_result]:
-        """A directory's entries, links not followed; empty where there is no such directory."""
+    def listing(self, name: str) -> Mapping[str, FileInfo]:
+        """Return the entries of a checkpoint, of a folder such as ``.pins``, or, for an empty name, of the run; links
+        are not followed. Empty where there is nothing of that name."""
 
-    def open(self, name: str) -> Reader: ...
+    def begin(self, step: int, attempt: str, *, name: str, shared: bool = False) -> Attempt:
+        """Begin an attempt to publish ``name``. ``attempt``: its uuid. ``shared``: another rank may have begun this
+        very attempt already. Raises ``StepExists`` where this store could not publish that name: without
+        ``Capability.RENAMES``, where it is taken."""
+
+    def open(self, name: str) -> Reader:
+        """Open a checkpoint. Raises ``CheckpointNotFound`` and ``CheckpointDamaged``."""
 
     def remove(self, name: str) -> bool:
-        """Rename to trash, then delete. False where a reader holds the checkpoint (nothing is done then)."""
+        """Delete a checkpoint such that no moment shows half of it as a whole one. Returns False where a reader holds
+        it (nothing is done then). Raises ``FileNotFoundError``."""
+
+
+class RenamingStore(Store, Protocol):
+    """A store with ``Capability.RENAMES``. Each of these is atomic, and durable on return."""
 
     def set_aside(self, name: str) -> str:
-        """Move a damaged checkpoint out of the way without deleting it; the new name."""
+        """Move a damaged checkpoint out of the way without deleting it; return its new name."""
 
     def make_way(self, name: str, attempt: str) -> Replaced | None:
-        """Hide a checkpoint, durably, that the save with that attempt uuid takes the place of; None where there is none
-        of that name."""
+        """Hide a checkpoint that the save with that attempt uuid takes the place of; return None where there is none of
+        that name."""
 
     def put_back(self, replaced: Replaced) -> bool:
-        """Give a hidden checkpoint its name back, durably; False where that failed, which is logged."""
+        """Give a hidden checkpoint its name back; return False where that failed, which is logged."""
 
     def replaced(self) -> list[Replaced]:
-        """The checkpoints that are hidden."""
+        """Return the checkpoints that are hidden."""
+
+
+def renaming(store: Store) -> RenamingStore | None:
+    """Return the store as one whose names move, or None where they do not."""
+    return cast(RenamingStore, store) if Capability.RENAMES in store.capabilities else None
 
 
 class Reader(Protocol):

@@ -12,11 +12,11 @@ from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, Restored
-from asyncckpt.protocols import Reader
+from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import open_manifest
 from asyncckpt.read.verify import Progress, verify
-from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage import open_store
 
 # restore/ imports torch, which those who only look at a run do not wait for: the methods import it
 if TYPE_CHECKING:
@@ -31,14 +31,23 @@ _LOOKS = 20
 class Run:
     """Reads a run directory. Thread-safe. ``Checkpointer`` adds the writing side.
 
-    ``direct``: read past the page cache where the file system has O_DIRECT. ``events``: gets ``Restored`` and
-    ``FellBack``. Every method blocks on the disk, and raises ``StorageFailed`` where the storage itself fails.
+    ``path``: a directory, or an address that ``asyncckpt.storage.open_store`` takes. ``direct``: read past the page
+    cache where the file system has O_DIRECT. ``events``: gets ``Restored`` and ``FellBack``. ``store``: a storage
+    backend of your own, instead of the one that the path names. Every method blocks on the disk, and raises
+    ``StorageFailed`` where the storage itself fails.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, direct: bool = True, events: EventBus | None = None) -> None:
-        self.path = os.path.abspath(os.fspath(path))  # now: programs change their working directory
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        direct: bool = True,
+        events: EventBus | None = None,
+        store: Store | None = None,
+    ) -> None:
+        self._store = store if store is not None else open_store(path, direct=direct)
+        self.path = self._store.address
         self.events = events or EventBus()
-        self._store = LocalStore(self.path, direct=direct)
         #: Names of the checkpoints whose files were found damaged.
         self._quarantine = Quarantine()
 

@@ -223,3 +223,31 @@ class LayoutOptions:
             raise InvalidOption(f"shard_bytes must be a whole number of bytes >= 1, not {self.shard_bytes!r}")
         if type(self.extent_bytes) is not int or self.extent_bytes < 1 or self.extent_bytes % ALIGNMENT_BYTES:
             raise InvalidOption(f"extent_bytes must be a positive multiple of {ALIGNMENT_BYTES}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseOptions:
+    """Says how a run shows that its writer is alive.
+
+    ``beat_seconds``: how often the writer renews its lease. ``ttl_seconds``: how long a newcomer that cannot know
+    better (from another host, or without locks) watches for a renewal before it takes the writer for dead."""
+
+    beat_seconds: float = 5.0
+    ttl_seconds: float = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What is recorded of a run's writer. ``boot``: names the boot of its host. ``beat``: rises with each renewal.
+    ``released``: it has given the run back. ``lock``: the inode of the lock file that it holds, 0 where it has none."""
+
+    owner: str
+    host: str
+    boot: str
+    pid: int
+    beat: int
+    released: bool
+    lock: int = 0
+
+    def __str__(self) -> str:
+        return f"host {self.host}, pid {self.pid}"

@@ -26,8 +26,9 @@ from asyncckpt import Checkpointer, CheckpointerClosed, KeepLast, PendingSave, P
 from asyncckpt.integrations.chrome_trace import ChromeTrace
 from asyncckpt.integrations.dcp import Writer
 from asyncckpt.memory.arena import Arena
-from asyncckpt.storage.lease import LOCK_FILE, Lease, LeaseOptions, read_holder
+from asyncckpt.storage.lease import LOCK_FILE, Lease, read_holder
 from asyncckpt.testing import GatedOps
+from asyncckpt.types import LeaseOptions
 
 STATE = {"w": torch.arange(300_000, dtype=torch.float32)}
 #: A child ends within milliseconds, or never; a machine may be busy.
@@ -85,7 +86,7 @@ def held(*locks: Any) -> Iterator[None]:
 
 def locks_of(run: Checkpointer) -> list[Any]:
     """Every lock that a thread of a checkpointer may hold while another one forks."""
-    lease = run._held.lease
+    lease = run._held.hold
     assert lease is not None
     pools = run._saves.pools
     return [
@@ -237,7 +238,7 @@ def test_a_data_loader_with_workers_costs_a_run_nothing(tmp_path: Path) -> None:
 def test_a_child_that_closes_gives_nothing_of_its_parents_away(tmp_path: Path) -> None:
     run = Checkpointer(tmp_path / "run")
     run.save(1, STATE).result()
-    lease = run._held.lease
+    lease = run._held.hold
     assert lease is not None
 
     def child() -> None:
@@ -432,8 +433,8 @@ def test_a_child_that_ends_a_writer_of_dcp_leaves_its_parents_save_alone(tmp_pat
     attempt = writer._live.begin(str(tmp_path / "run"), "step-00000001", 1, overwrite=False)
     in_child(writer.close)
     assert os.path.isdir(attempt.path)
-    assert writer._live.lease is not None
-    writer._live.lease.check()
+    assert writer._live.hold is not None
+    writer._live.hold.check()
     writer.close()
     assert not os.path.isdir(attempt.path)
 

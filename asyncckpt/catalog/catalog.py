@@ -9,14 +9,13 @@ import contextlib
 import logging
 import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from asyncckpt.catalog.retention import age
 from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError, StepExists
 from asyncckpt.manifest import json as manifests
-from asyncckpt.protocols import Store
+from asyncckpt.protocols import FileInfo, Store, renaming
 from asyncckpt.read.damage import check_files
 
 log = logging.getLogger("asyncckpt")
@@ -26,7 +25,6 @@ PINS = ".pins"
 LATEST = "latest"
 #: How often a listing is repeated while another process publishes and deletes.
 _LOOKS = 20
-_MARKER_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 
 
@@ -136,16 +134,17 @@ class Catalog:
         """Finish what a run that is gone had begun: a checkpoint that had made way for a later save of its step goes
         where that save was published, and gets its name back where it was not. For whoever holds the run's lease, after
         ``Store.reclaim``."""
-        waiting = self._store.replaced()
-        if not waiting:
+        store = renaming(self._store)
+        waiting = store.replaced() if store is not None else []
+        if store is None or not waiting:
             return
         published = {entry.attempt: entry for entry in self.entries() if not entry.renamed}
         for one in waiting:
             successor = published.get(one.attempt)
             if successor is None:
-                self._store.put_back(one)
+                store.put_back(one)
             elif successor.damage is None:
-                self._store.remove(one.hidden)
+                store.remove(one.hidden)
             else:
                 log.error("%s is kept, because %s, which was to replace it, is damaged", one.hidden, successor.path)
 
@@ -157,21 +156,16 @@ class Catalog:
         """Protect a checkpoint from retention (or stop doing so). Atomic; safe while another process prunes. Raises
         ``RunPathError`` where the pins lead out of the run directory."""
         entry = self.find(step)
-        folder = os.path.join(self.path, PINS)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder)
-        try:  # a link somebody planted is not followed, nor is a FIFO waited for
-            inside = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                if pinned:
-                    os.close(os.open(entry.name, _MARKER_FLAGS, 0o666, dir_fd=inside))
-                else:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(entry.name, dir_fd=inside)
-            finally:
-                os.close(inside)
+        key = f"{PINS}/{entry.name}"
+        try:
+            if pinned:
+                with contextlib.suppress(FileExistsError):
+                    self._store.put(key, b"")
+            else:
+                self._store.delete(key)
         except OSError as error:
-            raise RunPathError(f"{folder}: cannot change the pin of {entry.name} ({error}); repair the path") from error
+            where = os.path.join(self.path, PINS)
+            raise RunPathError(f"{where}: cannot change the pin of {entry.name} ({error}); repair the path") from error
         return replace(entry, pinned=pinned)
 
     def look(self, name: str) -> CheckpointInfo | None:
@@ -242,11 +236,10 @@ def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
     return sorted(entries, key=key)
 
 
-def _looks_ours(listing: Mapping[str, os.stat_result]) -> bool:
+def _looks_ours(listing: Mapping[str, FileInfo]) -> bool:
     """A directory without a manifest that holds shards or ``state.json`` was a checkpoint once."""
     return any(
-        stat.S_ISREG(info.st_mode)
-        and (name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", name) is not None)
+        info.kind == "file" and (name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", name) is not None)
         for name, info in listing.items()
     )
 

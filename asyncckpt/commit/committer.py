@@ -25,12 +25,11 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.memory.arena import Arena
-from asyncckpt.protocols import Replaced
+from asyncckpt.protocols import Attempt, Replaced, Store, renaming
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import verify
 from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.storage.lease import HeldLease
-from asyncckpt.storage.local import LocalStore
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import WriterPool
@@ -52,7 +51,7 @@ class Committer:
 
     def __init__(
         self,
-        store: LocalStore,
+        store: Store,
         policies: Sequence[Policy],
         options: WriterOptions,
         events: EventBus,
@@ -66,7 +65,7 @@ class Committer:
         self._staging = staging
         self.policies = tuple(policies)
         self._store = store
-        self._catalog = Catalog(store, store.path)
+        self._catalog = Catalog(store, store.address)
         self._options = options
         self._events = events
         self._lease = lease
@@ -139,7 +138,7 @@ class Committer:
 
     def overdue(self, save: SaveTransaction) -> Overdue:
         """Say when the save is given up although its committer reports nothing."""
-        error = SaveAbandoned(f"step {save.step}: storage under {self._store.path} hangs; the save was given up")
+        error = SaveAbandoned(f"step {save.step}: storage under {self._store.address} hangs; the save was given up")
         at_seconds = save.started_seconds + self._options.durable_timeout_seconds + _GRACE_SECONDS
         return Overdue(save.scope, at_seconds, error)
 
@@ -164,14 +163,15 @@ class Committer:
         if self.follows:
             return
         reserved = sum(f.save.shards.unwritten_bytes() for f in self._saves.all() if f.save.step != step)
-        if self._store.free_bytes() - reserved >= nbytes:
+        free = self._store.free_bytes()
+        if free is None or free - reserved >= nbytes:
             return
         self.prune()
-        free = self._store.free_bytes() - reserved
+        free = (self._store.free_bytes() or 0) - reserved
         if free < nbytes:
             raise NotEnoughSpace(
-                f"step {step}: {self._store.path} has {max(free, 0)} bytes free and the save needs {nbytes}. Nothing "
-                f"was written; free space, keep fewer checkpoints, or save elsewhere"
+                f"step {step}: {self._store.address} has {max(free, 0)} bytes free and the save needs {nbytes}. "
+                f"Nothing was written; free space, keep fewer checkpoints, or save elsewhere"
             )
 
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
@@ -210,7 +210,7 @@ class Committer:
             now = time.perf_counter()
             report = SaveReport(
                 step=save.step,
-                path=f"{self._store.path}/{written.name}",
+                path=f"{self._store.address}/{written.name}",
                 nbytes=written.nbytes,
                 written_bytes=save.written_bytes(written),
                 stall_seconds=flight.job.stall_seconds,
@@ -242,8 +242,7 @@ class Committer:
         elif isinstance(error, SaveUndecided):  # the next run looks which of the two the disk has
             self._quarantine.add(save.contents.draft.name)
         else:
-            for one in replaced:
-                self._store.put_back(one)
+            self._put_back(replaced)
             if isinstance(error, CheckpointDamaged):  # the one before is damaged: write everything next time
                 self._reuse.forget(save.contents.draft.kind)
         self._end(flight, error)
@@ -260,18 +259,24 @@ class Committer:
         self._left = [save for save in self._left if not save.discard(wait_seconds)]
 
     def _before_publish(self, save: SaveTransaction, replaced: list[Replaced]) -> Callable[[], None]:
+        draft = save.contents.draft
+
         def check() -> None:
             self._lease.check()
-            draft = save.contents.draft
-            name = draft.name
-            for old in self._ledger.replaced_by(draft.step, draft.kind, draft.sequence):
-                hidden = self._store.make_way(old, draft.attempt) if old not in self._quarantine else None
+            store = renaming(self._store)
+            given_up = self._ledger.replaced_by(draft.step, draft.kind, draft.sequence)
+            if store is None:  # where they had this one's name, the attempt could not begin
+                replaced.extend(Replaced(old, old, draft.attempt) for old in given_up)
+                return
+            for old in given_up:
+                hidden = store.make_way(old, draft.attempt) if old not in self._quarantine else None
                 if hidden is not None:
                     replaced.append(hidden)
                     self._catalog.forget(old)
+            name = draft.name
             if name in self._quarantine or (save.contents.replace and self._catalog.must_be_kept(name)):
                 with contextlib.suppress(FileNotFoundError):  # somebody has taken it away already
-                    log.error("step %d: the damaged %s is kept as %s", save.step, name, self._store.set_aside(name))
+                    log.error("step %d: the damaged %s is kept as %s", save.step, name, store.set_aside(name))
                 self._quarantine.discard(name)
 
         return check
@@ -286,11 +291,17 @@ class Committer:
                 return
             self._remove_replaced()
             if save.contents.draft.kind == "full":
-                self._store.write_hint(LATEST, f"{name}\n")
+                self._store.put(LATEST, f"{name}\n".encode(), replace=True)
             if self.policies:
                 self.prune()
         except Exception as error:
             log.warning("step %d is durable, but tidying up after it failed: %s", save.step, error)
+
+    def _put_back(self, replaced: Sequence[Replaced]) -> None:
+        store = renaming(self._store)
+        if store is not None:
+            for one in replaced:
+                store.put_back(one)
 
     def _remove_replaced(self) -> None:
         """Delete what the checkpoint that is durable now has replaced; what somebody still reads is deleted later."""
@@ -302,8 +313,8 @@ class Committer:
                     kept.append(one)
         self._replaced = kept
 
-    def _read_back(self, path: str) -> None:
-        reader = self._store.open_attempt(path)
+    def _read_back(self, attempt: Attempt) -> None:
+        reader = attempt.open()
         try:
             damage: list[Damage] = verify(reader)
         finally:

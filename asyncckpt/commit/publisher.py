@@ -35,7 +35,7 @@ class Publisher(Protocol):
         attempt: Attempt,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[str], None] | None,
+        read_back: Callable[[Attempt], None] | None,
     ) -> Manifest:
         """Publish the checkpoint, or wait until rank 0 has; return the manifest, which is durable. Blocks on the disk
         and, in a job, for the other ranks. ``small``: what ``prepare`` has written. Raises what keeps the checkpoint
@@ -66,7 +66,7 @@ class Solo:
         attempt: Attempt,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[str], None] | None,
+        read_back: Callable[[Attempt], None] | None,
     ) -> Manifest:
         records, orders = save.shards.records(), save.shards.orders()
         return save.publish(attempt, save.contents, records, orders, small, check_lease, read_back)

@@ -1,13 +1,12 @@
 """A transaction takes one save from staged extents to a published checkpoint.
 
-Order (docs/format.md, "Write ordering"): shards written and fsynced → small files → directory fsynced → manifest, last,
-fsynced → directory fsynced → rename, never over anything → parent fsynced → only then acknowledged. Digests are taken
-from the staged bytes before they are written. Any error poisons the attempt; nothing is ever retried into success.
+Shards and small files are written and durable before ``publication.publish`` makes a checkpoint of them. Digests are
+taken from the staged bytes before they are written. Any error poisons the attempt; nothing is ever retried into
+success.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import time
@@ -19,6 +18,7 @@ import aiofiles.os  # noqa: F401  storage imports it when it writes, which would
 from asyncckpt import formats, jsontree
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
+from asyncckpt.commit.publication import publish
 from asyncckpt.commit.publisher import Publisher
 from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, Written
@@ -98,6 +98,7 @@ class SaveTransaction:
             scope,
             space,
             self._unchanged,
+            name=draft.name,
             attempt=draft.attempt,
             shared=draft.world_size > 1,
             least_bytes=publisher.least_bytes(contents.layout),
@@ -121,7 +122,7 @@ class SaveTransaction:
         return self._publisher.written_bytes(self, written)
 
     def commit(
-        self, check_lease: Callable[[], None], timeout_seconds: float, read_back: Callable[[str], None] | None
+        self, check_lease: Callable[[], None], timeout_seconds: float, read_back: Callable[[Attempt], None] | None
     ) -> Manifest:
         """Wait for the shards, then publish. Blocks; the returned manifest is durable.
 
@@ -154,18 +155,25 @@ class SaveTransaction:
         orders: Mapping[str, Sequence[int]],
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[str], None] | None,
+        read_back: Callable[[Attempt], None] | None,
     ) -> Manifest:
-        """Write the manifest and give the attempt its name, once all data is on the disk. Called by publishers. Blocks
-        on the disk. ``small``: the files beside the shards, which are durable too. ``orders``: by file, which of its
-        extents each extent of the layout is."""
-        written = self._write_manifest(attempt, contents, records, orders, small)
-        if read_back is not None:
-            read_back(attempt.path)
-        self.scope.raise_if_failed()
-        check_lease()
-        attempt.publish(written.name, replace=contents.replace)
-        return written
+        """Make a checkpoint of what is written, once all data is on the disk. Called by publishers. Blocks on the disk.
+        ``small``: the files beside the shards, which are durable too. ``orders``: by file, which of its extents each
+        extent of the layout is."""
+
+        def before() -> None:
+            self.scope.raise_if_failed()
+            check_lease()
+
+        beside = [manifest.whole_file(name, data, self.digest) for name, data in small.items()]
+        return publish(
+            attempt,
+            replaced(contents.draft, files=(*records, *beside)),
+            components_json=_components_json(contents, orders),
+            replace=contents.replace,
+            before=before,
+            read_back=read_back,
+        )
 
     def _typed(self, error: BaseException) -> BaseException:
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
@@ -200,27 +208,8 @@ class SaveTransaction:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:
                 small |= self._format.small_files(component, shards, self._codec)
-        asyncio.run(attempt.write_small(small))
+        attempt.write_small(small)
         return small
-
-    def _write_manifest(
-        self,
-        attempt: Attempt,
-        contents: Contents,
-        records: Sequence[FileRecord],
-        orders: Mapping[str, Sequence[int]],
-        small: Mapping[str, bytes],
-    ) -> Manifest:
-        attempt.sync_directory()
-        files = [
-            *records,
-            *(manifest.whole_file(name, data, self.digest) for name, data in small.items()),
-        ]
-        draft = replaced(contents.draft, files=tuple(files))
-        data = manifest.encode(draft, components_json=_components_json(contents, orders))
-        asyncio.run(attempt.write_small({manifest.FILE_NAME: data}))
-        attempt.sync_directory()
-        return replaced(draft, size_bytes=len(data), file_digest=manifest.file_digest(data))
 
     def discard(self, timeout_seconds: float) -> bool:
         """Remove a failed attempt, once none of its writes is in the kernel. Returns False where one still is after

@@ -20,7 +20,7 @@ from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import check_files
 from asyncckpt.read.extents import extents_of
-from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage import open_store
 
 try:
     import zarr
@@ -50,7 +50,7 @@ class CheckpointStore(Store):
         self._owned = isinstance(checkpoint, str | os.PathLike)
         if isinstance(checkpoint, str | os.PathLike):
             parent, name = os.path.split(os.path.abspath(os.fspath(checkpoint)))
-            self._reader: Reader = LocalStore(parent).open(name)
+            self._reader: Reader = open_store(parent).open(name)
         else:
             self._reader = checkpoint
         try:

@@ -81,7 +81,7 @@ class Follower:
         attempt: Attempt,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[str], None] | None,
+        read_back: Callable[[Attempt], None] | None,
     ) -> Manifest:
         attempt.sync_directory()
         save.scope.raise_if_failed()
@@ -139,7 +139,7 @@ class Leader:
         attempt: Attempt,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[str], None] | None,
+        read_back: Callable[[Attempt], None] | None,
     ) -> Manifest:
         party, draft = self._party, save.contents.draft
         bodies = party.ranks.gather(

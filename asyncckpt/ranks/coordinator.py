@@ -19,12 +19,12 @@ import torch
 from asyncckpt.catalog.catalog import CheckpointInfo
 from asyncckpt.codecs import digests
 from asyncckpt.errors import AsyncCkptError, RunPathError
+from asyncckpt.protocols import Store
 from asyncckpt.ranks.announcements import Announcements
 from asyncckpt.ranks.collective_save import Party
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import Ranks, retold, told
 from asyncckpt.restore.restore import Stages
-from asyncckpt.storage.lease import read_holder
 from asyncckpt.types import ComponentSnapshot
 
 #: On a network file system, a file that another host has just written may stay invisible for so long.
@@ -66,7 +66,7 @@ class Job:
         """Whether this is rank 0, which holds the lease and publishes."""
         return self.ranks.rank == 0
 
-    def open(self, path: str, lead: Callable[[], tuple[str, list[CheckpointInfo]]]) -> list[Known]:
+    def open(self, store: Store, lead: Callable[[], tuple[str, list[CheckpointInfo]]]) -> list[Known]:
         """Open the run on all ranks: rank 0 runs ``lead``, which takes the lease and returns its owner and the
         checkpoints that are there; every rank makes sure that it sees the same directory, and returns the checkpoints.
         Blocks for the others. Raises on every rank what went wrong on one, and ``RunPathError`` where a rank sees
@@ -86,7 +86,7 @@ class Job:
         if "error" in answer:
             raise retold(answer["error"], "rank 0")
         with self.together("see the run directory"):
-            _wait_visible(path, answer["owner"], self.ranks.rank)
+            _wait_visible(store, answer["owner"], self.ranks.rank)
         self._session = answer["session"]
         return [Known(*row) for row in answer["known"]]
 
@@ -203,15 +203,15 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return view
 
 
-def _wait_visible(path: str, owner: str, rank: int) -> None:
+def _wait_visible(store: Store, owner: str, rank: int) -> None:
     deadline = time.monotonic() + (_VISIBLE_SECONDS if rank else 0.0)
     while True:
-        holder = read_holder(path)
+        holder = store.holder()
         if holder is not None and holder.owner == owner:
             return
         if time.monotonic() >= deadline:
             raise RunPathError(
-                f"rank {rank}: {path} is not the directory that rank 0 sees under that name. All ranks have to write "
-                f"into one shared file system"
+                f"rank {rank}: {store.address} is not the directory that rank 0 sees under that name. All ranks have "
+                f"to write into one shared file system"
             )
         time.sleep(0.1)

@@ -1,1 +1,44 @@
-"""Storage backends: bytes in, bytes out, durability. Nothing here knows what a tensor is."""
+"""Storage backends: bytes in, bytes out, durability. Nothing here knows what a tensor is.
+
+An address says which backend a run lives in: a path, or ``scheme:`` and what that backend makes of the rest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from typing import Final
+
+from asyncckpt.errors import InvalidOption
+from asyncckpt.protocols import Store
+
+#: The backends: scheme → the module and the function ``open_at(address, direct)`` in it. One row is one backend; its
+#: module, and what that needs, is imported when a run of it is opened.
+_BACKENDS: Final = {
+    "file": "asyncckpt.storage.local",
+    "memory": "asyncckpt.storage.memory",
+}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def scheme_of(address: str | os.PathLike[str]) -> str:
+    """Return the scheme of an address; ``file`` for a path."""
+    match = _SCHEME.match(os.fspath(address))
+    return match[1].lower() if match else "file"
+
+
+def open_store(address: str | os.PathLike[str], *, direct: bool = True) -> Store:
+    """Open the store of the run at an address. Touches no storage.
+
+    ``direct``: read and write past the page cache where the backend has one. Raises ``InvalidOption`` for a scheme
+    that no backend has."""
+    text = os.fspath(address)
+    scheme = scheme_of(text)
+    if scheme not in _BACKENDS:
+        raise InvalidOption(
+            f"{text}: there is no storage backend for {scheme}://, only {', '.join(sorted(_BACKENDS))}. Give a path, "
+            f"such as a directory where the bucket is mounted"
+        )
+    store: Store = importlib.import_module(_BACKENDS[scheme]).open_at(text, direct=direct)
+    return store

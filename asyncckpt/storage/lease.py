@@ -21,13 +21,15 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from asyncckpt import forks
 from asyncckpt.errors import LeaseLost, RunLocked, RunPathError
 from asyncckpt.jsontree import loads
+from asyncckpt.protocols import Hold
+from asyncckpt.types import Holder, LeaseOptions
 
 log = logging.getLogger("asyncckpt")
 
@@ -38,31 +40,6 @@ _RECORD_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _RELEASE_SECONDS = 10.0
 #: A record takes a few hundred bytes.
 _MAX_RECORD_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeaseOptions:
-    """``beat_seconds``: how often the lease is renewed. ``ttl_seconds``: how long a newcomer on another host watches
-    for a beat before it takes the holder for dead."""
-
-    beat_seconds: float = 5.0
-    ttl_seconds: float = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class Holder:
-    """Who holds a run directory. ``lock``: the inode of the lock file that it holds, 0 where the record says none."""
-
-    owner: str
-    host: str
-    boot: str
-    pid: int
-    beat: int
-    released: bool
-    lock: int = 0
-
-    def __str__(self) -> str:
-        return f"host {self.host}, pid {self.pid}"
 
 
 def read_holder(directory: str) -> Holder | None:
@@ -145,7 +122,7 @@ class Lease:
         # the thread must not keep a forgotten lease alive: it holds a weak reference, and the finalizer ends it
         self._finalizer = forks.finalize(self, _let_go, lock, self._stop)
         self._thread = threading.Thread(
-            target=_keep_beating,
+            target=keep_beating,
             args=(weakref.WeakMethod(self._renew), self._stop, options.beat_seconds),
             name="asyncckpt-lease",
             daemon=True,
@@ -175,9 +152,9 @@ class Lease:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise _locked(directory, read_holder(directory)) from None
+                raise locked(directory, read_holder(directory)) from None
             if os.fstat(fd).st_ino != os.stat(path).st_ino:
-                raise _locked(directory, read_holder(directory))  # somebody took over between open and lock
+                raise locked(directory, read_holder(directory))  # somebody took over between open and lock
             if not takeover:
                 _wait_until_dead(directory, options)
             return cls(directory, lock, options)
@@ -236,7 +213,7 @@ class Lease:
                 return  # a beat that was on its way when the directory was given back
             self._given_back = released
             self._beat += 1
-            host, boot = socket.gethostname(), _boot_id()
+            host, boot = socket.gethostname(), boot_id()
             holder = Holder(self.owner, host, boot, self._pid, self._beat, released, self._inode)
             temp = os.path.join(self.directory, f".tmp-lease-{self.owner}")
             Path(temp).write_text(json.dumps(asdict(holder)))
@@ -244,21 +221,21 @@ class Lease:
 
 
 class HeldLease:
-    """The lease of a run, once it is held. A rank that follows another in its job never holds one."""
+    """The hold on a run, once there is one. A rank that follows another in its job never has it."""
 
     def __init__(self) -> None:
-        self.lease: Lease | None = None
+        self.hold: Hold | None = None
 
     def check(self) -> None:
-        """See ``Lease.check``. Does nothing where none is held."""
-        if self.lease is not None:
-            self.lease.check()
+        """See ``Hold.check``. Does nothing where nothing is held."""
+        if self.hold is not None:
+            self.hold.check()
 
 
 def _wait_until_dead(directory: str, options: LeaseOptions) -> None:
     """Having the lock, make sure that a holder elsewhere is not still beating."""
     holder = read_holder(directory)
-    if holder is None or holder.released or holder.boot == _boot_id():
+    if holder is None or holder.released or holder.boot == boot_id():
         return
     deadline = time.monotonic() + options.ttl_seconds
     while time.monotonic() < deadline:
@@ -267,17 +244,17 @@ def _wait_until_dead(directory: str, options: LeaseOptions) -> None:
         if now is not None and (now.owner, now.beat) != (holder.owner, holder.beat):
             if now.released:
                 return
-            raise _locked(directory, now)
+            raise locked(directory, now)
 
 
-def _locked(directory: str, holder: Holder | None) -> RunLocked:
+def locked(directory: str, holder: Holder | None) -> RunLocked:
     return RunLocked(
         f"{directory} is in use by another live run ({holder or 'holder unknown'}). Stop that process, or use another "
         f"directory; if it can no longer be reached, take over with Checkpointer(..., run=RunOptions(takeover=True))"
     )
 
 
-def _keep_beating(renew: weakref.WeakMethod[Callable[[], None]], stop: threading.Event, beat_seconds: float) -> None:
+def keep_beating(renew: weakref.WeakMethod[Callable[[], None]], stop: threading.Event, beat_seconds: float) -> None:
     while not stop.wait(beat_seconds):
         method = renew()
         if method is None:
@@ -291,7 +268,7 @@ def _let_go(lock: _LockFile, stop: threading.Event) -> None:
     lock.close()
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     """Names one boot of one machine: a pid or a lock means something only within it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -18,10 +18,12 @@ import uuid
 from collections.abc import Mapping
 
 from asyncckpt.errors import RunPathError
-from asyncckpt.protocols import Attempt, Reader, Replaced
+from asyncckpt.protocols import Attempt, Capability, FileInfo, Replaced
+from asyncckpt.storage.lease import Lease, read_holder
 from asyncckpt.storage.pending_dir import LocalAttempt
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.reader import MANIFEST_FILE, LocalReader
+from asyncckpt.types import Holder, LeaseOptions
 
 log = logging.getLogger("asyncckpt")
 
@@ -42,13 +44,19 @@ class LocalStore:
     the file system has no O_DIRECT)."""
 
     path: str
+    address: str
 
     def __init__(self, path: str, *, ops: PosixOps | None = None, direct: bool = True) -> None:
-        self.path = os.path.abspath(path)
+        self.path = self.address = os.path.abspath(path)  # now: programs change their working directory
         self.ops = ops or PosixOps()
         self.direct = direct and hasattr(os, "O_DIRECT")
         #: Whether the file system shares blocks between files, and files between names: found out by trying.
         self.reflinks = self.links = True
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        links = {Capability.LINKS} if self.reflinks or self.links else set()
+        return frozenset({Capability.RENAMES, Capability.SHARED_FILES, Capability.LOCKS} | links)
 
     def prepare(self, *, create_parents: bool = False) -> None:
         """Make the run directory usable for writing. Raises ``RunPathError`` with the way out."""
@@ -95,7 +103,13 @@ class LocalStore:
                 self.ops.mkdir(made)
             self.ops.fsync_directory(os.path.dirname(made))
 
-    def begin(self, step: int, attempt: str, *, shared: bool = False) -> Attempt:
+    def hold(self, *, takeover: bool = False, options: LeaseOptions | None = None) -> Lease:
+        return Lease.acquire(self.path, takeover=takeover, options=options)
+
+    def holder(self) -> Holder | None:
+        return read_holder(self.path)
+
+    def begin(self, step: int, attempt: str, *, name: str = "", shared: bool = False) -> Attempt:
         path = os.path.join(self.path, f"{TEMP_PREFIX}{step:08d}-{attempt}")
         try:
             self.ops.mkdir(path)
@@ -130,18 +144,15 @@ class LocalStore:
         except FileNotFoundError:
             return None
 
-    def listing(self, name: str) -> Mapping[str, os.stat_result]:
+    def listing(self, name: str) -> Mapping[str, FileInfo]:
         try:
-            return self.ops.scan(os.path.join(self.path, name))
+            found = self.ops.scan(os.path.join(self.path, name))
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        return {entry: _info(status) for entry, status in found.items()}
 
     def open(self, name: str) -> LocalReader:
         return LocalReader(self.path, name, ops=self.ops, direct=self.direct)
-
-    def open_attempt(self, path: str) -> Reader:
-        """Read an unpublished attempt of this process, for reading back what was written."""
-        return LocalReader(self.path, os.path.basename(path), ops=self.ops, direct=self.direct)
 
     def remove(self, name: str) -> bool:
         source = os.path.join(self.path, name)
@@ -227,22 +238,59 @@ class LocalStore:
             path = trash
         self.delete_tree(path)
 
-    def write_hint(self, name: str, text: str) -> None:
-        """Replace a small hint file such as ``latest``. Atomic; not fsynced: a hint is never truth."""
-        temp = os.path.join(self.path, f"{TEMP_PREFIX}{name}-{uuid.uuid4().hex}")
+    def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
+        if replace:
+            self._replace(key, data)
+            return
+        path = os.path.join(self.path, key)
+        folder = os.path.dirname(path)
+        made = False
+        if folder != self.path:
+            with contextlib.suppress(FileExistsError):
+                self.ops.mkdir(folder)
+                made = True
+            self._check_folder(folder)
+        # a link somebody planted is not followed, nor is a FIFO waited for
+        fd = self.ops.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            self._write_all(fd, data)
+            self.ops.fsync(fd)
+        finally:
+            self.ops.close(fd)
+        self.ops.fsync_directory(folder)
+        if made:
+            self.ops.fsync_directory(self.path)
+
+    def delete(self, key: str) -> None:
+        path = os.path.join(self.path, key)
+        with contextlib.suppress(FileNotFoundError):
+            self._check_folder(os.path.dirname(path))
+            self.ops.unlink(path)
+
+    def _check_folder(self, folder: str) -> None:
+        """Raise ``NotADirectoryError`` for a link: what lies behind it is not ours."""
+        if folder != self.path and not stat.S_ISDIR(self.ops.lstat(folder).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
+
+    def _replace(self, key: str, data: bytes) -> None:
+        """Replace a small file atomically, without a sync."""
+        temp = os.path.join(self.path, f"{TEMP_PREFIX}{key}-{uuid.uuid4().hex}")
         try:
             fd = self.ops.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
-                view, offset = memoryview(text.encode()), 0
-                while written := self.ops.pwrite(fd, view[offset:], offset) if offset < len(view) else 0:
-                    offset += written
+                self._write_all(fd, data)
             finally:
                 self.ops.close(fd)
-            self.ops.replace(temp, os.path.join(self.path, name))
+            self.ops.replace(temp, os.path.join(self.path, key))
         except OSError:
             with contextlib.suppress(OSError):
                 self.ops.unlink(temp)
             raise
+
+    def _write_all(self, fd: int, data: bytes) -> None:
+        view, offset = memoryview(data), 0
+        while offset < len(view) and (written := self.ops.pwrite(fd, view[offset:], offset)):
+            offset += written
 
     def delete_tree(self, path: str) -> None:
         """Delete one of our own directories; entries that others hold (``.nfs*``) or that vanish are tolerated."""
@@ -259,6 +307,17 @@ class LocalStore:
             return  # another rank of the job came first
         except OSError as error:
             log.warning("could not delete %s: %s (the next run tries again)", path, error)
+
+
+def open_at(address: str, *, direct: bool) -> LocalStore:
+    """Open a path, or what follows ``file://``, for ``open_store``."""
+    return LocalStore(address.removeprefix("file://"), direct=direct)
+
+
+def _info(status: os.stat_result) -> FileInfo:
+    if stat.S_ISREG(status.st_mode):
+        return FileInfo(status.st_size, "file")
+    return FileInfo(0, "folder" if stat.S_ISDIR(status.st_mode) else "other")
 
 
 def _try_exclusive(path: str) -> int | None:

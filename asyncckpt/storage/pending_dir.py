@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from asyncckpt.errors import CheckpointDamaged, SaveFailed, SaveUndecided, StepExists
 from asyncckpt.protocols import Reader, ShardWriter
 from asyncckpt.storage.posix import NO_FLAGS, NO_LINK, NO_REFLINK
+from asyncckpt.storage.reader import LocalReader
 from asyncckpt.storage.shard_file import LocalShardWriter
 
 if TYPE_CHECKING:
@@ -77,9 +78,14 @@ class LocalAttempt:
                 store.links = error.errno == errno.EMLINK
         return False
 
-    async def write_small(self, files: Mapping[str, bytes]) -> None:
+    def write_small(self, files: Mapping[str, bytes]) -> None:
         """Files of equal content are one file of several names, where the file system can: metadata of equal arrays."""
-        import asyncio  # whoever runs this has it; reading has no use for it
+        import asyncio  # reading has no use for it
+
+        asyncio.run(self._write_small(files))
+
+    async def _write_small(self, files: Mapping[str, bytes]) -> None:
+        import asyncio
 
         ops = self._store.ops
         first: dict[bytes, str] = {}
@@ -145,6 +151,10 @@ class LocalAttempt:
             with self._lock:
                 self._folders.add(new)
                 self._unsynced.update((new, os.path.dirname(new)))
+
+    def open(self) -> LocalReader:
+        store = self._store
+        return LocalReader(store.path, os.path.basename(self.path), ops=store.ops, direct=store.direct)
 
     def publish(self, name: str, *, replace: bool) -> None:
         ops, parent = self._store.ops, self._store.path

@@ -19,7 +19,7 @@ from asyncckpt.catalog.retention import Policy, plan
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
 from asyncckpt.protocols import Reader
 from asyncckpt.run import Run
-from asyncckpt.storage.local import DAMAGED_PREFIX, REPLACED_PREFIX, TRASH_PREFIX
+from asyncckpt.storage.local import DAMAGED_PREFIX, REPLACED_PREFIX, TRASH_PREFIX, LocalStore
 from asyncckpt.testing.crashes import CrashModel, Tree
 from asyncckpt.testing.memory import MemoryOps
 from asyncckpt.testing.recording import Trace
@@ -93,12 +93,12 @@ class Recovery:
     def _recover(self, tree: Tree) -> Recovered:
         items = self.model.items(tree)
         ops = MemoryOps(items)
-        run = Run(f"/{self._run_name}", direct=False)
-        run._store.ops = ops
-        if any(name.startswith(REPLACED_PREFIX) for name in run._store.listing("")):
+        store = LocalStore(f"/{self._run_name}", ops=ops, direct=False)
+        run = Run(store.path, store=store)
+        if any(name.startswith(REPLACED_PREFIX) for name in store.listing("")):
             # a step was being saved again after going back: whoever opens the run decides which of the two is there
-            run._store.reclaim()
-            Catalog(run._store, run.path).settle_replaced()
+            store.reclaim()
+            Catalog(store, run.path).settle_replaced()
         good: set[Saved] = set()
         bad: list[str] = []
         usable: list[CheckpointInfo] = []
@@ -120,10 +120,10 @@ class Recovery:
         if not any(path == self._run_name for path, _ in tree):
             return Recovered(frozenset(good), tuple(bad), restored)
         before = self._visible(ops)
-        run._store.reclaim()
+        store.reclaim()
         if self._visible(ops) != before:
             bad.append("clearing up changed what is visible")
-        if any(name.startswith((".tmp-", TRASH_PREFIX, REPLACED_PREFIX)) for name in run._store.listing("")):
+        if any(name.startswith((".tmp-", TRASH_PREFIX, REPLACED_PREFIX)) for name in store.listing("")):
             bad.append("clearing up left something behind")
         return Recovered(frozenset(good), tuple(bad), restored)
 

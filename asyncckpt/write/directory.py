@@ -15,8 +15,8 @@ _SMALL_FILES_BYTES = 4 << 20
 class AttemptDirectory:
     """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
-    ``attempt``: the attempt's uuid. ``shared``: several ranks write into it. ``least_bytes``: room that is needed
-    whatever is taken over from the checkpoint before.
+    ``name``: the checkpoint's. ``attempt``: the attempt's uuid. ``shared``: several ranks write into it.
+    ``least_bytes``: room that is needed whatever is taken over from the checkpoint before.
     """
 
     def __init__(
@@ -26,6 +26,7 @@ class AttemptDirectory:
         space: SpaceReserver,
         unchanged: Unchanged,
         *,
+        name: str,
         attempt: str,
         shared: bool,
         least_bytes: int,
@@ -34,7 +35,8 @@ class AttemptDirectory:
         self._scope = scope
         self._space = space
         self._unchanged = unchanged
-        self._name = attempt
+        self._name = name
+        self._uuid = attempt
         self._shared = shared
         self._least_bytes = least_bytes
         self._lock = threading.Lock()
@@ -43,7 +45,7 @@ class AttemptDirectory:
     @property
     def path(self) -> str:
         """The directory's path; before it is made, that of the run."""
-        return self._attempt.path if self._attempt is not None else self._store.path
+        return self._attempt.path if self._attempt is not None else self._store.address
 
     def open(self) -> Attempt:
         """Return the directory, and make it the first time. Blocks on the disk. Raises ``NotEnoughSpace``, and what
@@ -53,7 +55,7 @@ class AttemptDirectory:
                 self._scope.raise_if_failed()
                 needed = max(self._unchanged.expected_bytes(), self._least_bytes)
                 self._space.make_room(needed + _SMALL_FILES_BYTES, self._scope.step)
-                self._attempt = self._store.begin(self._scope.step, self._name, shared=self._shared)
+                self._attempt = self._store.begin(self._scope.step, self._uuid, name=self._name, shared=self._shared)
             return self._attempt
 
     def discard(self, timeout_seconds: float, *, keep: bool) -> bool:

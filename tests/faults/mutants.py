@@ -226,37 +226,37 @@ def _(patch: Patch) -> None:
 
 @mutant("the manifest is written before the other files", checks.order_is_the_documented_one)
 def _(patch: Patch) -> None:
-    def write_small(original: Any, self: SaveTransaction, attempt: Any) -> Any:
-        late: dict[str, bytes] = {}
+    late: dict[str, bytes] = {}
 
-        class Later:
-            async def write_small(self, files: dict[str, bytes]) -> None:
-                late.update(files)
+    class Later:
+        def write_small(self, files: dict[str, bytes]) -> None:
+            late.update(files)
 
-        found = original(self, Later())
-        self.late = late  # type: ignore[attr-defined]
-        return found
+    def write_small(original: Any, self: SaveTransaction, attempt: Any, *args: Any, **more: Any) -> Any:
+        return original(self, Later(), *args, **more)
 
-    def write_manifest(original: Any, self: SaveTransaction, attempt: Any, small: Any) -> Any:
-        written = original(self, attempt, small)
-        asyncio.run(attempt.write_small(self.late))  # type: ignore[attr-defined]
-        attempt.sync_directory()
-        return written
+    def publish(original: Any, attempt: Any, draft: Any, *, before: Any, **more: Any) -> Any:
+        def then() -> None:
+            attempt.write_small(late)
+            attempt.sync_directory()
+            before()
+
+        return original(attempt, draft, before=then, **more)
 
     _around(patch, SaveTransaction, "write_small", write_small)
-    _around(patch, SaveTransaction, "_write_manifest", write_manifest)
+    _around(patch, commit, "publish", publish)
 
 
 @mutant("the rename comes before the manifest", ONE)
 def _(patch: Patch) -> None:
-    def write_manifest(original: Any, self: SaveTransaction, attempt: LocalAttempt, small: Any) -> Any:
+    def publish(original: Any, attempt: Any, draft: Any, **more: Any) -> Any:
         attempt.sync_directory()
-        attempt.publish(self.contents.draft.name, replace=False)
-        attempt.path = os.path.join(os.path.dirname(attempt.path), self.contents.draft.name)
-        attempt.publish = lambda *_, **__: None  # type: ignore[method-assign]
-        return original(self, attempt, small)
+        attempt.publish(draft.name, replace=False)
+        attempt.path = os.path.join(os.path.dirname(attempt.path), draft.name)
+        attempt.publish = lambda *_, **__: None
+        return original(attempt, draft, **more)
 
-    _around(patch, SaveTransaction, "_write_manifest", write_manifest)
+    _around(patch, commit, "publish", publish)
 
 
 @mutant("a save is acknowledged before it is published", ONE)
@@ -360,9 +360,9 @@ def _(patch: Patch) -> None:
 
 @mutant("an error of a small file is swallowed", checks.failing_small_file)
 def _(patch: Patch) -> None:
-    async def write_small(original: Any, self: LocalAttempt, files: Any) -> None:
+    def write_small(original: Any, self: LocalAttempt, files: Any) -> None:
         with contextlib.suppress(OSError):
-            await original(self, files)
+            original(self, files)
 
     _around(patch, LocalAttempt, "write_small", write_small)
 

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from asyncckpt import Checkpointer, KeepLast, Minutes, Run, RunLocked, WriterOptions
 from asyncckpt.cli.app import app
 from asyncckpt.storage import lease as lease_module
-from asyncckpt.storage.lease import LEASE_FILE, Lease, LeaseOptions
+from asyncckpt.storage.lease import LEASE_FILE, Lease
 from asyncckpt.testing import GatedOps, InterceptedOps
+from asyncckpt.types import LeaseOptions
 
 DAY, YEARS = 86_400.0, 10 * 365.25 * 86_400
 #: Before 1970 too, where a clock without a battery may begin.

@@ -19,7 +19,8 @@ import pytest
 
 from asyncckpt.errors import LeaseLost, RunLocked
 from asyncckpt.storage import lease as lease_module
-from asyncckpt.storage.lease import LEASE_FILE, Lease, LeaseOptions, read_holder
+from asyncckpt.storage.lease import LEASE_FILE, Lease, read_holder
+from asyncckpt.types import LeaseOptions
 
 FAST = LeaseOptions(beat_seconds=0.05, ttl_seconds=0.5)
 HOLD = """

@@ -36,7 +36,7 @@ from asyncckpt.read.boxes import Region
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import open_manifest, read_trees
 from asyncckpt.state.dtypes import DTYPES
-from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage import open_store
 
 
 class Reader(StorageReader):
@@ -159,11 +159,11 @@ def open_checkpoint(path: str | None) -> OpenCheckpoint:
         raise InvalidOption("say which: Reader('run'), or dcp.load(..., checkpoint_id='run/step-100')")
     if os.path.lexists(os.path.join(path, manifests.FILE_NAME)):
         run, name = os.path.split(path)
-        return LocalStore(run).open(name)
+        return open_store(run).open(name)
     if not os.path.isdir(path):
         raise CheckpointNotFound(f"{path}: no such directory")
-    store = LocalStore(path)
-    return store.open(Catalog(store, path).newest().name)
+    store = open_store(path)
+    return store.open(Catalog(store, store.address).newest().name)
 
 
 def _pickled(value: Any) -> io.BytesIO:

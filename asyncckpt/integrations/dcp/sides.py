@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from asyncckpt import forks, jsontree
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.codecs import digests
+from asyncckpt.commit.publication import publish, take_over
 from asyncckpt.errors import SaveFailed, StepExists
 from asyncckpt.integrations.dcp.names import Path, components_of
 from asyncckpt.manifest import environment
@@ -25,11 +25,10 @@ from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, split_record
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import aligned_buffer
-from asyncckpt.protocols import Attempt, Digest
+from asyncckpt.protocols import Attempt, Digest, Hold, renaming
 from asyncckpt.stage.copy import copy_segments, write_header
 from asyncckpt.stage.image import cut_digest
-from asyncckpt.storage.lease import Lease
-from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage import open_store
 from asyncckpt.types import Extent, LayoutOptions, Piece, Shard
 
 #: Enough to keep one device busy while others copy and hash.
@@ -64,7 +63,7 @@ class Live:
 
     def _empty(self) -> None:
         self.attempt: Attempt | None = None
-        self.lease: Lease | None = None
+        self.hold: Hold | None = None
         self.stager: Stager | None = None
         self.staging: Stager | None = None
         self.staged = False
@@ -88,20 +87,18 @@ class Live:
         if self.attempt is not None:  # of a save that failed on another rank
             self.attempt.discard()
             self.end()
-        store = LocalStore(run)
-        store.prepare(create_parents=True)
-        if os.path.lexists(os.path.join(run, name)) and not overwrite:
-            raise StepExists(f"{run}/{name} already exists; save another step, or pass overwrite=True")
-        if self._catalog is None or self._catalog.path != store.path:
-            self._catalog = Catalog(store, store.path)
+        store = open_store(run)
+        if store.identity(name) is not None and not overwrite:
+            raise StepExists(f"{store.address}/{name} already exists; save another step, or pass overwrite=True")
+        if self._catalog is None or self._catalog.path != store.address:
+            self._catalog = Catalog(store, store.address)
         damaged = self._catalog.must_be_kept(name)
-        self.lease = Lease.acquire(run)
+        self.hold = take_over(store, create_parents=True)
         try:
-            store.reclaim()
-            self._catalog.settle_replaced()
-            if damaged:
-                store.set_aside(name)
-            self.attempt = store.begin(step, uuid.uuid4().hex)
+            mover = renaming(store)
+            if damaged and mover is not None:
+                mover.set_aside(name)
+            self.attempt = store.begin(step, uuid.uuid4().hex, name=name)
         except BaseException:
             self.end()
             raise
@@ -110,9 +107,9 @@ class Live:
     def end(self) -> None:
         """The save is over, whichever way."""
         self.attempt = None
-        if self.lease is not None:
-            self.lease.release()
-            self.lease = None
+        if self.hold is not None:
+            self.hold.release()
+            self.hold = None
 
     def write(
         self,
@@ -160,39 +157,34 @@ class Live:
         world_size: int,
         overwrite: bool,
     ) -> None:
-        """Small files, manifest, directory, name: in that order, each durable before the next."""
-        attempt, lease, catalog = self.attempt, self.lease, self._catalog
-        if attempt is None or lease is None or catalog is None:
+        """Publish what ``write`` has written on all ranks: a checkpoint, durable on return."""
+        attempt, hold, catalog = self.attempt, self.hold, self._catalog
+        if attempt is None or hold is None or catalog is None:
             raise SaveFailed("no save has begun")
         components, trees = components_of(records, paths, values)
         small = {manifests.STATE_FILE: jsontree.dumps(trees)}
-        asyncio.run(attempt.write_small(small))
-        attempt.sync_directory()
+        attempt.write_small(small)
         take = digests.get(digest)
-        data = manifests.encode(
-            Manifest(
-                step=step,
-                name=name,
-                attempt=attempt.uuid,
-                kind="full",
-                created_unix_seconds=time.time(),
-                world_size=world_size,
-                shard_format="safetensors",
-                digest=digest,
-                layout="ranks",
-                metrics=metrics,
-                config=None,
-                environment=environment.record(),
-                files=(*files, *(manifests.whole_file(file, body, take) for file, body in small.items())),
-                components=components,
-                sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
-            )
+        draft = Manifest(
+            step=step,
+            name=name,
+            attempt=attempt.uuid,
+            kind="full",
+            created_unix_seconds=time.time(),
+            world_size=world_size,
+            shard_format="safetensors",
+            digest=digest,
+            layout="ranks",
+            metrics=metrics,
+            config=None,
+            environment=environment.record(),
+            files=(*files, *(manifests.whole_file(file, body, take) for file, body in small.items())),
+            components=components,
+            sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
         )
-        manifests.decode(data, f"{attempt.path}/{manifests.FILE_NAME}")  # never publish what no reader takes
-        asyncio.run(attempt.write_small({manifests.FILE_NAME: data}))
-        attempt.sync_directory()
-        lease.check()
-        attempt.publish(name, replace=overwrite)
+        # never publish what no reader takes: planners of others may have made names that none would
+        manifests.decode(manifests.encode(draft), f"{attempt.path}/{manifests.FILE_NAME}")
+        publish(attempt, draft, replace=overwrite, before=hold.check)
         self.end()
 
     @contextlib.contextmanager

@@ -34,7 +34,7 @@ from asyncckpt.integrations.dcp.sides import THREADS, Live, Stager
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
 from asyncckpt.protocols import Attempt
 from asyncckpt.state.dtypes import CODES
-from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage import open_store
 from asyncckpt.types import LayoutOptions, Piece, TensorSpec
 
 _NUMBER = re.compile(r"\d+")
@@ -107,10 +107,10 @@ class Writer(StorageWriter):
         return [replace(plan, storage_data=told) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        run, _, step, attempt_uuid = plan.storage_data
+        run, name, step, attempt_uuid = plan.storage_data
         attempt = self._live.attempt
         if attempt is None:
-            attempt = LocalStore(run).begin(step, attempt_uuid, shared=True)
+            attempt = open_store(run).begin(step, attempt_uuid, name=name, shared=True)
         future: Future[list[WriteResult]] = Future()
         try:
             future.set_result(self._write(attempt, plan.items, planner))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import asyncckpt
+from asyncckpt.storage.local import LocalStore
 from asyncckpt.testing import ThrottledOps
 from benchmarks.harness.state import GPT, SIZES, State, plain_state, training_state
 from benchmarks.harness.trained import STEPS, trained_run
@@ -256,14 +257,13 @@ def _durable(
             files=files,
             staging=asyncckpt.StagingOptions(budget_bytes=needed),
             writer=asyncckpt.WriterOptions(reuse_unchanged=False),
+            run=asyncckpt.RunOptions(store=LocalStore(str(directory / name.replace(" ", "-")), ops=ops)),
         )
         for name, files in kinds.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for ckpt in runs.values():
         ckpt.prepare(state)
-        if ops is not None:
-            ckpt._store.ops = ops
     for step in range(1, saves + 1):
         for name, ckpt in runs.items():
             time.sleep(_PAUSE_SECONDS)

@@ -1,8 +1,4 @@
-"""What every codec and every store has to do, as tests that a subclass runs on its own: pytest is all they need.
-
-``class TestMine(CodecContract)`` with the method ``codec`` tests a codec, ``class TestMine(StoreContract)`` with the
-method ``store`` a storage backend.
-"""
+"""What every codec has to do, as tests that a subclass runs on its own: pytest is all they need."""
 
 from __future__ import annotations
 

@@ -1,0 +1,59 @@
+"""The order in which files become a checkpoint stands here, for every writer of this library.
+
+Before ``publish``, the shards and the small files are written and durable. Then: names durable → manifest, last,
+durable → its name durable → the attempt gets its name → that durable → only then may the save be acknowledged. See
+docs/format.md, "Write ordering".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace as replaced
+
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.records import Manifest
+from asyncckpt.protocols import Attempt, Hold, Store
+from asyncckpt.types import LeaseOptions
+
+
+def take_over(
+    store: Store, *, create_parents: bool = False, takeover: bool = False, options: LeaseOptions | None = None
+) -> Hold:
+    """Become the run's only writer, and finish what writers before that are gone have begun. Blocks on the storage.
+    Raises ``RunLocked`` and ``RunPathError``."""
+    store.prepare(create_parents=create_parents)
+    hold = store.hold(takeover=takeover, options=options)
+    try:
+        store.reclaim()
+        Catalog(store, store.address).settle_replaced()
+    except BaseException:
+        hold.release()
+        raise
+    return hold
+
+
+def publish(
+    attempt: Attempt,
+    draft: Manifest,
+    *,
+    components_json: str | None = None,
+    replace: bool,
+    before: Callable[[], None],
+    read_back: Callable[[Attempt], None] | None = None,
+) -> Manifest:
+    """Write the manifest and give the attempt its name; return the manifest, which is durable then. Blocks on the
+    storage.
+
+    ``draft``: lists every file, all of them written and durable. ``components_json``: see ``manifest.json.encode``.
+    ``before``: called last before the checkpoint becomes visible; what it raises prevents that. ``read_back``: gets the
+    attempt once everything is written, and raises where it is not what it should be."""
+    attempt.sync_directory()
+    data = manifests.encode(draft, components_json=components_json)
+    attempt.write_small({manifests.FILE_NAME: data})
+    attempt.sync_directory()
+    if read_back is not None:
+        read_back(attempt)
+    before()
+    attempt.publish(draft.name, replace=replace)
+    return replaced(draft, size_bytes=len(data), file_digest=manifests.file_digest(data))

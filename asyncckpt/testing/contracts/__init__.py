@@ -1,0 +1,10 @@
+"""What every codec and every store has to do, as tests that a subclass runs on its own: pytest is all they need.
+
+``class TestMine(CodecContract)`` with the method ``codec`` tests a codec, ``class TestMine(StoreContract)`` with the
+method ``store`` a storage backend.
+"""
+
+from asyncckpt.testing.contracts.codec import CodecContract
+from asyncckpt.testing.contracts.store import StoreContract
+
+__all__ = ["CodecContract", "StoreContract"]
