@@ -12,10 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 
 from asyncckpt import Checkpointer
 from asyncckpt.memory.arena import Arena
+
+# how long one example takes says something of the machine, and of what else runs on it
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 class Tiny(nn.Module):

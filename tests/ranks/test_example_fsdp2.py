@@ -24,7 +24,7 @@ STEPS, EVERY = 30, 6
 OPTIONS = ["--steps", STEPS, "--every", EVERY, "--width", 96, "--layers", 2, "--batch", 8, "--rank-timeout", 3]
 #: The order in which ranks' gradients are added up differs with their number; what is saved does not.
 ALIKE = 2e-4
-_PATIENCE_SECONDS = 90.0
+_PATIENCE_SECONDS = 180.0
 
 
 def _environment(**more: str) -> dict[str, str]:

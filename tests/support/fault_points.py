@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import asyncckpt
 from asyncckpt.events import Event, ExtentStaged
@@ -53,6 +54,8 @@ class PointOps(PosixOps):
 def checkpointer(me: Me, path: str, **options: Any) -> tuple[asyncckpt.Checkpointer, PointOps]:
     """One whose points are the rank's; arm it with ``ops.armed = True``."""
     together._GRACE_SECONDS = GRACE_SECONDS
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()  # the ranks' processes may have started seconds apart, and what follows is bounded
     ops = PointOps(me)
 
     def staged(event: Event) -> None:
