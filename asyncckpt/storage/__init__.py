@@ -20,11 +20,15 @@ _BACKENDS: Final = {
     "memory": "asyncckpt.storage.memory",
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+#: A bucket's address that was made a ``pathlib.Path``, which keeps one slash of two.
+_BUCKET_AS_PATH = re.compile(r"(s3|gs|gcs|az|abfs|abfss|adl|hdfs|hf|r2|http|https|memory|file):/(?!/)")
 
 
 def scheme_of(address: str | os.PathLike[str]) -> str:
     """Return the scheme of an address; ``file`` for a path."""
     match = _SCHEME.match(os.fspath(address))
+    if match is None and isinstance(address, os.PathLike):
+        match = _BUCKET_AS_PATH.match(os.fspath(address))
     return match[1].lower() if match else "file"
 
 
@@ -33,8 +37,9 @@ def open_store(address: str | os.PathLike[str], *, direct: bool = True) -> Store
 
     ``direct``: read and write past the page cache where the backend has one. Raises ``InvalidOption`` for a scheme
     that no backend has."""
-    text = os.fspath(address)
-    scheme = scheme_of(text)
+    text, scheme = os.fspath(address), scheme_of(address)
+    if scheme != "file" and "://" not in text:
+        raise InvalidOption(f"{text}: give the address as a string, {scheme}://…: a Path keeps one of its slashes")
     if scheme not in _BACKENDS:
         raise InvalidOption(
             f"{text}: there is no storage backend for {scheme}://, only {', '.join(sorted(_BACKENDS))}. Give a path, "
