@@ -1,7 +1,8 @@
 """Doubles for tests of code that saves checkpoints: devices that are slow, stuck, or fail one call of your choice; one
 that records every call; and a model of what a power loss can leave of them.
 
-Put one into a store: ``checkpointer._store.ops = GatedOps()``, or make ``LocalStore(path, ops=…)``.
+Hand one over with a store: ``Checkpointer(path, run=RunOptions(store=LocalStore(path, ops=GatedOps())))``. Code that
+needs no file system at all saves to ``memory://name``.
 """
 
 from asyncckpt.testing.crashes import CrashModel
