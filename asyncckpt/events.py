@@ -154,9 +154,11 @@ class EventBus:
         self._subscribers = (log_event, *subscribers)
 
     def subscribe(self, subscriber: Subscriber) -> None:
+        """Call ``subscriber`` with every event from now on."""
         self._subscribers = (*self._subscribers, subscriber)
 
     def emit(self, event: Event) -> None:
+        """Call every subscriber with ``event``, on this thread. An exception that one raises is logged."""
         for subscriber in self._subscribers:
             try:
                 subscriber(event)

@@ -97,6 +97,7 @@ class Snapshot:
     components: list[ComponentSnapshot]
 
     def pieces(self) -> list[Piece]:
+        """Return the pieces of all components, in order; a ``Segment`` refers to them by index."""
         return [piece for component in self.components for piece in component.pieces]
 
 
@@ -221,6 +222,7 @@ class Layout:
     cache: dict[str, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)
 
     def extents(self) -> list[Extent]:
+        """Return the extents of all shards, in order."""
         return [extent for shard in self.shards for extent in shard.extents]
 
 

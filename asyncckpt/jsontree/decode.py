@@ -35,6 +35,9 @@ def decode(
 
 
 class _Decoder:
+    """Decodes one tree. Each method builds values of one kind, and refuses with ``fail`` what ``encode`` never makes;
+    ``keys`` is the path to the value at hand, for the message."""
+
     def __init__(self, tensors: Callable[[str], torch.Tensor], arrays: Callable[[str], torch.Tensor]) -> None:
         self.tensors = tensors
         self.arrays = arrays

@@ -74,6 +74,9 @@ class _Position(int):
 
 
 class _Encoder:
+    """Encodes one value. Each method takes values of one kind, and ``refuse`` raises for the others; ``keys`` is the
+    path to the value at hand, and ``unfinished`` has the ``id`` of each container on it."""
+
     def __init__(self, path: str, sink: Callable[[str, torch.Tensor], None], component: str) -> None:
         self.prefix = path
         self.sink = sink

@@ -93,10 +93,12 @@ class TensorRecord:
 
     @property
     def nbytes(self) -> int:
+        """The size of the tensor in bytes."""
         return self.end - self.begin
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensor."""
         return (self.file,)
 
 
@@ -123,6 +125,7 @@ class ChunkedRecord:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensor."""
         return tuple(part.file for part in self.parts)
 
     def span(self, chunk: int) -> tuple[int, int]:
@@ -160,6 +163,7 @@ class BoxedRecord:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensor."""
         return tuple(dict.fromkeys(box.file for box in self.boxes))
 
 

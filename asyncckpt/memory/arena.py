@@ -29,7 +29,7 @@ from asyncckpt.types import ALIGNMENT_BYTES
 log = logging.getLogger("asyncckpt")
 
 _FAULT_IN_BYTES = 16 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14+
+_MADV_POPULATE_WRITE = 23  # needs Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -90,12 +90,15 @@ class _Memory(mmap.mmap):
         self.madvise(mmap.MADV_DONTFORK)
 
     def disarm(self) -> None:
+        """Never free this object in a forked child."""
         # in the child something else may lie at these addresses by the time this object is freed, which would unmap
         # that: so it is never freed there
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
 
 class _Region:
+    """``_Region`` is a stretch of staging memory that is mapped at once."""
+
     def __init__(self, nbytes: int) -> None:
         self.memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _in_huge_pages(self.memory)
@@ -167,7 +170,7 @@ class Arena:
         try:
             prepared = (number, region, pin)
             threading.Thread(target=self._prepare, args=prepared, name="asyncckpt-arena", daemon=True).start()
-        except RuntimeError:  # no more threads
+        except RuntimeError:  # the system gives no more threads
             self._prepare(number, region, pin)
 
     def _allocate(self, wanted: int, least: int) -> _Region | None:

@@ -20,6 +20,7 @@ class _Pause:
         forks.disarm_in_child(self)
 
     def begin(self) -> None:
+        """Pause collection, unless it pauses already."""
         with self._lock:
             if not self._held:
                 self._before = gc.get_threshold()
@@ -27,6 +28,7 @@ class _Pause:
             self._held += 1
 
     def end(self) -> None:
+        """Go on with collection, unless somebody else still wants none."""
         with self._lock:
             self._held -= 1
             if not self._held:

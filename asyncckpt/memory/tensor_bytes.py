@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
+_libc = ctypes.CDLL(None)  # CDLL releases the GIL during the copy; PyDLL would not
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.memcpy.restype = ctypes.c_void_p
 

@@ -23,9 +23,11 @@ class Replicated:
         self.value = value
 
     def state_dict(self) -> Any:
+        """Return the state of ``value``, or ``value`` itself where it is plain data."""
         return self.value.state_dict() if hasattr(self.value, "state_dict") else {"value": self.value}
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Give ``value`` the state that ``state_dict`` has returned, or replace it where it is plain data."""
         if hasattr(self.value, "load_state_dict"):
             return self.value.load_state_dict(state_dict)
         self.value = state_dict["value"]
