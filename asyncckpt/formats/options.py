@@ -38,9 +38,9 @@ class Safetensors:
     ``codec`` is ``none`` (any safetensors reader opens the files), ``auto``, ``planes``, ``lz4``, ``zstd``, ``blosc``,
     or one of ``asyncckpt.codecs`` with options of its own; all are lossless. ``delta``: save differences; this needs a
     codec. ``per_rank``: in a job, each rank writes files of its own instead of parts of common ones; this needs codec
-    ``none``. ``shard_bytes``: so many bytes of data begin a new file (4 GiB). ``extent_bytes``: so many bytes are
-    staged, hashed and written at a time, a multiple of 4096 (8 MiB). Raises ``InvalidOption`` and, for a codec that
-    does not exist, ``UnknownName``.
+    ``none``. ``shard_bytes``: a new file begins after so many bytes of data, 4 GiB by default. ``extent_bytes``: so
+    many bytes are staged, hashed and written at a time, a multiple of 4096, 8 MiB by default. Raises ``InvalidOption``
+    and, for a codec that does not exist, ``UnknownName``.
     """
 
     codec: str | Codec = "none"
@@ -78,9 +78,10 @@ class Safetensors:
 class Zarr:
     """Stores each component as a zarr v3 group, which zarr, TensorStore and others open, and each tensor as an array.
 
-    ``codec`` is what it is for ``Safetensors``. ``shard_bytes``: a shard has at most so many bytes of data (4 GiB).
-    ``chunk_bytes``: so many bytes are staged, compressed and read at a time, a multiple of 4096 (8 MiB). A tensor of
-    more than one chunk is sharded. Raises ``InvalidOption`` and, for a codec that does not exist, ``UnknownName``.
+    ``codec`` is what it is for ``Safetensors``. ``shard_bytes``: a shard has at most so many bytes of data, 4 GiB by
+    default. ``chunk_bytes``: so many bytes are staged, compressed and read at a time, a multiple of 4096, 8 MiB by
+    default. A tensor of more than one chunk is sharded. Raises ``InvalidOption`` and, for a codec that does not exist,
+    ``UnknownName``.
     """
 
     codec: str | Codec = "none"

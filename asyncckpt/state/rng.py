@@ -20,8 +20,8 @@ class RngState:
 
     ``RngState(generators={"data": rng})`` adds generators of your own: a ``random.Random``, ``numpy.random.Generator``
     or ``torch.Generator`` under each name. Raises ``InvalidOption`` for anything else. Their state is taken on the
-    thread that calls ``save``; to read a CUDA generator synchronises with nothing. Every rank's own is stored. Not
-    thread-safe: nothing should draw from a generator while it is captured or restored.
+    thread that calls ``save``; to read a CUDA generator synchronises with nothing. In a job each rank stores its own.
+    Not thread-safe: nothing should draw from a generator while it is captured or restored.
     """
 
     def __init__(self, generators: Mapping[str, Generator] | None = None) -> None:
