@@ -1,8 +1,8 @@
-"""Every error this library raises on purpose, in one tree.
+"""Every error that this library raises on purpose belongs to one tree.
 
     AsyncCkptError
     ├── UnsupportedValue      (TypeError)          a value in the training state that cannot be stored
-    ├── InvalidStep           (ValueError)         a step that is no whole number >= 0, or goes backwards
+    ├── InvalidStep           (ValueError)         a step that is not a whole number >= 0, or goes backwards
     ├── InvalidOption         (ValueError)         an argument of the API that makes no sense
     ├── StepExists            (FileExistsError)    the step is already saved
     ├── RunPathError          (OSError)            the run directory cannot be used (missing, a file, read-only)
@@ -10,11 +10,11 @@
     ├── RunLocked             (BlockingIOError)    another live run owns the directory
     ├── LeaseLost             (OSError)            another run took the directory over while this one was writing
     ├── NotEnoughSpace        (OSError)            the disk cannot hold the save
-    ├── NotEnoughMemory       (MemoryError)        nothing to stage an extent in
+    ├── NotEnoughMemory       (MemoryError)        there is no memory to stage even one extent in
     ├── SaveFailed            (OSError)            a background save failed; nothing was published
     │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
     │   │   └── RankLost                           a rank of the job did not answer in time
-    │   ├── SaveUndecided                          complete and visible, but nobody knows whether durably
+    │   ├── SaveUndecided                          complete and visible, but perhaps not durable
     │   └── PlanChanged                            the state changed on some ranks only; the next save plans anew
     ├── RanksDisagree         (RuntimeError)       ranks of one job save different steps, or states that do not fit
     ├── ArenaBusy             (BlockingIOError)    a save was due while an earlier one held the arena
@@ -29,8 +29,9 @@
     ├── UnknownName           (KeyError)           an algorithm, format or tensor name that is not known
     └── MissingExtra          (ImportError)        an optional dependency is not installed
 
-Each is also the builtin in brackets, so ``except OSError`` and friends keep working. A message names the path,
-the step and the rank where there is one, and ends with what to do.
+Each error is also the builtin in brackets, so ``except OSError`` and the like keep working. A message names the path,
+the step and, in a job, the rank, and ends with what to do. An error of a save in the background is raised by
+``PendingSave.result`` or by the next call of the checkpointer.
 """
 
 from __future__ import annotations
@@ -41,38 +42,40 @@ from collections.abc import Iterator, Sequence
 
 
 class AsyncCkptError(Exception):
-    """The root: catching it catches everything asyncckpt raises on purpose."""
+    """``AsyncCkptError`` is the root of all errors that this library raises on purpose."""
 
 
 class UnsupportedValue(AsyncCkptError, TypeError):
-    """A value that cannot be stored exactly without pickle; the message names its path in the state."""
+    """A value of the training state cannot be stored exactly without pickle. The message names its path in the
+    state."""
 
 
 class InvalidStep(AsyncCkptError, ValueError):
-    """A step that is not a whole number >= 0, or that goes backwards."""
+    """The step is not a whole number >= 0, or it is lower than the newest one and nothing older was restored first."""
 
 
 class InvalidOption(AsyncCkptError, ValueError):
-    """An argument that makes no sense; the message names it and the accepted values."""
+    """An argument makes no sense. The message names it and the values that are accepted."""
 
 
 class StepExists(AsyncCkptError, FileExistsError):
-    """The step already has a checkpoint (or a save in flight)."""
+    """The step already has a checkpoint or a save in flight, or something else has the name that it would get. What is
+    there was left as it is."""
 
 
 class RunPathError(AsyncCkptError, OSError):
-    """The run directory cannot be used as it is."""
+    """The run directory cannot be used: it is missing, a file, read-only, or not the one that other ranks see."""
 
 
 class StorageFailed(AsyncCkptError, OSError):
-    """The storage failed while checkpoints were listed, read or deleted. Nothing is known to be wrong with them.
-    ``errno`` is the system's."""
+    """The storage failed while checkpoints were listed, read or deleted. Nothing is known to be wrong with the
+    checkpoints themselves. ``errno`` is the system's."""
 
 
 @contextlib.contextmanager
 def storage_errors(path: str) -> Iterator[None]:
-    """Around what reaches the storage of the run at ``path``: an error that only the system has named is raised as
-    ``StorageFailed``."""
+    """Raise an ``OSError`` of the system as ``StorageFailed``. Put it around code that reaches the storage of the run
+    at ``path``; errors of this library pass through unchanged."""
     try:
         yield
     except AsyncCkptError:
@@ -87,19 +90,20 @@ def storage_errors(path: str) -> Iterator[None]:
 
 
 class RunLocked(AsyncCkptError, BlockingIOError):
-    """Another live run holds the directory; the message names its host and pid and how to take over."""
+    """Another live run owns the directory. The message names its host and pid, and says how to take the directory
+    over."""
 
 
 class LeaseLost(AsyncCkptError, OSError):
-    """Another run took this directory over; whatever this one was writing is not published."""
+    """Another run has taken the directory over. What this one was writing is not published."""
 
 
 class NotEnoughMemory(AsyncCkptError, MemoryError):
-    """The system gives no memory to stage even one extent in. Training can go on; this save is lost."""
+    """The system gives no memory to stage even one extent in. Only this save is lost; training can go on."""
 
 
 class NotEnoughSpace(AsyncCkptError, OSError):
-    """The file system cannot hold the save. Raised before anything is written where it can be foreseen."""
+    """The file system cannot hold the save. Where that can be foreseen, it is raised before anything is written."""
 
     def __init__(self, message: str) -> None:
         super().__init__(errno.ENOSPC, message)
@@ -113,33 +117,37 @@ class SaveFailed(AsyncCkptError, OSError):
 
 
 class SaveAbandoned(SaveFailed, TimeoutError):
-    """A save did not finish within its deadline and was given up, so that training goes on."""
+    """A save did not finish within its deadline, and was given up so that training goes on."""
 
 
 class RankLost(SaveAbandoned):
-    """A rank of the job died, stopped or never made the call that the others made; the message names it."""
+    """A rank of the job died, stopped, or never made the call that the others made. The message names the rank."""
 
 
 class PlanChanged(SaveFailed):
-    """Names or shapes changed on some ranks and not on others. Only this save is lost; the next one plans anew."""
+    """Names or shapes of the state changed on some ranks and not on others. Only this save is lost: the ranks plan the
+    next one anew."""
 
 
 class RanksDisagree(AsyncCkptError, RuntimeError):
-    """The ranks of one job do not save the same thing; the message names the odd ones."""
+    """The ranks of one job do not save, or read, the same thing. The message names the ranks that differ."""
 
 
 class SaveUndecided(SaveFailed):
-    """The checkpoint is complete and has its name, but making the name durable failed and so did taking it back.
+    """The checkpoint is complete and has its name, but the storage failed both to make the name durable and to take it
+    back: after a power loss the checkpoint may be there or not.
 
-    Not acknowledged: retention never counts it in this process, and saving the step again sets it aside."""
+    The save is not acknowledged. In this process retention never counts the checkpoint, and a save of the same step
+    sets it aside."""
 
 
 class ArenaBusy(AsyncCkptError, BlockingIOError):
-    """A save was due while earlier saves still held the arena, and ``on_busy="error"`` was chosen."""
+    """A save was due while earlier saves still held the staging memory, or too many were in flight, and
+    ``StagingOptions.on_busy`` is ``error``, or is ``wait`` and the stall timeout has passed."""
 
 
 class CheckpointerClosed(AsyncCkptError, RuntimeError):
-    """The checkpointer was closed, or is used in a forked child process."""
+    """The checkpointer was closed, or it is used in a forked child process."""
 
 
 class CheckpointNotFound(AsyncCkptError, FileNotFoundError):
@@ -151,15 +159,16 @@ class CheckpointDamaged(AsyncCkptError, ValueError):
 
 
 class ManifestInvalid(CheckpointDamaged):
-    """The manifest is missing, damaged, hostile or malformed."""
+    """The manifest is missing, damaged, malformed or hostile."""
 
 
 class DigestMismatch(CheckpointDamaged):
-    """The manifest is not the one whose digest the caller knows (``expect_digest``). It may be good by itself."""
+    """The manifest is not the one whose digest the caller gave (``expect_digest``). The checkpoint may still be
+    undamaged."""
 
 
 class NoUsableCheckpoint(CheckpointDamaged):
-    """Checkpoints exist, and none of them verifies. Never answered by starting from scratch."""
+    """Checkpoints exist, and none of them can be restored. The library never starts from scratch instead."""
 
 
 class VersionUnsupported(AsyncCkptError, ValueError):
@@ -167,11 +176,11 @@ class VersionUnsupported(AsyncCkptError, ValueError):
 
 
 class StateMismatch(AsyncCkptError, KeyError):
-    """Names, shapes or dtypes in the checkpoint differ from the live state; all of them are listed together.
+    """Names, shapes or dtypes in the checkpoint differ from the live state. All differences are listed together.
 
-    ``missing``: in the live state, not in the checkpoint. ``unexpected``: in the checkpoint, not in the live state.
-    ``mismatched``: in both, with another shape or dtype. Nothing was changed when this is raised, but where the message
-    says so: all three are empty then, and a live object did not take the values.
+    ``missing`` names what is in the live state and not in the checkpoint, ``unexpected`` what is in the checkpoint and
+    not in the live state, and ``mismatched`` what is in both with another shape or dtype. Nothing has been changed,
+    with one exception, of which the message tells: a live object refused its values, and all three are empty.
     """
 
     def __init__(
@@ -187,11 +196,11 @@ class StateMismatch(AsyncCkptError, KeyError):
 
 
 class UnknownName(AsyncCkptError, KeyError):
-    """A digest, format, codec or tensor name that this installation does not know."""
+    """The name of a digest, format, codec or tensor is not known here."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class MissingExtra(AsyncCkptError, ImportError):
-    """An optional dependency is missing; the message gives the ``pip install`` line."""
+    """An optional dependency is not installed. The message gives the ``pip install`` line."""

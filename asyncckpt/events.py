@@ -1,8 +1,9 @@
-"""Typed events, one for every stage of a save: what a logger, a dashboard or a trace is fed with.
+"""Every stage of a save emits a typed event, which loggers, dashboards and traces subscribe to.
 
-All times are seconds on ``time.perf_counter``'s clock (``at_seconds`` is when the event happened, the end of whatever
-it reports); sizes are bytes. Subscribers are called on the thread where the event happens, so they must be quick and
-must not call back into the checkpointer; one that raises is logged and never harms the save.
+Durations are in seconds and sizes in bytes. ``at_seconds`` is the time at which the event happened, the end of what it
+reports, on the clock of ``time.perf_counter``. A subscriber is called on the thread where the event happens, and on
+several threads at once, so it must be quick, thread-safe, and must not call back into the checkpointer. An exception
+that it raises is logged, and never harms the save. In a job every rank emits the events of its own part.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ log = logging.getLogger("asyncckpt")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
-    """Any event. ``step`` is the checkpoint's step."""
+    """``Event`` is the base of all events. ``step`` is the training step of the checkpoint that it is about, and
+    ``thread`` the name of the thread on which it happened."""
 
     step: int
     at_seconds: float = field(default_factory=time.perf_counter)
@@ -27,7 +29,8 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveStarted(Event):
-    """``save`` was called. ``deferred``: tensors of watched optimizers are copied after it returns."""
+    """A save has begun. ``nbytes`` is the size of its shards; ``deferred`` says that tensors of watched optimizers may
+    be copied after ``save`` has returned."""
 
     nbytes: int
     deferred: bool
@@ -35,7 +38,8 @@ class SaveStarted(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stalled(Event):
-    """The training thread spent ``seconds`` inside asyncckpt; ``where``: ``save``, ``optimizer.step`` or ``guard``."""
+    """The training thread has spent ``seconds`` inside asyncckpt. ``where`` says in which call: ``save``,
+    ``optimizer.step`` or ``guard``."""
 
     seconds: float
     where: str
@@ -43,7 +47,7 @@ class Stalled(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtentStaged(Event):
-    """One extent was copied into the arena."""
+    """One extent of ``nbytes`` has been copied into the arena, or its copy enqueued on the device, in ``seconds``."""
 
     nbytes: int
     seconds: float
@@ -51,7 +55,7 @@ class ExtentStaged(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtentWritten(Event):
-    """One extent was hashed and written."""
+    """One extent of ``nbytes`` has been hashed and written; ``seconds`` is how long the write took."""
 
     nbytes: int
     seconds: float
@@ -59,7 +63,8 @@ class ExtentWritten(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Staged(Event):
-    """The whole snapshot is in the arena or written: training may change anything. ``seconds`` since ``save``."""
+    """The whole snapshot, of ``nbytes``, has been copied: training may change anything. It took ``seconds`` from the
+    call of ``save``."""
 
     nbytes: int
     seconds: float
@@ -67,7 +72,7 @@ class Staged(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written(Event):
-    """All shards are written and fsynced. ``seconds`` since ``save``."""
+    """All shards, of ``nbytes`` together, are written and fsynced, ``seconds`` after the call of ``save``."""
 
     nbytes: int
     seconds: float
@@ -75,8 +80,10 @@ class Written(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed(Event):
-    """The checkpoint is durable and visible. ``nbytes`` is its size on disk, all files; in the events before it, the
-    shards' size. ``durable_seconds`` since ``save``; ``stall_seconds`` of training."""
+    """The checkpoint at ``path`` is durable and visible. ``nbytes`` is the size of all its files, where the events
+    before this one count the shards alone; ``written_bytes`` is the part that this process wrote. ``durable_seconds``
+    have passed since the call of ``save``, the last ``commit_seconds`` of them after the shards were written; the
+    training thread spent ``stall_seconds`` inside asyncckpt."""
 
     path: str
     nbytes: int
@@ -88,14 +95,15 @@ class Committed(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed(Event):
-    """The save failed; nothing was published."""
+    """The save has failed with ``error``, and nothing was published."""
 
     error: BaseException
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Busy(Event):
-    """A save was due while earlier ones held the arena; ``policy`` is what was done about it."""
+    """A save was due while ``in_flight`` earlier ones left no room for it. ``policy`` says what is done about it:
+    ``wait``, ``skip`` or ``error``, as in ``StagingOptions.on_busy``."""
 
     policy: str
     in_flight: int
@@ -103,7 +111,7 @@ class Busy(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pruned(Event):
-    """Retention deleted checkpoint ``step``, or wanted to and left it because it is being read (``deleted=False``)."""
+    """Retention has deleted the checkpoint ``name``, or has left it because somebody reads it (``deleted=False``)."""
 
     name: str
     deleted: bool
@@ -111,7 +119,7 @@ class Pruned(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FellBack(Event):
-    """``resume`` could not use checkpoint ``step`` and went to the one before."""
+    """The checkpoint at ``path`` could not be restored, for this ``reason``, and the one before it is tried."""
 
     path: str
     reason: str
@@ -119,7 +127,8 @@ class FellBack(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Restored(Event):
-    """A checkpoint was read back into live objects, every byte of it verified."""
+    """The checkpoint at ``path`` has been read back into live objects: ``nbytes`` in ``seconds``, every one of them
+    verified."""
 
     path: str
     nbytes: int
@@ -128,7 +137,8 @@ class Restored(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preempting(Event):
-    """A preemption signal arrived; a last save follows, to be durable within ``deadline_seconds``."""
+    """A preemption signal has arrived (``signal`` is its name). A last save follows, to be durable within
+    ``deadline_seconds``."""
 
     signal: str
     deadline_seconds: float
@@ -138,15 +148,17 @@ Subscriber = Callable[[Event], None]
 
 
 class EventBus:
-    """Fans events out to subscribers. Thread-safe."""
+    """Hands every event to every subscriber, on the thread that emits it. Thread-safe."""
 
     def __init__(self, subscribers: tuple[Subscriber, ...] = ()) -> None:
         self._subscribers = (log_event, *subscribers)
 
     def subscribe(self, subscriber: Subscriber) -> None:
+        """Call ``subscriber`` with every event from now on."""
         self._subscribers = (*self._subscribers, subscriber)
 
     def emit(self, event: Event) -> None:
+        """Call every subscriber with ``event``, on this thread. An exception that one raises is logged."""
         for subscriber in self._subscribers:
             try:
                 subscriber(event)
@@ -155,8 +167,8 @@ class EventBus:
 
 
 def log_event(event: Event) -> None:
-    """The default subscriber: stages at DEBUG, commits at INFO, trouble at WARNING and ERROR, on logger
-    ``asyncckpt``."""
+    """Log an event on the logger ``asyncckpt``: stages at DEBUG, commits at INFO, trouble at WARNING and ERROR. Every
+    checkpointer calls it first."""
     match event:
         case Committed():
             log.info(
@@ -178,6 +190,6 @@ def log_event(event: Event) -> None:
         case Pruned(deleted=False):
             log.info("step %d is being read; retention left it", event.step)
         case ExtentStaged() | ExtentWritten():
-            pass  # hundreds a save: for traces, not for a log
+            pass  # a save has hundreds: they are for traces, not for a log
         case _:
             log.debug("%s", event)

@@ -1,9 +1,9 @@
-"""What a forked child does with what it has inherited: nothing.
+"""A forked child leaves alone what it inherits from this process.
 
 A child (a data loader's worker, a ``multiprocessing.Process``) has this process's memory and none of its threads: a
-lock that one of them held is held there for ever, and whatever the child would end or give back is still its parent's.
-So everything that acts by itself (at exit, when it is collected, on a signal) is disarmed there before the child runs,
-and disarming takes no lock.
+lock that one of them held is held there for ever, and whatever the child would end or give back still belongs to its
+parent. So everything that acts by itself (at exit, when it is collected, on a signal) is disarmed there before the
+child runs, and disarming takes no lock.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any, Protocol
 
 
 class Disarmable(Protocol):
-    """Something that a forked child inherits and must not use."""
+    """A disarmable object is one that a forked child inherits and must not use."""
 
     def disarm(self) -> None:
-        """Called in the child, which has one thread. Takes no lock, blocks on nothing, and may be called again in a
-        child of the child."""
+        """Make the object harmless. It is called in the child, which has one thread, and again in a child of the child.
+        It takes no lock and blocks on nothing."""
         ...
 
 
@@ -33,7 +33,8 @@ def disarm_in_child(thing: Disarmable) -> None:
 
 
 def finalize(target: object, function: Callable[..., object], *args: Any) -> weakref.finalize[..., Any]:
-    """As ``weakref.finalize``, for what only this process may do: in a forked child nothing is called."""
+    """Have ``function(*args)`` called once ``target`` is collected, or at exit, as ``weakref.finalize`` does, but only
+    in this process: a forked child calls nothing. Returns the finalizer."""
     return weakref.finalize(target, _at_home, os.getpid(), function, *args)
 
 
@@ -44,7 +45,7 @@ def _at_home(pid: int, function: Callable[..., object], *args: Any) -> None:
 
 def _in_child() -> None:
     for thing in list(_armed):
-        with contextlib.suppress(Exception):  # the others have to be disarmed all the same
+        with contextlib.suppress(Exception):  # one that fails must not leave the others armed
             thing.disarm()
 
 

@@ -1,5 +1,5 @@
-"""torch for the ground floors, which take live tensors and import no torch: whoever holds one of its objects has it
-loaded."""
+"""The lower packages take live tensors and still do not import torch: whoever holds a tensor has loaded torch already,
+and this module finds it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def loaded_torch() -> Any:
-    """The module torch, or None in a process where nobody has imported it. Another thread may be importing it just
-    now; then it lacks names."""
+    """Return the module ``torch``, or None in a process where nobody has imported it. While another thread imports it,
+    the module is there and lacks names."""
     return sys.modules.get("torch")

@@ -1,4 +1,4 @@
-"""Whether one save may still succeed. Made once a save, and handed down to everything that works on it."""
+"""A ``SaveScope`` knows whether one save may still succeed. It is handed down to everything that works on the save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 
 class SaveScope:
-    """The first error of a save, and the threads that wait for its progress. Thread-safe.
+    """Keeps the first error of a save, and wakes the threads that wait for its progress. Thread-safe.
 
     ``step``: the training step that is saved.
     """
@@ -21,17 +21,17 @@ class SaveScope:
 
     @property
     def error(self) -> BaseException | None:
-        """What made the save fail, or None."""
+        """The error that made the save fail, or None while it may succeed."""
         return self._error
 
     def raise_if_failed(self) -> None:
-        """Raises what made the save fail."""
+        """Raise the error that made the save fail, if it has failed."""
         if self._error is not None:
             raise self._error
 
     def fail(self, error: BaseException) -> None:
-        """Nothing of this save will be published. The first error is kept; then whatever was held for the save is
-        released, on this thread. Idempotent."""
+        """Let the save fail with ``error``: nothing of it will be published. Only the first error is kept. The
+        functions that ``when_failed`` was given are called once, on this thread. Idempotent; does not block."""
         with self._changed:
             if self._error is not None:
                 return
@@ -42,7 +42,7 @@ class SaveScope:
             release()
 
     def when_failed(self, release: Callable[[], None]) -> None:
-        """Have ``release``, which must not block, called once the save fails: at once where it has."""
+        """Have ``release`` called when the save fails, or at once where it has failed. ``release`` must not block."""
         with self._changed:
             if self._error is None:
                 self._releases.append(release)
@@ -50,18 +50,19 @@ class SaveScope:
         release()
 
     def end(self) -> None:
-        """The save is durable or failed: what would have to be released no longer has to be. Idempotent."""
+        """Forget what ``when_failed`` was given: the save is durable, or has failed. Idempotent."""
         with self._changed:
             self._releases.clear()
 
     def notify(self) -> None:
-        """Something that ``wait_until`` may be waiting for has changed."""
+        """Make every thread in ``wait_until`` ask its ``reached`` again."""
         with self._changed:
             self._changed.notify_all()
 
     def wait_until(self, reached: Callable[[], bool], timeout_seconds: float, *, failed_too: bool = True) -> bool:
-        """Block until ``reached()``, or, with ``failed_too``, until the save has failed, for at most so many seconds;
-        what ``reached()`` says then. It is asked after each ``notify``."""
+        """Block until ``reached()`` is true, for at most ``timeout_seconds``, and return what it says then. With
+        ``failed_too`` a failure of the save ends the wait, too. ``reached`` is asked after each ``notify``, with the
+        scope's lock held."""
         deadline = time.monotonic() + timeout_seconds
         with self._changed:
             while not reached() and not (failed_too and self._error is not None):

@@ -1,4 +1,5 @@
-"""What the stages hand to each other: tensor specifications, pieces of a snapshot, extents and shards of a layout."""
+"""The stages of a save hand these types to each other: tensor specifications, pieces of a snapshot, extents and shards
+of a layout."""
 
 from __future__ import annotations
 
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
     import torch
 
 
-#: What the buffer protocol takes here (``collections.abc.Buffer`` needs Python 3.12).
+#: These have the buffer protocol (``collections.abc.Buffer`` needs Python 3.12).
 Buffer: TypeAlias = "bytes | bytearray | memoryview | mmap.mmap"
 JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, JsonValue] | None"
 
-#: Room for a frame header before a chunk that is staged for a codec: stored as it is, it becomes a frame where it lies.
+#: A chunk for a codec is staged behind room for a frame header: stored without compression, it is a frame where it
+#: lies.
 LEAD_BYTES = 16
-#: A shard of up to this size is one write through the page cache and its fsync: more calls cost more than its bytes.
+#: A shard of up to this size is written through the page cache at once: more calls would cost more than its bytes.
 SMALL_SHARD_BYTES = 256 << 10
 #: File offsets, extent boundaries and memory handed to O_DIRECT are multiples of this many bytes.
 ALIGNMENT_BYTES = 4096
@@ -28,8 +30,8 @@ ALIGNMENT_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One global tensor: its name inside the component, the safetensors dtype code, and its global shape. ``frozen``:
-    training does not change it."""
+    """``TensorSpec`` describes one global tensor: its ``name`` inside the component, the safetensors code of its
+    ``dtype``, its global ``shape`` and size in bytes. ``frozen``: training does not change it."""
 
     name: str
     dtype: str
@@ -40,13 +42,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """How the rows of a global tensor are spread over ranks: ``[bounds[i], bounds[i + 1])`` lie on each of
-    ``holders[i]``. Empty parts are left out; a scalar counts as one row. Compared by identity: thousands of tensors
-    share a few of these."""
+    """``Rows`` says how the rows of a global tensor are spread over ranks: each rank of ``holders[i]`` holds the rows
+    ``[bounds[i], bounds[i + 1])``. Empty parts are left out; a scalar counts as one row. It is compared by identity,
+    because thousands of tensors share a few of these."""
 
     bounds: tuple[int, ...]
     holders: tuple[tuple[int, ...], ...]
-    #: The part that a rank holds: its number.
+    #: Maps a rank to the index of the part that it holds.
     part_of: Mapping[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -56,10 +58,11 @@ class Rows:
 
 @dataclass(slots=True)
 class Piece:
-    """The contiguous part of a global tensor that this rank holds: its row-major bytes from ``begin`` on. ``rows``: how
-    the others hold the rest; None where every rank that knows the name holds the whole tensor. ``span`` are the rows
-    that are here where nobody knows yet who holds the others. ``private``: nobody else can change it. ``gather`` makes
-    the whole tensor, on all ranks that hold a part of it."""
+    """``Piece`` is the contiguous part of a global tensor that this rank holds: ``tensor`` has the row-major bytes of
+    the global one from ``begin`` on. ``rows`` says which ranks hold which rows, and is None where every rank that knows
+    the name holds the whole tensor. ``span`` is the range of rows held here while nobody knows who holds the others.
+    ``private``: nothing else can change the tensor. ``gather`` returns the whole tensor; every rank that holds a part
+    of it must call it."""
 
     spec: TensorSpec
     tensor: torch.Tensor
@@ -72,8 +75,10 @@ class Piece:
 
 @dataclass(slots=True)
 class ComponentSnapshot:
-    """One captured component. ``aliases`` maps a tied tensor's other names to the name it is stored under. ``shared``:
-    one for all ranks of the job, which hold parts or copies of it; otherwise each rank has its own."""
+    """``ComponentSnapshot`` is one captured component. ``kind`` says how it was captured (``module``, ``optimizer``,
+    ``stateful``, ``tensor`` or ``plain``), ``tree`` holds its plain values, and ``aliases`` maps a tied tensor's other
+    names to the name it is stored under. ``shared``: the ranks of a job hold parts or copies of one component;
+    otherwise each rank has a component of its own under this name."""
 
     name: str
     kind: str
@@ -85,18 +90,21 @@ class ComponentSnapshot:
 
 @dataclass(slots=True)
 class Snapshot:
-    """The captured training state: references to tensors (no copies) and trees of plain values (copies)."""
+    """``Snapshot`` is the captured training state: references to tensors, which are not copied, and trees of plain
+    values, which are."""
 
     step: int
     components: list[ComponentSnapshot]
 
     def pieces(self) -> list[Piece]:
+        """Return the pieces of all components, in order; a ``Segment`` refers to them by index."""
         return [piece for component in self.components for piece in component.pieces]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Bytes of one tensor inside one extent: ``piece`` indexes the snapshot's pieces, offsets and length in bytes."""
+    """``Segment`` says which bytes of a piece go into an extent: ``nbytes`` from ``source_offset`` of the piece go to
+    ``extent_offset`` of the staged bytes. ``piece`` is an index into the snapshot's pieces."""
 
     piece: int
     source_offset: int
@@ -106,16 +114,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A byte range of a shard: staged, hashed and written as a unit. ``header`` are leading format bytes; what no
-    segment covers after the last one is zeros.
+    """``Extent`` is a byte range of a shard's file that is staged, hashed and written as a unit.
 
-    The bytes are staged ``lead`` bytes into the slot, so that an extent that begins in the middle of a block can be
-    written past the page cache from the next block on. ``cuts``: where in it one digest ends and the next begins, so
-    that a reader who needs a part does not have to read it all.
+    ``shard`` is the index of the shard in its layout. The extent begins with the format's bytes ``header``; then come
+    the bytes of ``segments``, and zeros after the last of them. They are staged ``lead`` bytes into the slot, so that
+    an extent that begins in the middle of a block can be written past the page cache from the next block on. ``cuts``
+    are the places in it where one digest ends and the next begins, so that whoever needs a part reads only that part.
 
-    ``item_bytes`` over 0: a chunk that the codec encodes, of items of that size; its data begins ``LEAD_BYTES`` into
-    the staged bytes. ``stored`` are the bytes of it that mean something; in a shard that is placed while it is written
-    ``offset`` says only the order.
+    Where ``item_bytes`` is not 0, the extent is a chunk for the codec, made of items of that size, and its data begins
+    ``LEAD_BYTES`` into the staged bytes. ``stored`` counts a chunk's bytes without padding. In a floating shard
+    ``offset`` gives only the order.
     """
 
     shard: int
@@ -131,8 +139,9 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a whole tensor lies: byte range ``[begin, end)`` of the shard's file. ``part_of``: where the file's tensor
-    is a box of a larger one, that one, and the box's ``offsets`` in it."""
+    """``Placement`` says that a whole tensor lies in the byte range ``[begin, end)`` of the shard's file. Where the
+    file's tensor is a box of a larger one, ``part_of`` describes that one and ``offsets`` say where the box begins in
+    it, one index for each dimension."""
 
     spec: TensorSpec
     begin: int
@@ -143,10 +152,11 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """How a tensor is cut into chunks: contiguous parts of its row-major bytes.
+    """``Chunking`` says how a tensor is cut into chunks, which are contiguous parts of its row-major bytes.
 
-    Its bytes are runs of ``run_bytes``; each run is cut into chunks of ``chunk_bytes``, the last one of a run shorter,
-    or, where ``padded``, filled up with zeros. ``grid`` and ``chunk_shape`` say the same as shapes (zarr).
+    Its bytes are runs of ``run_bytes``. Each run is cut into chunks of ``chunk_bytes``; the last chunk of a run is
+    shorter, or, where ``padded``, filled up with zeros. ``chunk_shape`` and ``shard_shape`` say the same as shapes of
+    arrays, for zarr; they are empty for safetensors.
     """
 
     spec: TensorSpec
@@ -159,7 +169,8 @@ class Chunking:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRun:
-    """Consecutive chunks of one tensor in one shard: ``count`` extents of it from number ``first``."""
+    """``ChunkRun`` says that consecutive chunks of one tensor are ``count`` extents of a shard, from the one with index
+    ``first`` on."""
 
     tensor: Chunking
     first: int
@@ -168,11 +179,13 @@ class ChunkRun:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of a checkpoint that holds tensors of one component: whole ones (``placements``) and chunked ones.
+    """``Shard`` is one file of a checkpoint that holds tensors of one component: whole ones (``placements``) or parts
+    of chunked ones (``runs``).
 
-    ``floating``: extents get their places as they are written, after ``reserved_bytes`` for the format's header;
-    ``nbytes`` is then the most the file can have. ``plan`` is a digest of all this, empty where the file's own bytes
-    say it. ``shared``: several ranks write into the file, and ``extents`` are only those of this one.
+    ``floating``: the extents get their offsets as they are written, after ``reserved_bytes`` for the format's header;
+    ``nbytes`` is then the largest size that the file can have. ``plan`` is a digest of everything but the tensors'
+    values that decides the file's content; it is empty where the file is not floating. ``shared``: several ranks write
+    into the file, and ``extents`` are those of this rank.
     """
 
     file: str
@@ -189,7 +202,8 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where an extent of a floating shard came to lie: ``stored`` bytes of meaning, ``nbytes`` with padding."""
+    """``Placed`` says where an extent of a floating shard was put in its file: it has ``stored`` bytes, and ``nbytes``
+    with its padding."""
 
     offset: int
     nbytes: int
@@ -198,7 +212,9 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All shards of a save. A pure function of the global names, shapes and dtypes and of the layout options."""
+    """``Layout`` lists all shards of a save, whose sizes ``nbytes`` adds up. It is a pure function of the names, shapes
+    and dtypes of the global tensors and of the options. ``fingerprint`` is a digest of those names, shapes and dtypes.
+    ``cache`` keeps what other stages compute from the layout once."""
 
     shards: tuple[Shard, ...]
     nbytes: int
@@ -206,13 +222,15 @@ class Layout:
     cache: dict[str, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)
 
     def extents(self) -> list[Extent]:
+        """Return the extents of all shards, in order."""
         return [extent for shard in self.shards for extent in shard.extents]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutOptions:
-    """``shard_bytes``: data bytes after which a new shard begins. ``extent_bytes``: the unit of staging, hashing and
-    writing, a multiple of 4096. ``by_rank``: a file is written by one rank alone (``by_rank.py``)."""
+    """These options decide a layout. ``shard_bytes``: data bytes after which a new shard begins. ``extent_bytes``: the
+    unit of staging, hashing and writing, a multiple of 4096. ``by_rank``: each rank writes files of its own
+    (``plan/per_rank_files.py``). Raises ``InvalidOption`` for a size that cannot be used."""
 
     shard_bytes: int = 4 << 30
     extent_bytes: int = 8 << 20

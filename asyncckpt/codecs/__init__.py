@@ -1,4 +1,5 @@
-"""Codecs: the bytes of one chunk ↔ a frame; lossless, by name, in frames that zarr's own codecs read."""
+"""A codec turns the bytes of one chunk into a frame and back, without loss. Codecs are known by name, and zarr's own
+codecs read their frames."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What an encoded chunk's bytes are: Blosc 1 frames and zstd frames, made and taken apart.
+"""This module makes Blosc 1 frames and zstd frames, which encoded chunks are stored as, and takes them apart.
 
-Whatever a frame says of sizes is checked before a decoder that trusts it sees it. Coders belong to a thread.
+Every size that a frame declares is checked before it reaches a decoder that would trust it. Each thread has
+compressors and a decompressor of its own.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from asyncckpt.errors import CheckpointDamaged
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-#: Begins the content digest of a chunk whose staged image was split into planes: the same data has another image then.
+#: The content digest of a chunk that was staged split into planes begins so: the same data has another image then.
 SPLIT_MARK: Final = "planes:"
-#: What a frame may add to its data: Blosc's header, block start and one length a plane, or zstd's headers.
+#: A frame adds at most so many bytes to its data: Blosc's header, block start and one length a plane, or zstd's
+#: headers.
 FRAME_OVERHEAD_BYTES: Final = 512
-#: The Blosc 1 frame header: format version, inner codec's version, flags, typesize, nbytes, blocksize, cbytes.
+#: A Blosc 1 frame begins with: format version, inner codec's version, flags, typesize, nbytes, blocksize, cbytes.
 #: Source: c-blosc's README_CHUNK_FORMAT.
 _BLOSC_HEADER = struct.Struct("<BBBBIII")
 BLOSC_HEADER_BYTES: Final = _BLOSC_HEADER.size
@@ -36,14 +38,16 @@ Array: TypeAlias = "npt.NDArray[np.uint8]"
 
 @functools.cache
 def blosc() -> Any:
-    """The module of numcodecs, imported with the first frame: who only lists checkpoints does not wait for it."""
+    """Return numcodecs' module ``blosc``. It is imported with the first frame, so that listing checkpoints does not
+    wait for it."""
     from numcodecs import blosc as module
 
     return module
 
 
 def stored_frame(header: Array, nbytes: int, item_bytes: int) -> int:
-    """Make what follows ``header`` (16 bytes, then ``nbytes`` of data) a Blosc frame as it lies; the frame's size."""
+    """Write the header of a Blosc frame that stores its data without compression, and return the frame's size.
+    ``header`` is an array of uint8 that begins with room for the 16 bytes; ``nbytes`` of data follow in place."""
     total = nbytes + BLOSC_HEADER_BYTES
     flags = _SHUFFLED | _COPIED | _ZSTD_INSIDE
     put(header, 0, _BLOSC_HEADER.pack(_BLOSC_FORMAT, _ZSTD_VERSION, flags, item_bytes, nbytes, nbytes, total))
@@ -51,13 +55,15 @@ def stored_frame(header: Array, nbytes: int, item_bytes: int) -> int:
 
 
 def split_places(nbytes: int, item_bytes: int) -> list[int]:
-    """Where each plane of a chunk lies in a Blosc frame that holds it split and otherwise as it is."""
+    """Return the offset of each plane of a chunk in a Blosc frame that holds the chunk split and without
+    compression."""
     count = nbytes // item_bytes
     return [BLOSC_HEADER_BYTES + 4 + 4 + plane * (4 + count) for plane in range(item_bytes)]
 
 
 def split_frame(image: Array, nbytes: int, item_bytes: int) -> int:
-    """Make an image whose planes lie at ``split_places`` such a frame; the frame's size."""
+    """Write the header and the lengths around the planes that lie at ``split_places`` in ``image``, so that it is such
+    a frame. Returns the frame's size."""
     count = nbytes // item_bytes
     for place in split_places(nbytes, item_bytes):
         put_length(image, place - 4, count)
@@ -67,13 +73,15 @@ def split_frame(image: Array, nbytes: int, item_bytes: int) -> int:
 
 
 def put_header(out: Array, item_bytes: int, nbytes: int, total: int) -> None:
-    """Of a frame of one split block."""
+    """Write the header of a Blosc frame that has one split block, of ``total`` bytes for ``nbytes`` of data."""
     flags = _SHUFFLED | _ZSTD_INSIDE
     put(out, 0, _BLOSC_HEADER.pack(_BLOSC_FORMAT, _ZSTD_VERSION, flags, item_bytes, nbytes, nbytes, total))
     put_length(out, BLOSC_HEADER_BYTES, BLOSC_HEADER_BYTES + 4)
 
 
 def put(out: Array, position: int, data: bytes) -> int:
+    """Write ``data`` at ``position`` of ``out`` and return where it ends. Raises ``ValueError`` where it does not
+    fit."""
     end = position + len(data)
     if end > out.nbytes:
         raise ValueError(f"a frame of {end} bytes does not fit into {out.nbytes}")
@@ -82,14 +90,18 @@ def put(out: Array, position: int, data: bytes) -> int:
 
 
 def put_length(out: Array, position: int, length: int) -> int:
+    """Write a little-endian int32 at ``position`` of ``out`` and return where it ends."""
     return put(out, position, length.to_bytes(4, "little"))
 
 
 def as_view(array: Array) -> memoryview:
+    """Return the array's memory as a view, which zstd takes where it refuses an array."""
     return array.data
 
 
 def zstd_into(frame: Array, out: Array) -> None:
+    """Decode a whole zstd frame into exactly ``out``. Raises ``CheckpointDamaged`` before it produces more bytes than
+    ``out`` has."""
     if _coders.decompressor is None:
         _coders.decompressor = zstandard.ZstdDecompressor()
     try:
@@ -105,7 +117,8 @@ def zstd_into(frame: Array, out: Array) -> None:
 
 
 def blosc_into(frame: Array, out: Array) -> None:
-    """Everything the frame says of sizes is checked first: the decoder trusts its header."""
+    """Decode a whole Blosc frame into exactly ``out``. Raises ``CheckpointDamaged``. Every size in the header is
+    checked first, because the decoder trusts them."""
     if frame.nbytes < BLOSC_HEADER_BYTES:
         raise CheckpointDamaged(f"a Blosc frame of {frame.nbytes} bytes is shorter than its header")
     version, _, _, _, nbytes, blocksize, total = _BLOSC_HEADER.unpack_from(as_view(frame))
@@ -122,11 +135,12 @@ def blosc_into(frame: Array, out: Array) -> None:
 
 
 def wrong_size(found: int, expected: int) -> CheckpointDamaged:
+    """Return the error for a frame that decodes to another number of bytes than its chunk has."""
     return CheckpointDamaged(f"a frame decodes to {found} bytes, not to {expected}")
 
 
 class _Coders(threading.local):
-    """Compressors and scratch memory of one thread: neither may be shared, and making them anew costs page faults."""
+    """Keeps one thread's compressors and scratch memory: threads cannot share them, and new ones cost page faults."""
 
     def __init__(self) -> None:
         self.by_level: dict[int, zstandard.ZstdCompressor] = {}
@@ -139,6 +153,7 @@ _coders = _Coders()
 
 
 def compressor(level: int) -> zstandard.ZstdCompressor:
+    """Return this thread's zstd compressor of that level."""
     found = _coders.by_level.get(level)
     if found is None:
         found = _coders.by_level[level] = zstandard.ZstdCompressor(level=level)
@@ -146,10 +161,11 @@ def compressor(level: int) -> zstandard.ZstdCompressor:
 
 
 def literals() -> zstandard.ZstdCompressor:
-    """zstd reduced to its Huffman coder: 64 hash entries and long matches find next to nothing in noise, and skip it.
+    """Return this thread's compressor for planes of floats: zstd with little left of it but its Huffman coder.
 
-    Exponents are noise of few symbols; matches in it cost more bits and time than they save: 2.7 times the speed of
-    level 1 at a better ratio.
+    Exponents are noise of few symbols: to look for matches in it costs more time and bits than matches save. With 64
+    hash entries and a long minimum match the compressor finds next to none and skips ahead, which gives 2.7 times the
+    speed of level 1 at a better ratio.
     """
     if _coders.literals is None:
         parameters = zstandard.ZstdCompressionParameters(
@@ -167,6 +183,7 @@ def literals() -> zstandard.ZstdCompressor:
 
 
 def scratch(nbytes: int) -> Array:
+    """Return ``nbytes`` of memory that this thread may use until it calls this again."""
     if _coders.scratch.nbytes < nbytes:
         _coders.scratch = np.empty(nbytes, np.uint8)
     return _coders.scratch[:nbytes]

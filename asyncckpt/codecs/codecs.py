@@ -1,7 +1,7 @@
-"""Codecs: bytes of one chunk ↔ a frame. Frozen dataclasses and a table by name; the name goes into the manifest.
+"""The codecs are frozen dataclasses in a table by name; the manifest records the name and the options.
 
-Every frame is one that zarr's own codecs read: a Blosc 1 frame or a zstd frame, so nothing of this library is needed to
-decode a checkpoint. All hot calls release the GIL.
+Every frame is a Blosc 1 frame or a zstd frame, which zarr's own codecs read, so nothing of this library is needed to
+decode a checkpoint. Whatever takes long releases the GIL. The contract of the methods is ``protocols.Codec``.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from asyncckpt.codecs.blosc import (
 from asyncckpt.errors import InvalidOption, UnknownName
 from asyncckpt.protocols import Codec
 
-#: Decoders before c-blosc 1.21 take a block for split only where a plane has this many bytes.
+#: Decoders before c-blosc 1.21 expect a block to be split only where each plane has this many bytes.
 _MIN_PLANE_BYTES: Final = 128
-#: Below this a chunk is stored as it is: a file system block is 4 KiB, and the calls would cost more than the bytes.
+#: A smaller chunk is stored as it is: a file system block is 4 KiB, and the calls would cost more than the bytes.
 MIN_PLANES_CHUNK_BYTES: Final = 16 << 10
-#: Far below what Blosc itself takes; a decoder needs three times as much memory.
+#: Blosc itself takes far larger blocks, but a decoder needs three times a block's memory.
 _MAX_BLOCK_BYTES: Final = 64 << 20
 _SAMPLES: Final = 4
 _SAMPLE_BYTES: Final = 8 << 10
-#: A plane is compressed where its sample shrinks at least this much.
+#: A plane is compressed where its sample shrinks below this part of its size.
 _PAYS: Final = 0.97
 
 Shuffle = Literal["noshuffle", "shuffle", "bitshuffle"]
@@ -48,7 +48,7 @@ _SHUFFLES: Final[Mapping[str, int]] = {"noshuffle": 0, "shuffle": 1, "bitshuffle
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Raw:
-    """``none``: the bytes as they are."""
+    """``none`` stores the bytes as they are."""
 
     name: ClassVar[str] = "none"
 
@@ -72,7 +72,7 @@ class Raw:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Zstd:
-    """``zstd``: plain zstd frames at ``level`` (-7 to 22)."""
+    """``zstd`` stores plain zstd frames at ``level``, from -7 to 22. Raises ``InvalidOption``."""
 
     name: ClassVar[str] = "zstd"
     level: int = 1
@@ -98,8 +98,10 @@ class Zstd:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blosc:
-    """``blosc``: numcodecs' Blosc. ``cname`` is one of lz4, lz4hc, zlib, zstd, blosclz; ``clevel`` 1 to 9;
-    ``blocksize`` in bytes, 0 to let Blosc choose."""
+    """``blosc`` stores the frames of numcodecs' Blosc. ``cname`` names the compressor inside: ``lz4``, ``lz4hc``,
+    ``zlib``, ``zstd`` or ``blosclz``. ``clevel`` is its level, from 1 to 9; ``shuffle`` is ``noshuffle``, ``shuffle``
+    (bytes) or ``bitshuffle``; ``blocksize`` is in bytes, up to 64 MiB, and 0 lets Blosc choose it. Raises
+    ``InvalidOption``."""
 
     name: ClassVar[str] = "blosc"
     cname: str = "zstd"
@@ -138,7 +140,7 @@ class Blosc:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lz4:
-    """``lz4``: LZ4 over transposed bits, in Blosc frames: the fastest one, for data that is not noise."""
+    """``lz4`` stores LZ4 over transposed bits, in Blosc frames. It is the fastest codec for data that is not noise."""
 
     name: ClassVar[str] = "lz4"
 
@@ -162,11 +164,12 @@ _LZ4 = Blosc(cname="lz4", clevel=1, shuffle="bitshuffle")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planes:
-    """``planes``: made for floats. The bytes are split into planes (all first bytes, all second bytes, …); planes whose
-    sample shrinks are entropy-coded, the others (mantissas are noise) stored as they are.
+    """``planes`` is made for floats. It splits the bytes of a chunk into planes (the first byte of every item, the
+    second byte of every item, and so on), compresses the planes of which a sample shrinks, and stores the others as
+    they are: mantissas are noise.
 
-    The frame is a Blosc frame of one shuffled, split block, so every Blosc decoder reads it. The entropy coder is zstd
-    with matches all but turned off (docs/design/005-codecs.md).
+    A frame is a Blosc frame of one shuffled, split block, so every Blosc decoder reads it. The compressor is zstd with
+    its search for matches all but turned off (docs/design/005-codecs.md).
     """
 
     name: ClassVar[str] = "planes"
@@ -185,12 +188,13 @@ class Planes:
         return self.attempt_split([items[:, plane] for plane in range(item_bytes)], out)
 
     def attempt_split(self, planes: Sequence[Array], out: Array) -> int:
-        """As ``attempt``, for data that is split into its planes already."""
+        """Do what ``attempt`` does for data that is split into its planes already: encode them into ``out`` and return
+        the frame's size, or 0 where the chunk had better be stored as it is."""
         item_bytes, count = len(planes), len(planes[0])
         paying = [number for number, plane in enumerate(planes) if _pays(plane)]
         if not paying:
             return 0
-        position = BLOSC_HEADER_BYTES + 4  # the start of the one block follows the header
+        position = BLOSC_HEADER_BYTES + 4  # the header is followed by the offset of the one block
         for number, plane in enumerate(planes):
             if number in paying:
                 packed = literals().compress(as_view(_contiguous(plane)))
@@ -215,8 +219,8 @@ class Planes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Auto:
-    """``auto``: ``planes``, where it does not make saves slower: each chunk is compressed only while the codec is
-    faster than the disk, as measured in this run. The frames are those of ``planes``."""
+    """``auto`` is ``planes`` where that does not make saves slower: it compresses a chunk only while compression is
+    faster than the disk, as measured in this run. Its frames are those of ``planes``."""
 
     name: ClassVar[str] = "auto"
 
@@ -251,7 +255,8 @@ _TABLE: Final[Mapping[str, Callable[..., Codec]]] = {
 
 
 def get(codec: str | Codec, configuration: Mapping[str, Any] | None = None) -> Codec:
-    """The codec of that name (or the codec itself). Raises ``UnknownName`` and ``InvalidOption``."""
+    """Return the codec of that name, made with the options in ``configuration``, or ``codec`` itself where it is one.
+    Raises ``UnknownName`` for the name and ``InvalidOption`` for the options."""
     if not isinstance(codec, str):
         return codec
     make = _TABLE.get(codec)
@@ -264,7 +269,7 @@ def get(codec: str | Codec, configuration: Mapping[str, Any] | None = None) -> C
 
 
 def names() -> tuple[str, ...]:
-    """The names of all codecs."""
+    """Return the names of all codecs."""
     return tuple(_TABLE)
 
 

@@ -1,7 +1,7 @@
-"""Digest algorithms by name. The name goes into the manifest, so that any reader knows how to check.
+"""Digest algorithms are known by name, and the manifest records the name, so that any reader knows how to check.
 
-xxh3-128 is the default: it hashes faster than the disk, the bus and a memory copy (docs/design/002-digests.md has
-the figures). blake3 is cryptographic; crc32c is what object stores and zarr's sharding codec speak.
+``xxh3-128`` is the default: it hashes faster than the disk, the bus and a memory copy (docs/design/002-digests.md has
+the figures). ``blake3`` and ``sha256`` are cryptographic. ``crc32c`` is what object stores and zarr's sharding use.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _crc32c() -> Digest:
     def digest(*parts: Buffer) -> str:
         value = 0
         for part in parts:
-            # the library refuses memoryviews; an ndarray over the same memory is taken and hashed without the GIL
+            # the library refuses memoryviews; it takes an array over the same memory and hashes it without the GIL
             value = google_crc32c.extend(value, np.frombuffer(part, dtype=np.uint8))
         return f"{value:08x}"
 
@@ -75,14 +75,14 @@ _CRYPTOGRAPHIC = frozenset({"blake3", "sha256"})
 
 
 def names() -> list[str]:
-    """The known algorithm names."""
+    """Return the names of all algorithms."""
     return list(_TABLE)
 
 
 def get(name: str) -> Digest:
-    """The digest function of that name.
+    """Return the digest function of that name.
 
-    Raises ``UnknownName`` for a name not in the table (nothing is ever loaded by name from a file) and
+    Raises ``UnknownName`` for a name that is not in the table (a name in a file never makes anything load) and
     ``MissingExtra`` where its package is not installed.
     """
     row = _TABLE.get(name)
@@ -92,18 +92,18 @@ def get(name: str) -> Digest:
 
 
 def second(name: str) -> Digest | None:
-    """What has to agree too before two contents of one digest of that algorithm are taken for equal: another digest, of
-    128 bits, where that one has fewer. None where it has enough. Raises ``UnknownName``."""
+    """Return the digest that must agree, too, before contents with equal digests of algorithm ``name`` are taken for
+    equal: one of 128 bits where ``name`` has fewer, or None where it has enough. Raises ``UnknownName``."""
     return get(DEFAULT) if hex_length(name) < hex_length(DEFAULT) else None
 
 
 def is_cryptographic(name: str) -> bool:
-    """Whether nobody can make other bytes of the same digest on purpose."""
+    """Return whether nobody can make other bytes with the same digest on purpose."""
     return name in _CRYPTOGRAPHIC
 
 
 def hex_length(name: str) -> int:
-    """Characters in a digest of that algorithm. Raises ``UnknownName``."""
+    """Return how many hex digits a digest of that algorithm has. Raises ``UnknownName``."""
     if name not in _TABLE:
         raise UnknownName(f"unknown digest algorithm {name!r}; known are {', '.join(_TABLE)}")
     return _TABLE[name][1]

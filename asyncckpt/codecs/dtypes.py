@@ -1,7 +1,7 @@
-"""Dtypes by their safetensors codes: torch's name of each and its size. Torch's own objects are in ``state/dtypes.py``.
+"""Dtypes are known by their safetensors codes: these tables give torch's name of each and its size in bytes.
 
-Source: the safetensors format description and ``safetensors.torch`` 0.8 (complex128 and sub-byte types have no code
-that torch can hold).
+Torch's own dtype objects are in ``state/dtypes.py``. Source: the description of the safetensors format and
+``safetensors.torch`` 0.8; complex128 and types smaller than a byte have no code that torch can hold.
 """
 
 from __future__ import annotations
@@ -46,5 +46,5 @@ ITEM_BYTES: dict[str, int] = {
     "U32": 4,
     "U16": 2,
 }
-#: Bytes of the numbers an item is made of, the ones whose planes are alike: a complex number is two floats.
+#: The bytes of the numbers that an item is made of, whose planes are alike: a complex number is two floats.
 PLANE_BYTES: dict[str, int] = ITEM_BYTES | {"C64": 4}

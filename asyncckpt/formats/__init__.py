@@ -1,4 +1,4 @@
-"""Shard formats by name."""
+"""The shard formats are known by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TABLE: dict[str, ShardFormat] = {"safetensors": SafetensorsFormat(), "zarr": Za
 
 
 def get(name: str) -> ShardFormat:
-    """The format of that name. Raises ``UnknownName``."""
+    """Return the format of that name. Raises ``UnknownName``."""
     found = _TABLE.get(name)
     if found is None:
         raise UnknownName(f"unknown format {name!r}; known are {', '.join(_TABLE)}")

@@ -1,4 +1,4 @@
-"""Cutting tensors into chunks that are contiguous in row-major order, and chunks into extents."""
+"""Tensors are cut into chunks, which are contiguous in row-major order, and each chunk becomes an extent of a shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from asyncckpt.types import ALIGNMENT_BYTES, LEAD_BYTES, Chunking, Extent, Segme
 
 @dataclass(frozen=True, slots=True)
 class ShardCut:
-    """One shard of a chunked tensor: its place in the shard grid and the chunks ``[first, last)`` that it holds."""
+    """``ShardCut`` is one shard of a chunked tensor: its coordinates in the grid of shards, and the chunks
+    ``[first, last)`` that it holds."""
 
     coordinates: tuple[int, ...]
     first: int
@@ -24,13 +25,17 @@ class ShardCut:
 
 
 def flat(spec: TensorSpec, chunk_bytes: int) -> Chunking:
-    """The tensor's bytes cut without regard to its shape; the last chunk may be short."""
+    """Cut the tensor into chunks of ``chunk_bytes`` without regard to its shape; the last chunk may be shorter."""
     return Chunking(spec, chunk_bytes, spec.nbytes, False, (), ())
 
 
 def grid(spec: TensorSpec, chunk_bytes: int, shard_bytes: int) -> Chunking:
-    """A regular grid (zarr's kind) whose chunks are contiguous: whole trailing axes, part of one axis, and one of each
-    axis before it. Chunks at an edge are padded; that axis is cut evenly, so that there is little to pad."""
+    """Cut the tensor into a regular grid, as zarr has it, of contiguous chunks of at most ``chunk_bytes``, in shards of
+    at most ``shard_bytes``, though never less than one chunk.
+
+    A chunk spans whole trailing axes, a part of one axis, and one index of each axis before it. A chunk at the edge of
+    the array is padded; the axis is cut evenly, so that there is little to pad.
+    """
     item = ITEM_BYTES[spec.dtype]
     shape = spec.shape
     if not spec.nbytes:
@@ -43,7 +48,7 @@ def grid(spec: TensorSpec, chunk_bytes: int, shard_bytes: int) -> Chunking:
     shard_axis, shard = _block(shape, item, max(shard_bytes, chunk_nbytes))
     if shape:
         rounded = -(-shape[axis] // chunk[axis]) * chunk[axis]
-        if shard_axis == axis:  # the shard cuts the axis that the chunks cut: a whole number of chunks
+        if shard_axis == axis:  # shards cut the axis that chunks cut, so each must hold whole chunks of it
             most = max(1, shard_bytes // chunk_nbytes) * chunk[axis]
             shard = (*shard[:axis], min(rounded, most), *shard[axis + 1 :])
         elif shard_axis < axis:
@@ -52,14 +57,14 @@ def grid(spec: TensorSpec, chunk_bytes: int, shard_bytes: int) -> Chunking:
 
 
 def chunk_count(tensor: Chunking) -> int:
-    """How many chunks the tensor has; 0 where it has no elements."""
+    """Return how many chunks the tensor has: 0 where it has no elements."""
     if not tensor.spec.nbytes:
         return 0
     return tensor.spec.nbytes // tensor.run_bytes * -(-tensor.run_bytes // tensor.chunk_bytes)
 
 
 def cuts(tensor: Chunking) -> Iterator[ShardCut]:
-    """The shards of a grid, in row-major order. Each holds consecutive chunks, which come first in its own index."""
+    """Yield the shards of a grid, in row-major order. Each holds consecutive chunks, which come first in its index."""
     total = chunk_count(tensor)
     shape, shard = tensor.spec.shape, tensor.shard_shape
     if not total:
@@ -76,12 +81,14 @@ def cuts(tensor: Chunking) -> Iterator[ShardCut]:
 
 
 def inner_count(tensor: Chunking) -> int:
-    """Entries of a shard's index: chunks of the whole shard shape, those past the array's edge included."""
+    """Return how many entries the index of a shard has: one for each chunk of the whole shard shape, also for those
+    past the array's edge."""
     return math.prod(part // size for part, size in zip(tensor.shard_shape, tensor.chunk_shape, strict=True))
 
 
 def extents(tensor: Chunking, piece: int, shard: int, first: int, last: int, codec: Codec) -> list[Extent]:
-    """The chunks ``[first, last)`` as extents: for a codec, or to be written as they are at aligned places."""
+    """Return the chunks ``[first, last)`` as extents of the shard with index ``shard``; their bytes come from the
+    snapshot's piece with index ``piece``. With codec ``none`` they are written as they are, at aligned offsets."""
     encoded = codec.name != "none"
     lead = LEAD_BYTES if encoded else 0
     alone = last - first == 1 and chunk_count(tensor) == 1
@@ -106,12 +113,13 @@ def extents(tensor: Chunking, piece: int, shard: int, first: int, last: int, cod
 
 
 def frame_bound(extent: Extent) -> int:
-    """The most bytes an encoded extent takes in its file."""
+    """Return the most bytes that an encoded extent can take in its file."""
     return -(-(extent.stored + FRAME_OVERHEAD_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def plan_digest(shard: Shard, codec: Codec) -> str:
-    """What decides a floating shard's content beside the tensors' bytes: equal plans and equal chunks, equal files."""
+    """Digest everything but the tensors' bytes that decides the content of a floating shard: where the plans and the
+    chunks of two shards are equal, their files are."""
     parts = [
         (run.tensor.spec.name, run.tensor.spec.dtype, run.tensor.spec.shape, run.tensor.chunk_bytes, run.count)
         for run in shard.runs
@@ -121,7 +129,8 @@ def plan_digest(shard: Shard, codec: Codec) -> str:
 
 
 def _block(shape: Sequence[int], item: int, limit: int) -> tuple[int, tuple[int, ...]]:
-    """The largest contiguous block of at most ``limit`` bytes, and the axis it cuts (0 where it cuts none)."""
+    """Return the axis that the largest contiguous block of at most ``limit`` bytes cuts (0 where it cuts none), and the
+    shape of that block. ``item`` is the size of an element in bytes."""
     block = [max(1, size) for size in shape]
     inner = item
     for axis in reversed(range(len(block))):

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint are: a shard format with the options that it has, and no others."""
+"""These options say what the files of a checkpoint are: each shard format has its own options and no others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _EXTENT_BYTES = 8 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
-    """Save differences to the checkpoint before, at most ``chain`` times in a row; then everything once.
+    """Makes a save store the differences to the checkpoint before it, at most ``chain`` times in a row; the next save
+    then stores everything.
 
-    Worth it where weights move little between saves and are of low precision. Every checkpoint holds (as links) the
-    files that it builds on, so it stays complete by itself; restoring reads up to ``chain + 1`` times the bytes.
+    This pays where weights are of low precision and change little between saves. Every checkpoint holds the files that
+    it builds on, as links, so it stays complete by itself; a restore reads up to ``chain + 1`` times the bytes. Raises
+    ``InvalidOption`` where ``chain`` is not a whole number >= 1.
     """
 
     chain: int = 4
@@ -31,13 +33,14 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Safetensors:
-    """Shards in safetensors files, with an index that Hugging Face loaders follow. The default.
+    """Stores tensors in safetensors files, with an index that Hugging Face loaders follow. This is the default.
 
-    ``codec``: ``none`` (any safetensors reader opens the files), ``auto``, ``planes``, ``lz4``, ``zstd``, ``blosc``, or
-    one of ``asyncckpt.codecs`` with its own options; all lossless. ``delta``: save differences; needs a codec.
-    ``per_rank``: in a job, each rank writes files of its own instead of parts of common ones; needs codec ``none``.
-    ``shard_bytes``: data bytes after which a new file begins. ``extent_bytes``: the unit of staging, hashing and
-    writing, a multiple of 4096. Raises ``InvalidOption`` and, for a codec that does not exist, ``UnknownName``.
+    ``codec`` is ``none`` (any safetensors reader opens the files), ``auto``, ``planes``, ``lz4``, ``zstd``, ``blosc``,
+    or one of ``asyncckpt.codecs`` with options of its own; all are lossless. ``delta``: save differences; this needs a
+    codec. ``per_rank``: in a job, each rank writes files of its own instead of parts of common ones; this needs codec
+    ``none``. ``shard_bytes``: a new file begins after so many bytes of data, 4 GiB by default. ``extent_bytes``: so
+    many bytes are staged, hashed and written at a time, a multiple of 4096, 8 MiB by default. Raises ``InvalidOption``
+    and, for a codec that does not exist, ``UnknownName``.
     """
 
     codec: str | Codec = "none"
@@ -56,26 +59,29 @@ class Safetensors:
 
     @property
     def format(self) -> str:
-        """The name of the shard format."""
+        """The name of the shard format: ``safetensors``."""
         return "safetensors"
 
     @property
     def chain(self) -> int:
-        """How often in a row a file may be saved as differences."""
+        """The number of times in a row that a file may be saved as differences; 0 without ``delta``."""
         return self.delta.chain if self.delta is not None else 0
 
     def layout(self, budget_bytes: int | None) -> LayoutOptions:
-        """How tensors are laid out in files. ``budget_bytes``: of staging memory, which four extents have to fit in."""
+        """Return how tensors are laid out in files. Four extents must fit into ``budget_bytes`` of staging memory, so
+        extents are smaller where it is small."""
         extent_bytes = _within(budget_bytes, self.extent_bytes)
         return LayoutOptions(shard_bytes=self.shard_bytes, extent_bytes=extent_bytes, by_rank=self.per_rank)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Zarr:
-    """One zarr group a component, which zarr, TensorStore and others open; every array is sharded and compressed.
+    """Stores each component as a zarr v3 group, which zarr, TensorStore and others open, and each tensor as an array.
 
-    ``codec`` as for ``Safetensors``. ``shard_bytes``: the most data bytes of one shard. ``chunk_bytes``: the unit of
-    staging, compression and reading, a multiple of 4096. Raises ``InvalidOption`` and ``UnknownName``.
+    ``codec`` is what it is for ``Safetensors``. ``shard_bytes``: a shard has at most so many bytes of data, 4 GiB by
+    default. ``chunk_bytes``: so many bytes are staged, compressed and read at a time, a multiple of 4096, 8 MiB by
+    default. A tensor of more than one chunk is sharded. Raises ``InvalidOption`` and, for a codec that does not exist,
+    ``UnknownName``.
     """
 
     codec: str | Codec = "none"
@@ -88,16 +94,17 @@ class Zarr:
 
     @property
     def format(self) -> str:
-        """The name of the shard format."""
+        """The name of the shard format: ``zarr``."""
         return "zarr"
 
     @property
     def chain(self) -> int:
-        """Zarr readers would take differences for values: there are none."""
+        """Always 0: nothing is saved as differences, which zarr's readers would take for values."""
         return 0
 
     def layout(self, budget_bytes: int | None) -> LayoutOptions:
-        """How tensors are laid out in files. ``budget_bytes``: of staging memory, which four chunks have to fit in."""
+        """Return how tensors are laid out in files. Four chunks must fit into ``budget_bytes`` of staging memory, so
+        chunks are smaller where it is small."""
         return LayoutOptions(shard_bytes=self.shard_bytes, extent_bytes=_within(budget_bytes, self.chunk_bytes))
 
 
@@ -106,7 +113,8 @@ FilesName: TypeAlias = Literal["safetensors", "zarr"]
 
 
 def files_of(files: Files | FilesName) -> Files:
-    """The options, also where only the format's name is given. Raises ``InvalidOption``."""
+    """Return the options, or the default ones of the format that ``files`` names. Raises ``InvalidOption`` for anything
+    else."""
     if isinstance(files, Safetensors | Zarr):
         return files
     by_name: dict[str, Files] = {"safetensors": Safetensors(), "zarr": Zarr()}
@@ -117,8 +125,8 @@ def files_of(files: Files | FilesName) -> Files:
 
 
 def _within(budget_bytes: int | None, nbytes: int) -> int:
-    """As many bytes, or fewer, so that a quarter of the budget holds them: one extent is staged while others are
-    written."""
+    """Return ``nbytes``, or less where a quarter of the budget is less, in whole blocks: one extent is staged while
+    others are written."""
     if budget_bytes is None:
         return nbytes
     return min(nbytes, max(ALIGNMENT_BYTES, budget_bytes // 4 // ALIGNMENT_BYTES * ALIGNMENT_BYTES))

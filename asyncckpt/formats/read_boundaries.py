@@ -1,5 +1,5 @@
-"""Where a tensor's bytes are cut for those who will read a part of it: one digest for each part, so that a rank that
-needs some rows reads, and verifies, little more than those."""
+"""A tensor's bytes are cut where readers of its parts are likely to begin. Each part has a digest of its own, so that a
+rank that needs some rows reads, and verifies, little more than those."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import functools
 
 from asyncckpt.types import TensorSpec
 
-#: The numbers of ranks whose shares of the rows, as ``torch.chunk`` deals them out, are cut exactly.
+#: The cuts suit jobs of so many ranks, each of which reads the rows that ``torch.chunk`` gives it.
 READERS = (2, 3, 4, 6, 8)
-#: Tensors below this are read whole: cutting them would only make manifests long.
+#: A smaller tensor is read whole: cuts would only make manifests long.
 MIN_CUT_BYTES = 1 << 20
 
 
 def cuts(spec: TensorSpec) -> tuple[int, ...]:
-    """Byte offsets in the tensor, ascending, both its ends among them: whoever needs its first rows needs nothing of
-    what lies before it. Empty for a tensor that is read whole. Pure."""
+    """Return the offsets, in bytes and ascending, at which the tensor is cut, its beginning and end included: whoever
+    reads its first rows needs nothing of what lies before it. Empty for a tensor that is read whole. Pure."""
     if spec.nbytes < MIN_CUT_BYTES or not spec.shape or spec.shape[0] < 2:
         return ()
     return _cuts(spec.shape[0], spec.nbytes // spec.shape[0])

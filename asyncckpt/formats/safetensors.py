@@ -1,8 +1,8 @@
-"""The safetensors file format: what a shard's bytes are, and a parser that trusts nothing.
+"""This module makes shards in the safetensors file format, and parses their headers, trusting nothing in them.
 
-Format (https://huggingface.co/docs/safetensors): 8 bytes little-endian header length, a JSON header padded with
-spaces, then the tensors' bytes without holes. The header is padded so that data begins at a multiple of 4096:
-the official reader accepts that, and extents then start on aligned tensor bytes.
+A file has the length of its header as 8 bytes, little-endian, a JSON header padded with spaces, and then the tensors'
+bytes without holes (source: https://huggingface.co/docs/safetensors). The header is padded so that data begins at a
+multiple of 4096: the official reader accepts that, and extents then begin with aligned bytes of tensors.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from asyncckpt.types import (
     TensorSpec,
 )
 
-#: The official reader refuses larger headers too.
+#: The official reader refuses larger headers, too.
 MAX_HEADER_BYTES = 100_000_000
 
 
-#: Smaller tensors are never encoded: they would gain a block of the file system at most.
+#: A smaller tensor is never encoded: that would save a few blocks of the file system at most.
 MIN_ENCODED_BYTES = 64 << 10
-#: What ``__metadata__["format"]`` of an encoded shard says; loaders that know only plain ones refuse it.
+#: An encoded shard has this as its ``__metadata__["format"]``; loaders that know only plain shards refuse it.
 ENCODED_FORMAT = "asyncckpt-chunks"
 _ENCODED_VERSION = 1
 
 
 class SafetensorsFormat:
-    """See the module's docstring. With a codec, tensors of 64 KiB and more go into shards of their own: still valid
-    safetensors, one U8 tensor a chunk (``name#0``, ``name#1``, …), the rest in the header's ``__metadata__``."""
+    """Implements ``protocols.ShardFormat`` for safetensors. With a codec, tensors of 64 KiB and more go into shards of
+    their own. Those are valid safetensors files, too: each chunk is a U8 tensor (``name#0``, ``name#1``, …), and the
+    header's ``__metadata__`` says how to read them."""
 
     name = "safetensors"
 
@@ -56,11 +57,12 @@ class SafetensorsFormat:
         codec: Codec,
         options: LayoutOptions,
     ) -> list[Shard]:
-        """Plain shards first, frozen tensors apart from live ones. Pure.
+        """Return the shards of a component: plain ones first, then encoded ones; frozen tensors and trained ones go
+        into different shards. Pure.
 
-        Inside a shard tensors lie by descending item size, then by name: each then starts at a multiple of its item
-        size without padding (the format has no holes), and nothing depends on the order anyone built a dict in. A
-        tensor is never split over shards; one larger than ``shard_bytes`` has a shard of its own.
+        Inside a shard tensors lie by descending item size, then by name: so each begins at a multiple of its item size
+        without padding, which the format does not have, and no dict's order matters. A tensor is never split over
+        shards; one larger than ``shard_bytes`` has a shard of its own.
         """
         order = sorted(range(len(specs)), key=lambda i: (-ITEM_BYTES[specs[i].dtype], specs[i].name))
 
@@ -83,12 +85,13 @@ class SafetensorsFormat:
         return found
 
     def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
-        """The header of an encoded shard: the chunks' entries and how to read them. Nothing follows the data."""
+        """Return the header of an encoded shard, which lists the chunks and says how to read them. Nothing follows the
+        data."""
         return _encoded_header(shard, placed, codec), b""
 
     def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
-        """The ``*.safetensors.index.json`` that Hugging Face loaders follow; none where tensors are encoded, or lie
-        in boxes."""
+        """Return the ``*.safetensors.index.json`` that Hugging Face loaders follow. There is none where tensors are
+        encoded or lie in boxes."""
         if any(shard.floating or any(p.part_of is not None for p in shard.placements) for shard in shards):
             return {}
         weight_map = {placement.spec.name: shard.file for shard in shards for placement in shard.placements}
@@ -98,8 +101,8 @@ class SafetensorsFormat:
 
 
 def image(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
-    """``(header, begins, nbytes)`` of a plain file of these tensors in this order: the leading bytes, each tensor's
-    file offset, and the file's size. Pure."""
+    """Return ``(header, begins, nbytes)`` of a plain file that holds these tensors in this order: its first bytes, the
+    offset of each tensor in it, and its size. Pure."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins: list[int] = []
     position = 0
@@ -113,7 +116,8 @@ def image(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
 
 
 def _header(entries: Mapping[str, object], nbytes: int = 0) -> bytes:
-    """Padded with spaces to a multiple of 4096, and at least to ``nbytes``."""
+    """Return the header with its length before it, padded with spaces to a multiple of 4096 and at least to
+    ``nbytes``."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     padded = max(nbytes, -(-(8 + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
     return (padded - 8).to_bytes(8, "little") + text.ljust(padded - 8)
@@ -190,7 +194,7 @@ def _encoded(
         found += chunks.extents(tensor, piece, number, 0, count, codec)
     most = sum(chunks.frame_bound(extent) for extent in found)
     shard = Shard(file, component, most, (), tuple(found), tuple(runs), floating=True)
-    # digits of the largest numbers there can be: the real header is never longer
+    # a header with the largest numbers that there can be has the most digits: the real one is never longer
     reserved = len(_encoded_header(shard, [Placed(most, most, most)] * len(found), codec))
     shard = replace(shard, reserved_bytes=reserved, nbytes=reserved + most)
     return replace(shard, plan=chunks.plan_digest(shard, codec))
@@ -221,14 +225,17 @@ def _encoded_header(shard: Shard, placed: Sequence[Placed], codec: Codec) -> byt
 
 
 def entry_name(tensor: str, chunk: int) -> str:
+    """Return the name that a chunk of a tensor has in the header."""
     return f"{tensor}#{chunk}"
 
 
 def parse_header(head: bytes, file_nbytes: int, what: str) -> list[Placement]:
-    """The tensors of a file that begins with ``head`` (8 bytes and the whole header), in file order.
+    """Return the tensors of a file of ``file_nbytes``, in file order. ``head`` is its beginning: 8 bytes and the whole
+    header.
 
-    Raises ``CheckpointDamaged`` on anything the format does not allow: a header past the end or over 100 MB,
-    duplicate names, overlaps, gaps, shapes that do not match their byte range, unknown dtypes.
+    Raises ``CheckpointDamaged``, which names the file as ``what``, for anything that the format does not allow: a
+    header past the end or over 100 MB, duplicate names, overlaps, gaps, shapes that do not match their byte range, and
+    unknown dtypes.
     """
     header_nbytes = header_length(head, file_nbytes, what)
     entries = loads(bytes(head[8 : 8 + header_nbytes]).rstrip(b" "), what)
@@ -255,7 +262,8 @@ def parse_header(head: bytes, file_nbytes: int, what: str) -> list[Placement]:
 
 
 def header_length(head: bytes, file_nbytes: int, what: str) -> int:
-    """The JSON header's length from the file's first 8 bytes. Raises ``CheckpointDamaged`` before anything is read."""
+    """Return the length of the JSON header, which the first 8 bytes of the file give. Raises ``CheckpointDamaged``
+    where the file cannot have such a header, so that nothing is read or allocated for it."""
     if len(head) < 8 or file_nbytes < 8:
         raise CheckpointDamaged(f"{what}: too short for a safetensors file")
     length = int.from_bytes(head[:8], "little")
@@ -265,7 +273,7 @@ def header_length(head: bytes, file_nbytes: int, what: str) -> int:
 
 
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
-    """Bytes of a dense tensor; the caller has checked dtype and shape."""
+    """Return how many bytes a dense tensor has. The caller has checked dtype and shape."""
     count = ITEM_BYTES[dtype]
     for size in shape:
         count *= size

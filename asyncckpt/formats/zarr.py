@@ -1,8 +1,8 @@
-"""Zarr v3: one group a component, one array a tensor, shards that this library writes itself.
+"""In zarr v3 a component is a group and a tensor is an array, whose shards this library writes itself.
 
 zarr-python makes the metadata and reads it; it does not write the data, because its write path is several times slower
-than the disk. A tensor of one chunk is one chunk file; a larger one has shards (``sharding_indexed``), whose chunks
-begin at multiples of 4096 and whose index, with its crc32c, is the file's last bytes.
+than the disk. A tensor of one chunk is one chunk file. A larger one has shards (``sharding_indexed``), whose chunks
+begin at multiples of 4096 and which end with an index and the crc32c of that.
 Source: https://zarr-specs.readthedocs.io/en/latest/v3/ (core 3.1; codecs/sharding-indexed 1.0).
 """
 
@@ -33,10 +33,10 @@ from asyncckpt.types import Chunking, ChunkRun, Extent, LayoutOptions, Placed, S
 log = logging.getLogger("asyncckpt")
 
 METADATA_FILE: Final = "zarr.json"
-#: Index entries of chunks that are not there: past the array's edge.
+#: The index has this number for a chunk that is not there because it lies past the array's edge.
 _ABSENT: Final = (1 << 64) - 1
 _CRC_BYTES: Final = 4
-#: zarr's names; the 16- and 8-bit floats are those of tensorstore (``integrations/zarr_dtypes.py``).
+#: Zarr calls the dtypes so; bfloat16 and the 8-bit floats have TensorStore's names (``integrations/zarr_dtypes.py``).
 DATA_TYPES: Final[Mapping[str, str]] = {
     "F64": "float64",
     "F32": "float32",
@@ -57,13 +57,13 @@ DATA_TYPES: Final[Mapping[str, str]] = {
     "F8_E5M2": "float8_e5m2",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
-#: The first zarr that loads the entry points of data types by itself.
+#: This is the first zarr-python that loads the entry points of data types by itself.
 _LOADS_ENTRY_POINTS: Final = (3, 4, 1)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,199}\Z")
 
 
 class ZarrFormat:
-    """See the module's docstring."""
+    """Implements ``protocols.ShardFormat`` for zarr v3."""
 
     name = "zarr"
 
@@ -76,13 +76,13 @@ class ZarrFormat:
         codec: Codec,
         options: LayoutOptions,
     ) -> list[Shard]:
-        """One file for each shard of each tensor, tensors by name. Pure."""
+        """Return one shard for each shard of each array, the tensors sorted by name. Pure."""
         paths = node_names(spec.name for spec in specs)
         found: list[Shard] = []
         for index in sorted(range(len(specs)), key=lambda i: specs[i].name):
             spec = specs[index]
             tensor = chunks.grid(spec, options.extent_bytes, options.shard_bytes)
-            if not spec.nbytes:  # an array without chunks, so without a file
+            if not spec.nbytes:  # an array without elements has no chunks, and so no file
                 found.append(
                     Shard(f"{component}/{paths[spec.name]}/c", component, 0, (), (), (ChunkRun(tensor, 0, 0),))
                 )
@@ -96,14 +96,14 @@ class ZarrFormat:
         return found
 
     def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
-        """Nothing before the data; the index after it, where there is one."""
+        """Return nothing to go before the data, and the index to go after it where the array is sharded."""
         tensor = shard.runs[0].tensor
         if chunks.chunk_count(tensor) == 1:
             return b"", b""
         return b"", encode_index([(place.offset, place.stored) for place in placed], chunks.inner_count(tensor))
 
     def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
-        """``zarr.json`` of the component's group, of its arrays and of the checkpoint's root."""
+        """Return the files ``zarr.json`` of the component's group, of its arrays and of the checkpoint's root."""
         announce_dtypes()
         files = {METADATA_FILE: group_metadata(), f"{component}/{METADATA_FILE}": group_metadata()}
         for shard in shards:
@@ -128,15 +128,16 @@ def _shard(file: str, component: str, run: ChunkRun, number: int, extents: list[
 
 
 def encode_index(places: Sequence[tuple[int, int]], entries: int) -> bytes:
-    """The shard index: (offset, nbytes) of each chunk, little-endian uint64, then its crc32c."""
+    """Return the index of a shard: the offset and size of each chunk as little-endian uint64, then the crc32c of that.
+    Chunks beyond ``places``, up to ``entries``, are marked as absent."""
     numbers = [number for place in places for number in place] + [_ABSENT] * (2 * (entries - len(places)))
     body = struct.pack(f"<{2 * entries}Q", *numbers)
     return body + struct.pack("<I", google_crc32c.value(body))
 
 
 def index_lists(data: memoryview, places: Sequence[tuple[int, int]], what: str) -> bool:
-    """Whether a shard index lists these chunks and no more, without making an object of each entry. Raises
-    ``CheckpointDamaged`` where it is none."""
+    """Return whether the shard index ``data`` lists these chunks and no others; no object is made for each entry.
+    Raises ``CheckpointDamaged``, which names the file as ``what``, where ``data`` is not an index."""
     entries = (len(data) - _CRC_BYTES) // 16
     if len(data) != 16 * entries + _CRC_BYTES:
         raise CheckpointDamaged(f"{what}: {len(data)} bytes are no shard index")
@@ -150,8 +151,9 @@ def index_lists(data: memoryview, places: Sequence[tuple[int, int]], what: str) 
 
 
 def node_names(names: Iterable[str]) -> dict[str, str]:
-    """Tensor name → its array's directory name: the name itself where every file system and zarr take it, and where no
-    other differs from it only in case; otherwise with ``=XX`` (UTF-8 bytes in hex) for the offending characters."""
+    """Map the names of tensors to the names of their arrays' directories. A directory has the tensor's name where every
+    file system and zarr take it and no other name differs from it only in case; otherwise the offending characters are
+    written as ``=XX``, their UTF-8 bytes in hex."""
     chosen = sorted(names)
     folded: dict[str, int] = {}
     for name in chosen:
@@ -162,7 +164,7 @@ def node_names(names: Iterable[str]) -> dict[str, str]:
 def _node_name(name: str, *, unique: bool) -> str:
     if unique and _PLAIN_NAME.match(name) and name.casefold() != METADATA_FILE:
         return name
-    # always escape the first character: escaped names never meet plain ones, nor zarr's own `__…` and `.…`
+    # the first character is always escaped, so that the name differs from every plain one and from zarr's `__…`, `.…`
     safe = "" if unique else "abcdefghijklmnopqrstuvwxyz"
     text = "".join(
         char if i and (char in safe if not unique else re.match(r"[A-Za-z0-9._+-]", char)) else _escaped(char)
@@ -182,7 +184,8 @@ def _short_hash(name: str) -> str:
 
 
 def array_metadata(tensor: Chunking, codec: Codec, folder: str) -> bytes:
-    """``zarr.json`` of a tensor's array. Arrays of equal shape, dtype and codec have equal metadata."""
+    """Return the ``zarr.json`` of a tensor's array in the directory ``folder``. Arrays of equal shape, dtype and codec
+    have equal metadata, unless ``folder`` is not named after the tensor: then an attribute holds its name."""
     spec = tensor.spec
     sharded = chunks.chunk_count(tensor) > 1
     plane = PLANE_BYTES[spec.dtype]
@@ -216,8 +219,8 @@ def _array_json(
 
 @functools.lru_cache(maxsize=256)
 def _template(dtype: str, dimensions: int, sharded: bool) -> Any:
-    """What zarr-python writes for an array of that dtype and rank, without compression. For a dtype that numpy lacks,
-    an unsigned integer of its size stands in: only the name and the fill value differ."""
+    """Return the metadata that zarr-python writes for an uncompressed array of that dtype and number of dimensions. For
+    a dtype that numpy lacks, an unsigned integer of its size stands in: only the name and the fill value differ."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -243,7 +246,7 @@ def _template(dtype: str, dimensions: int, sharded: bool) -> Any:
 
 @functools.cache
 def group_metadata() -> bytes:
-    """``zarr.json`` of a group."""
+    """Return the ``zarr.json`` of a group."""
     import zarr
     from zarr.storage import MemoryStore
 
@@ -255,8 +258,8 @@ def group_metadata() -> bytes:
 
 @functools.cache
 def announce_dtypes() -> None:
-    """Have ``zarr.open`` know bfloat16 and the 8-bit floats in a process that writes or reads zarr checkpoints. Newer
-    zarrs see to it themselves; an older one is imported for it."""
+    """Make ``zarr.open`` know bfloat16 and the 8-bit floats in this process, which writes or reads zarr checkpoints.
+    Newer versions of zarr-python find them by themselves; an older one is imported for it."""
     try:
         numbers = re.findall(r"\d+", importlib.metadata.version("zarr"))
         if tuple(map(int, numbers[:3])) < _LOADS_ENTRY_POINTS:
@@ -268,7 +271,8 @@ def announce_dtypes() -> None:
 
 
 def parse_array(data: bytes, what: str) -> tuple[str, tuple[int, ...]]:
-    """``(dtype code, shape)`` of an array's ``zarr.json``. Raises ``CheckpointDamaged``."""
+    """Return the dtype code and the shape that an array's ``zarr.json`` gives. Raises ``CheckpointDamaged``, which
+    names the file as ``what``, where it gives none."""
     body = loads(data, what)
     if not isinstance(body, dict) or body.get("node_type") != "array":
         raise CheckpointDamaged(f"{what}: no metadata of a zarr array")

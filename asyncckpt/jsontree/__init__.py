@@ -1,8 +1,9 @@
-"""Plain Python values ↔ JSON, exactly and without pickle; tensors become placeholders.
+"""This package turns plain Python values into JSON and back, exactly and without pickle; tensors become placeholders.
 
-What JSON has is stored as it is: None, bool, int, finite float, str, list, and dict with str keys. All else is an
-object ``{"$": tag, "v": …}``; a dict that has a ``"$"`` key of its own is stored tagged, so the two are never mixed
-up. Types are looked up in one table each way, by exact type and by tag: nothing is imported or called by a stored name.
+Values that JSON has are stored as they are: None, bool, int, finite float, str, list, and dict with str keys. Every
+other value is an object ``{"$": tag, "v": …}``. A dict that has a ``"$"`` key of its own is stored with a tag, too, so
+the two cannot be confused. Types are found in one table by their exact type, and in another one by their tag: nothing
+is imported or called because a stored name says so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ __all__ = ["decode", "dumps", "encode", "loads", "tensor_names"]
 
 
 def tensor_names(tree: JsonValue) -> list[str]:
-    """The names of all tensors of an encoded tree, in the order ``encode`` met them."""
+    """Return the names of all tensors of an encoded tree, in the order in which ``encode`` met them."""
     names: list[str] = []
     stack: list[JsonValue] = [tree]
     while stack:

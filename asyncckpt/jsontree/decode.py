@@ -1,4 +1,4 @@
-"""A tree of JSON values → the Python values it was encoded from. The tree may be hostile."""
+"""``decode`` turns a tree of JSON values into the Python values that it was encoded from. The tree may be hostile."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 def decode(
     tree: JsonValue, tensors: Callable[[str], torch.Tensor], arrays: Callable[[str], torch.Tensor] | None = None
 ) -> Any:
-    """The inverse of ``encode``. ``tensors`` gives the tensor of a name.
+    """Return the values that ``encode`` was given. ``tensors`` returns the tensor of a name.
 
-    ``arrays`` (default: ``tensors``) gives those that numpy arrays are made of. They must be in host memory
-    (``InvalidOption``); the arrays share it, so it may be filled later. The tree may be hostile: raises
-    ``CheckpointDamaged``, before anything is allocated by it, for whatever ``encode`` does not produce.
+    ``arrays`` (``tensors`` by default) returns the tensors that numpy arrays are made of. An array shares the memory of
+    its tensor, so that may be filled later; it must be host memory, or ``InvalidOption`` is raised. The tree may be
+    hostile: anything that ``encode`` does not produce raises ``CheckpointDamaged``, before memory is allocated for it.
     """
     return _Decoder(tensors, arrays or tensors).value(tree)
 
 
 class _Decoder:
+    """Decodes one tree. Each method builds values of one kind, and refuses with ``fail`` what ``encode`` never makes;
+    ``keys`` is the path to the value at hand, for the message."""
+
     def __init__(self, tensors: Callable[[str], torch.Tensor], arrays: Callable[[str], torch.Tensor]) -> None:
         self.tensors = tensors
         self.arrays = arrays
@@ -90,7 +93,7 @@ class _Decoder:
         return out
 
     def pairs(self, flat: list[Any], into: Any) -> Any:
-        """Fill ``into`` with key, value, key, value, and so on."""
+        """Fill the mapping ``into`` from ``flat``, which lists key, value, key, value, and so on, and return it."""
         if len(flat) % 2:
             self.fail("a key without a value")
         try:
@@ -104,7 +107,8 @@ class _Decoder:
         return into
 
     def spread(self, keys: list[Any]) -> None:
-        """Numbers and tuples hash the same in every process: a hundred thousand keys of one hash would take hours."""
+        """Refuse keys that collide. Numbers and tuples have the same hash in every process, and a dict with a hundred
+        thousand keys of one hash would take hours to fill."""
         if len(keys) > _MOST_OF_ONE_HASH and max(Counter(map(hash, keys)).values()) > _MOST_OF_ONE_HASH:
             self.fail("keys that were made to collide")
 
@@ -178,7 +182,7 @@ class _Decoder:
             self.fail("a bool that is neither 0 nor 1")
         try:
             return np.ndarray(shape, dtype, buffer=data).copy()
-        except ValueError as error:  # more dimensions, or more elements beside a 0, than numpy has room for
+        except ValueError as error:  # numpy refuses so many dimensions, or so large ones beside a 0
             self.fail(f"an impossible shape ({error})")
 
     def scalar(self, tree: dict[str, Any]) -> Any:
@@ -212,9 +216,9 @@ class _Decoder:
 
     def torch_dtype(self, name: Any) -> torch.dtype:
         there = _torch()
-        # vars: what torch imports when it is asked for stays unimported, whatever the tree says
+        # vars, not getattr, which would make torch import a module that the tree names
         found: Any = vars(there).get(name) if type(name) is str else None
-        if type(found) is not there.dtype or str(found) != f"torch.{name}":  # it has aliases, such as half
+        if type(found) is not there.dtype or str(found) != f"torch.{name}":  # aliases such as half are never written
             self.fail(f"the torch dtype {name!r:.40} is unknown")
         dtype: torch.dtype = found
         return dtype
@@ -267,7 +271,7 @@ _LEAVES: Final[dict[str, _Leaf]] = {
     "dtype": lambda d, t: d.torch_dtype(t["v"]),
     "device": lambda d, t: d.device(t["v"]),
 }
-#: These take their decoded members, and do not recurse themselves: two frames a level spare the caller's stack.
+#: These builders are given decoded members, and do not recurse: with two frames a level the caller's stack lasts.
 _Container: TypeAlias = Callable[[_Decoder, list[Any], dict[str, Any]], Any]
 _CONTAINERS: Final[dict[str, _Container]] = {
     "tuple": lambda d, items, t: tuple(items),

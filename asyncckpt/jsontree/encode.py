@@ -1,4 +1,4 @@
-"""Python values → a tree of JSON values; see the package's docstring."""
+"""``encode`` turns Python values into a tree of JSON values, as the package's docstring describes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from asyncckpt.types import JsonValue
 if TYPE_CHECKING:
     import torch
 
-#: Containers in containers. One takes at most two levels of JSON, so whatever is encoded stays under the parser's cap.
+#: Containers may be nested so deep. Each takes at most two levels of JSON, so the parser's limit is never reached.
 MAX_DEPTH: Final = 200
-#: Larger arrays are stored as tensors.
+#: An array of more bytes is stored as a tensor.
 INLINE_ARRAY_BYTES: Final = 64 << 10
-#: At most 617 digits: under the smallest limit that ``sys.set_int_max_str_digits`` takes, so any reader parses it.
+#: So many bits are at most 617 digits, below the lowest limit that ``sys.set_int_max_str_digits`` can set on a reader.
 _NATIVE_INT_BITS: Final = 2048
 _WAY_OUT: Final = "convert it to plain values, or give the object that holds it state_dict and load_state_dict"
-#: JSON's escapes cannot tell these two code points from the one character that they spell in UTF-16.
+#: JSON's escapes cannot tell these two code points from the one character that they stand for in UTF-16.
 _PAIR: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 # long double is left out: its bytes mean different numbers on different processors
@@ -43,9 +43,9 @@ _SAME_SIZE: Final = (
     np.uintc,
     np.longlong,
     np.ulonglong,
-)  # on some platforms types of their own
+)  # some platforms have these as types of their own
 _INTS: Final = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-#: numpy dtypes that a shard can hold, in this machine's byte order, and what torch calls them.
+#: A shard can hold these numpy dtypes, in this machine's byte order; each is mapped to torch's name for it.
 AS_TENSOR: Final[dict[str, str]] = {
     np.dtype(name).str: name for name in ("bool", *_INTS, "float16", "float32", "float64", "complex64")
 }
@@ -57,22 +57,26 @@ _FACTORY_NAMES: Final = {id(factory): name for name, factory in FACTORIES.items(
 
 
 def encode(value: Any, path: str, tensor_sink: Callable[[str, torch.Tensor], None], component: str = "") -> JsonValue:
-    """``value`` as a tree of JSON values, copied; tensors go to ``tensor_sink(name, tensor)``, in order and uncopied.
+    """Return ``value`` as a tree of JSON values, which copies it. Each tensor is handed, in order and uncopied, to
+    ``tensor_sink(name, tensor)``.
 
-    The name is the path of keys joined by dots, below the prefix ``path`` (``value`` for a bare tensor); where two
-    paths give one name, the later gets a suffix such as ``~2``. Numpy arrays over 64 KiB are handed over likewise, as
-    tensors that share their memory where they can. An object that is reached twice is stored twice. Raises
-    ``UnsupportedValue``, naming the path below ``component``, for what cannot be stored exactly, contains itself, or
-    is nested over 200 deep. Blocks on nothing.
+    A tensor's name is the path of its keys joined by dots, below the prefix ``path``; a tensor by itself is called
+    ``value``. Where two paths give the same name, the later one gets a suffix such as ``~2``. Numpy arrays of more than
+    64 KiB are handed over, too, as tensors that share their memory where possible. An object that is reached twice is
+    stored twice. Raises ``UnsupportedValue``, which names the path below ``component``, for a value that cannot be
+    stored exactly, contains itself, or is nested more than 200 deep. Does not block.
     """
     return _Encoder(path, tensor_sink, component).value(value)
 
 
 class _Position(int):
-    """Stands, in a path, for a dict key that has no short text: its place in the dict."""
+    """Stands in a path for a dict key that has no short text, and is the key's position in the dict."""
 
 
 class _Encoder:
+    """Encodes one value. Each method takes values of one kind, and ``refuse`` raises for the others; ``keys`` is the
+    path to the value at hand, and ``unfinished`` has the ``id`` of each container on it."""
+
     def __init__(self, path: str, sink: Callable[[str, torch.Tensor], None], component: str) -> None:
         self.prefix = path
         self.sink = sink
@@ -80,7 +84,7 @@ class _Encoder:
         self.keys: list[str | int] = []
         self.unfinished: set[int] = set()
         self.in_sets = 0
-        self.names = {"__metadata__"}  # the safetensors header has its own use for it
+        self.names = {"__metadata__"}  # the safetensors header uses this name itself
 
     def value(self, value: Any) -> JsonValue:
         return _ENCODERS.get(type(value), _other)(self, value)
@@ -124,7 +128,8 @@ class _Encoder:
         return out
 
     def pairs(self, owner: Any, value: Mapping[Any, Any]) -> list[JsonValue]:
-        """Key, value, key, value, and so on: a list for each pair would nest deeper than ``MAX_DEPTH`` reckons."""
+        """Return the items of ``value``, which belongs to ``owner``, as key, value, key, value, and so on. A list for
+        each pair would be nested deeper than ``MAX_DEPTH`` allows for."""
         self.enter(owner)
         keys, out = self.keys, []
         for index, (key, item) in enumerate(value.items()):
@@ -141,7 +146,7 @@ class _Encoder:
             self.refuse(value, "in a set has no stable name", "keep it in a list")
         parts = ".".join(map(str, self.keys))
         name = (f"{self.prefix}.{parts}" if self.prefix and self.keys else self.prefix or parts) or "value"
-        if not name.isascii():  # readers of safetensors insist on valid UTF-8
+        if not name.isascii():  # readers of safetensors refuse lone surrogates, which are not valid UTF-8
             name = name.encode("utf-8", "backslashreplace").decode()
         unique, count = name, 1
         while unique in self.names:
@@ -153,7 +158,7 @@ class _Encoder:
 
     def unordered(self, value: set[Any] | frozenset[Any]) -> JsonValue:
         self.in_sets += 1
-        items = sorted(self.items(value), key=json.dumps)  # the order of a set differs from process to process
+        items = sorted(self.items(value), key=json.dumps)  # a set has another order in every process
         self.in_sets -= 1
         return {"$": type(value).__name__, "v": items}
 
@@ -195,20 +200,21 @@ def _base64(data: bytes | bytearray) -> str:
 
 
 def _other(encoder: _Encoder, value: Any) -> JsonValue:
-    """A value of a type that has no row: the first of one of torch's types, a subclass of its tensor, or a stranger."""
+    """Encode a value whose type has no row in the table: it is one of torch's, whose rows are added with the first such
+    value, a subclass of ``torch.Tensor``, or it is refused."""
     torch = loaded_torch()
     try:
         if torch.Tensor not in _ENCODERS:
             _ENCODERS.update(_rows_of_torch(torch))
         is_tensor = isinstance(value, torch.Tensor)
-    except AttributeError:  # torch is not there, or not yet: nobody can hold what is its own
+    except AttributeError:  # torch is not imported, or not completely, so the value cannot be one of its objects
         encoder.refuse(value)
     row = _ENCODERS.get(type(value))
     if row is not None:
         return row(encoder, value)
     if not is_tensor:
         encoder.refuse(value)
-    return encoder.tensor(value)  # whether a subclass can be stored is the sink's to say
+    return encoder.tensor(value)  # the sink refuses a subclass that cannot be stored
 
 
 def _rows_of_torch(torch: Any) -> dict[type, _ToJson]:

@@ -1,4 +1,4 @@
-"""JSON text as checkpoints hold it: one way to write it, and a parser that trusts nothing."""
+"""Checkpoints hold JSON text: this module has the one way to write it, and a parser that trusts nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.types import JsonValue
 
 MAX_DEPTH: Final = 500
-#: Parsing a long int takes quadratic time. Python has the same limit, unless somebody turned it off.
+#: To parse a long int takes quadratic time. Python has the same limit, unless somebody has turned it off.
 MAX_DIGITS: Final = 4300
 _DIGITS_AS_ZERO: Final = bytes.maketrans(b"123456789", b"0" * 9)
 _TOO_LONG: Final = b"0" * (MAX_DIGITS + 1)
@@ -23,21 +23,24 @@ _NOT_STRUCTURE: Final = bytes(set(range(256)) - set(b'"[]{}'))
 
 
 def dumps(tree: JsonValue | Mapping[str, Any]) -> bytes:
-    """One line of compact ASCII JSON, keys in their order, with its newline. Raises ``ValueError`` for nan and inf."""
+    """Return one line of compact ASCII JSON, with its newline; keys keep their order. Raises ``ValueError`` for nan and
+    infinities."""
     return json.dumps(tree, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
 
 def loads(data: bytes, what: str) -> JsonValue:
-    """Parse one strict JSON document. Raises ``CheckpointDamaged`` naming ``what`` for anything else.
+    """Parse one strict JSON document. Raises ``CheckpointDamaged``, which names the file as ``what``, for anything
+    else.
 
-    Refused are invalid UTF-8, text after the document, duplicate keys, NaN, infinities (as overflowing floats too),
-    ints of over 4300 digits, and nesting deeper than 500.
+    It refuses invalid UTF-8, text after the document, duplicate keys, NaN, infinities (overflowing floats included),
+    ints of more than 4300 digits, and nesting deeper than 500.
     """
     try:
         text = data.decode("utf-8")
         if _deeper_than(data, MAX_DEPTH):
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        # a Python call for every int doubles the time of a large manifest, so only where one may be too long
+        # a Python call for every int doubles the time for a large manifest, so it is made only where one may be too
+        # long
         suspicious = _TOO_LONG in data.translate(_DIGITS_AS_ZERO)
         parsed: JsonValue = (_WARY if suspicious else _STRICT).decode(text)
     except (ValueError, RecursionError) as error:
@@ -46,7 +49,8 @@ def loads(data: bytes, what: str) -> JsonValue:
 
 
 def _deeper_than(data: bytes, limit: int) -> bool:
-    """Whether brackets outside strings nest deeper than ``limit``: known before a recursive parser sees them."""
+    """Return whether brackets outside strings are nested deeper than ``limit``: the parser, which recurses, must not
+    see such text."""
     if data.count(b"[") + data.count(b"{") <= limit:
         return False
     if b"\\" in data:

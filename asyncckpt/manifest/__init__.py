@@ -1,1 +1,1 @@
-"""The manifest: what a checkpoint records, as text and as records, and the draft of it that a save carries."""
+"""The manifest is what a checkpoint records: this package has it as text, as records, and as the draft of a save."""

@@ -1,4 +1,4 @@
-"""What a save records beside its tensors, before the digests of its files are known."""
+"""A save carries a draft of its manifest, until the digests of its files are known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from asyncckpt.types import ComponentSnapshot, JsonValue, Layout
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Everything of a save that is not tensor bytes. ``draft`` lacks files and components, known only at the end."""
+    """``Contents`` is everything of a save but the bytes of its tensors. ``draft`` lacks the files and components,
+    which are known only at the end. ``kinds``, ``aliases`` and ``trees`` are those of the ``ComponentSnapshot`` of each
+    name. ``replace``: the save may take the place of a checkpoint of the same name."""
 
     draft: Manifest
     layout: Layout
@@ -27,13 +29,13 @@ class Contents:
     aliases: Mapping[str, Mapping[str, str]]
     trees: Mapping[str, JsonValue]
     replace: bool
-    #: Entries of the manifest's components that other ranks' own components have.
+    #: Components that other ranks have of their own, as the manifest's ``components`` lists them.
     others: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 def config_tree(config: Any) -> JsonValue:
-    """The user's ``config`` as it goes into every manifest. Raises ``InvalidOption`` for a tensor in it and
-    ``UnsupportedValue`` for what is no plain value."""
+    """Return the user's ``config`` as it goes into every manifest. Raises ``InvalidOption`` for a tensor in it and
+    ``UnsupportedValue`` for any other value that is not plain."""
 
     def refuse(name: str, _tensor: object) -> None:
         raise InvalidOption(f"{name} is a tensor; config takes plain values only")
@@ -58,8 +60,8 @@ def contents_of(
     attempt: str | None = None,
     world_size: int = 1,
 ) -> Contents:
-    """What a save of these components records beside their tensors. Pure but for the time and, where ``attempt`` is not
-    given, a new attempt uuid."""
+    """Return what a save of these components records beside their tensors. The parameters are fields of ``Manifest`` or
+    of ``Contents``. Pure but for the time and, where ``attempt`` is not given, a new uuid for it."""
     draft = Manifest(
         step=step,
         name=name,
@@ -90,7 +92,8 @@ def contents_of(
 
 
 def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> str:
-    """Kept beside the layout: it is the same for save after save."""
+    """Return the manifest's ``components`` as JSON text. The layout keeps it, because it is the same for every save;
+    see ``components_of`` for ``orders``."""
     names = {"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}}
     key = jsontree.dumps(names), orders, contents.others
     cached = contents.layout.cache.get("components")

@@ -1,4 +1,4 @@
-"""What a checkpoint was made with, recorded for later questions of compatibility; and how much memory there is."""
+"""A checkpoint records the versions and the host that it was made with, for later questions of compatibility."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from asyncckpt.types import JsonValue
 
 @functools.cache
 def version() -> str:
-    """This library's version."""
+    """Return this library's version."""
     try:
         return importlib.metadata.version("asyncckpt")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+    except importlib.metadata.PackageNotFoundError:  # it runs from a source tree
         return "0+unknown"
 
 
 @functools.cache
 def record() -> dict[str, JsonValue]:
-    """Python, torch, CUDA, NumPy, asyncckpt, host and platform. Read once, by whoever has tensors to save, and so
-    has torch: none of it changes in a process."""
+    """Return the versions of asyncckpt, Python, torch, CUDA and NumPy, the host and the platform. They are read once,
+    as none changes in a process. Torch must be imported, as it is where there are tensors to save."""
     torch = loaded_torch()
     return {
         "asyncckpt": version(),

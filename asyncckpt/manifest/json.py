@@ -1,8 +1,8 @@
-"""The manifest: the JSON file, written last, that lists every file, extent, digest and tensor. It *is* the checkpoint.
+"""The manifest is the JSON file, written last, that lists every file, extent, digest and tensor. It *is* the
+checkpoint.
 
-The file ends with a digest of everything before it, compared byte for byte, so no bit of it can flip unseen. What is
-parsed here may come from an attacker: every field is checked before anything is allocated or opened by it. The
-schema is described in docs/format.md.
+The file ends with a digest of everything before it, so no bit of it can flip unseen. It may come from an attacker:
+every field is checked before anything is allocated or opened because of it. docs/format.md describes the schema.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from asyncckpt.types import Chunking, JsonValue, Layout
 log = logging.getLogger("asyncckpt")
 
 FORMAT_NAME: Final = "asyncckpt"
-#: What this version reads; a manifest says the oldest that can read it: 1 where every tensor is whole, 2 where some
-#: are chunked, 3 where some lie in boxes.
+#: This library reads format versions up to this one. A manifest gives the oldest version that a reader must know: 1
+#: where every tensor is whole, 2 where some are chunked, 3 where some lie in boxes.
 FORMAT_VERSION: Final = 3
 FILE_NAME: Final = "manifest.json"
-#: The plain values of every component.
+#: This file holds the plain values of every component.
 STATE_FILE: Final = "state.json"
-#: Room for ten million tensors; more is taken for an attack.
+#: Ten million tensors fit into so many bytes; a larger manifest is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
 _SELF_DIGEST: Final = "xxh3-128"
 _REMEMBERED_BYTES: Final = 1 << 20
@@ -62,8 +62,8 @@ def components_of(
     aliases: Mapping[str, Mapping[str, str]],
     orders: Mapping[str, Sequence[int]],
 ) -> Any:
-    """The manifest's ``components`` for a layout: ``{name: {kind, tensors, aliases}}`` as JSON. ``orders[file]`` says
-    which of the file's extents each extent of the layout became."""
+    """Return the manifest's ``components`` for a layout, ``{name: {kind, tensors, aliases}}``, as values for JSON. The
+    extent with index ``i`` of a shard in the layout became the extent with index ``orders[file][i]`` of its file."""
     body: dict[str, Any] = {
         name: {"kind": kind, "tensors": {}, "aliases": dict(aliases.get(name, {}))} for name, kind in kinds.items()
     }
@@ -105,7 +105,8 @@ def _part_row(part: PartRecord) -> list[Any]:
 
 
 def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
-    """The file's bytes. ``components_json`` spares re-encoding what did not change since the last save."""
+    """Return the bytes of the manifest's file. ``components_json`` is the text of its components, where that is known
+    from the save before: to encode it again would take long."""
     components = components_json if components_json is not None else json.dumps(_components_json(manifest.components))
     plain = manifest.codec == "none" and '"parts":' not in components and '"boxes":' not in components
     body: dict[str, Any] = {
@@ -133,7 +134,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
 
 
 def file_to_json(record: FileRecord) -> dict[str, Any]:
-    """A row of ``files``."""
+    """Return the row of ``files`` for this record, as values for JSON."""
     rows = [
         [e.offset, e.nbytes, e.digest, e.content, e.stored] if e.content or e.stored else [e.offset, e.nbytes, e.digest]
         for e in record.extents
@@ -149,16 +150,17 @@ def file_to_json(record: FileRecord) -> dict[str, Any]:
 
 
 def seal(body: bytes) -> bytes:
-    """Append the digest of ``body``, an object's text without its closing brace."""
+    """Append the digest of ``body`` to it and close the object. ``body`` is an object's text without its last brace."""
     return body + f',"manifest_digest":"{_SELF_DIGEST}:{digests.get(_SELF_DIGEST)(body)}"}}\n'.encode()
 
 
 @gc_paused()
 def decode(data: bytes, where: str) -> Manifest:
-    """The manifest in these bytes.
+    """Parse the bytes of a manifest's file.
 
-    Raises ``ManifestInvalid`` naming ``where`` on any damage or anything malformed, ``VersionUnsupported`` for a newer
-    format version. Nothing is opened, and nothing is allocated beyond the parsed text.
+    Raises ``ManifestInvalid``, which names the file as ``where``, for anything damaged or malformed, and
+    ``VersionUnsupported`` for a newer format version or an unknown codec. Nothing is opened, and no memory is allocated
+    but for the parsed text.
     """
     cut = data.rfind(b',"manifest_digest":"')
     if cut < 0 or seal(data[:cut]) != data:
@@ -204,13 +206,14 @@ def decode(data: bytes, where: str) -> Manifest:
 
 
 def file_digest(data: bytes) -> str:
-    """What ``expect_digest`` is compared with: ``sha256:`` and that of the whole file. The manifest's own digest finds
-    damage; anyone can compute it for other content."""
+    """Return ``sha256:`` and the SHA-256 of the manifest's whole file, which ``expect_digest`` is compared with. The
+    digest inside the manifest would not do: it finds damage, but anyone can compute it for other content."""
     return f"sha256:{digests.get('sha256')(data)}"
 
 
 def check_expected(expect_digest: str | None) -> str | None:
-    """In the one form that is compared. Raises ``InvalidOption`` for what is no SHA-256."""
+    """Return ``expect_digest`` in the form that ``file_digest`` has, or None where there is none. Raises
+    ``InvalidOption`` where it is not a SHA-256."""
     if expect_digest is None:
         return None
     digits = expect_digest.lower().removeprefix("sha256:")
@@ -222,8 +225,9 @@ def check_expected(expect_digest: str | None) -> str | None:
 
 
 def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
-    """The manifest of an open checkpoint. Raises as ``decode`` does, where the file is missing or no file, and, before
-    anything in it is looked at, ``DigestMismatch`` where it is not the one expected."""
+    """Return the manifest of an open checkpoint. Blocks on the disk. Raises ``DigestMismatch``, before it looks at the
+    content, where the file's digest is not ``expect_digest``; ``ManifestInvalid`` where the file is missing or is not a
+    regular file; and what ``decode`` raises."""
     expected = check_expected(expect_digest)
     try:
         data = reader.read_small(FILE_NAME, MAX_MANIFEST_BYTES)
@@ -248,7 +252,8 @@ def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
 
 @functools.lru_cache(maxsize=1)
 def _remembered(data: bytes, where: str) -> Manifest:
-    """Choosing a checkpoint and opening it both decode its manifest, one after the other."""
+    """Return what ``decode`` returns, and remember the last manifest: to choose a checkpoint and to open it takes the
+    same one twice."""
     return decode(data, where)
 
 
@@ -303,5 +308,5 @@ def _metric_from_json(value: Any, body: Body) -> float:
 
 
 def whole_file(name: str, data: bytes, digest: Callable[[Any], str]) -> FileRecord:
-    """The record of a small file: one extent from its first byte to its last."""
+    """Return the record of a small file, which is one extent from its first byte to its last."""
     return FileRecord(name, len(data), (ExtentRecord(0, len(data), digest(data)),))

@@ -1,4 +1,7 @@
-"""The rows of a manifest, parsed: files, extents and tensors. What is parsed may come from an attacker."""
+"""This module parses a manifest's rows of files, extents and tensors. They may come from an attacker.
+
+Whatever does not hold raises ``ManifestInvalid``, which names the manifest's file and the field.
+"""
 
 from __future__ import annotations
 
@@ -23,26 +26,27 @@ from asyncckpt.manifest.records import (
     TensorRecord,
 )
 
-#: A chunk is decoded into memory as a whole, and an extent is read as a whole.
+#: A chunk is decoded into memory as a whole, and an extent is read as a whole, so their sizes are limited.
 MAX_CHUNK_BYTES: Final = 1 << 30
 MAX_EXTENT_BYTES: Final = 1 << 30
-#: The manifest itself, which no row may name.
+#: No row may name the manifest itself.
 _MANIFEST: Final = "manifest.json"
 _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
-#: Directories in a file's name.
+#: A file's name has at most so many parts, directories included.
 _MAX_DEPTH: Final = 3
 _LIMIT: Final = 1 << 62
-#: Pairs of boxes of one tensor that are compared: far more than a grid of a hundred thousand needs.
+#: So many pairs of boxes of one tensor are compared at most: far more than a grid of a hundred thousand boxes needs.
 _MAX_COMPARED: Final = 20_000_000
 
 
 def is_component_name(name: str) -> bool:
-    """Whether a component can have this name."""
+    """Return whether a component can have this name."""
     return _NAME.match(name) is not None and "." not in name
 
 
 class Body:
-    """Checked access to a parsed object: a wrong type is an error that names the field, never a traceback later."""
+    """``Body`` gives checked access to a parsed JSON object: a field that is missing or has the wrong type raises
+    ``ManifestInvalid`` at once, instead of another error later. ``where`` names the manifest's file."""
 
     def __init__(self, value: Any, where: str) -> None:
         self.where = where
@@ -51,9 +55,11 @@ class Body:
         self._value = value
 
     def fail(self, problem: str) -> NoReturn:
+        """Raise ``ManifestInvalid``. ``problem`` goes on with the sentence "The manifest …"."""
         raise ManifestInvalid(f"{self.where}: the manifest {problem}")
 
     def take(self, key: str, kind: type) -> Any:
+        """Return the value of ``key``, which must be there and be a ``kind``; ``float`` takes whole numbers, too."""
         if key not in self._value:
             self.fail(f"lacks {key!r}")
         value = self._value[key]
@@ -66,25 +72,28 @@ class Body:
         return value
 
     def optional(self, key: str, default: Any) -> Any:
-        """The value, not checked; ``default`` where the manifest does not have it."""
+        """Return the value of ``key``, which is not checked, or ``default`` where the object lacks it."""
         return self._value.get(key, default)
 
     def whole(self, key: str) -> int:
+        """Return the value of ``key``, which must be a whole number from 0 to below 2**62."""
         return self.size(key, self._value.get(key))
 
     def size(self, what: str, value: Any) -> int:
+        """Return ``value``, called ``what``, which must be a whole number from 0 to below 2**62."""
         if type(value) is not int or not 0 <= value < _LIMIT:
             self.fail(f"has a {what!r} that is no whole number in range")
         return value
 
     def plain_name(self, what: str, value: Any) -> str:
-        """A file name that can go nowhere: no separators, no leading dot or dash, no control characters."""
+        """Return ``value``, called ``what``, which must be a file name that cannot lead out of its directory: it has no
+        separators, no leading dot or dash, and no control characters."""
         if not isinstance(value, str) or not _NAME.match(value):
             self.fail(f"has a {what!r} that is no plain file name: {value!r:.80}")
         return value
 
     def file_name(self, value: Any) -> str:
-        """A plain name, or directories of plain names and one."""
+        """Return ``value``, which must be a plain name, with at most two directories of plain names before it."""
         parts = value.split("/") if isinstance(value, str) else [value]
         if len(parts) > _MAX_DEPTH:
             self.fail(f"has a file name that is too deep: {value!r:.80}")
@@ -94,6 +103,8 @@ class Body:
 
 
 def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
+    """Return the records of ``files``, whose digests are of the algorithm ``digest``. Every file is covered by its
+    extents, without gap or overlap."""
     records: list[FileRecord] = []
     hex_digits = re.compile(rf"[0-9a-f]{{{digests.hex_length(digest)}}}\Z")
     for entry in body.take("files", list):
@@ -157,6 +168,7 @@ def _check_bases(body: Body, records: Sequence[FileRecord]) -> None:
 
 
 def parse_components(body: Body, files: Mapping[str, FileRecord]) -> dict[str, ComponentRecord]:
+    """Return the records of ``components``. Every tensor lies in ``files``, and no two tensors overlap there."""
     found: dict[str, ComponentRecord] = {}
     room = {record.name: len(record.extents) for record in files.values()}
     for name, entry in body.take("components", dict).items():
@@ -205,7 +217,8 @@ def _tensor(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) ->
 
 
 def _chunked(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> ChunkedRecord:
-    """``room``: how many extents of each file are no chunk yet. A part of thirty characters can name millions."""
+    """Return the record of a chunked tensor. ``room`` counts the extents of each file that are not a chunk yet: thirty
+    characters can name millions of extents, and without it could do so again and again."""
     item = Body(row, body.where)
     dtype, shape, nbytes = _dense(body, name, item.take("dtype", str), item.take("shape", list))
     chunk, run = item.whole("chunk"), item.whole("run")
@@ -251,10 +264,11 @@ def _boxed(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> 
 
 
 def _apart(boxes: Sequence[BoxRecord]) -> bool:
-    """Whether no two share an element: a sweep along the dimension in which they begin at the most places."""
+    """Return whether no two boxes share an element. It sweeps along the dimension in which the boxes begin at the most
+    places, and gives up, with False, where more pairs than ``_MAX_COMPARED`` would have to be compared."""
     solid = [box for box in boxes if box.begin < box.end]
     if len(solid) < 2 or not solid[0].shape:
-        return len(solid) < 2  # there is one place in a tensor without dimensions
+        return len(solid) < 2  # a tensor without dimensions has room for one box
     along = max(range(len(solid[0].shape)), key=lambda i: len({box.offsets[i] for box in solid}))
     compared = 0
     open_boxes: list[BoxRecord] = []
@@ -313,5 +327,5 @@ def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> No
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one that a float can hold: JSON's ints have no end."""
+    """Return whether ``value`` is a number that a float can hold: JSON's whole numbers have no limit."""
     return type(value) is float or (type(value) is int and abs(value) < _LIMIT)

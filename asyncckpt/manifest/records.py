@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, as its manifest records it."""
+"""These records say what a checkpoint is made of, as its manifest does."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TypeAlias
 
 from asyncckpt.types import Extent, JsonValue
 
-#: Between the digests of an extent's parts, while it is one record.
+#: An extent with cuts has several digests; while it is one record they are one string, with this between them.
 DIGEST_SEPARATOR = ","
 
 
 @dataclass(frozen=True, slots=True)
 class ExtentRecord:
-    """A digested byte range of a file. ``content`` is the digest of what was encoded into it, empty where that is
-    ``digest``; ``stored`` are its bytes without padding, 0 where there is none."""
+    """``ExtentRecord`` is a byte range of a file with the ``digest`` of its bytes. Where it is an encoded chunk,
+    ``content`` is the digest of what was encoded; otherwise it is empty. ``stored`` counts its bytes without padding,
+    and is 0 where it has no padding."""
 
     offset: int
     nbytes: int
@@ -26,7 +27,7 @@ class ExtentRecord:
 
 
 def split_record(record: ExtentRecord, cuts: Sequence[int]) -> list[ExtentRecord]:
-    """One record for each part of an extent: what the manifest lists."""
+    """Return one record for each part of an extent between its ``cuts``, as the manifest lists them."""
     if not cuts:
         return [record]
     edges = itertools.pairwise((0, *cuts, record.nbytes))
@@ -38,7 +39,8 @@ def split_record(record: ExtentRecord, cuts: Sequence[int]) -> list[ExtentRecord
 
 
 def join_records(records: Sequence[ExtentRecord], extents: Sequence[Extent]) -> tuple[ExtentRecord, ...] | None:
-    """The other way round: one record for each of a file's extents; None where they were cut differently."""
+    """Return one record for each of a file's ``extents``, made of the ``records`` of their parts: this undoes
+    ``split_record``. Returns None where the extents were cut otherwise."""
     found: list[ExtentRecord] = []
     at = 0
     for extent in extents:
@@ -57,9 +59,10 @@ def join_records(records: Sequence[ExtentRecord], extents: Sequence[Extent]) -> 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file of the checkpoint, covered from its first byte to its last by extents. ``plan``: see ``Shard.plan``.
-    ``bases``: the files, oldest first, whose chunks have to be XORed to this one's to give the data; ``order``: which
-    extent each chunk is, empty where chunk ``n`` is extent ``n + 1``, after the header."""
+    """``FileRecord`` is a file of the checkpoint, which its extents cover from the first byte to the last. ``plan`` is
+    ``Shard.plan``. ``bases`` lists the files, oldest first, whose chunks must be XORed with this one's to give the
+    data. ``order`` says which extent each chunk is; where it is empty, chunk ``n`` is extent ``n + 1``, as the header
+    is extent 0."""
 
     name: str
     nbytes: int
@@ -69,18 +72,18 @@ class FileRecord:
     order: tuple[int, ...] = ()
 
     def chunk(self, number: int) -> ExtentRecord:
-        """The extent that chunk ``number`` of the file is."""
+        """Return the extent that is chunk ``number`` of the file, counted from 0."""
         return self.extents[self.order[number] if self.order else number + 1]
 
     def chunk_numbers(self) -> Mapping[int, int]:
-        """Which chunk of the file each extent is."""
+        """Map the index of each extent that is a chunk to the number of that chunk."""
         order = self.order or range(1, len(self.extents))
         return {extent: chunk for chunk, extent in enumerate(order)}
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """Where a stored tensor lies."""
+    """``TensorRecord`` is a stored tensor that lies in the bytes ``[begin, end)`` of a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -90,16 +93,18 @@ class TensorRecord:
 
     @property
     def nbytes(self) -> int:
+        """The size of the tensor in bytes."""
         return self.end - self.begin
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensor."""
         return (self.file,)
 
 
 @dataclass(frozen=True, slots=True)
 class PartRecord:
-    """Consecutive chunks of a tensor: numbers of extents of a file."""
+    """``PartRecord`` says which extents of a file are consecutive chunks of a tensor, by their indices."""
 
     file: str
     extents: tuple[int, ...]
@@ -107,8 +112,8 @@ class PartRecord:
 
 @dataclass(frozen=True, slots=True)
 class ChunkedRecord:
-    """A stored tensor that is cut into chunks; see ``protocols.Chunking``. A chunk whose extent has a content digest is
-    encoded with the checkpoint's codec."""
+    """``ChunkedRecord`` is a stored tensor that is cut into chunks, as ``types.Chunking`` says. A chunk is encoded with
+    the checkpoint's codec where its extent has a content digest."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -120,10 +125,11 @@ class ChunkedRecord:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensor."""
         return tuple(part.file for part in self.parts)
 
     def span(self, chunk: int) -> tuple[int, int]:
-        """``(begin, nbytes)``: the tensor's bytes that a chunk holds."""
+        """Return ``(begin, nbytes)``: which of the tensor's bytes the chunk with this number holds."""
         run, within = divmod(chunk, -(-self.run_bytes // self.chunk_bytes))
         begin = within * self.chunk_bytes
         return run * self.run_bytes + begin, min(self.chunk_bytes, self.run_bytes - begin)
@@ -131,7 +137,8 @@ class ChunkedRecord:
 
 @dataclass(frozen=True, slots=True)
 class BoxRecord:
-    """The part of a tensor that begins at ``offsets`` and has this shape, row-major in a file."""
+    """``BoxRecord`` is the part of a tensor that begins at ``offsets`` and has this ``shape``. It lies in row-major
+    order in the bytes ``[begin, end)`` of a file."""
 
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
@@ -140,14 +147,14 @@ class BoxRecord:
     end: int
 
     def entry(self, tensor: str) -> str:
-        """What the file's own header calls it; ``tensor`` is the qualified name."""
+        """Return the name that the box has in the file's own header. ``tensor`` is ``component.fqn``."""
         ranges = (f"{begin}:{begin + size}" for begin, size in zip(self.offsets, self.shape, strict=True))
         return f"{tensor}[{','.join(ranges)}]"
 
 
 @dataclass(frozen=True, slots=True)
 class BoxedRecord:
-    """A stored tensor that lies in boxes, which tile it: each rank wrote what it had."""
+    """``BoxedRecord`` is a stored tensor that lies in boxes, which tile it: each rank wrote the part that it held."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -156,6 +163,7 @@ class BoxedRecord:
 
     @property
     def files(self) -> tuple[str, ...]:
+        """The names of the files that hold the tensor."""
         return tuple(dict.fromkeys(box.file for box in self.boxes))
 
 
@@ -164,7 +172,8 @@ StoredTensor: TypeAlias = TensorRecord | ChunkedRecord | BoxedRecord
 
 @dataclass(frozen=True, slots=True)
 class ComponentRecord:
-    """One component: how it was captured, its stored tensors, and the other names of tied ones."""
+    """``ComponentRecord`` is one component: ``kind`` says how it was captured, ``tensors`` has its stored tensors by
+    name, and ``aliases`` maps the other names of tied tensors to those."""
 
     kind: str
     tensors: Mapping[str, StoredTensor]
@@ -173,10 +182,10 @@ class ComponentRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A whole checkpoint, as recorded. ``metrics`` and ``config`` are the user's; ``environment`` is recorded.
-    ``sequence`` rises from save to save of a run, whatever their steps are: the largest is the newest. It is 0 in
-    manifests that are older than the field.
-    ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the manifest's own file."""
+    """``Manifest`` records a whole checkpoint; docs/format.md describes each field. ``metrics`` and ``config`` are the
+    user's. ``sequence`` rises from save to save of a run, whatever their steps are: the largest is the newest. It is 0
+    in manifests that are older than the field. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
+    manifest's own file."""
 
     step: int
     name: str
@@ -200,5 +209,5 @@ class Manifest:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files, the manifest's own included."""
+        """The size of all files in bytes, the manifest's own included."""
         return sum(record.nbytes for record in self.files) + self.size_bytes

@@ -1,1 +1,1 @@
-"""Host memory: the arena that extents are staged in, buffers for O_DIRECT, what the system has left."""
+"""This package manages host memory: the arena that extents are staged in, buffers for O_DIRECT, and what is left."""

@@ -1,7 +1,7 @@
-"""The arena: reusable host memory that extents are staged in.
+"""The arena is reusable host memory that extents are staged in, within a budget of bytes.
 
-It is anonymous memory in huge pages, faulted in and (for CUDA) pinned once, piece by piece, on a thread of its own: on
-fresh memory page faults cost more than ten times the copy (docs/design/001-arena.md). It has a byte budget.
+It is anonymous memory in huge pages. A thread of its own faults it in, piece by piece, and pins it for CUDA, once: in
+fresh memory page faults cost more than ten times the copy (docs/design/001-arena.md).
 """
 
 from __future__ import annotations
@@ -29,34 +29,35 @@ from asyncckpt.types import ALIGNMENT_BYTES
 log = logging.getLogger("asyncckpt")
 
 _FAULT_IN_BYTES = 16 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14+
+_MADV_POPULATE_WRITE = 23  # needs Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 
 class QueuedCopy(Protocol):
-    """A copy into staging memory that was enqueued on a device and may not have run yet."""
+    """A queued copy is one into staging memory that was enqueued on a device and may not have run yet."""
 
     def done(self) -> bool:
-        """Whether it has run."""
+        """Return whether the copy has run. May raise ``RuntimeError`` where the device cannot say."""
 
     def wait(self) -> None:
-        """Block until it has run."""
+        """Block until the copy has run. Raises ``RuntimeError`` where the device has failed."""
 
     def wait_on(self, stream: Any) -> None:
-        """Have what is enqueued on the stream from now on run after it. Does not block."""
+        """Make everything that is enqueued on ``stream`` from now on run after this copy. Does not block."""
 
 
-#: A free part of the arena: region, offset, bytes, and the copies that may still write there.
+#: A free part of the arena is its region, offset, bytes, and the copies that may still write there.
 _Free = tuple[int, int, int, tuple[QueuedCopy, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A piece of the arena. ``view`` is writable and aligned, its length a multiple of 4096. ``split``: what is staged
-    in it is a chunk whose bytes the device has split into planes. ``copies``: what may still write into this memory, of
-    the save that had it before or, once copies of its own were enqueued, of those."""
+    """A slot is a part of the arena. ``view`` and ``tensor`` (uint8) are its memory, which begins at ``address``: both
+    are writable, aligned to pages and ``nbytes`` long, a multiple of 4096. ``split``: it holds a chunk whose bytes the
+    device has split into planes. ``copies`` may still write into it: they belong to the save that had the slot before,
+    or, once this save has enqueued copies, to this save."""
 
     region: int
     offset: int
@@ -69,8 +70,9 @@ class Slot:
 
 
 def default_budget(extent_bytes: Sequence[int]) -> int:
-    """Room for one whole state, but no more than a quarter of the memory that is free now, and never less than four of
-    its extents: one is staged while others are written."""
+    """Return the budget, in bytes, for a state whose extents have these sizes: all of them, but at most a quarter of
+    the memory that is free now, and at least four times the largest, so that one extent is staged while others are
+    written."""
     needed = sum(-(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for nbytes in extent_bytes)
     return min(needed, max(available_memory_bytes() // 4, 4 * max(extent_bytes, default=0)))
 
@@ -80,19 +82,23 @@ def _whole_blocks(nbytes: int) -> int:
 
 
 class _Memory(mmap.mmap):
-    """Staging memory, which a fork must not copy or inherit: it is gigabytes (data loader workers)."""
+    """``_Memory`` is staging memory that a fork neither copies nor inherits: it has gigabytes, and training forks data
+    loader workers."""
 
     def __init__(self, *_: object, **__: object) -> None:
         forks.disarm_in_child(self)
         self.madvise(mmap.MADV_DONTFORK)
 
     def disarm(self) -> None:
-        # The child has something else at these addresses by the time it lets go of this object, and would unmap that:
-        # it never lets go.
+        """Never free this object in a forked child."""
+        # in the child something else may lie at these addresses by the time this object is freed, which would unmap
+        # that: so it is never freed there
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
 
 class _Region:
+    """``_Region`` is a stretch of staging memory that is mapped at once."""
+
     def __init__(self, nbytes: int) -> None:
         self.memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         _in_huge_pages(self.memory)
@@ -118,9 +124,9 @@ class _Region:
 
 
 class Arena:
-    """A byte budget of staging memory, handed out in slots. Thread-safe.
+    """Hands out staging memory in slots, within a budget of bytes. Thread-safe.
 
-    ``grow`` adds memory up to the budget; a background thread faults it in, and each part is handed out as soon as
+    ``grow`` adds memory up to the budget. A background thread faults it in, and each part can be handed out as soon as
     it is ready.
     """
 
@@ -128,23 +134,23 @@ class Arena:
         self.budget_bytes = 0
         self._regions: dict[int, _Region] = {}
         self._used_bytes: dict[int, int] = {}  # by region
-        #: Sorted, never adjacent.
+        #: These are sorted and never adjacent.
         self._free: list[_Free] = []
         self._changed = threading.Condition()
         self._faulting = 0
-        #: Threads that wait for memory, and who is told when there is one more.
+        #: So many threads wait for memory; the methods below it are called when one more does.
         self.waiting = 0
         self._told_when_short: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._cold_bytes = 0
         self._closed = False
-        # memory goes once no copy into it is queued any more, also that of an arena that is only dropped
+        # an arena that is dropped without being closed must not be unmapped under queued copies either
         forks.finalize(self, _end, self._free, self._regions)
 
     def grow(self, budget_bytes: int, *, largest_bytes: int = 0, pin: bool = False) -> None:
-        """Raise the budget to at least ``budget_bytes``; returns at once, memory becomes available as it is ready.
-        Slots of ``largest_bytes`` will fit, whatever the budget was raised from (a slot lies in one region). Where the
-        system refuses that much, it is less, as long as those fit: saves then stage piece by piece; else raises
-        ``NotEnoughMemory``. ``pin``: register the new memory with CUDA, for copies that overlap with kernels."""
+        """Raise the budget to at least ``budget_bytes``, so that a slot of ``largest_bytes`` fits into one region.
+        Returns at once; memory becomes available as it is ready. ``pin``: register it with CUDA, so that copies overlap
+        with kernels. Where the system gives less, the budget is smaller, and saves stage piece by piece; where not even
+        one slot of ``largest_bytes`` fits, raises ``NotEnoughMemory``."""
         with self._changed:
             extra = budget_bytes - self.budget_bytes
             lacking = self._largest_bytes() < largest_bytes
@@ -164,12 +170,12 @@ class Arena:
         try:
             prepared = (number, region, pin)
             threading.Thread(target=self._prepare, args=prepared, name="asyncckpt-arena", daemon=True).start()
-        except RuntimeError:  # no more threads
+        except RuntimeError:  # the system gives no more threads
             self._prepare(number, region, pin)
 
     def _allocate(self, wanted: int, least: int) -> _Region | None:
-        """What the system gives of ``wanted`` bytes, at least ``least``; None where that is nothing and has to be no
-        more."""
+        """Return as much of ``wanted`` bytes as the system gives, at least ``least``. Returns None where it gives
+        nothing and ``least`` is 0."""
         nbytes = wanted
         while True:
             try:
@@ -183,15 +189,15 @@ class Arena:
                         f"the system gives no {nbytes} bytes of memory to stage an extent in ({error}). Free memory, "
                         f"raise the process's limit, or give a smaller StagingOptions.budget_bytes"
                     ) from error
-                nbytes = max(least, _whole_blocks(nbytes // 4))  # not the last bit: others need memory, too
+                nbytes = max(least, _whole_blocks(nbytes // 4))  # in large steps: others need memory, too
 
     def acquire(
         self, nbytes: int, deadline: float | None = None, cancelled: Callable[[], bool] = lambda: False
     ) -> Slot:
-        """A slot of at least ``nbytes``. Blocks until one is free.
+        """Return a slot of at least ``nbytes``. Blocks until one is free.
 
-        Raises ``ArenaBusy`` once ``time.monotonic()`` passes ``deadline`` or ``cancelled()`` is true (see ``wake``),
-        and ``InvalidOption`` where the budget can never hold it.
+        Raises ``ArenaBusy`` once ``time.monotonic()`` passes ``deadline``, ``cancelled()`` is true (see ``wake``) or
+        the arena is closed, and ``InvalidOption`` where no region can ever hold the slot.
         """
         need = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         with self._changed:
@@ -233,8 +239,8 @@ class Arena:
         return None
 
     def tell_when_short(self, told: Callable[[], None]) -> None:
-        """Call the method ``told``, which must not block, whenever somebody begins to wait for memory, as long as its
-        object lives."""
+        """Call the bound method ``told`` whenever a thread begins to wait for memory, as long as its object lives.
+        ``told`` must not block."""
         with self._changed:
             alive = [reference for reference in self._told_when_short if reference() is not None]
             self._told_when_short = [*alive, weakref.WeakMethod(told)]
@@ -245,8 +251,8 @@ class Arena:
             self._told_when_short.remove(weakref.WeakMethod(told))
 
     def release(self, slot: Slot) -> None:
-        """Give a slot back; whatever is still in it may be overwritten at once. Copies into it that have not run yet
-        stay with the memory, for whoever takes it next. Blocks only where the arena was closed: until they have run."""
+        """Give a slot back; whatever is still in it may be overwritten at once. Copies into it that have not run yet go
+        with the memory to whoever takes it next. Where the arena is closed already, this blocks until they have run."""
         copies = _not_done(slot.copies)
         with self._changed:
             closed = self._closed
@@ -264,23 +270,23 @@ class Arena:
             self._let_go()
 
     def free_bytes(self) -> int:
-        """Bytes that could be staged into without waiting for a write (what is still being faulted in counts)."""
+        """Return how many bytes can be staged without waiting for a write; memory that is still faulted in counts."""
         with self._changed:
             return self._cold_bytes + sum(size for _, _, size, _ in self._free)
 
     def wake(self) -> None:
-        """Let everyone who waits in ``acquire`` look at ``cancelled`` again."""
+        """Make every thread that waits in ``acquire`` look at its ``cancelled`` again."""
         with self._changed:
             self._changed.notify_all()
 
     def wait_prepared(self, timeout: float | None = None) -> bool:
-        """Block until all memory is faulted in; False when ``timeout`` seconds passed first."""
+        """Block until all memory is faulted in. Returns False where ``timeout`` seconds passed first."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._faulting, timeout)
 
     def close(self) -> None:
-        """Wake whoever waits, and give the memory back: what is in use goes when its last slot does, and what copies
-        are queued into once they have run. Does not wait for either: a device that hangs holds nobody up."""
+        """Wake whoever waits, and give the memory back. A region that is in use goes with its last slot, and one that
+        copies are queued into once they have run. Waits for neither: a device that hangs must not hold the caller."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -296,7 +302,7 @@ class Arena:
             self._let_go()
 
     def _let_go(self) -> None:
-        """Of memory that nobody uses; of a closed arena."""
+        """Unmap the regions that nobody uses any more. For a closed arena."""
         for number, used_bytes in self._used_bytes.items():
             if not used_bytes:
                 self._regions.pop(number, None)
@@ -337,7 +343,7 @@ class Arena:
                     del self._free[at]
                     offset, nbytes = before_offset, before_size + nbytes
                     copies = (*before_copies, *copies)
-            # neighbours that were one save's have the same copies
+            # neighbours that one save has used share their copies: keep each only once
             self._free.insert(at, (region, offset, nbytes, tuple(dict.fromkeys(copies)) if copies else ()))
             self._changed.notify_all()
 
@@ -356,7 +362,8 @@ class Arena:
 
 
 def _not_done(copies: tuple[QueuedCopy, ...]) -> tuple[QueuedCopy, ...]:
-    """Those that may still write: also where the device cannot say, because it failed or is being captured."""
+    """Return the copies that may still write. They include those whose device cannot say, because it failed or is being
+    captured."""
     return tuple(copy for copy in copies if not _has_run(copy)) if copies else ()
 
 
@@ -368,8 +375,8 @@ def _has_run(copy: QueuedCopy) -> bool:
 
 
 def _end(free: Iterable[_Free], regions: Mapping[int, _Region]) -> None:
-    """Wait for what is queued into free memory. Where the device cannot say that it has run, its region stays mapped
-    for the life of the process."""
+    """Wait for the copies that are queued into free memory. Where a device cannot say that its copy has run, the region
+    stays mapped for the life of the process."""
     for number, _, _, copies in free:
         for copy in copies:
             try:
@@ -381,5 +388,5 @@ def _end(free: Iterable[_Free], regions: Mapping[int, _Region]) -> None:
                     _never_unmapped.append(region)
 
 
-#: Regions that a device may still write to, for all that it says.
+#: A device may still write into these regions, as far as anybody knows.
 _never_unmapped: list[_Region] = []

@@ -1,4 +1,4 @@
-"""How much memory this process may still take."""
+"""This module asks the system how much memory the process may still take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def available_memory_bytes() -> int:
-    """Memory that could be taken now, the container's limit counted in."""
+    """Return how many bytes of memory this process could take now, within the limit of its container (cgroup v2).
+    Returns 2**62 where neither is known."""
     available = 1 << 62
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -17,5 +18,5 @@ def available_memory_bytes() -> int:
             used = int(Path("/sys/fs/cgroup/memory.current").read_text())
             available = min(available, max(0, int(limit) - used))
     except (OSError, ValueError):
-        pass  # no cgroup v2 here, or no /proc: the first answer stands
+        pass  # there is no cgroup v2 here, or no /proc: what is known so far has to do
     return available

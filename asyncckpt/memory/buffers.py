@@ -1,4 +1,4 @@
-"""Page-aligned memory for O_DIRECT, and the one rounding to its block size."""
+"""O_DIRECT needs page-aligned memory and sizes in whole blocks: this module allocates the one and rounds the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from asyncckpt.types import ALIGNMENT_BYTES
 
 
 def aligned_buffer(nbytes: int) -> mmap.mmap:
-    """Page-aligned memory for O_DIRECT, a multiple of 4096 bytes."""
+    """Return page-aligned, zeroed memory of at least ``nbytes`` bytes, rounded up to a multiple of 4096 (at least one
+    block)."""
     size = max(1, -(-nbytes // ALIGNMENT_BYTES)) * ALIGNMENT_BYTES
     buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= 2 << 20:
@@ -18,10 +19,10 @@ def aligned_buffer(nbytes: int) -> mmap.mmap:
 
 
 def _in_huge_pages(memory: mmap.mmap) -> None:
-    with contextlib.suppress(OSError):  # EINVAL of a kernel built without them: they are speed, not memory
+    with contextlib.suppress(OSError):  # a kernel built without huge pages says EINVAL: they only make it faster
         memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def padded(nbytes: int) -> int:
-    """Up to the next multiple of 4096."""
+    """Return ``nbytes`` rounded up to a multiple of 4096."""
     return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,4 +1,4 @@
-"""Garbage collection held back while much is allocated that stays."""
+"""Python's garbage collection pauses while this library allocates many objects that stay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncckpt import forks
 
 
 class _Pause:
-    """How many want no collection at the moment, and the thresholds from before. Thread-safe."""
+    """Counts who wants no collection at the moment, and keeps the thresholds from before. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -20,6 +20,7 @@ class _Pause:
         forks.disarm_in_child(self)
 
     def begin(self) -> None:
+        """Pause collection, unless it pauses already."""
         with self._lock:
             if not self._held:
                 self._before = gc.get_threshold()
@@ -27,20 +28,21 @@ class _Pause:
             self._held += 1
 
     def end(self) -> None:
+        """Go on with collection, unless somebody else still wants none."""
         with self._lock:
             self._held -= 1
             if not self._held:
                 self._restore()
 
     def disarm(self) -> None:
-        """In a forked child: whoever held collection back is not there."""
+        """End the pause in a forked child, where the threads that asked for it do not exist."""
         self._lock = threading.Lock()
         if self._held:
             self._held = 0
             self._restore()
 
     def _restore(self) -> None:
-        if gc.get_threshold()[0] == 0:  # else somebody has set thresholds of his own meanwhile
+        if gc.get_threshold()[0] == 0:  # otherwise somebody has set other thresholds meanwhile, which stay
             gc.set_threshold(*self._before)
 
 
@@ -49,12 +51,12 @@ _pause = _Pause()
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """No automatic garbage collection meanwhile, on any thread. Planning a restore allocates many objects and no
-    garbage, and in a process with torch in it every look of the collector at all that lives takes some 150 ms, of all
-    threads.
+    """Pause automatic garbage collection on all threads while the ``with`` block, or the decorated function, runs.
 
-    Works by the thresholds alone: a training loop that switches the collector off or on meanwhile, or sets thresholds,
-    finds it as it left it. Thread-safe."""
+    To plan a restore allocates many objects and no garbage, and in a process that has imported torch each full
+    collection stops all threads for some 150 ms. The pause changes only the thresholds: a training loop that meanwhile
+    switches the collector off or on, or sets thresholds itself, finds what it has set. Pauses may nest. Thread-safe.
+    """
     _pause.begin()
     try:
         yield

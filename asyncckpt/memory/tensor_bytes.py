@@ -1,4 +1,4 @@
-"""The bytes of tensors in host memory: whether they lie as they are stored, and copies of strided ranges."""
+"""A tensor's bytes may lie in memory otherwise than they are stored: this module tells, and copies ranges of them."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_libc = ctypes.CDLL(None)  # CDLL, not PyDLL: the GIL is released during the copy
+_libc = ctypes.CDLL(None)  # CDLL releases the GIL during the copy; PyDLL would not
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.memcpy.restype = ctypes.c_void_p
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's bytes lie in memory exactly as they are stored."""
+    """Return whether the tensor's bytes lie in memory exactly as they are stored: row-major, without gaps, and neither
+    conjugated nor negated lazily."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _copy_strided(tensor: torch.Tensor, first: int, last: int, flat: torch.Tensor, *, out: bool = True) -> None:
-    """Elements ``[first, last)`` of the tensor, in row-major order, to ``flat`` (``out``) or from it; never by way of
-    a whole contiguous copy of the tensor."""
+    """Copy the row-major elements ``[first, last)`` of the tensor to ``flat``, or with ``out=False`` from ``flat`` into
+    the tensor. It never makes a contiguous copy of the whole tensor, which would cost the tensor's memory."""
     if first >= last:
         return
     if first == 0 and last == tensor.numel():
@@ -32,7 +33,7 @@ def _copy_strided(tensor: torch.Tensor, first: int, last: int, flat: torch.Tenso
         position = first
         while position < last:
             index, within = divmod(position, row)
-            if within == 0 and last - position >= row:  # as many whole rows as there are
+            if within == 0 and last - position >= row:  # all whole rows from here on are copied at once
                 stop = last - last % row
                 part = flat[position - first : stop - first].view(-1, *tensor.shape[1:])
                 _move(tensor[index : stop // row], part, out)

@@ -1,1 +1,1 @@
-"""The training state: live objects ↔ named tensors and plain trees; copies no tensor."""
+"""This package turns live objects into named tensors and trees of plain values, and back; it copies no tensor."""

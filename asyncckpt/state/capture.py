@@ -1,7 +1,8 @@
-"""Live objects → a flat ``Snapshot``: names, references to tensors, and copies of plain values. Copies no tensor.
+"""``capture`` turns live objects into a flat ``Snapshot``: names, references to tensors, and copies of plain values.
 
-A component is captured by what it is: an ``nn.Module`` by its ``state_dict``, an optimizer with its state keyed by
-parameter name, anything with ``state_dict``/``load_state_dict`` by those, a tensor as itself, all else as plain data.
+How a component is captured depends on its type: an ``nn.Module`` by its ``state_dict``, an optimizer by its state keyed
+by parameter name, any other object that has ``state_dict`` and ``load_state_dict`` by those, a tensor as itself, and
+everything else as plain data. No tensor is copied.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ from asyncckpt.state.markers import Replicated, Shard, without_shards
 from asyncckpt.state.optimizer import named_optimizer_state
 from asyncckpt.types import ComponentSnapshot, JsonValue, Piece, Snapshot, TensorSpec
 
-#: Names of components become file names; see ``manifest.py``.
-#: No dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must not meet ``a`` + ``b.c``.
+#: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
+#: A name has no dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must differ from ``a`` + ``b.c``.
 _COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+-]{0,199}\Z")
 _RESERVED = frozenset({"state", "manifest", "latest"})
 Sink = Callable[[str, torch.Tensor], None]
 
 
-@torch.no_grad()  # for autograd a DTensor's local part is a new node each time, which takes longer than all the rest
+@torch.no_grad()  # autograd would make a node for each DTensor's local part, which takes longer than all the rest
 def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) -> Snapshot:
-    """Capture the training state. Runs on the training thread; takes milliseconds; blocks on nothing.
+    """Capture the training state, or with ``weights_only`` its modules alone.
 
-    ``weights_only`` takes the modules alone. Raises ``UnsupportedValue`` naming the path of whatever cannot be stored.
+    Runs on the training thread and takes milliseconds. It waits for other ranks only where a ``DTensor`` must be
+    redistributed (see ``local_rows``). Raises ``UnsupportedValue``, which names the path of the value that cannot be
+    stored, and ``InvalidOption`` where the component names cannot be used or ``weights_only`` finds no module.
     """
     check_state(state)
     modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
@@ -49,7 +52,7 @@ def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) 
 
 
 def check_state(state: Mapping[str, Any]) -> None:
-    """Raises ``InvalidOption`` where ``state`` is no mapping of usable component names."""
+    """Check that ``state`` maps usable component names to values. Raises ``InvalidOption`` where it does not."""
     if not isinstance(state, Mapping) or not state:
         raise InvalidOption("state must be a non-empty dict of components, such as {'model': model, 'optimizer': opt}")
     folded: set[str] = set()
@@ -65,7 +68,8 @@ def check_state(state: Mapping[str, Any]) -> None:
 
 
 def kind_of(value: Any) -> str:
-    """How a component is captured and restored: ``module``, ``optimizer``, ``stateful``, ``tensor`` or ``plain``."""
+    """Return how a component is captured and restored: ``module``, ``optimizer``, ``stateful``, ``tensor`` or
+    ``plain``."""
     if isinstance(value, nn.Module):
         return "module"
     if isinstance(value, torch.optim.Optimizer):
@@ -114,7 +118,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
             extras[fqn] = value
             continue
         if is_distributed(value) or is_sharded_tensor(value):
-            # this rank's part may be empty, so memory does not tell what is tied
+            # this rank's part may be empty, so tied tensors cannot be recognised by their memory
             parameter = parameters.get(key)
             first = first_names.setdefault(id(parameter), fqn) if parameter is not None else fqn
             if first != fqn:
@@ -136,7 +140,8 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
 
 
 def _state_dict(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
-    """The module's, in which a DTensor is the parameter itself where that is possible: detaching one takes 30 us."""
+    """Return the module's ``state_dict``. Where possible its DTensors are the parameters themselves: to detach one
+    takes 30 us."""
     if type(module).state_dict is not nn.Module.state_dict or not any(map(is_distributed, parameters.values())):
         return module.state_dict()
     raw = module.state_dict(keep_vars=True)
@@ -147,7 +152,8 @@ def _state_dict(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ma
 
 
 def _frozen(parameters: Mapping[str, nn.Parameter]) -> set[int]:
-    """Where the parameters lie that training does not change; one tied to a trained one is no such."""
+    """Return the addresses of the parameters that training does not change. A parameter that shares its memory with a
+    trained one is left out."""
     if all(parameter.requires_grad for parameter in parameters.values()):
         return set()
     here = [p for p in parameters.values() if p.numel() and not p.is_meta and not is_distributed(p)]
@@ -164,8 +170,8 @@ def _sink(component: str, pieces: list[Piece], shards: Mapping[int, Shard] = Map
 
 
 def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = False) -> Piece:
-    """The tensor, or this rank's rows of it, as one piece. Raises ``UnsupportedValue`` for what cannot be stored as
-    dense bytes."""
+    """Return the tensor, or this rank's rows of it, as one piece. ``frozen``: training does not change it. Raises
+    ``UnsupportedValue`` for a tensor that cannot be stored as dense bytes."""
     if is_distributed(tensor) or is_sharded_tensor(tensor):
         return _distributed_piece(component, name, tensor, frozen)
     if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
@@ -193,7 +199,8 @@ def _shard_piece(component: str, name: str, shard: Shard) -> Piece:
 
 @functools.lru_cache(maxsize=1 << 20)
 def _spec(component: str, name: str, dtype: torch.dtype, shape: torch.Size, frozen: bool) -> TensorSpec:
-    """Cached: a training state has the same names and shapes at every save, and this runs on the training thread."""
+    """Return the specification of a tensor. It is cached because a training state has the same names and shapes at
+    every save, and this runs on the training thread."""
     code = CODES.get(dtype)
     if code is None:
         raise UnsupportedValue(
@@ -215,7 +222,7 @@ _PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 
 
 def _check_subclass(tensor: torch.Tensor, where: str) -> None:
-    # A subclass that computes or hides its values (DTensor, quantized wrappers) has no plain bytes to copy.
+    # a subclass that computes or hides its values (a quantized wrapper, say) has no plain bytes to copy
     if getattr(type(tensor), "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__:
         raise UnsupportedValue(
             f"{where}: tensors of type {type(tensor).__name__} are not stored by this version; store a plain tensor"

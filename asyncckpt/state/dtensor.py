@@ -1,7 +1,8 @@
-"""Tensors that several ranks hold together → the rows that this rank holds, and who holds the others.
+"""Several ranks can hold a tensor together: this module finds the rows that this rank holds, and who holds the others.
 
-In a shard file a tensor is one contiguous byte range in row-major order, so rows (dim 0) are what a rank can write by
-itself. A ``DTensor`` that is split otherwise is redistributed to rows by DTensor itself, which communicates.
+In a shard file a tensor is one contiguous byte range in row-major order, so rows (dimension 0) are what a rank can
+write by itself. A ``DTensor`` that is split along another dimension is redistributed to rows by DTensor's own code,
+which communicates.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from asyncckpt.types import Rows
 
 @dataclass(frozen=True, slots=True)
 class Local:
-    """This rank's part of a global tensor: its row-major elements from ``first`` on. ``private``: a copy made for the
-    snapshot."""
+    """``Local`` is this rank's part of a global tensor. ``tensor`` holds the row-major elements of the global one from
+    element ``first`` on; ``rows`` says which ranks hold which rows. ``private``: the tensor was made for the snapshot,
+    so nobody else can change it."""
 
     tensor: torch.Tensor
     first: int
@@ -34,45 +36,52 @@ class Local:
 
 
 def is_distributed(value: Any) -> bool:
-    """Whether ``value`` is a ``DTensor``. Costs nothing where nobody has imported them."""
+    """Return whether ``value`` is a ``DTensor``. DTensor's module is not imported for that: where nobody has imported
+    it, nothing can be one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
 
 
 def is_sharded_tensor(value: Any) -> bool:
-    """Whether ``value`` is a ``ShardedTensor``, what FSDP's first version gives without a device mesh."""
+    """Return whether ``value`` is a ``ShardedTensor``, which FSDP's first version gives where it has no device mesh."""
     module = sys.modules.get("torch.distributed._shard.sharded_tensor")
     return module is not None and isinstance(value, module.ShardedTensor)
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """What this rank holds of tensors of one shape and placement: ``wanted`` are the placements to redistribute to
-    first, if any. ``rows`` is None where the parts are not one run of rows each."""
+    """``_Place`` says what this rank holds of every tensor of one shape, mesh and placements. ``wanted`` lists the
+    placements that such a tensor must be redistributed to first, or is None. ``rows`` is None where some rank's part is
+    not one run of rows. ``first`` is the row-major index of this rank's first element."""
 
     wanted: list[Any] | None
     rows: Rows | None
     first: int
 
 
-#: Placements that are known by their identity; a state has as many as it has tensors, or fewer.
+#: So many placements are remembered by their identity; a state has at most one for each of its tensors.
 _MOST_PLACEMENTS = 1 << 16
 
 
 class _Places:
-    """By mesh object, which a process makes anew when it becomes another rank, then by placements and shape: a training
-    state asks for the same at every save, on the training thread. Most tensors lie on the mesh asked for last, and a
-    tensor's placements are the same object each time: hashing them calls Python for every dimension of the mesh."""
+    """Remembers the ``_Place`` of every mesh, placements and shape, because a training state asks for the same ones at
+    every save, on the training thread.
+
+    Meshes are told apart by identity: a process makes new ones when it becomes another rank. Placements are looked up
+    by identity first, because to hash them calls Python for every dimension of the mesh, and a tensor's placements are
+    the same object at every save. Most tensors lie on the mesh that was asked for last.
+    """
 
     def __init__(self) -> None:
         self._known: MutableMapping[Any, dict[Any, _Place]] = WeakIdKeyDictionary()
         self._latest: tuple[Callable[[], Any], dict[Any, _Place]] = (lambda: None, {})
-        #: ``id`` → the placements, which that keeps alive, and the number of all that are equal to them.
+        #: Maps ``id(placements)`` to the placements, which keeps them alive, and to the number of all equal ones.
         self._by_id: dict[int, tuple[Any, int]] = {}
         self._equal: dict[Any, int] = {}
 
     def of(self, value: Any, where: str) -> _Place:
-        """Raises ``UnsupportedValue`` for a rank outside the tensor's mesh."""
+        """Return the place of the ``DTensor`` ``value``. Raises ``UnsupportedValue``, which names ``where``, on a rank
+        outside its mesh."""
         mesh = value.device_mesh
         latest, known = self._latest
         if latest() is not mesh:
@@ -86,7 +95,7 @@ class _Places:
         return place
 
     def _remember(self, placements: Any) -> int:
-        """A number for placements that are equal."""
+        """Return the number that all placements equal to these have."""
         if len(self._by_id) >= _MOST_PLACEMENTS:
             self._by_id.clear()
         number = self._equal.setdefault(placements, len(self._equal))
@@ -116,10 +125,11 @@ _places = _Places()
 
 
 def local_rows(value: Any, where: str) -> Local:
-    """The rows of a ``DTensor`` that this rank holds.
+    """Return the rows of the ``DTensor`` ``value`` that this rank holds.
 
-    Communicates, on the calling thread and on all ranks of its mesh, where the tensor is split along another dimension
-    than the first or is a pending sum. Raises ``UnsupportedValue`` for a rank outside the mesh.
+    Where the tensor is split along another dimension than the first, or is a pending sum, this communicates on the
+    calling thread, and every rank of the mesh must call it. Raises ``UnsupportedValue``, which names ``where``, on a
+    rank outside the mesh and where some rank's part is not one run of rows.
     """
     place = _places.of(value, where)
     if place.rows is None:
@@ -127,14 +137,15 @@ def local_rows(value: Any, where: str) -> Local:
     if place.wanted is not None:
         value = value.redistribute(placements=place.wanted)
     local = value.to_local()
-    wait = getattr(local, "wait", None)  # a collective may still be on its way
+    wait = getattr(local, "wait", None)  # the values may still be on their way in an asynchronous collective
     return Local(wait() if wait is not None else local, place.first, place.rows, private=place.wanted is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """What takes the stored values of a ``DTensor``: this rank's rows from element ``first`` on, and, where those are
-    not what the live tensor holds, ``finish``, which communicates."""
+    """``Receiver`` takes the stored values of a tensor that several ranks hold. ``tensor`` is filled with the row-major
+    elements of the global one from element ``first`` on. Where the live tensor is split otherwise, ``finish`` brings
+    them there: it communicates, so every rank of the mesh must call it."""
 
     tensor: torch.Tensor
     first: int
@@ -143,7 +154,8 @@ class Receiver:
 
 @torch.no_grad()
 def receiver(value: Any, where: str) -> Receiver:
-    """Where the stored values of a live ``DTensor`` or ``ShardedTensor`` go on this rank; see ``local_rows``."""
+    """Return where the stored values of a live ``DTensor`` or ``ShardedTensor`` go on this rank. Raises
+    ``UnsupportedValue`` as ``local_rows`` and ``sharded_tensor_rows`` do."""
     if is_sharded_tensor(value):
         local = sharded_tensor_rows(value, where)
         return Receiver(local.tensor, local.first)
@@ -169,7 +181,7 @@ def receiver(value: Any, where: str) -> Receiver:
 
 
 def like(parameter: Any, dtype: torch.dtype) -> Any:
-    """A new ``DTensor`` of the same shape, mesh and placements."""
+    """Return a new ``DTensor`` of zeros with the shape, mesh and placements of ``parameter`` and with this dtype."""
     from torch.distributed.tensor import DTensor
 
     local = torch.zeros_like(parameter.to_local(), dtype=dtype, requires_grad=False)
@@ -184,7 +196,7 @@ def like(parameter: Any, dtype: torch.dtype) -> Any:
 
 
 def row_placements(value: Any) -> list[Any] | None:
-    """The placements that ``local_rows`` would redistribute to; None where it would not."""
+    """Return the placements that ``local_rows`` would redistribute ``value`` to, or None where it would not."""
     return _row_placements(value.device_mesh, tuple(value.placements), value.shape[0] if value.dim() else 1)
 
 
@@ -200,8 +212,8 @@ def _row_placements(mesh: Any, placements: tuple[Any, ...], rows: int) -> list[A
 
 
 def sharded_tensor_rows(value: Any, where: str) -> Local:
-    """Likewise for a ``ShardedTensor``. Raises ``UnsupportedValue`` where this rank has several parts, or its parts are
-    not whole rows."""
+    """Return the rows of the ``ShardedTensor`` ``value`` that this rank holds. Raises ``UnsupportedValue``, which names
+    ``where``, if this rank has several parts or if any part is not made of whole rows."""
     parts = sorted(value.metadata().shards_metadata, key=lambda part: tuple(part.shard_offsets))
     shape = tuple(value.metadata().size)
     if len(value.local_shards()) > 1 or any(tuple(p.shard_sizes[1:]) != shape[1:] for p in parts):
@@ -222,7 +234,7 @@ def _splits(placement: Any) -> bool:
 
 
 def _width(shape: tuple[int, ...]) -> int:
-    """Elements of a row."""
+    """Return how many elements a row has."""
     count = 1
     for size in shape[1:]:
         count *= size
@@ -231,8 +243,8 @@ def _width(shape: tuple[int, ...]) -> int:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _spread(mesh: Any, placements: tuple[Any, ...], rows: int) -> Rows | None:
-    """Who holds which rows; the same on every rank. Cached, so that equal tensors share one object. None where the
-    parts of an uneven strided split are not one run of rows each."""
+    """Return which ranks hold which of the ``rows`` rows; every rank computes the same. It is cached so that tensors
+    spread alike share one object. Returns None where a part is not one run of rows (an uneven strided split)."""
     holders: dict[tuple[int, int], list[int]] = {}
     for coordinate in itertools.product(*(range(size) for size in mesh.mesh.shape)):
         begin, count = _part((rows,), mesh, coordinate, placements)
@@ -246,7 +258,7 @@ def _spread(mesh: Any, placements: tuple[Any, ...], rows: int) -> Rows | None:
 
 
 def _part(shape: tuple[int, ...], mesh: Any, coordinate: Any, placements: Any) -> tuple[int, int]:
-    """``(first row, rows)`` of the part at a coordinate of the mesh."""
+    """Return ``(first row, number of rows)`` of the part that the rank at this coordinate of the mesh holds."""
     from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
     sizes, offsets = _compute_local_shape_and_global_offset(
@@ -255,7 +267,7 @@ def _part(shape: tuple[int, ...], mesh: Any, coordinate: Any, placements: Any) -
     return int(offsets[0]), int(sizes[0])
 
 
-#: The job of the process that this one was forked from, where there was one: a child is no rank of it.
+#: In a forked child this holds the parent's process group, if it had one: the child is not a rank of that job.
 _inherited: list[object] = []
 
 
@@ -272,7 +284,8 @@ def _initialized() -> bool:
 
 
 def job_size() -> int:
-    """Ranks of this process's job; 1 where ``torch.distributed`` is not initialised, and in a rank's forked child."""
+    """Return how many ranks this process's job has: 1 where ``torch.distributed`` is not initialised, and in a rank's
+    forked child."""
     if not _initialized() or torch.distributed.group.WORLD in _inherited:
         return 1
     return torch.distributed.get_world_size()

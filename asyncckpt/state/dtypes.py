@@ -1,4 +1,4 @@
-"""Torch dtypes ↔ safetensors dtype codes: the one table both directions use."""
+"""These two tables translate between torch's dtypes and the dtype codes of safetensors; both come from one."""
 
 from __future__ import annotations
 

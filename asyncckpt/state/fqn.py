@@ -1,7 +1,7 @@
-"""Fully qualified names (FQNs): what wrappers add to a parameter's name is taken off again.
+"""A tensor's fully qualified name (FQN) is its name without the prefixes that wrappers add to it.
 
-The names are those of ``torch.distributed.checkpoint.state_dict``: a model saved under DDP, ``torch.compile`` or
-activation checkpointing loads into the bare model and back.
+The names are those of ``torch.distributed.checkpoint.state_dict``: a model that was saved under DDP, ``torch.compile``
+or activation checkpointing loads into the bare model, and the other way round.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-#: Attribute names under which wrappers keep the wrapped module, whatever the wrapper's type.
+#: Wrappers of several types keep the wrapped module in an attribute of one of these names.
 _ALWAYS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _wrapped: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 def canonical_names(module: nn.Module, raw_names: Iterable[str]) -> dict[str, str]:
-    """Raw ``state_dict`` key → FQN, in the order given."""
+    """Map the raw ``state_dict`` keys of ``module`` to FQNs, in the order of ``raw_names``."""
     prefixes = _wrapper_prefixes(module)
     return {raw: _canonical(raw, prefixes) for raw in raw_names}
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
-    """``id(parameter)`` → (component, FQN), the first name of a tied parameter winning."""
+    """Map ``id(parameter)`` to ``(component, FQN)`` for every parameter of the modules. A tied parameter gets the first
+    of its names."""
     found: dict[int, tuple[str, str]] = {}
     for component, module in modules.items():
         prefixes = _wrapper_prefixes(module)
@@ -34,7 +35,7 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, st
 
 
 def _canonical(raw: str, prefixes: tuple[str, ...]) -> str:
-    # longest first, so that a wrapper inside a wrapper is cut before the outer one shifts its path
+    # the longest prefix comes first, so that an inner wrapper is cut off before the outer one shifts its path
     for prefix in prefixes:
         if raw.startswith(prefix):
             head = prefix[:-1].rpartition(".")[0]
@@ -58,7 +59,7 @@ def _wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
 
 
 def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether both are the very same view of the same memory: tied, so stored once."""
+    """Return whether both tensors are the same view of the same memory. Such tensors are tied, and stored once."""
     return (
         first.data_ptr() == second.data_ptr()
         and first.dtype == second.dtype

@@ -1,4 +1,5 @@
-"""Marks that users put around values of a state: a part of a tensor, a value that is the same on every rank."""
+"""Markers are what users put around values of a state: ``Shard`` for a part of a tensor, ``Replicated`` for a value
+that is the same on every rank."""
 
 from __future__ import annotations
 
@@ -11,16 +12,22 @@ from asyncckpt.errors import InvalidOption
 
 
 class Replicated:
-    """A stateful object, or plain data, that is the same on every rank of the job: stored once, each rank writing a
-    part of its tensors. Without this, each rank's is kept (data loaders, RNGs)."""
+    """Marks a component that is the same on every rank of the job, so that it is stored once.
+
+    ``value``: an object with ``state_dict`` and ``load_state_dict``, or plain data. Each rank writes a part of its
+    tensors. Without this marker every rank's own value is stored, as a data loader or an ``RngState`` needs. After a
+    restore, the attribute ``value`` holds the data where it was plain.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
     def state_dict(self) -> Any:
+        """Return the state of ``value``, or ``value`` itself where it is plain data."""
         return self.value.state_dict() if hasattr(self.value, "state_dict") else {"value": self.value}
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Give ``value`` the state that ``state_dict`` has returned, or replace it where it is plain data."""
         if hasattr(self.value, "load_state_dict"):
             return self.value.load_state_dict(state_dict)
         self.value = state_dict["value"]
@@ -28,8 +35,8 @@ class Replicated:
 
 
 def without_shards(value: Any, found: dict[int, Shard]) -> Any:
-    """``value`` with each ``Shard`` in its dicts, lists and tuples replaced by its tensor; ``found`` remembers them by
-    that tensor's ``id``."""
+    """Return ``value`` with each ``Shard`` in its dicts, lists and tuples replaced by the tensor it holds. Each one is
+    added to ``found`` under the ``id`` of that tensor."""
     if isinstance(value, Shard):
         found[id(value.tensor)] = value
         return value.tensor
@@ -43,11 +50,13 @@ def without_shards(value: Any, found: dict[int, Shard]) -> Any:
 
 
 class Shard:
-    """A plain tensor that is a part of a global one, for sharding that is not DTensor's (Megatron's layers, say).
+    """Marks a plain tensor as this rank's part of a global one, for sharding that is not DTensor's (Megatron's layers,
+    say). Put it where the tensor would stand in the state.
 
-    ``tensor``: this rank's part; ``global_shape``: of the whole; ``offsets``: where the part begins in it, one number a
-    dimension. Parts may differ in size, be empty, or be held by several ranks; together they must cover the tensor.
-    Only parts of whole rows (all of every dimension but the first) can be stored. Raises ``InvalidOption``.
+    ``tensor`` is this rank's part, ``global_shape`` the shape of the whole tensor, and ``offsets`` say where the part
+    begins in it, one index for each dimension. Parts may differ in size, be empty, or be held by several ranks;
+    together they must cover the tensor. A part must be made of whole rows: it spans every dimension but the first.
+    Raises ``InvalidOption`` for a part that is not, or that does not lie in the global tensor.
     """
 
     __slots__ = ("global_shape", "offsets", "tensor")
@@ -76,7 +85,8 @@ class Shard:
 
 
 def with_shards(value: Any, shards: Mapping[int, Shard]) -> Any:
-    """The other way round of ``without_shards``."""
+    """Return ``value`` with each tensor whose ``id`` is in ``shards`` replaced by its ``Shard``. Undoes
+    ``without_shards``."""
     if isinstance(value, torch.Tensor):
         return shards.get(id(value), value)
     if not shards:

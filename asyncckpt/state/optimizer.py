@@ -1,4 +1,4 @@
-"""An optimizer's state, keyed by the names of its parameters."""
+"""An optimizer's state is stored under the names of its parameters, not under their positions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from asyncckpt.errors import UnsupportedValue
 def named_optimizer_state(
     component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """The optimizer's ``state_dict`` keyed by parameter name, and torch's index → name.
+    """Return the optimizer's ``state_dict`` keyed by parameter name, and the names by torch's parameter index.
 
-    Raises ``UnsupportedValue`` for a parameter that belongs to no component of the state: without a name its state
-    could only be matched by position, which breaks silently when the model changes.
+    ``component`` is the optimizer's name in ``state``; ``owners`` comes from ``parameter_names``. Raises
+    ``UnsupportedValue`` for a parameter that belongs to no component of the state: without a name its state could only
+    be matched by position, which breaks silently when the model changes.
     """
     raw = optimizer.state_dict()
     names = optimizer_names(component, optimizer, owners, state)
@@ -28,7 +29,8 @@ def named_optimizer_state(
 def optimizer_names(
     component: str, optimizer: torch.optim.Optimizer, owners: Mapping[int, tuple[str, str]], state: Mapping[str, Any]
 ) -> dict[int, str]:
-    """Torch's parameter index → name, for every parameter of the optimizer, in ``state_dict`` order."""
+    """Map torch's parameter index to the name of each parameter of the optimizer, in ``state_dict`` order. Raises
+    ``UnsupportedValue`` as ``named_optimizer_state`` does."""
     tensors = {id(value): name for name, value in state.items() if isinstance(value, torch.Tensor)}
     parameters: dict[int, torch.Tensor] = {}
     for group in optimizer.param_groups:
@@ -39,7 +41,7 @@ def optimizer_names(
     for index, key in enumerate(parameters):
         if key in owners:
             holder, fqn = owners[key]
-            # one optimizer over several modules: equal names in both must not meet
+            # two modules of one optimizer may use the same name
             names[index] = fqn if len(holders) == 1 else f"{holder}/{fqn}"
         elif key in tensors:
             names[index] = tensors[key]

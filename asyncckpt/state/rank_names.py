@@ -1,8 +1,9 @@
-"""What a rank's own component is stored as."""
+"""A component that each rank has of its own is stored under a name of its own for each rank."""
 
 from __future__ import annotations
 
 
 def rank_name(component: str, rank: int) -> str:
-    """What a rank's own component is stored as: rank 0's under its name, so that one process finds it."""
+    """Return the name that a rank's own component is stored under. Rank 0's keeps the component's name, so that a
+    process alone finds it."""
     return f"{component}+{rank}" if rank else component

@@ -1,4 +1,4 @@
-"""``RngState``: every random number generator a training loop draws from, as one component."""
+"""``RngState`` stores every random number generator that a training loop draws from, as one component."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ Generator = random.Random | np.random.Generator | torch.Generator
 
 
 class RngState:
-    """Captures and restores Python's, NumPy's, torch's CPU and every CUDA device's generator.
+    """Captures and restores the global generators of Python, NumPy, torch's CPU and every CUDA device.
 
-    ``RngState(generators={"data": rng})`` adds generators of your own (``random.Random``, ``numpy.random.Generator``,
-    ``torch.Generator``). State is taken on the thread that calls ``save``; reading a CUDA generator synchronises with
-    nothing.
+    ``RngState(generators={"data": rng})`` adds generators of your own: a ``random.Random``, ``numpy.random.Generator``
+    or ``torch.Generator`` under each name. Raises ``InvalidOption`` for anything else. Their state is taken on the
+    thread that calls ``save``; to read a CUDA generator synchronises with nothing. In a job each rank stores its own.
+    Not thread-safe: nothing should draw from a generator while it is captured or restored.
     """
 
     def __init__(self, generators: Mapping[str, Generator] | None = None) -> None:
@@ -30,7 +31,8 @@ class RngState:
                 raise InvalidOption(f"RngState: generator {name!r} is a {type(generator).__name__}, not a generator")
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values only: this component needs no shard."""
+        """Return the state of every generator as plain values, so that this component needs no shard. CUDA's are left
+        out in a process that has not used CUDA yet."""
         state: dict[str, Any] = {
             "python": _python_state(random._inst),
             "numpy": _numpy_legacy_state(),
@@ -43,7 +45,9 @@ class RngState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
-        """Restore every generator. CUDA states beyond the devices of this machine are left out."""
+        """Restore every generator from ``state``, which ``state_dict`` has made. States of more CUDA devices than this
+        machine has are ignored. Raises ``InvalidOption`` where ``state`` lacks a generator of your own; those before
+        it are restored then."""
         _set(random._inst, state["python"])
         legacy = state["numpy"]
         keys = np.frombuffer(legacy["keys"], dtype=np.uint32)
