@@ -14,36 +14,40 @@ from asyncckpt.types import Buffer, Holder, LayoutOptions, LeaseOptions, Placed,
 class Stateful(Protocol):
     """torch's ``Stateful``: anything that can give and take its state."""
 
-    def state_dict(self) -> Any: ...
+    def state_dict(self) -> Any:
+        """Return the state: tensors and plain values in dicts and lists."""
 
-    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take over a state that ``state_dict`` has returned."""
 
 
 class Codec(Protocol):
-    """Lossless: bytes of one chunk ↔ a frame. Stateless, thread-safe, and never holds the GIL for long."""
+    """A lossless codec turns the bytes of one chunk into a frame, and a frame into those bytes. Stateless, thread-safe,
+    and never holds the GIL for long. ``asyncckpt.testing.contracts.CodecContract`` tests one."""
 
     name: ClassVar[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Its options, as they go into the manifest."""
+        """Return its options, as they go into the manifest."""
 
     def encode(self, data: Any, item_bytes: int, out: Any) -> int:
-        """Encode a uint8 array of items of ``item_bytes`` into another; the frame's size. Never more than the data
-        and ``frames.FRAME_OVERHEAD_BYTES``."""
+        """Encode a uint8 array of items of ``item_bytes`` into the uint8 array ``out``; return the frame's size, which
+        is at most that of the data and ``codecs.blosc.FRAME_OVERHEAD_BYTES``."""
 
     def attempt(self, data: Any, item_bytes: int, out: Any) -> int:
-        """As ``encode``; 0 where the data had better lie as it is in a frame of ``frames.stored_frame``."""
+        """Do what ``encode`` does where that pays; return 0 where the data had better lie as it is, in the frame that
+        ``codecs.blosc.stored_frame`` makes."""
 
     def decode(self, frame: Any, out: Any) -> None:
         """Decode a whole frame into exactly ``out``. Raises ``CheckpointDamaged``, before anything over ``out``'s
         size is produced."""
 
     def zarr(self, item_bytes: int) -> list[dict[str, Any]]:
-        """The zarr v3 bytes-to-bytes codecs that read these frames."""
+        """Return the zarr v3 bytes-to-bytes codecs that read these frames."""
 
 
 class ShardFormat(Protocol):
-    """What a shard's bytes are. Stateless and thread-safe."""
+    """A format says what the bytes of a shard are. Stateless and thread-safe."""
 
     name: str
 
@@ -56,13 +60,14 @@ class ShardFormat(Protocol):
         codec: Codec,
         options: LayoutOptions,
     ) -> list[Shard]:
-        """One component's shards, numbered from ``first_shard``; ``specs[i]`` is piece ``first_piece + i``. Pure."""
+        """Divide one component into shards, numbered from ``first_shard``; ``specs[i]`` describes piece
+        ``first_piece + i``. Pure: equal arguments give equal shards on every rank."""
 
     def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
-        """The head (into ``reserved_bytes``) and tail of a floating shard whose extents are ``placed``."""
+        """Return the head (into ``reserved_bytes``) and the tail of a floating shard whose extents are ``placed``."""
 
     def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
-        """What readers of the format look for beside the shards: index files, metadata."""
+        """Return what readers of the format look for beside the shards, by name: index files, metadata."""
 
 
 class ShardWriter(Protocol):
@@ -250,37 +255,44 @@ def renaming(store: Store) -> RenamingStore | None:
 
 
 class Reader(Protocol):
-    """An open checkpoint, protected from retention until closed. Thread-safe."""
+    """An open checkpoint. Thread-safe. Where the store has ``Capability.LOCKS``, retention does not delete it before
+    ``close``."""
 
     name: str
+    #: Where it is, for messages.
     path: str
 
     def files(self) -> dict[str, int]:
-        """Regular files and their sizes. Raises ``CheckpointDamaged`` on anything that is no regular file."""
+        """Return the checkpoint's files and their sizes in bytes. Raises ``CheckpointDamaged`` where something there is
+        no regular file."""
 
     def files_nbytes(self, file: str) -> int:
-        """One file's size. Raises ``CheckpointDamaged`` where it is missing or no regular file."""
+        """Return one file's size. Raises ``CheckpointDamaged`` where it is missing or no regular file."""
 
-    def read_small(self, file: str, limit_bytes: int) -> bytes: ...
+    def read_small(self, file: str, limit_bytes: int) -> bytes:
+        """Return a whole file. Raises ``CheckpointDamaged`` where it is missing or larger than the limit."""
 
     def read_into(self, file: str, buffer: Buffer, nbytes: int, offset: int) -> int:
-        """Read into an aligned, padded buffer, past the page cache where the file system can; bytes read."""
+        """Read into an aligned, padded buffer, past the page cache where the file system can; return how many bytes
+        were read, fewer than ``nbytes`` only at the file's end."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of the checkpoint. Idempotent; never raises."""
 
     def disarm(self) -> None:
-        """In a forked child: let go of what it has inherited, and take nothing from its parent."""
+        """In a forked child, let go of what it has inherited, and take nothing from its parent."""
 
 
 class SpaceReserver(Protocol):
-    """Whoever can make room on the storage, and knows what else is about to be written to it."""
+    """A space reserver can make room on the storage, and knows what else is about to be written to it."""
 
     def make_room(self, nbytes: int, step: int) -> None:
-        """See that a save of so many bytes fits, by retention where need be. Blocks on the device. Raises
+        """Make sure that a save of so many bytes fits, by retention where need be. Blocks on the device. Raises
         ``NotEnoughSpace``."""
 
 
 class Digest(Protocol):
-    """A digest over buffers, one after the other: bytes in, lowercase hex out. Releases the GIL; thread-safe."""
+    """A digest function takes buffers, one after the other, and returns lowercase hex. It releases the GIL and is
+    thread-safe."""
 
     def __call__(self, *parts: Buffer) -> str: ...

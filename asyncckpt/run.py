@@ -17,6 +17,7 @@ from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import open_manifest
 from asyncckpt.read.verify import Progress, verify
 from asyncckpt.storage import open_store
+from asyncckpt.types import MANIFEST_FILE
 
 # restore/ imports torch, which those who only look at a run do not wait for: the methods import it
 if TYPE_CHECKING:
@@ -272,5 +273,5 @@ def _verified(
     with contextlib.closing(opened) as reader:
         damage = verify(reader, progress=progress, expect_digest=expect_digest)
     if entry.damage is not None and not damage:  # such as a name that is not the manifest's
-        damage = [Damage("manifest.json", 0, 0, entry.damage)]
+        damage = [Damage(MANIFEST_FILE, 0, 0, entry.damage)]
     return damage

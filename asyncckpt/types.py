@@ -24,6 +24,8 @@ JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, J
 LEAD_BYTES = 16
 #: A shard of up to this size is written through the page cache at once: more calls would cost more than its bytes.
 SMALL_SHARD_BYTES = 256 << 10
+#: The file that makes a directory a checkpoint. It is written last.
+MANIFEST_FILE = "manifest.json"
 #: File offsets, extent boundaries and memory handed to O_DIRECT are multiples of this many bytes.
 ALIGNMENT_BYTES = 4096
 

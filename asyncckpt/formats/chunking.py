@@ -10,8 +10,9 @@ import xxhash
 
 from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
 from asyncckpt.codecs.dtypes import ITEM_BYTES, PLANE_BYTES
+from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import Codec
-from asyncckpt.types import ALIGNMENT_BYTES, LEAD_BYTES, Chunking, Extent, Segment, Shard, TensorSpec
+from asyncckpt.types import LEAD_BYTES, Chunking, Extent, Segment, Shard, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +107,15 @@ def extents(tensor: Chunking, piece: int, shard: int, first: int, last: int, cod
             found.append(Extent(shard, position, LEAD_BYTES + decoded, b"", segments, item, LEAD_BYTES + decoded))
             position += 1
         else:
-            padded = decoded if alone else -(-decoded // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            found.append(Extent(shard, position, padded, b"", segments, 0, decoded))
-            position += padded
+            room = decoded if alone else padded(decoded)
+            found.append(Extent(shard, position, room, b"", segments, 0, decoded))
+            position += room
     return found
 
 
 def frame_bound(extent: Extent) -> int:
     """Return the most bytes that an encoded extent can take in its file."""
-    return -(-(extent.stored + FRAME_OVERHEAD_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return padded(extent.stored + FRAME_OVERHEAD_BYTES)
 
 
 def plan_digest(shard: Shard, codec: Codec) -> str:

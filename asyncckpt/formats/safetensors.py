@@ -17,9 +17,9 @@ from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.formats import read_boundaries as parts
 from asyncckpt.jsontree import loads
+from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import Codec
 from asyncckpt.types import (
-    ALIGNMENT_BYTES,
     ChunkRun,
     Extent,
     LayoutOptions,
@@ -119,8 +119,8 @@ def _header(entries: Mapping[str, object], nbytes: int = 0) -> bytes:
     """Return the header with its length before it, padded with spaces to a multiple of 4096 and at least to
     ``nbytes``."""
     text = json.dumps(entries, separators=(",", ":")).encode()
-    padded = max(nbytes, -(-(8 + len(text)) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
-    return (padded - 8).to_bytes(8, "little") + text.ljust(padded - 8)
+    room = max(nbytes, padded(8 + len(text)))
+    return (room - 8).to_bytes(8, "little") + text.ljust(room - 8)
 
 
 def _split(order: Sequence[int], specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[int]]:

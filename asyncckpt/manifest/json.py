@@ -39,7 +39,7 @@ from asyncckpt.manifest.records import (
 )
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
-from asyncckpt.types import Chunking, JsonValue, Layout
+from asyncckpt.types import MANIFEST_FILE, Chunking, JsonValue, Layout
 
 log = logging.getLogger("asyncckpt")
 
@@ -47,7 +47,7 @@ FORMAT_NAME: Final = "asyncckpt"
 #: This library reads format versions up to this one. A manifest gives the oldest version that a reader must know: 1
 #: where every tensor is whole, 2 where some are chunked, 3 where some lie in boxes.
 FORMAT_VERSION: Final = 3
-FILE_NAME: Final = "manifest.json"
+FILE_NAME: Final = MANIFEST_FILE
 #: This file holds the plain values of every component.
 STATE_FILE: Final = "state.json"
 #: Ten million tensors fit into so many bytes; a larger manifest is taken for an attack.

@@ -25,12 +25,12 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.types import MANIFEST_FILE
 
 #: A chunk is decoded into memory as a whole, and an extent is read as a whole, so their sizes are limited.
 MAX_CHUNK_BYTES: Final = 1 << 30
 MAX_EXTENT_BYTES: Final = 1 << 30
 #: No row may name the manifest itself.
-_MANIFEST: Final = "manifest.json"
 _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: A file's name has at most so many parts, directories included.
 _MAX_DEPTH: Final = 3
@@ -145,7 +145,7 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
             body.fail(f"has a malformed order of {name!r}")
         records.append(FileRecord(name, nbytes, tuple(extents), plan, tuple(bases), tuple(order)))
     _check_bases(body, records)
-    folded = [record.name.casefold() for record in records] + [_MANIFEST]
+    folded = [record.name.casefold() for record in records] + [MANIFEST_FILE]
     if len(set(folded)) != len(folded):
         body.fail("lists a file twice (or two names that differ only in case)")
     folders = {name[:i] for name in folded for i, char in enumerate(name) if char == "/"}

@@ -23,7 +23,7 @@ import torch
 from asyncckpt import forks
 from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughMemory
 from asyncckpt.memory.available import available_memory_bytes
-from asyncckpt.memory.buffers import _in_huge_pages
+from asyncckpt.memory.buffers import _in_huge_pages, padded
 from asyncckpt.types import ALIGNMENT_BYTES
 
 log = logging.getLogger("asyncckpt")
@@ -73,12 +73,8 @@ def default_budget(extent_bytes: Sequence[int]) -> int:
     """Return the budget, in bytes, for a state whose extents have these sizes: all of them, but at most a quarter of
     the memory that is free now, and at least four times the largest, so that one extent is staged while others are
     written."""
-    needed = sum(-(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for nbytes in extent_bytes)
+    needed = sum(padded(nbytes) for nbytes in extent_bytes)
     return min(needed, max(available_memory_bytes() // 4, 4 * max(extent_bytes, default=0)))
-
-
-def _whole_blocks(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 class _Memory(mmap.mmap):
@@ -154,8 +150,8 @@ class Arena:
         with self._changed:
             extra = budget_bytes - self.budget_bytes
             lacking = self._largest_bytes() < largest_bytes
-            least = _whole_blocks(largest_bytes) if lacking else 0
-            extra = max(_whole_blocks(extra), least)
+            least = padded(largest_bytes) if lacking else 0
+            extra = max(padded(extra), least)
             if extra <= 0 or self._closed:
                 return
             region = self._allocate(extra, least)
@@ -189,7 +185,7 @@ class Arena:
                         f"the system gives no {nbytes} bytes of memory to stage an extent in ({error}). Free memory, "
                         f"raise the process's limit, or give a smaller StagingOptions.budget_bytes"
                     ) from error
-                nbytes = max(least, _whole_blocks(nbytes // 4))  # in large steps: others need memory, too
+                nbytes = max(least, padded(nbytes // 4))  # in large steps: others need memory, too
 
     def acquire(
         self, nbytes: int, deadline: float | None = None, cancelled: Callable[[], bool] = lambda: False
@@ -199,7 +195,7 @@ class Arena:
         Raises ``ArenaBusy`` once ``time.monotonic()`` passes ``deadline``, ``cancelled()`` is true (see ``wake``) or
         the arena is closed, and ``InvalidOption`` where no region can ever hold the slot.
         """
-        need = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        need = padded(nbytes)
         with self._changed:
             if need > self._largest_bytes() and not self._closed:
                 raise InvalidOption(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
+from asyncckpt.types import MANIFEST_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ def check_files(reader: Reader, manifest: Manifest) -> list[Damage]:
             damage.append(Damage(record.name, 0, record.nbytes, "the file is missing"))
         elif size != record.nbytes:
             damage.append(Damage(record.name, 0, record.nbytes, f"the file has {size} bytes, not {record.nbytes}"))
-    found.pop("manifest.json", None)
+    found.pop(MANIFEST_FILE, None)
     damage.extend(Damage(name, 0, size, "the manifest does not list this file") for name, size in found.items())
     return damage
 

@@ -22,8 +22,8 @@ from asyncckpt.protocols import Attempt, Capability, FileInfo, Replaced
 from asyncckpt.storage.lease import Lease, read_holder
 from asyncckpt.storage.pending_dir import LocalAttempt
 from asyncckpt.storage.posix import PosixOps
-from asyncckpt.storage.reader import MANIFEST_FILE, LocalReader
-from asyncckpt.types import Holder, LeaseOptions
+from asyncckpt.storage.reader import LocalReader
+from asyncckpt.types import MANIFEST_FILE, Holder, LeaseOptions
 
 log = logging.getLogger("asyncckpt")
 

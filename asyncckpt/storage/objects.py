@@ -17,8 +17,7 @@ from typing import Protocol
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, SaveFailed, StepExists
 from asyncckpt.protocols import Attempt, Capability, FileInfo, Reader, ShardWriter
 from asyncckpt.storage.object_lease import ObjectLease, read_record
-from asyncckpt.storage.reader import MANIFEST_FILE
-from asyncckpt.types import Buffer, Holder, LeaseOptions
+from asyncckpt.types import MANIFEST_FILE, Buffer, Holder, LeaseOptions
 
 _PENDING = ".pending/"
 

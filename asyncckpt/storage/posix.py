@@ -26,6 +26,7 @@ NO_LINK: Final = frozenset(
 NO_REFLINK: Final = frozenset(
     {errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS, errno.EPERM, errno.EBADF}
 )
+_libc: Final = ctypes.CDLL(None, use_errno=True)
 _FICLONE: Final = 0x40049409  # linux/fs.h
 _AT_FDCWD: Final = -100
 _RENAME_NOREPLACE: Final = 1
@@ -181,9 +182,8 @@ def _renameat2(source: str, target: str, flags: int) -> int:
     """0, or the errno. Linux only: ``ENOSYS`` elsewhere."""
     if not sys.platform.startswith("linux"):
         return errno.ENOSYS
-    libc = ctypes.CDLL(None, use_errno=True)
     try:
-        call = libc.renameat2
+        call = _libc.renameat2
     except AttributeError:
         return errno.ENOSYS
     if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)) == 0:

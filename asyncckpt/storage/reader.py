@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound
+from asyncckpt.memory.buffers import padded
 from asyncckpt.storage.posix import NO_DIRECT, PosixOps
-from asyncckpt.types import ALIGNMENT_BYTES, Buffer
+from asyncckpt.types import ALIGNMENT_BYTES, MANIFEST_FILE, Buffer
 
-MANIFEST_FILE = "manifest.json"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 #: Directories a checkpoint's files may lie in; deeper ones are not ours.
 _MAX_FOLDERS = 2
@@ -107,11 +107,11 @@ class LocalReader:
             return self._read(entry, memoryview(buffer), nbytes, offset)
 
     def _read(self, entry: _OpenFile, view: memoryview, nbytes: int, offset: int) -> int:
-        padded = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        whole = padded(nbytes)
         fd, direct = entry.fd, entry.direct
         done = 0
         while done < nbytes:
-            target = view[done:padded] if direct else view[done:nbytes]
+            target = view[done:whole] if direct else view[done:nbytes]
             try:
                 got = self._ops.preadv(fd, target, offset + done)
             except OSError as error:

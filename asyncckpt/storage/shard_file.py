@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from asyncckpt import forks
 from asyncckpt.errors import SaveFailed
+from asyncckpt.memory.buffers import padded
 from asyncckpt.storage.posix import NO_DIRECT
 from asyncckpt.types import ALIGNMENT_BYTES, SMALL_SHARD_BYTES
 
@@ -84,10 +85,8 @@ class LocalShardWriter:
             if self._shared and self._direct:
                 self._write_exactly(view[:nbytes], offset)
                 return
-            if self._direct:
-                padded = -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-                if self._write_direct(view[:padded], offset):
-                    return
+            if self._direct and self._write_direct(view[: padded(nbytes)], offset):
+                return
             self._write(self._fd, view[:nbytes], offset)
         finally:
             self._end_write()

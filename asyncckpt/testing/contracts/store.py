@@ -12,8 +12,7 @@ import pytest
 from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, LeaseLost, RunLocked, StepExists
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Attempt, Capability, FileInfo, Reader, ShardWriter, Store, renaming
-from asyncckpt.storage.reader import MANIFEST_FILE
-from asyncckpt.types import LeaseOptions
+from asyncckpt.types import MANIFEST_FILE, LeaseOptions
 
 #: A step and names as the library gives them.
 _STEP = 7
