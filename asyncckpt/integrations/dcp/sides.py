@@ -1,4 +1,4 @@
-"""What a DCP writer has while it runs: a directory, threads, and memory that is faulted in once."""
+"""A DCP writer has a directory, threads, and memory that is faulted in once, while it runs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ from asyncckpt.storage.lease import Lease
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import Extent, LayoutOptions, Piece, Shard
 
-#: Enough to keep one device busy while others copy and hash.
+#: This many threads keep one device busy while others copy and hash.
 THREADS = min(4, max(2, os.cpu_count() or 2))
 
 
 class Stager(DefaultStager):
-    """``dcp.async_save(..., async_stager=Stager())``: torch's own, with what this machine has: memory that is kept
-    from save to save, pinned and copied to in the background where there is an accelerator. Keep one for all saves."""
+    """``dcp.async_save(..., async_stager=Stager())`` stages with torch's own stager, set for this machine. It keeps its
+    host memory from save to save; where there is an accelerator, that memory is pinned and copied to in the background.
+    Keep one stager for all saves."""
 
     def __init__(self) -> None:
         fast = torch.accelerator.is_available()
@@ -50,7 +51,7 @@ class Stager(DefaultStager):
 
 
 class Live:
-    """What a writer has while it runs; never pickled."""
+    """``Live`` holds what a writer has only while it runs; it is never pickled."""
 
     def __init__(self) -> None:
         self._inherited: list[object] = []
@@ -58,7 +59,7 @@ class Live:
         forks.disarm_in_child(self)
 
     def disarm(self) -> None:
-        # torch's stager would call CUDA where it is let go
+        # letting torch's stager go would call CUDA
         self._inherited += [self.stager, self.staging]
         self._empty()
 
@@ -68,13 +69,13 @@ class Live:
         self.stager: Stager | None = None
         self.staging: Stager | None = None
         self.staged = False
-        #: Faulted-in memory that writing threads reuse.
+        #: Writing threads reuse this memory, which is faulted in.
         self.buffers: list[Slot] = []
         self._catalog: Catalog | None = None
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Give everything back; a save that was not published is removed. Idempotent."""
+        """Give everything back, and remove a save that was not published. Idempotent."""
         if self.attempt is not None:
             self.attempt.discard()
         self.end()
@@ -85,7 +86,7 @@ class Live:
 
     def begin(self, run: str, name: str, step: int, *, overwrite: bool) -> Attempt:
         """Take the run directory and make the attempt's. Raises ``StepExists``, ``RunLocked`` and ``RunPathError``."""
-        if self.attempt is not None:  # of a save that failed on another rank
+        if self.attempt is not None:  # its save failed on another rank
             self.attempt.discard()
             self.end()
         store = LocalStore(run)
@@ -108,7 +109,7 @@ class Live:
         return self.attempt
 
     def end(self) -> None:
-        """The save is over, whichever way."""
+        """Give the run directory back, however the save ended."""
         self.attempt = None
         if self.lease is not None:
             self.lease.release()
@@ -122,7 +123,8 @@ class Live:
         digest: Digest,
         threads: int,
     ) -> list[FileRecord]:
-        """All extents of all shards, on several threads; durable on return."""
+        """Write all extents of all shards on several threads, and return the files' records. Everything is durable
+        then."""
         writers = [attempt.create_shard(shard.file, shard.nbytes) for shard in shards]
 
         def one(extent: Extent) -> list[ExtentRecord]:
@@ -160,7 +162,8 @@ class Live:
         world_size: int,
         overwrite: bool,
     ) -> None:
-        """Small files, manifest, directory, name: in that order, each durable before the next."""
+        """Write the small files, then the manifest, then the directory, then the name, each durable before the next
+        begins."""
         attempt, lease, catalog = self.attempt, self.lease, self._catalog
         if attempt is None or lease is None or catalog is None:
             raise SaveFailed("no save has begun")
@@ -188,7 +191,7 @@ class Live:
                 sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
             )
         )
-        manifests.decode(data, f"{attempt.path}/{manifests.FILE_NAME}")  # never publish what no reader takes
+        manifests.decode(data, f"{attempt.path}/{manifests.FILE_NAME}")  # never publish what no reader accepts
         asyncio.run(attempt.write_small({manifests.FILE_NAME: data}))
         attempt.sync_directory()
         lease.check()
