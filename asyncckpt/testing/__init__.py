@@ -1,5 +1,5 @@
-"""Doubles for tests of code that saves checkpoints: devices that are slow, stuck, or fail one call of your choice; one
-that records every call; and a model of what a power loss can leave of them.
+"""Tests of code that saves checkpoints use these doubles: devices that are slow or stuck, or that fail one call of your
+choice; one that records every call; and a model of what a power loss can leave of the calls.
 
 Put one into a store: ``checkpointer._store.ops = GatedOps()``, or make ``LocalStore(path, ops=…)``.
 """
