@@ -1,4 +1,4 @@
-"""``python -m benchmarks``."""
+"""``python -m benchmarks`` runs the command line of the benchmarks."""
 
 from benchmarks.cli import app
 

@@ -1,4 +1,4 @@
-"""The figures as rich tables, as Markdown and as JSON."""
+"""The figures are shown as rich tables, as Markdown and as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MET = {True: "yes", False: "no", None: "-"}
 
 
 def bars(runs: Sequence[Run]) -> tuple[Cells, list[Cells]]:
-    """Header and rows of the table of bars."""
+    """Return the header and the rows of the table of bars."""
     head: Cells = ("figure", "bar", "measured: median (min..max)", "met", "ceiling, same processes")
     rows: list[Cells] = [
         (row.figure, row.bar, row.measured, _MET[row.met], row.ceiling) for row in figures.engine_rows(runs)
@@ -30,7 +30,7 @@ def bars(runs: Sequence[Run]) -> tuple[Cells, list[Cells]]:
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[Cells]]:
-    """Header and rows of the peers' table."""
+    """Return the header and the rows of the peers' table."""
     head = ("peer", "durable GB/s", "of raw", "stall s", "first save s", "raw GB/s", "restore GB/s", "of raw cold read")
     rows: list[Cells] = []
     for name in names:
@@ -62,7 +62,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[C
 
 
 def dragging(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[Cells]]:
-    """Header and rows of the drag table."""
+    """Return the header and the rows of the drag table."""
     head = ("peer", "drag a save, s", "of that, save() s", "quiet iteration s", "durable while training, s")
     rows: list[Cells] = []
     for name in names:
@@ -75,7 +75,7 @@ def dragging(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[Cel
 
 
 def tables(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, Cells, list[Cells]]]:
-    """Title, header and rows of every table that has something to show."""
+    """Return the title, the header and the rows of every table that has something to show."""
     found = [
         ("The engine's bars", *bars(runs)),
         ("Peers, saves after the first", *comparison(runs, names)),
@@ -97,7 +97,7 @@ def show(runs: Sequence[Run], names: Sequence[str], environment: Mapping[str, st
 
 
 def markdown(runs: Sequence[Run], names: Sequence[str], environment: Mapping[str, str | int], command: str) -> str:
-    """The tables for a README, with the command that made them."""
+    """Format the tables for a page, with the command that made them."""
     parts: list[str] = []
     for title, head, rows in tables(runs, names):
         lines = [f"**{title}**", "", _pipe(head), _pipe(["---"] * len(head)), *(_pipe(row) for row in rows)]
@@ -107,7 +107,7 @@ def markdown(runs: Sequence[Run], names: Sequence[str], environment: Mapping[str
 
 
 def as_json(runs: Sequence[Run], environment: Mapping[str, str | int], options: Mapping[str, object]) -> str:
-    """Everything that was reported, every single figure included."""
+    """Return everything that was reported, every single figure included."""
     body = {
         "environment": dict(environment),
         "options": dict(options),

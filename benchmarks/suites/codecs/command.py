@@ -1,4 +1,4 @@
-"""``python -m benchmarks codecs``, its half on chunks."""
+"""This is the half of ``python -m benchmarks codecs`` that measures chunks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def run(
 ) -> None:
     """Measure the codecs on the run trained in ``directory``, and print tables or JSON; progress goes to stderr.
 
-    ``out``: folder for ``codecs.json``, ``codecs.md`` and ``codecs.png``. ``extra``: rows measured elsewhere, which
-    follow in the table of bars.
+    ``out`` is the folder for ``codecs.json``, ``codecs.md`` and ``codecs.png``. ``extra`` are rows measured elsewhere,
+    which follow in the table of bars.
     """
     progress = Console(stderr=True)
     results = measure.measure(groups.trained_groups(directory), rounds, progress.print)
@@ -47,7 +47,7 @@ def run(
         progress.print(f"wrote {write(str(out), name, content)}")
     try:
         report.plot(results, out / "codecs.png")
-    except MissingExtra as error:  # everything else is there
+    except MissingExtra as error:  # everything but the picture is there
         progress.print(f"[yellow]no picture: {error}[/yellow]", soft_wrap=True)
     else:
         progress.print(f"wrote {out / 'codecs.png'}")

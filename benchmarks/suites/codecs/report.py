@@ -1,4 +1,4 @@
-"""The measurements as rich tables, as Markdown, as JSON, and as a picture."""
+"""The measurements are shown as rich tables, as Markdown, as JSON, and as a picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BARS_HEAD: Final[Cells] = ("figure", "bar", "measured: median (min..max)", "met
 
 
 def tables(results: Results, bars: Sequence[Row]) -> list[tuple[str, Cells, list[Cells]]]:
-    """Title, header and rows: a table for each group, and the bars."""
+    """Return title, header and rows: a table for each group, and the bars."""
     found: list[tuple[str, Cells, list[Cells]]] = []
     for name in NAMES:
         stages = [results.of(name, stage) for stage in STAGES]
@@ -50,7 +50,7 @@ def show(results: Results, bars: Sequence[Row], environment: Mapping[str, str | 
 
 
 def markdown(results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], command: str) -> str:
-    """The tables for a README, with the command that made them."""
+    """Format the tables for a page, with the command that made them."""
     parts: list[str] = []
     for title, head, rows in tables(results, bars):
         lines = [f"**{title}**", "", _pipe(head), _pipe(["---"] * len(head)), *(_pipe(row) for row in rows)]
@@ -62,7 +62,7 @@ def markdown(results: Results, bars: Sequence[Row], environment: Mapping[str, st
 def as_json(
     results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], options: Mapping[str, object]
 ) -> str:
-    """Everything that was measured. Rates are bytes of data per second."""
+    """Return everything that was measured. Rates are bytes of data a second."""
     body = {
         "environment": {**environment, **_versions()},
         "options": dict(options),
@@ -73,7 +73,7 @@ def as_json(
 
 
 def plot(results: Results, path: Path) -> None:
-    """Speed against ratio, a panel a group, late in training. Raises ``MissingExtra`` without matplotlib."""
+    """Draw speed against ratio, in one panel a group, late in training. Raises ``MissingExtra`` without matplotlib."""
     try:
         from benchmarks.suites.codecs import picture
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks ranks``."""
+"""``python -m benchmarks ranks`` measures jobs of several world sizes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ RESTORES = ((4, 2), (2, 4))
 SAVES_A_ROUND = 3
 _TIMEOUT_SECONDS = 900.0
 _SIMULATED = (10_000, 1024, 700)
-_SHOWN_LINES = 60  # torchrun's own summary comes last
+_SHOWN_LINES = 60  # this many lines, as torchrun's own summary comes last
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """``ranks`` processes in ``mode``; ``before``: how many ranks wrote what these restore."""
+    """Starts ``ranks`` processes in ``mode``; ``before`` says how many ranks wrote what these restore."""
 
     mode: str
     ranks: int
@@ -41,7 +41,7 @@ class Job:
 
 
 def plan(rounds: int) -> list[Job]:
-    """World sizes by turns: a machine that slows down slows all of them."""
+    """Return the jobs, world sizes by turns: a machine that slows down slows all of them."""
     jobs: list[Job] = []
     for _ in range(rounds):
         jobs += [Job("saves", ranks) for ranks in SIZES]
@@ -50,7 +50,7 @@ def plan(rounds: int) -> list[Job]:
 
 
 def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool, console: Console) -> None:
-    """Measure and print; progress goes to stderr. ``out``: folder for ``ranks.json`` and ``ranks.md``."""
+    """Measure and print; progress goes to stderr. ``out`` is the folder for ``ranks.json`` and ``ranks.md``."""
     progress = Console(stderr=True)
     events: list[dict[str, Any]] = []
     for job in plan(rounds):
@@ -80,7 +80,7 @@ def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool
 
 
 def run_job(job: Job, directory: Path, size: str) -> list[dict[str, Any]]:
-    """What a job reports. Blocks. Raises ``RuntimeError`` with the end of its output where it fails."""
+    """Return what a job reports. Blocks. Raises ``RuntimeError`` with the end of its output where it fails."""
     folder = tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=directory)
     try:
         if job.before:
