@@ -73,7 +73,7 @@ bench: $(STAMP)           ## the tables of docs/performance.md, on this machine 
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python -m benchmarks
 
-bench-micro: $(STAMP)     ## pytest-benchmark: hashes, copies, layout, manifest
+bench-micro: $(STAMP)     ## the small parts (hashes, copies, layout, manifest), and the figures of docs/design (minutes, 3 GB of disk)
 	$(BIN)/python -m pytest -m bench benchmarks/micro
 
 clean:

@@ -1,7 +1,7 @@
-"""asyncckpt: asynchronous, verified, high-throughput checkpoints for PyTorch.
+"""asyncckpt saves asynchronous, verified, high-throughput checkpoints for PyTorch.
 
-``Checkpointer`` is the way in; ``Run`` reads a run directory without writing to it. A name's module is imported when
-the name is asked for: ``import asyncckpt`` alone imports neither torch nor NumPy.
+``Checkpointer`` writes and resumes a run; ``Run`` reads a run directory without writing to it. A name's module is
+imported when the name is asked for: ``import asyncckpt`` alone imports neither torch nor NumPy.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ __all__ = [
     "VersionUnsupported",
 ]
 
-#: Where each name lives that is no error; those live in ``errors.py``. Type checkers read the imports above.
+#: Each name that is not an error lives in one of these modules; errors live in ``errors.py``. Type checkers read the
+#: imports above.
 _HOMES: Final[dict[str, str]] = {
     "CheckpointInfo": "asyncckpt.catalog.catalog",
     "KeepAll": "asyncckpt.catalog.retention",
@@ -157,10 +158,10 @@ _HOMES: Final[dict[str, str]] = {
 }
 
 
-if not TYPE_CHECKING:  # a checker that saw this would take any name for one of the package
+if not TYPE_CHECKING:  # a checker that saw this would accept any name as one of the package
 
     def __getattr__(name: str) -> Any:
-        """The exported object of that name. It stays here, so that this runs once for each name."""
+        """Return the exported object of that name. It becomes a global, so this runs once for each name."""
         if name == "__version__":
             from asyncckpt.manifest.environment import version
 

@@ -1,1 +1,1 @@
-"""Benchmarks of the engine against the device and against its peers: ``python -m benchmarks --help``."""
+"""``python -m benchmarks --help``: benchmarks compare the engine with the device and with its peers."""

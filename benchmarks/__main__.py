@@ -1,6 +1,6 @@
-"""``python -m benchmarks``."""
+"""``python -m benchmarks`` runs the command line of the benchmarks."""
 
-from benchmarks.cli import app
+from benchmarks.cli import main
 
 if __name__ == "__main__":
-    app(prog_name="python -m benchmarks")
+    main()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -11,13 +13,15 @@ import typer
 from rich.console import Console
 
 from benchmarks import peers
-from benchmarks.harness import environment, report, runner
+from benchmarks.harness import environment, report, results, runner
+from benchmarks.harness.results import Result
 from benchmarks.harness.state import SIZES
 from benchmarks.suites.codecs import command, whole_saves
 from benchmarks.suites.ranks import command as ranks_command
 
+_EPILOG = "`python -m benchmarks tables FILE...` prints the tables of recorded results, as Markdown."
 app = typer.Typer(add_completion=False, help="Measure the engine against the device and against its peers.")
-
+tables_app = typer.Typer(add_completion=False)
 
 _PIPE_COLUMNS = 200
 
@@ -37,13 +41,13 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
 
 
-def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> None:
+def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> Result:
     progress = Console(stderr=True)
     extra = whole_saves.rows(directory, rounds, lambda name: progress.print(f"whole saves: {name}"))
-    command.run(directory, rounds, out, as_json, extra, _console())
+    return command.run(directory, rounds, out, as_json, extra, _console())
 
 
-@app.command()
+@app.command(epilog=_EPILOG)
 def bench(
     suite: Annotated[
         Suite,
@@ -55,6 +59,7 @@ def bench(
     directory: Annotated[str | None, typer.Option(help="where to write, on the file system to measure")] = None,
     out: Annotated[str | None, typer.Option(help="folder for results.json and figures.md")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the results as JSON instead of tables")] = False,
+    record: Annotated[bool, typer.Option("--record", help="keep the results in benchmarks/results, too")] = False,
 ) -> None:
     """Measure. Progress goes to stderr; exits with 1 when a job failed, with 2 on a wrong option.
 
@@ -67,11 +72,12 @@ def bench(
     if size not in SIZES:
         raise typer.BadParameter(f"unknown size {size!r}; known are {', '.join(SIZES)}")
     target = directory or tempfile.gettempdir()
+    folder = Path(out) if out is not None else None
     if suite is Suite.codecs:
-        _codecs(Path(target), rounds, Path(out) if out is not None else None, as_json)
+        _keep(_codecs(Path(target), rounds, folder, as_json), record)
         return
     if suite is Suite.ranks:
-        ranks_command.run(Path(target), rounds, size, Path(out) if out is not None else None, as_json, _console())
+        _keep(ranks_command.run(Path(target), rounds, size, folder, as_json, _console()), record)
         return
     described = environment.describe(target)
     progress = Console(stderr=True)
@@ -80,18 +86,43 @@ def bench(
     jobs = runner.plan(suite.value, names, rounds)
     runs = runner.run(jobs, size, target, progress)
     options = {"suite": suite.value, "rounds": rounds, "size": size, "peers": names}
-    text = report.as_json(runs, described, options)
+    asked = f"python -m benchmarks {suite.value} --rounds {rounds} --size {size}"
+    asked += f" --peers {only}" if only else ""
+    result = report.result(runs, names, described, options, asked)
     if as_json:
-        typer.echo(text)
+        typer.echo(result.json(), nl=False)
     else:
         report.show(runs, names, described, _console())
     if out is not None:
-        asked = f"python -m benchmarks {suite.value} --rounds {rounds} --size {size}"
-        asked += f" --peers {only}" if only else ""
-        for name, content in (
-            ("results.json", text),
-            ("figures.md", report.markdown(runs, names, described, asked)),
-        ):
+        for name, content in (("results.json", result.json()), ("figures.md", result.markdown())):
             progress.print(f"wrote {report.write(out, name, content)}")
+    _keep(result, record)
     if any(run.error is not None for run in runs):
         raise typer.Exit(1)
+
+
+@tables_app.command()
+def tables(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="results in benchmarks/results")],
+) -> None:
+    """Print the tables of recorded results, as Markdown. Exits with 2 for a file that is not a result."""
+    for file in files:
+        try:
+            typer.echo(results.load(file).markdown())
+        except (OSError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
+
+
+def _keep(result: Result, record: bool) -> None:
+    if record:
+        Console(stderr=True).print(f"wrote {results.record(result)}", soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``tables``, or else the suite that is named first. A verb for the suites would change every command that the
+    documentation names."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["tables"]:
+        tables_app(words[1:], prog_name="python -m benchmarks tables")
+    else:
+        app(words, prog_name="python -m benchmarks")

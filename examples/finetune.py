@@ -1,4 +1,4 @@
-"""Pre-train, then fine-tune another model from it: renamed backbone, new head, fresh optimizer.
+"""Pre-train a model, then fine-tune another one from it: renamed backbone, new head, fresh optimizer.
 
 python examples/finetune.py --out runs/finetune
 """
@@ -15,7 +15,7 @@ import asyncckpt
 
 
 class Pretrained(nn.Module):
-    """Backbone and a head of 100 classes."""
+    """Has a backbone and a head of 100 classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Pretrained(nn.Module):
 
 
 class Finetuned(nn.Module):
-    """The same backbone under another name, and a head of 5 classes."""
+    """Has the same backbone under another name, and a head of 5 classes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def main() -> None:
     train(before, 100, args.steps, args.out / "pretrain")
     pretrain = asyncckpt.Run(args.out / "pretrain")  # reading needs no Checkpointer, and no lease
 
-    # What does not fit is listed, all of it together, before anything is changed ...
+    # All that does not fit is listed together, before anything is changed ...
     model = Finetuned()
     try:
         pretrain.restore({"model": model})
@@ -83,7 +83,8 @@ def main() -> None:
     assert torch.equal(model.head.weight, head)
     print(f"backbone of step {report.step} loaded, {report.nbytes} bytes read and verified; the head is new")
 
-    # Two other ways: without include=, strict=False reports what it left alone; or take single tensors by name.
+    # There are two other ways: without include=, strict=False reports what it left alone; or take single tensors by
+    # name.
     report = pretrain.restore({"model": model}, strict=False, rename={"model.encoder.": "model.backbone."})
     print("left alone:", ", ".join([*report.missing, *report.unexpected, *report.mismatched]))
     weight = pretrain.load_tensors(names=["model.encoder.0.weight"])["model.encoder.0.weight"]

@@ -1,4 +1,4 @@
-"""The ten lines: a training loop that saves while it trains, and takes up where it was stopped.
+"""This training loop saves while it trains, and takes up where it was stopped, in ten lines of asyncckpt.
 
 python examples/minimal.py --out runs/minimal            # press Ctrl-C, or kill -9 it, and start it again
 """

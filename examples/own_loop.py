@@ -1,4 +1,4 @@
-"""A loop with everything: EMA, GradScaler, scheduler, a data loader that resumes inside an epoch, hyper-parameters,
+"""This loop has everything: EMA, GradScaler, scheduler, a data loader that resumes inside an epoch, hyper-parameters,
 metrics, retention, and a save on SIGTERM within a deadline.
 
     python examples/own_loop.py --out runs/own
@@ -20,7 +20,7 @@ import asyncckpt
 
 
 class Batches:
-    """Any data loader will do that says where it stands; torchdata's ``StatefulDataLoader`` is another."""
+    """Says where it stands, as any data loader must that resumes; torchdata's ``StatefulDataLoader`` is another."""
 
     def __init__(self, samples: int, batch: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -33,7 +33,8 @@ class Batches:
             order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(self.seed + self.epoch))
             while self.position + self.batch <= len(order):
                 chosen = order[self.position : self.position + self.batch]
-                self.position += self.batch  # before the batch is handed out: a save right after it is past it
+                # counted before the batch is handed out, so that a save right after it is past it
+                self.position += self.batch
                 yield self.inputs[chosen], self.targets[chosen]
             self.epoch, self.position = self.epoch + 1, 0
 
@@ -56,7 +57,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(32, hparams["width"]),
-        nn.BatchNorm1d(hparams["width"]),  # buffers, which change in the forward pass
+        nn.BatchNorm1d(hparams["width"]),  # its buffers change in the forward pass
         nn.GELU(),
         nn.Dropout(0.1),
         nn.Linear(hparams["width"], 1),

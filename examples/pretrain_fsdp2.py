@@ -1,11 +1,11 @@
-"""Pretraining of a GPT on real text by many ranks (FSDP2), which outlives its processes and its number of ranks.
+"""Many ranks (FSDP2) pretrain a GPT on real text; the run outlives its processes and its number of ranks.
 
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # or torch 2.13 cannot connect again after a restart
     torchrun --nproc-per-node 4 --max-restarts 3 examples/pretrain_fsdp2.py --out runs/gpt
     kill -9 <pid of a rank>       # torchrun starts all of them again; they go on from the newest checkpoint
     torchrun --nproc-per-node 2 examples/pretrain_fsdp2.py --out runs/gpt --steps 400   # goes on, on two
 
-On GPUs with NCCL, without them with gloo. The text is the Python sources of the standard library.
+The example uses NCCL on GPUs and gloo elsewhere. The text is the Python sources of the standard library.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
 
 
 def text(out: Path) -> Path:
-    """Beside the run, made by one rank of each host."""
+    """Write the text beside the run, on one rank of each host, and return its path."""
     path = out.with_name(f"{out.name}-corpus-{os.environ.get('GROUP_RANK', '0')}.txt")
     if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,10 +81,10 @@ def main() -> None:
     state = {
         "model": model,
         "optimizer": optimizer,
-        "scheduler": asyncckpt.Replicated(scheduler),  # the same on every rank: stored once, given to any number
+        "scheduler": asyncckpt.Replicated(scheduler),  # stored once: it is the same on every rank, however many
         "loader": asyncckpt.Replicated(loader),
         "losses": losses,
-        "rng": asyncckpt.RngState(),  # each rank's own
+        "rng": asyncckpt.RngState(),  # stored once a rank
     }
     ckpt.watch(optimizer)  # saves may now overlap forward and backward
     with ckpt:

@@ -108,6 +108,15 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert by_itself or getattr(asyncckpt, name).__module__ in shown, f"docs/reference shows no {name}"
 
 
+def test_the_reference_shows_methods_that_are_there() -> None:
+    pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs" / "reference").glob("*.md")))
+    chosen = re.findall(r"^::: asyncckpt\.(\w+)\n(?: {4}.*\n)*? +members: \[(.+)\]$", pages, re.MULTILINE)
+    assert [name for name, _ in chosen] == ["PendingSave"]
+    for name, members in chosen:
+        for member in members.split(", "):
+            assert callable(getattr(getattr(asyncckpt, name), member, None)), f"{name} has no {member}"
+
+
 def test_every_verb_is_on_the_commands_page() -> None:
     from asyncckpt.cli.app import PANELS
 

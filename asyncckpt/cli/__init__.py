@@ -1,4 +1,4 @@
-"""The ``asyncckpt`` command. One file a verb; each only translates between the terminal and the library."""
+"""The ``asyncckpt`` command has one file a verb; each only translates between the terminal and the library."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """The entry point. Needs the ``[cli]`` extra, and says so where it is missing."""
+    """Run the command. It needs the ``[cli]`` extra, and says so where that is missing."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

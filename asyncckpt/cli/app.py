@@ -1,4 +1,4 @@
-"""The command's table of verbs."""
+"""The table of verbs makes up the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from asyncckpt.cli.show import show
 from asyncckpt.cli.verify import verify
 from asyncckpt.manifest.environment import version
 
-#: The verbs by what a user wants, in the order of the panels of ``--help``.
+#: Panels of ``--help`` group the verbs by what a user wants, in this order.
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Look": (ls, show, diff),
     "Check": (verify, doctor),
@@ -33,14 +33,14 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 
 
 class _Group(TyperGroup):
-    """The table of verbs. A flag takes no value, so its help shows none."""
+    """Shows the table of verbs. A flag takes no value, so its help shows none."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
 
 
 class _Verb(TyperCommand):
-    """One verb. A flag takes no value, so its help shows none."""
+    """Runs one verb. A flag takes no value, so its help shows none."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
@@ -72,13 +72,14 @@ def _root(
 
 
 def _reflowed(docstring: str | None) -> str:
-    """A docstring with one line a paragraph: the terminal breaks lines where it ends, not where the source did."""
+    """Put each paragraph of a docstring on one line: the terminal breaks lines at its own width, not at the
+    source's."""
     paragraphs = inspect.cleandoc(docstring or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def _without_types(params: list[Any]) -> list[Any]:
-    """The parameters, their flags without the ``<bool>`` that the framework writes beside them."""
+    """Take away the ``<bool>`` that the framework writes beside flags."""
     for param in params:
         if getattr(param, "is_flag", False) and param.metavar is None:
             param.metavar = ""

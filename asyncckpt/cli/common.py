@@ -1,4 +1,4 @@
-"""What the verbs share: exit codes, one way to fail, one way to name and read a checkpoint, units for people."""
+"""The verbs share exit codes, one way to fail, one way to name and read a checkpoint, and units for people."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import Damage
 from asyncckpt.run import Run
 
-# Names of checkpoints, metrics and tensors are other people's text: it is never markup. Where nobody looks at a screen,
-# a row is a line, so that grep finds whole names.
+# Names of checkpoints, metrics and tensors are other people's text, so they are never taken for markup. Without a
+# terminal a row is one line, so that grep finds whole names.
 _PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
 console = Console(width=None if sys.stdout.isatty() else 10_000, **_PLAIN)
 errors = Console(stderr=True, **_PLAIN)
 
 T = TypeVar("T")
 
-#: How often a checkpoint that a live run deletes under our hands is looked for again.
+#: A live run may delete a checkpoint while it is read; then it is looked for again, this many times in all.
 _ATTEMPTS = 5
 
-#: The word for the newest checkpoint. Every verb means the same by it.
+#: This word names the newest checkpoint, and every verb means the same by it.
 LATEST = "latest"
 LATEST_HELP = (
     "'latest' is the full checkpoint that the run saved last, damaged or not (its last weights-only one where it has "
@@ -51,7 +51,7 @@ LATEST_HELP = (
 
 
 class Exit(enum.IntEnum):
-    """Exit codes of every verb."""
+    """Every verb ends with one of these exit codes."""
 
     GOOD = 0
     DAMAGED_OR_DIFFERENT = 1
@@ -67,33 +67,33 @@ EXIT_CODES = (
 )
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
-#: How every verb describes an argument that names a checkpoint.
+#: Every verb describes an argument that names a checkpoint in these words.
 STEP_HELP = "a step, or 'latest': the newest full checkpoint, damaged or not"
 StepArgument = Annotated[str, typer.Argument(metavar="STEP", help=STEP_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on stdout")]
 
 
 def open_run(path: str) -> Run:
-    """A run for reading. Raises ``CheckpointNotFound`` where there is no such directory."""
+    """Open a run for reading. Raises ``CheckpointNotFound`` where there is no such directory."""
     if not os.path.isdir(path):
         raise CheckpointNotFound(f"{path}: no such run directory")
     return Run(path)
 
 
 def checkpoints(run: Run) -> list[CheckpointInfo]:
-    """``run.ls()`` without what retention was deleting while it was read, which only looks damaged."""
+    """List a run's checkpoints, without those that retention was deleting meanwhile, which only look damaged."""
     return [entry for entry in run.ls() if entry.damage is None or os.path.lexists(entry.path)]
 
 
 class _Refused(CheckpointDamaged):
-    """``latest`` is damaged, and the message already says what to use instead."""
+    """Says that ``latest`` is damaged; the message already names what to use instead."""
 
 
 def find(run: Run, step: str) -> CheckpointInfo:
-    """The checkpoint a user named.
+    """Return the checkpoint that a user named.
 
     Raises ``CheckpointNotFound`` and ``InvalidOption``, and ``CheckpointDamaged`` where ``latest`` is damaged: nobody
-    is handed an older checkpoint without having asked for it.
+    gets an older checkpoint without having asked for it.
     """
     entry = find_all(run, step)[0]
     if step == LATEST and entry.damage is not None:
@@ -102,8 +102,8 @@ def find(run: Run, step: str) -> CheckpointInfo:
 
 
 def find_all(run: Run, step: str) -> list[CheckpointInfo]:
-    """The checkpoints a user named, damaged or not. A step can have a full one, which comes first, and a weights-only
-    one; ``latest`` (see ``LATEST_HELP``) is always one checkpoint.
+    """Return the checkpoints that a user named, damaged or not. A step can have a full one, which comes first, and a
+    weights-only one; ``latest`` (see ``LATEST_HELP``) is always one checkpoint.
 
     Raises ``CheckpointNotFound`` and ``InvalidOption``.
     """
@@ -123,14 +123,16 @@ def find_all(run: Run, step: str) -> list[CheckpointInfo]:
 
 
 def _newest(entries: list[CheckpointInfo]) -> CheckpointInfo | None:
-    """The one that ``latest`` means among entries in the order they were saved in."""
+    """Return the checkpoint that ``latest`` means among entries, which are in the order they were saved in; None if
+    none."""
     own = [entry for entry in entries if not entry.renamed]
     full = [entry for entry in own if entry.kind == "full"]
     return next(reversed(full or own), None)
 
 
 def _refusal(run: Run, entry: CheckpointInfo, damage: object) -> _Refused:
-    """The error for a damaged ``latest``: it names the checkpoint that ``latest`` would mean without the damage."""
+    """Make the error for a damaged ``latest``, which names the checkpoint that ``latest`` would mean without the
+    damage."""
     usable = _newest([other for other in checkpoints(run) if other.damage is None and other.name != entry.name])
     way_out = "no other one of this run is usable" if usable is None else f"the newest usable one is {usable.step}"
     reason = str(damage).rstrip(".")
@@ -138,15 +140,15 @@ def _refusal(run: Run, entry: CheckpointInfo, damage: object) -> _Refused:
 
 
 def _is_of(error: Exception, entry: CheckpointInfo) -> bool:
-    """Whether damage was found in this checkpoint: every such message begins with the path. ``diff`` reads two."""
+    """Whether damage was found in this checkpoint: every such message begins with the path, and ``diff`` reads two."""
     return isinstance(error, CheckpointDamaged) and str(error).startswith((f"{entry.path}:", f"{entry.path}{os.sep}"))
 
 
 def read(run: Run, step: str, use: Callable[[CheckpointInfo, Reader], T]) -> T:
-    """Open the checkpoint a user named, and return what ``use`` makes of it.
+    """Open the checkpoint that a user named, and return what ``use`` makes of it.
 
-    A live run may delete or replace it between the listing and the reading, which looks like damage: it is then
-    looked for anew. Raises as ``find`` and ``use`` do.
+    A live run may delete or replace it between the listing and the reading, which looks like damage; then it is looked
+    for again. Raises as ``find`` and ``use`` do.
     """
     for attempt in range(_ATTEMPTS):
         entry = find_all(run, step)[0]
@@ -169,7 +171,8 @@ def read(run: Run, step: str, use: Callable[[CheckpointInfo, Reader], T]) -> T:
 
 
 def verified(run: Run, entry: CheckpointInfo, expect_digest: str | None = None) -> list[Damage] | None:
-    """Every byte of it, with a progress bar on stderr: its damage, or None where a live run deleted it meanwhile."""
+    """Verify every byte of a checkpoint, with a progress bar on stderr. Return its damage, or None where a live run
+    deleted it meanwhile."""
     before = _identity(entry.path)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
@@ -187,7 +190,7 @@ def verified(run: Run, entry: CheckpointInfo, expect_digest: str | None = None) 
 
 
 def _identity(path: str) -> tuple[int, int] | None:
-    """Which directory bears this name now."""
+    """Return what identifies the directory that bears this name now, or None."""
     try:
         info = os.lstat(path)
     except OSError:
@@ -200,7 +203,7 @@ def exits() -> Iterator[None]:
     """Turn this library's errors, and the system's, into one line on stderr and an exit code."""
     try:
         yield
-    except BrokenPipeError:  # `| head` has seen enough; the framework ends us quietly
+    except BrokenPipeError:  # a reader such as `| head` has seen enough; the framework ends the command quietly
         raise
     except CheckpointDamaged as error:
         fail(error, Exit.DAMAGED_OR_DIFFERENT)
@@ -215,19 +218,20 @@ def exits() -> Iterator[None]:
 
 
 def fail(error: object, code: Exit) -> NoReturn:
-    """Leave with ``code`` and one line."""
+    """Leave with ``code``, after one line on stderr."""
     message = clean("; ".join(line.strip() for line in str(error).splitlines()))
     errors.print(Text.assemble(("error", "red"), f": {message}"), soft_wrap=True)
     raise typer.Exit(int(code))
 
 
 def clean(text: object) -> str:
-    """Text that may come from a hostile directory, without the control characters that would move a cursor."""
+    """Return text, which may come from a hostile directory, without the control characters that would move a cursor."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in str(text))
 
 
 def print_json(value: Any) -> None:
-    """JSON for programs: nothing else goes to stdout then. Not-a-number and infinities are text, as in the manifest."""
+    """Print JSON for programs; nothing else goes to stdout then. Not-a-number and infinities are text, as in the
+    manifest."""
     json.dump(_strict(value), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
@@ -243,7 +247,7 @@ def _strict(value: Any) -> Any:
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people, in decimal units like disks."""
+    """Format bytes for people, in decimal units like disks."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000:
@@ -253,7 +257,7 @@ def size(nbytes: int) -> str:
 
 
 def age(unix_seconds: float) -> str:
-    """How long ago, for people."""
+    """Say how long ago this was, for people."""
     seconds = max(0.0, time.time() - unix_seconds)
     for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
         if seconds < limit:
@@ -262,7 +266,7 @@ def age(unix_seconds: float) -> str:
 
 
 def as_json(entry: CheckpointInfo) -> dict[str, Any]:
-    """One ``ls`` row for programs."""
+    """Return one row of ``ls`` for programs."""
     return {
         "step": entry.step,
         "name": entry.name,
@@ -279,5 +283,5 @@ def as_json(entry: CheckpointInfo) -> dict[str, Any]:
 
 
 def numbers(metrics: Mapping[str, float]) -> str:
-    """Metrics for people."""
+    """Format metrics for people."""
     return " ".join(f"{clean(name)}={value:.6g}" for name, value in metrics.items())

@@ -1,4 +1,4 @@
-"""``asyncckpt convert``."""
+"""``asyncckpt convert`` brings in checkpoints of plain ``torch.distributed.checkpoint``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``asyncckpt demo``."""
+"""``asyncckpt demo`` runs the demo."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def demo(
 
         if not json:
             raise typer.Exit(story.run(out, steps=steps))
-        with contextlib.redirect_stdout(sys.stderr):  # the story is for people; stdout is for the program
+        with contextlib.redirect_stdout(sys.stderr):  # the story is for people, and stdout is for programs
             code = story.run(out, steps=steps)
         print_json({"out": str(out), "steps": steps, "bit_equal": code == 0})
         raise typer.Exit(code)

@@ -1,4 +1,4 @@
-"""``asyncckpt diff``."""
+"""``asyncckpt diff`` compares two checkpoints."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from asyncckpt.read.opening import open_manifest, read_trees
 from asyncckpt.read.scatter import Window
 from asyncckpt.types import JsonValue
 
-# takes seconds to import, which the other verbs do without
+# importing it takes seconds, and the other verbs do without it
 if TYPE_CHECKING:
     import torch
 
-#: Small tensors are read together: one by one, each would cost the whole extent it lies in.
+#: Small tensors are read together: each by itself would cost the whole extent that it lies in.
 _BATCH_BYTES = 64 << 20
-#: Elements widened to float64 at a time.
+#: This many elements at a time are widened to float64.
 _CHUNK = 1 << 20
-#: Tags of ``state.json`` whose items are a list; of the second group, keys and values in turn (docs/format.md).
+#: Items of these tags of ``state.json`` are a list; those of the second group are keys and values in turn
+#: (docs/format.md).
 _SEQUENCES = frozenset({"tuple", "deque", "Size"})
 _MAPPINGS = frozenset({"dict", "OrderedDict", "Counter", "defaultdict"})
 _DIFFERENCES = ("only_in_a", "only_in_b", "reshaped", "changed", "plain")
@@ -65,7 +66,8 @@ def diff(
 
 
 def compare(a: Reader, b: Reader) -> dict[str, Any]:
-    """All differences as plain data. Memory: the largest tensor twice, or two batches. Raises ``CheckpointDamaged``."""
+    """Return all differences as plain data. This takes the memory of the largest tensor twice, or of two batches.
+    Raises ``CheckpointDamaged``."""
     from asyncckpt.restore.plan import qualified_records
 
     manifest_a, manifest_b = open_manifest(a), open_manifest(b)
@@ -94,10 +96,10 @@ def compare(a: Reader, b: Reader) -> dict[str, Any]:
 
 
 def change_of(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | int | None] | None:
-    """How far two tensors of one shape and dtype are apart; None where they are equal to the bit.
+    """Measure how far two tensors of one shape and dtype are apart; None where they are equal to the bit.
 
-    ``max_abs``: max|a-b| over what is finite, None where nothing is; ``relative``: that over max|a|, None where that
-    has no meaning; ``not_finite``: elements that differ by no finite number.
+    ``max_abs`` is max|a-b| over what is finite, None where nothing is. ``relative`` is that over max|a|, None where
+    that has no meaning. ``not_finite`` counts the elements whose difference is not a finite number.
     """
     import torch
 
@@ -127,7 +129,7 @@ def change_of(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | int | None]
 
 
 def plain_changes(a: JsonValue, b: JsonValue) -> dict[str, dict[str, JsonValue]]:
-    """Path → ``{"a": …, "b": …}`` for every plain value that differs; a side that lacks it has no entry."""
+    """Map the path of every plain value that differs to ``{"a": …, "b": …}``; a side that lacks it has no entry."""
     return dict(sorted(_paths(a, b, "")))
 
 
@@ -174,7 +176,7 @@ def _tag(tree: JsonValue) -> JsonValue:
 
 
 def _children(tree: JsonValue) -> dict[str, JsonValue] | None:
-    """What can be compared item by item, by name or index; None for a leaf."""
+    """Return what can be compared item by item, by name or index; None for a leaf."""
     if isinstance(tree, list):
         return {str(index): item for index, item in enumerate(tree)}
     if not isinstance(tree, dict):

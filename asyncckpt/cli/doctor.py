@@ -1,4 +1,4 @@
-"""``asyncckpt doctor``."""
+"""``asyncckpt doctor`` examines a path."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def doctor(
 
 @contextlib.contextmanager
 def _first_signal_leaves() -> Iterator[None]:
-    """The first signal unwinds, which deletes what was written; more of them, from an impatient user, do not stop
-    that."""
+    """Let the first signal unwind the stack, which deletes what was written. More signals, from an impatient user, do
+    not stop that."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         for one in _SIGNALS:
@@ -57,7 +57,7 @@ def _first_signal_leaves() -> Iterator[None]:
     before: dict[signal.Signals, Any] = {}
     try:
         for one in _SIGNALS:
-            if signal.getsignal(one) is not signal.SIG_IGN:  # nohup
+            if signal.getsignal(one) is not signal.SIG_IGN:  # nohup ignores a signal
                 before[one] = signal.signal(one, leave)
         yield
     finally:

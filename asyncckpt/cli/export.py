@@ -1,4 +1,4 @@
-"""``asyncckpt export``."""
+"""``asyncckpt export`` writes a checkpoint to one file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from asyncckpt.protocols import Reader
 
 
 class DType(enum.StrEnum):
-    """Floating types to convert to."""
+    """Lists the floating types to convert to."""
 
     BF16 = "bf16"
     FP16 = "fp16"
@@ -48,7 +48,7 @@ def export(
         if every and component is not None:
             raise InvalidOption("give --all or --component, not both")
         what = "all" if every else component or "weights"
-        import torch  # takes seconds
+        import torch  # importing it takes seconds
 
         from asyncckpt.convert.single_file import export as exporting
 

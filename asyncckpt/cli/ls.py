@@ -1,4 +1,4 @@
-"""``asyncckpt ls``."""
+"""``asyncckpt ls`` lists the checkpoints of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``asyncckpt pin`` and ``asyncckpt unpin``."""
+"""``asyncckpt pin`` and ``asyncckpt unpin`` decide whether retention may delete a checkpoint."""
 
 from __future__ import annotations
 

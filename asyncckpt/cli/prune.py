@@ -1,4 +1,4 @@
-"""``asyncckpt prune``."""
+"""``asyncckpt prune`` deletes the checkpoints that no policy keeps."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def prune(
 
 @dataclass(frozen=True, slots=True)
 class _Verified:
-    """The checkpoint just verified stays, whatever another process publishes before this one holds the lease."""
+    """Keeps the checkpoint that was just verified, whatever another process publishes before this one holds the
+    lease."""
 
     step: int
     kind: str
@@ -84,7 +85,7 @@ class _Verified:
 
 
 def _newest_kept(entries: list[CheckpointInfo], doomed: list[CheckpointInfo]) -> CheckpointInfo:
-    """The newest full checkpoint that stays, or weights-only one in a run that has no other."""
+    """Return the newest full checkpoint that stays, or the newest weights-only one in a run that has no full one."""
     names = {entry.name for entry in doomed}
     kept = [entry for entry in entries if entry.name not in names]
     if not kept:
@@ -131,7 +132,7 @@ def _best(text: str, entries: list[CheckpointInfo]) -> retention.KeepBest:
     if count and not count.isdecimal():
         raise InvalidOption(f"--keep-best {text}: give METRIC, METRIC:N or METRIC:N:max")
     known = sorted({name for entry in entries for name in entry.metrics})
-    if entries and metric not in known:  # a slip of the pen would otherwise delete the best ones
+    if entries and metric not in known:  # a typing error in the metric's name would otherwise delete the best ones
         raise InvalidOption(
             f"--keep-best {text}: no checkpoint has the metric; there are: {', '.join(known) or 'none'}"
         )

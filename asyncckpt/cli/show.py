@@ -1,4 +1,4 @@
-"""``asyncckpt show``."""
+"""``asyncckpt show`` shows one checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from asyncckpt.cli.common import (
 from asyncckpt.manifest.records import ComponentRecord, Manifest
 from asyncckpt.read.opening import open_manifest
 
-#: A zarr checkpoint has two files a tensor.
+#: Only so many are shown, because a zarr checkpoint has two files a tensor.
 _FILES_SHOWN = 40
 
 

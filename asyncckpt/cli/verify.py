@@ -1,4 +1,4 @@
-"""``asyncckpt verify``."""
+"""``asyncckpt verify`` reads every byte of a checkpoint and checks it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def verify(
             raise InvalidOption("give a step with --expect-digest: it is the digest of one checkpoint")
         check_expected(expect_digest)
         found: list[tuple[CheckpointInfo, list[Damage]]] = []
-        for _ in range(_LOOKS):  # a live run may delete all of them under our hands: once more, what is there now
+        # a live run may delete all of them while they are read: then look again at what is there
+        for _ in range(_LOOKS):
             entries = checkpoints(opened) if every else find_all(opened, step)
             checked = [(entry, verified(opened, entry, expect_digest)) for entry in entries]
             found = [(entry, damage) for entry, damage in checked if damage is not None]

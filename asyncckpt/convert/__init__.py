@@ -1,1 +1,1 @@
-"""Checkpoints in other formats, in and out. Edges: they translate, and nothing imports them."""
+"""Checkpoints are translated from and to other formats here; nothing in the library imports these modules."""

@@ -1,4 +1,5 @@
-"""A checkpoint as one file other tools take: plain safetensors, or a ``.pt`` for ``torch.load``."""
+"""``export`` makes one file of a checkpoint that other tools take: plain safetensors, or a ``.pt`` for
+``torch.load``."""
 
 from __future__ import annotations
 
@@ -33,17 +34,19 @@ def export(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Write an open checkpoint to ``out`` (``.safetensors`` or ``.pt``); the file's size in bytes.
+    """Write an open checkpoint to ``out`` (``.safetensors`` or ``.pt``), and return the file's size in bytes.
 
-    ``what``: ``weights`` (the modules; names without the component where there is one module), ``all``, or one
-    component's name. ``dtype`` converts floating tensors. Every byte read is verified, and the file appears whole or
-    not at all, fsynced. A ``.pt`` of weights or of one module is a flat ``state_dict`` that opens with
-    ``weights_only=True``; of another component it is its state, the optimizer's by parameter name; of ``all`` it holds
-    ``{component: state}`` with ``step`` and ``metrics`` beside them, where no component has that name. A
-    ``.safetensors`` holds tensors alone, a tied one once.
+    ``what`` is ``weights`` (the modules; names lack the component where there is one module), ``all``, or one
+    component's name. ``dtype`` converts floating tensors. ``overwrite`` replaces an existing file. Every byte read is
+    verified, and the file appears whole or not at all, fsynced.
+
+    A ``.pt`` of weights or of one module is a flat ``state_dict`` that opens with ``weights_only=True``. A ``.pt`` of
+    another component is its state, the optimizer's by parameter name. A ``.pt`` of ``all`` holds ``{component:
+    state}``, with ``step`` and ``metrics`` beside them where no component has that name. A ``.safetensors`` holds
+    tensors alone, a tied one once.
 
     Raises ``InvalidOption``, ``RunPathError`` (the file exists, or cannot be written) and ``CheckpointDamaged``.
-    Blocks; holds the exported tensors in memory.
+    Blocks, and holds the exported tensors in memory.
     """
     target = Path(out)
     if target.suffix not in (".safetensors", ".pt"):
@@ -91,7 +94,8 @@ def _tensors(
 def _flat(
     manifest: Manifest, components: list[str], tensors: dict[str, torch.Tensor], *, drop_aliases: bool
 ) -> dict[str, torch.Tensor]:
-    """By name, without the component where there is only one. Safetensors refuses tensors that share memory."""
+    """Return the tensors by name, without the component where there is only one. ``drop_aliases``: safetensors refuses
+    tensors that share memory."""
     flat: dict[str, torch.Tensor] = {}
     for component in components:
         record = manifest.components[component]
@@ -109,7 +113,7 @@ def _objects(reader: Reader, manifest: Manifest, components: list[str], what: st
     trees = read_trees(reader, manifest)
 
     @functools.cache
-    def exact() -> dict[str, torch.Tensor]:  # numpy has not every dtype, and its arrays are data, not weights
+    def exact() -> dict[str, torch.Tensor]:  # numpy lacks some dtypes, and its arrays are data, not weights
         return tensors if dtype is None else _tensors(reader, manifest, components, None)
 
     def state(component: str) -> Any:
@@ -144,7 +148,8 @@ def _write(target: Path, content: Any, overwrite: bool) -> int:
     ops = PosixOps()
     try:
         temp.touch()
-        mode = temp.stat().st_mode & 0o7777  # what the umask gives; safetensors makes files nobody else can read
+        # the umask gives this mode; safetensors makes files that nobody else can read
+        mode = temp.stat().st_mode & 0o7777
         _serialize(content, temp, torch_file=target.suffix == ".pt")
         temp.chmod(mode)
         with temp.open("rb") as file:
@@ -167,7 +172,7 @@ def _write(target: Path, content: Any, overwrite: bool) -> int:
 
 
 def _serialize(content: Any, path: Path, *, torch_file: bool) -> None:
-    """Raises ``OSError`` for what the two libraries raise instead where the disk refuses."""
+    """Write the file. Raises ``OSError`` where the disk refuses; the two libraries raise other errors then."""
     try:
         if torch_file:
             torch.save(content, path)

@@ -1,4 +1,4 @@
-"""The demo's processes, seen from outside: what they report, and SIGKILL."""
+"""The demo runs its processes here, listens to what they report, and kills one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def follow(
     on_report: Callable[[Report], None],
     kill_when: Callable[[Report], bool] | None = None,
 ) -> tuple[list[Report], int]:
-    """Run ``python -m module`` to its end; what it reported, and its exit code (-9 where it was killed).
+    """Run ``python -m module`` to its end; return what it reported, and its exit code (-9 where it was killed).
 
-    It is killed with SIGKILL at the first report that ``kill_when`` picks. ``log`` receives its standard error.
-    Raises ``ChildFailed``, with the end of that log, where it fails by itself.
+    It is killed with SIGKILL at the first report that ``kill_when`` picks. ``log`` receives its standard error. Raises
+    ``ChildFailed``, with the end of that log, where it fails by itself.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     reports: list[Report] = []
@@ -42,7 +42,7 @@ def follow(
             for line in process.stdout:
                 report: Report = json.loads(line)
                 if kill_when is not None and not killed and kill_when(report):
-                    process.kill()  # before anything else: the save goes on while we think
+                    process.kill()  # killed before anything else happens, as the save goes on meanwhile
                     killed = True
                 reports.append(report)
                 on_report(report)

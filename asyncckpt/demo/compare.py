@@ -1,4 +1,4 @@
-"""Are two checkpoints the same, bit for bit? Both are restored into live objects, and those are compared."""
+"""Two checkpoints are compared bit for bit: both are restored into live objects, and those are compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from asyncckpt.state.rng import RngState
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """One component: how many values and bytes were compared, and the names of those that differ."""
+    """Says of one component how many values and bytes were compared, and names the values that differ."""
 
     component: str
     values: int
@@ -44,7 +44,8 @@ def compare(one: Path, other: Path, step: int, corpus: Path, total_steps: int) -
 
 
 def _restored(run: Path, step: int, corpus: Path, total_steps: int, seed: int) -> dict[str, dict[str, bytes]]:
-    """Every value's bits by component and path. The seeds differ, so what a restore left out would differ too."""
+    """Restore a step, and return every value's bits by component and path. The seeds of the two runs differ, so a value
+    that a restore leaves out differs too."""
     rng = RngState()
     before = rng.state_dict()
     try:
@@ -52,7 +53,7 @@ def _restored(run: Path, step: int, corpus: Path, total_steps: int, seed: int) -
         Run(run).restore(training.state, step)
         return {name: dict(_bits(value.state_dict(), "")) for name, value in training.state.items()}
     finally:
-        rng.load_state_dict(before)  # the random numbers of this process are its caller's
+        rng.load_state_dict(before)  # the caller goes on with this process's random numbers
 
 
 def _bits(value: Any, path: str) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Real text and a loader that can stop in the middle of an epoch: the standard library's sources, shuffled."""
+"""The demo trains on the standard library's sources, with a loader that can stop in the middle of an epoch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from asyncckpt.errors import InvalidOption
 
-#: The top level of the standard library is about 4 MB; more would only take longer to read.
+#: The top level of the standard library has about 4 MB; more would only take longer to read.
 _MAX_BYTES = 4 << 20
 
 
 def collect(path: Path) -> int:
-    """Write this Python's own ``.py`` sources into one file; its size in bytes."""
+    """Write this Python's own ``.py`` sources into one file, and return its size in bytes."""
     text = bytearray()
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
         text += source.read_bytes()
@@ -27,8 +27,8 @@ def collect(path: Path) -> int:
 
 
 class TextLoader:
-    """Endless batches ``(inputs, targets)``, int64 ``[batch, context]``, of byte windows in an order shuffled anew each
-    epoch. ``state_dict`` says where it stands, so a resumed run takes up the very next batch."""
+    """Gives endless batches ``(inputs, targets)``, int64 ``[batch, context]``, of byte windows in an order that is
+    shuffled anew in each epoch. ``state_dict`` says where it stands, so a resumed run takes up the very next batch."""
 
     def __init__(self, path: Path, *, batch: int, context: int, seed: int) -> None:
         text = np.frombuffer(path.read_bytes(), dtype=np.uint8)
@@ -62,6 +62,6 @@ class TextLoader:
         self._shuffle()
 
     def _shuffle(self) -> None:
-        # a generator of its own for each epoch: the order needs no state beyond these two numbers
+        # each epoch has a generator of its own, so that the order needs no state beyond these two numbers
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self._order = torch.randperm(self._windows, generator=generator)

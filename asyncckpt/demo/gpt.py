@@ -1,4 +1,5 @@
-"""A small GPT over bytes: big enough that a save takes a visible time, small enough for one CPU core."""
+"""The demo's GPT predicts bytes. It is big enough that a save takes a visible time, and small enough for one CPU
+core."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ VOCABULARY = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GptOptions:
-    """10.7 million parameters: 128 MB of training state with AdamW in fp32."""
+    """The defaults give 10.7 million parameters: 128 MB of training state with AdamW in fp32."""
 
     width: int = 384
     layers: int = 6
@@ -23,7 +24,7 @@ class GptOptions:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+    """Applies attention and an MLP, each after a norm."""
 
     def __init__(self, options: GptOptions) -> None:
         super().__init__()
@@ -51,7 +52,8 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Bytes ``[batch, length]`` → logits ``[batch, length, 256]``. The head is the embedding: tied weights."""
+    """Maps bytes ``[batch, length]`` to logits ``[batch, length, 256]``. The head and the embedding share their
+    weights."""
 
     def __init__(self, options: GptOptions) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""``python -m asyncckpt.demo.measure``: asyncckpt against ``torch.save`` of the same training state.
+"""``python -m asyncckpt.demo.measure`` compares asyncckpt with ``torch.save`` of the same training state.
 
-One process, one state, the methods in turn and that a few times over: what else the machine does hits all alike.
+One process saves one state with each method in turn, several times, so that what else the machine does hits all alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TORCH = "torch.save"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """One save. ``durable_seconds`` is None where nothing makes it durable."""
+    """Holds the figures of one save, in seconds. ``durable_seconds`` is None where nothing makes the save durable."""
 
     stall_seconds: float
     durable_seconds: float | None
@@ -58,7 +58,7 @@ def main() -> None:
             for method, measure in methods.items():
                 measured = measure(number)
                 _settle(file)
-                if number > 0:  # the first round warms up: page faults, arena, file system
+                if number > 0:  # the first round warms up memory, the arena and the file system
                     nbytes = checkpointer.ls()[-1].nbytes
                     reporter.report(
                         "Measured",
@@ -70,20 +70,20 @@ def main() -> None:
 
 
 def _deferred(checkpointer: Checkpointer, training: Training, step: int) -> Measured:
-    """As in a training loop: the next steps run while the save becomes durable."""
+    """Save as a training loop does: the next steps run while the save becomes durable."""
     began = time.perf_counter()
     durable: list[float] = []
     pending = checkpointer.save(step, training.state)
-    pending.add_done_callback(lambda _: durable.append(time.perf_counter() - began))  # not when the next step ends
+    pending.add_done_callback(lambda _: durable.append(time.perf_counter() - began))  # a step may end much later
     while not pending.done():
         training.step()
     report = pending.result()
-    checkpointer.wait()  # the callback, on another thread, has run then
+    checkpointer.wait()  # the callback, which runs on another thread, is done after this
     return Measured(stall_seconds=report.stall_seconds, durable_seconds=durable[0])
 
 
 def _paused(checkpointer: Checkpointer, training: Training, step: int) -> Measured:
-    """The loop waits until the save is durable, as with ``torch.save``: the whole time counts as a stall."""
+    """Save and wait until the save is durable, as ``torch.save`` does; the whole time counts as a stall."""
     began = time.perf_counter()
     checkpointer.save(step, training.state).result()
     seconds = time.perf_counter() - began

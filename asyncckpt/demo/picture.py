@@ -1,4 +1,4 @@
-"""``timeline.png``: the killed run and its resumption on one time axis, and one save from close by."""
+"""``timeline.png`` shows the killed run and its resumption on one time axis, and one save from close by."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _MEANING = {
     "restore": "restore, verifying",
 }
 _LANES = ("training", "stall", "staging", "writing", "commit")
-Bar = tuple[str, str, float, float]  # lane, colour's name, begin, end
+Bar = tuple[str, str, float, float]  # a lane, a colour's name, the begin and the end
 
 
 def draw(killed: Sequence[Report], resumed: Sequence[Report], killed_step: int, path: Path) -> None:
-    """Draw from the reports of both processes; their clocks are the same, as ``perf_counter`` counts from boot."""
+    """Draw the reports of both processes into ``path``. Their clocks agree, as ``perf_counter`` counts from boot."""
     zero = next(r["at_seconds"] for r in killed if r["kind"] == "Began")
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(14, 8.4), dpi=130, layout="constrained")
@@ -76,7 +76,7 @@ def _story(axes: Axes, killed: Sequence[Report], resumed: Sequence[Report], kill
 
 def _close(axes: Axes, resumed: Sequence[Report]) -> None:
     commits = [report for report in resumed if report["kind"] == "Committed"]
-    # neither the first save nor the last: one with training on both sides
+    # this is neither the first save nor the last, so it has training on both sides
     chosen = commits[(len(commits) - 1) // 2]
     number = chosen["step"]
     began = next(r["at_seconds"] for r in resumed if r["kind"] == "SaveStarted" and r["step"] == number)
@@ -106,7 +106,7 @@ def _close(axes: Axes, resumed: Sequence[Report]) -> None:
 
 
 def _label(axes: Axes, text: str, x: float, y: float, colour: str, *, left: bool = False) -> None:
-    """Beside the point, on white, so that no line runs through it."""
+    """Write the text beside the point, on white, so that no line runs through it."""
     axes.annotate(
         text,
         (x, y),
@@ -126,7 +126,7 @@ def _bars(axes: Axes, bars: Sequence[Bar], start: float, *, scale: float = 1.0) 
         mine = [bar for bar in bars if bar[1] == name]
         for lane in {bar[0] for bar in mine}:
             spans = [((b - start) * scale, (e - b) * scale) for at, _, b, e in mine if at == lane]
-            # what is shorter than a pixel is kept visible by an edge of its colour
+            # an edge keeps visible what is shorter than a pixel
             thin = lane != "training"
             edge: dict[str, Any] = {"edgecolor": _COLOURS[name], "linewidth": 0.9} if thin else {}
             axes.broken_barh(spans, (_LANES.index(lane) - 0.36, 0.72), facecolors=_COLOURS[name], zorder=3, **edge)

@@ -1,4 +1,4 @@
-"""Where the demo writes: a directory it may empty, because it made everything in it."""
+"""The demo may empty the directory that it writes in, because it made everything there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MARKER = ".asyncckpt-demo"
 
 
 class Place:
-    """The demo's files below ``root``."""
+    """Names the demo's files below ``root``."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -25,7 +25,7 @@ class Place:
         self.trace = root / "trace.json"
 
     def prepare(self) -> None:
-        """An empty directory. Removes what an earlier demo made; raises ``RunPathError`` where there is more."""
+        """Make the directory, or empty it of what an earlier demo made. Raises ``RunPathError`` where it holds more."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             found = {entry.name for entry in self.root.iterdir()}
@@ -46,5 +46,5 @@ class Place:
                 path.unlink(missing_ok=True)
 
     def quoted(self, path: Path) -> str:
-        """The path as a shell takes it."""
+        """Return the path as a shell takes it."""
         return shlex.quote(str(path))

@@ -1,4 +1,4 @@
-"""What the demo prints: live bars on a terminal, plain lines elsewhere, so that something moves all the time."""
+"""The demo prints live bars on a terminal and plain lines elsewhere, so that something moves all the time."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rich.table import Table
 
 Advance = Callable[[int, str], None]
 
-#: Where there is no terminal, a line at most this often.
+#: Without a terminal, lines come at least this far apart.
 _LINE_EVERY_SECONDS = 2.0
 
 
 class Show:
-    """Headings, facts, progress and tables on standard output."""
+    """Prints headings, facts, progress and tables on standard output."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -36,7 +36,7 @@ class Show:
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int) -> Iterator[Advance]:
-        """Yields ``advance(done, note)``, to be called as often as there is news."""
+        """Yield ``advance(done, note)``, which the caller calls as often as there is news."""
         if not self.console.is_terminal:
             yield self._lines(what, total)
             return

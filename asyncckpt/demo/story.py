@@ -1,4 +1,4 @@
-"""The demo from its beginning to its end; each part is a function, and the last one sums up."""
+"""The demo is told here from its beginning to its end; each part is a function, and the last one sums up."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from asyncckpt.demo.place import Place
 from asyncckpt.demo.show import Advance, Show
 from asyncckpt.run import Run
 
-#: The kill comes from another process, so a save may win the race; then the next one is tried.
+#: The kill comes from another process, so a save may be durable before it; then the next save is tried.
 _KILL_ATTEMPTS = 3
 
 
 def tell(out: Path, *, steps: int, every: int, rounds: int) -> int:
-    """All of it; 0 where the resumed run is bit-equal to the uninterrupted one."""
+    """Run all parts; return 0 where the resumed run is bit-equal to the uninterrupted one, 1 otherwise."""
     place, show = Place(out), Show()
     place.prepare()
     show.heading("Real text: the sources of this Python's standard library")
@@ -87,7 +87,8 @@ class _Watcher:
 
 
 def _killed_run(show: Show, place: Place, steps: int, every: int) -> tuple[list[Report], int]:
-    """A run killed while a save is in flight, which the directory proves; its reports, and the step being saved.
+    """Train until a save is in flight, and kill the process there, which the directory proves. Return the process's
+    reports, and the step that was being saved.
 
     Raises ``ChildFailed`` where no attempt hits a save.
     """

@@ -1,4 +1,4 @@
-"""``python -m asyncckpt.demo.train``: one training process of the demo, an ordinary loop around ``Checkpointer.step``.
+"""``python -m asyncckpt.demo.train`` is a training process of the demo: an ordinary loop around ``Checkpointer.step``.
 
 It reports on standard output, a JSON object a line, so that the process that started it can look on and kill it.
 """
@@ -21,7 +21,7 @@ from asyncckpt.integrations.chrome_trace import ChromeTrace
 
 
 class Reporter:
-    """One line a report, written whole: a reader never sees half of one, however the process ends. Thread-safe."""
+    """Writes each report as one whole line: a reader never sees half of one, however the process ends. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The training run of the demo: everything it is made of, and one step of it."""
+"""The training run of the demo is made here, with one step of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from asyncckpt.demo.data import TextLoader
 from asyncckpt.demo.gpt import VOCABULARY, Gpt, GptOptions
 from asyncckpt.state.rng import RngState
 
-#: Every process of the demo counts alike: another number of threads would add floats in another order.
+#: Every process of the demo computes with one thread: another number would add floats in another order.
 THREADS = 1
 _BATCH = 4
 _WARMUP_STEPS = 10
@@ -25,13 +25,14 @@ _LEARNING_RATE = 1e-3
 
 
 def count_alike() -> None:
-    """Settings of the whole process under which equal steps give equal bits. Call once, before the first step."""
+    """Change settings of the whole process so that equal steps give equal bits. Call this once, before the first
+    step."""
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
 
 
 class Losses:
-    """The history of the losses, as a component: it is resumed and compared like everything else."""
+    """Keeps the losses as a component, so that their history is resumed and compared like everything else."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -44,7 +45,7 @@ class Losses:
 
 
 class Training:
-    """Model, optimizer, schedule, data and random numbers of one run; ``state`` is what a checkpoint takes.
+    """Holds model, optimizer, schedule, data and random numbers of one run; ``state`` is what a checkpoint takes.
 
     ``seed`` decides everything that a checkpoint does not bring back.
     """
@@ -70,7 +71,8 @@ class Training:
         }
 
     def step(self) -> tuple[float, list[float]]:
-        """One step; its loss, and when forward, backward and update began and the update ended."""
+        """Take one step; return its loss, and the times at which forward, backward and update began and the update
+        ended."""
         marks = [time.perf_counter()]
         inputs, targets = next(self._batches)
         loss = functional.cross_entropy(self.model(inputs).view(-1, VOCABULARY), targets.view(-1))

@@ -1,4 +1,4 @@
-"""What a path is good for: ``examine(path)`` tries what saves rely on, measures, and recommends settings."""
+"""``examine(path)`` tries on a path what saves rely on, measures its speed, and recommends settings."""
 
 from asyncckpt.doctor.examination import examine
 from asyncckpt.doctor.findings import Finding, Report, Setting, Speeds, Status

@@ -1,4 +1,4 @@
-"""From what was measured to what to set: pure."""
+"""``recommend`` turns what was measured into settings. It is pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from asyncckpt.write.options import WriterOptions
 
 _DEFAULT_SHARD_BYTES = 4 << 30
 _MIN_SHARD_BYTES = 1 << 20
-#: More threads have to bring that much.
+#: More threads are worth it where fewer reach less than this share of the best rate.
 _WORTH = 0.9
-#: The page cache has to be that much faster than O_DIRECT: it takes memory from the data loader's files.
+#: The page cache must be this much faster than O_DIRECT, because it takes memory from the data loader's files.
 _CACHE_PAYS = 1.5
 _REMOTE_BEAT_SECONDS = 10.0
 _REMOTE_TTL_SECONDS = 75.0
@@ -20,7 +20,7 @@ _REMOTE_TTL_SECONDS = 75.0
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the recommendation is made of."""
+    """Holds what the recommendation depends on."""
 
     findings: Sequence[Finding]
     speeds: Speeds
@@ -32,7 +32,7 @@ class Seen:
 
 
 def recommend(seen: Seen) -> tuple[Setting, ...]:
-    """Arguments of ``Checkpointer`` for this path, each with its reason."""
+    """Return arguments of ``Checkpointer`` for this path, each with its reason."""
     speeds = seen.speeds
     direct = seen.direct and not _cache_is_faster(speeds)
     rates = speeds.direct if direct else speeds.buffered
@@ -57,7 +57,7 @@ def recommend(seen: Seen) -> tuple[Setting, ...]:
 
 
 def writers(rates: Mapping[int, float]) -> int:
-    """The fewest threads that come close to the best rate; the default where nothing was measured."""
+    """Return the fewest threads that come close to the best rate, or the default where nothing was measured."""
     best = max(rates.values(), default=0.0)
     if not best:
         return WriterOptions().threads
@@ -65,7 +65,7 @@ def writers(rates: Mapping[int, float]) -> int:
 
 
 def rate(value: float) -> str:
-    """Bytes a second for people."""
+    """Format bytes a second for people."""
     return (
         f"{value / 1e9:.2f} GB/s"
         if value >= 1e9
@@ -80,7 +80,7 @@ def _cache_is_faster(speeds: Speeds) -> bool:
 
 
 def _codec(rates: Mapping[int, float], threads: int, encoding: float, cores: int) -> Setting:
-    """``auto`` gives way by itself where the disk is faster; then its trials are for nothing."""
+    """Choose the codec. Where the disk is faster, ``auto`` gives way by itself, but its trials are wasted."""
     if not rates or not encoding:
         return Setting("codec", "none", "not measured; 'auto' pays where the disk is slow", "files")
     encoders = min(threads, cores)

@@ -1,5 +1,5 @@
-"""Whether fsync does what it says, as far as that can be seen from here: by the page cache, by the disk's own counters,
-by the clock. A device that lies about its cache cannot be caught without cutting its power."""
+"""``Probe`` checks whether fsync does what it says, as far as the page cache, the disk's own counters and the clock
+show it. A device that lies about its cache cannot be caught without cutting its power."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SMALL_BYTES = 4096
 _SMALL_ROUNDS = 24
 _SMALL_SECONDS = 1.0
 _PUBLISHES = 5
-#: Quicker than any device's answer: the call did not leave the kernel.
+#: No device answers sooner: a quicker call did not leave the kernel.
 _NO_DEVICE_SECONDS = 15e-6
 #: A platter turns once in 4 ms at 15,000 revolutions a minute.
 _NO_PLATTER_SECONDS = 2e-3
-#: That many times the rate that O_DIRECT reaches is no write to that device.
+#: A write at this many times the rate of O_DIRECT did not reach the device.
 _TOO_FAST = 6.0
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 
 
 class Probe:
-    """What was measured: filled by ``run``, judged by ``checks``."""
+    """Holds what was measured: ``run`` fills it, ``checks`` judges it."""
 
     def __init__(self, scratch: Scratch, system: System, mount: Mount | None, nbytes: int) -> None:
         self._scratch = scratch
@@ -56,7 +56,7 @@ class Probe:
             self.error = error
 
     def checks(self, direct_rate: float) -> Iterator[Finding]:
-        """Judge it. ``direct_rate``: what O_DIRECT reached on this device, or 0."""
+        """Judge what was measured. ``direct_rate`` is what O_DIRECT reached on this device, or 0."""
         if self.error is not None:
             yield failed("fsync", self.error)
             return
@@ -99,13 +99,13 @@ class Probe:
         return Finding("fsync: page cache", "good", "no dirty page is left after it")
 
     def _device(self) -> Finding | None:
-        """By the disk's own counters. Other programs only add to them: what is missing is missing."""
+        """Judge by the disk's own counters. Other programs only add to them, so what is missing never arrived."""
         if self.before is None or self.after is None or self._mount is None:
             return None
         check = "fsync: device"
         flushes = self.after.flushes - self.before.flushes
         written = self.after.written_bytes - self.before.written_bytes
-        # elsewhere compression, or a device that cannot be seen, takes a share
+        # on other file systems compression, or a device that cannot be seen, may take a share
         if self._mount.file_system in ("ext2", "ext3", "ext4", "xfs") and written < self.nbytes:
             seen = f"of {self.nbytes} bytes that were fsynced the disk has seen {written}"
             return Finding(check, "unsafe", seen, "acknowledged saves can be lost: use another path")
@@ -138,7 +138,7 @@ class Probe:
             ops.unlink(path)
 
     def _small(self) -> None:
-        """Rewriting allocated blocks: no metadata to wait for, only the device."""
+        """Time fsyncs of rewritten blocks: they are allocated, so only the device takes time, not metadata."""
         ops, path = self._scratch.ops, self._scratch.file("small")
         fd = ops.open(path, _CREATE)
         try:
@@ -156,7 +156,7 @@ class Probe:
             ops.close(fd)
 
     def _publish(self) -> None:
-        """What the end of every save costs, however small."""
+        """Time what the end of every save costs, however small the save."""
         ops = self._scratch.ops
         times: list[float] = []
         until = time.perf_counter() + _SMALL_SECONDS

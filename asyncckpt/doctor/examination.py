@@ -1,4 +1,4 @@
-"""The order of the checks: ``examine`` is what the command and programs call."""
+"""``examine``, which the command and programs call, runs the checks in their order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from asyncckpt.memory.available import available_memory_bytes
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import read_holder
 
-#: Of what is free: a doctor must not be what fills a disk.
+#: This fraction of the free space is used at most: a doctor must not be what fills a disk.
 _SHARE_OF_FREE = 20
 _MIN_BYTES = 1 << 20
 _BULK_BYTES = 16 << 20
@@ -36,16 +36,17 @@ def examine(
     ops: DoctorOps | None = None,
     system: System | None = None,
 ) -> Report:
-    """Look at the directory that a run is to be saved in, and say what is wrong and what to set.
+    """Examine the directory that a run is to be saved in; report what is wrong and what to set.
 
-    ``path`` may hold a run, a live one too: nothing but a directory of the doctor's own (``.tmp-doctor-…``) is written
+    ``path`` may hold a run, even a live one: nothing but a directory of the doctor's own (``.tmp-doctor-…``) is written
     there, and it is deleted again, whatever happens. Where ``path`` does not exist yet, the nearest directory above it
-    is examined. ``seconds``: about how long the speed tests take (0: none). ``max_bytes``: the most that is on the disk
-    at one time; never more than a twentieth of what is free. ``on_finding``: called with each finding as it comes.
+    is examined. ``seconds`` is about how long the speed tests take (0 leaves them out). At most ``max_bytes`` are on
+    the disk at one time, and never more than a twentieth of what is free. ``on_finding`` is called with each finding as
+    it comes, on the calling thread.
 
-    Blocks on the device, for ``seconds`` and a few more; a file system that hangs hangs it. Raises ``RunPathError``
-    where ``path`` is a file, and ``RunLocked`` where a run that begins meanwhile clears the doctor's files; everything
-    else that goes wrong is a finding.
+    Blocks on the device, for ``seconds`` and a few more; on a file system that hangs it hangs. Raises ``InvalidOption``
+    for ``seconds`` outside 0 to 3600, ``RunPathError`` where ``path`` is a file, and ``RunLocked`` where a run that
+    begins meanwhile clears the doctor's files; everything else that goes wrong is a finding.
     """
     if not 0 <= seconds <= 3600:
         raise InvalidOption(f"seconds must be from 0 to 3600, not {seconds!r}")
@@ -155,7 +156,7 @@ class _Examination:
         self._add(semantics.guarded(scratch, "speed", measured))
 
     def _place(self, asked: str) -> Finding:
-        """What is there already. Reads manifests at most."""
+        """Look at what is there already. This reads manifests at most."""
         if asked != self._path:
             seen = f"{asked} does not exist yet: {self._path} was examined"
             return Finding("run", "note", seen, "mind spelling and mounts")
@@ -166,7 +167,7 @@ class _Examination:
         return Finding("run", "good", "no live run")
 
     def _space(self) -> int:
-        """Bytes to use here; adds the findings about room."""
+        """Return how many bytes may be used here, and add the findings about space."""
         try:
             found = self._ops.statvfs(self._path)
         except OSError as error:
@@ -216,7 +217,7 @@ class _Examination:
 
 
 def _nearest(path: str) -> str:
-    """The path, or the nearest above it that exists."""
+    """Return the path, or the nearest directory above it that exists."""
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path

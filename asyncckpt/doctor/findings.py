@@ -1,4 +1,4 @@
-"""What the doctor says: one finding a check, what was measured, what to set."""
+"""The doctor reports one finding a check, the speeds it measured, and the settings it recommends."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-#: ``unsafe``: checkpoints can be lost or mixed up here. ``warning``: something to know before trusting it. ``note``: it
-#: works otherwise, or is slower.
+#: ``unsafe`` means that checkpoints can be lost or mixed up here, ``warning`` that there is something to know before
+#: trusting it, ``note`` that it works in another way, or slower.
 Status = Literal["good", "note", "warning", "unsafe"]
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``check`` names what was looked at, ``seen`` what was there, ``advice`` what to do about it."""
+    """``check`` names what was looked at, ``seen`` says what was there, and ``advice`` what to do about it (nothing
+    where it is empty)."""
 
     check: str
     status: Status
@@ -24,8 +25,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Bytes a second, ``fsync`` included; empty or 0 where not measured. ``direct`` and ``buffered``: by threads that
-    write at one time. ``encoding``: the codec ``auto`` on one thread, on floats."""
+    """Holds rates in bytes a second, ``fsync`` included; they are empty or 0 where nothing was measured. ``direct``
+    (O_DIRECT) and ``buffered`` map the number of threads that write at one time to a rate; ``read`` is a cold read;
+    ``encoding`` is the codec ``auto`` on one thread, on floats. ``publish_seconds`` is the time of a directory, a file,
+    two fsyncs and a rename."""
 
     direct: Mapping[int, float] = field(default_factory=dict)
     buffered: Mapping[int, float] = field(default_factory=dict)
@@ -37,8 +40,8 @@ class Speeds:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One keyword argument and why. ``group``: the options object it belongs to, as an argument of ``Checkpointer``
-    (``files``, ``writer``, ``run``) or of another one (``run.lease``)."""
+    """Recommends one keyword argument and says why. ``group`` is the options object it belongs to, as an argument of
+    ``Checkpointer`` (``files``, ``writer``, ``run``) or of another one (``run.lease``)."""
 
     name: str
     value: str | float
@@ -51,8 +54,8 @@ _CLASSES = {"files": "Safetensors", "writer": "WriterOptions", "run": "RunOption
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of it. ``path`` is the directory asked about, ``examined`` the one that was looked at (the nearest that
-    exists)."""
+    """Holds all that the doctor found. ``path`` is the directory asked about, ``examined`` the nearest one that exists,
+    which was looked at. ``speeds`` are in bytes a second."""
 
     path: str
     examined: str
@@ -66,7 +69,7 @@ class Report:
         return any(finding.status == "unsafe" for finding in self.findings)
 
     def code(self) -> str:
-        """The recommendation as Python that runs; empty where nothing can be written here."""
+        """Return the recommendation as Python that runs; it is empty where nothing can be written here."""
         if not self.settings:
             return ""
         names = [name for group, name in _CLASSES.items() if self._uses(group)]
@@ -78,7 +81,8 @@ class Report:
         return any(setting.group == group or setting.group.startswith(f"{group}.") for setting in self.settings)
 
     def _arguments(self, group: str, indent: str) -> list[str]:
-        """The lines between the parentheses of an options object; of ``Checkpointer`` where the group is empty."""
+        """Return the lines between the parentheses of an options object, or of ``Checkpointer`` where the group is
+        empty."""
         lines = [f"{indent}{_line(one)}" for one in self.settings if one.group == group and one.name != "format"]
         for inner, name in _CLASSES.items():
             parent, _, argument = inner.rpartition(".")
@@ -94,7 +98,7 @@ def _line(setting: Setting) -> str:
 
 
 def _text(value: str | float) -> str:
-    """As one would write it."""
+    """Format a value as one would write it."""
     if isinstance(value, str):
         return json.dumps(value)
     if type(value) is int:

@@ -1,4 +1,4 @@
-"""Findings from what the kernel says of the mount: nothing is written."""
+"""These findings come from what the kernel says about the mount; nothing is written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from asyncckpt.doctor.system import Mount, System
 
 
 def checks(mount: Mount | None, system: System) -> Iterator[Finding]:
-    """The file system, its journal and options, the device's cache, this machine's memory."""
+    """Check the file system, its journal and options, the device's cache, and this machine's memory."""
     if mount is None:
         yield Finding("file system", "note", "unknown: the kernel does not say")
     else:

@@ -1,4 +1,4 @@
-"""The system calls the doctor makes beyond the store's: the seam for its tests."""
+"""The doctor makes these system calls beyond the store's; its tests replace them here."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ try:
 except OSError as error:
     raise SystemExit(3 if error.errno in (errno.EAGAIN, errno.EACCES) else 4)
 """
-_CACHESTAT = 451  # the same number on every architecture; Linux 6.5+
+_CACHESTAT = 451  # Linux 6.5 and newer have it, with the same number on every architecture
 
 
 class DoctorOps(PosixOps):
-    """Thin and stateless, as ``PosixOps``."""
+    """Makes one system call a method, thin and stateless like ``PosixOps``."""
 
     def lock_whole(self, fd: int) -> None:
         """Take the exclusive ``flock`` or raise ``BlockingIOError``."""
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def lock_open_description(self, fd: int) -> None:
-        """The same with an open file description (byte range) lock."""
+        """Take the exclusive open file description (byte range) lock or raise ``BlockingIOError``."""
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
 
     def lock_elsewhere(self, path: str, kind: str) -> bool:
@@ -67,7 +67,8 @@ class DoctorOps(PosixOps):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def unwritten_pages(self, fd: int) -> int | None:
-        """Pages of the file that are dirty or on their way to the device; None where the kernel does not say."""
+        """Return how many pages of the file are dirty or on their way to the device; None where the kernel does not
+        say."""
         if not sys.platform.startswith("linux"):
             return None
         whole, answer = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()

@@ -1,5 +1,5 @@
-"""A directory of the doctor's own below the one it examines. What a killed doctor leaves, the next one, or the next run
-that holds the directory, deletes."""
+"""The doctor works in a directory of its own below the one it examines. What a killed doctor leaves is deleted by the
+next one, or by the next run that holds the directory."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from asyncckpt.storage.local import TEMP_PREFIX, LocalStore
 
 PREFIX = f"{TEMP_PREFIX}doctor-"
 _OURS = re.compile(rf"{re.escape(PREFIX)}[0-9a-f]{{32}}")
-#: A doctor that has made its directory takes the lock in it in less.
+#: A doctor that has made its directory takes the lock in it sooner than this.
 _YOUNG_SECONDS = 60.0
 _LOCK = "in-use"
 
 
 class Scratch:
-    """``with Scratch(path, ops) as scratch: scratch.file("name")``. Raises ``OSError`` where nothing can be made.
-    Leaving deletes it, whatever happened inside; ``left_behind`` says whether that failed."""
+    """``with Scratch(path, ops) as scratch: scratch.file("name")`` makes a directory, and deletes it on leaving,
+    whatever happened inside; ``left_behind`` says whether that failed. Raises ``OSError`` where nothing can be made."""
 
     def __init__(self, path: str, ops: DoctorOps) -> None:
         self.ops = ops
@@ -36,8 +36,9 @@ class Scratch:
     def __enter__(self) -> Self:
         try:
             self.ops.mkdir(self.path)
-            # Says that this one is in use; where there are no locks, a doctor deletes none of another's. A file, not
-            # the directory: the stand-in for renames that replace nothing waits for a lock on that.
+            # The lock says that this directory is in use; where there are no locks, a doctor deletes no directory of
+            # another. It is on a file, because the stand-in for renames that replace nothing waits for a lock on the
+            # directory.
             self._lock = os.open(self.file(_LOCK), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             with contextlib.suppress(OSError):
                 self.ops.lock_whole(self._lock)
@@ -56,7 +57,7 @@ class Scratch:
         return os.path.join(self.path, name)
 
     def check_kept(self) -> None:
-        """Raises ``RunLocked`` where somebody deleted the directory: a run that begins here clears what it finds."""
+        """Raise ``RunLocked`` where somebody deleted the directory: a run that begins here clears what it finds."""
         if not self.ops.exists(self.path):
             raise RunLocked(
                 f"{os.path.dirname(self.path)}: a run began here and cleared the doctor's files. "
@@ -65,19 +66,19 @@ class Scratch:
 
     def _delete(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)  # first: NFS keeps deleted files that are open, and the directory with them
+            os.close(self._lock)  # closed first, as NFS keeps deleted files that are open, and the directory with them
             self._lock = -1
         try:
             self._store.delete_tree(self.path)
-        except BaseException:  # Ctrl-C between two files
+        except BaseException:  # Ctrl-C came between two files
             self._store.delete_tree(self.path)
             raise
         self.left_behind = self.ops.exists(self.path)
 
     def _reclaim(self, folder: str) -> None:
-        """What killed doctors left."""
+        """Delete what killed doctors left."""
         entries = self.ops.scan(folder)
-        # both times are the file system's clock's
+        # both times come from the file system's clock
         now = self.ops.lstat(self.path).st_mtime
         for name, info in entries.items():
             old = os.path.join(folder, name)

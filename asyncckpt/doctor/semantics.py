@@ -1,4 +1,5 @@
-"""What the file system promises and keeps: renames, links, locks, exclusive creation, O_DIRECT, names, sizes, clock."""
+"""These checks try what the file system promises: renames, links, locks, exclusive creation, O_DIRECT, names, sizes,
+clock."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ _CLOCK_SECONDS = 2.0
 
 
 def checks(scratch: Scratch, *, remote: bool) -> Iterator[Finding]:
-    """One finding after the other. A check that fails in a way nobody thought of is a finding too. Raises ``RunLocked``
-    where a run that began meanwhile cleared the directory."""
+    """Yield the findings one by one. A check that fails in a way that it does not expect is a finding too. Raises
+    ``RunLocked`` where a run that began meanwhile cleared the directory."""
     table: dict[str, Callable[[], Finding]] = {
         "O_DIRECT": lambda: _direct(scratch),
         "exclusive creation": lambda: _exclusive(scratch),
@@ -39,7 +40,7 @@ def checks(scratch: Scratch, *, remote: bool) -> Iterator[Finding]:
 
 
 def guarded(scratch: Scratch, name: str, check: Callable[[], Finding]) -> Finding:
-    """What the check found, or that it failed."""
+    """Return what the check found, or the finding that it failed."""
     try:
         return check()
     except OSError as error:
@@ -48,12 +49,13 @@ def guarded(scratch: Scratch, name: str, check: Callable[[], Finding]) -> Findin
 
 
 def failed(name: str, error: OSError) -> Finding:
-    """A call that a save needs too did not work."""
+    """Make the finding that a call which saves need too did not work."""
     return Finding(name, "unsafe", f"failed: {error.strerror or error}", _way_out(error))
 
 
 def largest_file(scratch: Scratch) -> int:
-    """The largest size a file can have, by the file system and by this process's limit. Nothing is written."""
+    """Return the largest size in bytes that a file can have, by the file system and by this process's limit. Nothing is
+    written."""
     path = _make(scratch, "large")
     fd = scratch.ops.open(path, os.O_RDONLY)
     try:
@@ -68,7 +70,7 @@ def largest_file(scratch: Scratch) -> int:
 
 
 def size_finding(largest: int) -> Finding:
-    """What the largest file means for shards."""
+    """Say what the largest file means for shards."""
     if largest >= 1 << 40:
         return Finding("largest file", "good", "1 TiB and more")
     seen = f"{largest} bytes"
@@ -144,14 +146,14 @@ def _directory_fsync(scratch: Scratch) -> Finding:
 
 
 def _noreplace(scratch: Scratch, remote: bool) -> Finding:
-    """An empty directory is what a plain rename would replace without a word."""
+    """Try to rename onto an empty directory, which a plain rename would replace without a word."""
     ops, check = scratch.ops, "rename without replacing"
     one, two = scratch.file("rename-a"), scratch.file("rename-b")
     ops.mkdir(one)
     ops.mkdir(two)
     code = ops.try_rename_noreplace(one, two)
     if code == errno.EEXIST:
-        # the kernel looks for the target before it asks the file system, which may yet refuse the flag (NFS does)
+        # the kernel looks for the target before it asks the file system, which may still refuse the flag (NFS does)
         code = ops.try_rename_noreplace(one, scratch.file("rename-c"))
         if code == 0:
             if ops.exists(one) or not ops.exists(scratch.file("rename-c")):
@@ -205,7 +207,7 @@ def _reflinks(scratch: Scratch) -> Finding:
 
 
 def _locks(scratch: Scratch, remote: bool) -> Finding:
-    """``flock`` is what the lease is; open file description locks are what other tools may use."""
+    """Try ``flock``, which the lease uses, and open file description locks, which other tools may use."""
     ops, path, held = scratch.ops, _make(scratch, "lock"), []
     for kind, lock in (("flock", ops.lock_whole), ("ofd", ops.lock_open_description)):
         fd = ops.open(path, os.O_RDWR)

@@ -1,5 +1,5 @@
-"""How fast a path writes and reads the way a save does: extents by several threads, then one fsync. Bounded in time and
-bytes."""
+"""``Speed`` measures how fast a path writes and reads the way a save does: several threads move extents, then one fsync
+follows. Time and bytes are bounded."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _ENCODED_BYTES = 4 << 20
 
 
 class Speed:
-    """One file, written and read again and again, never more than ``max_bytes`` at one time. A pass starts no transfer
-    after ``seconds``; one that is in a slow device is waited for."""
+    """Writes and reads one file again and again, never more than ``max_bytes`` at one time. A pass starts no transfer
+    after ``seconds``, and waits for one that is in a slow device."""
 
     def __init__(self, scratch: Scratch, *, direct: bool, seconds: float, max_bytes: int) -> None:
         self._scratch = scratch
@@ -42,7 +42,8 @@ class Speed:
         self._buffers = threading.local()
 
     def direct(self) -> dict[int, float]:
-        """Bytes a second with O_DIRECT, by writer threads; empty where the file system has none."""
+        """Return bytes a second with O_DIRECT by the number of writing threads; empty where the file system has no
+        O_DIRECT."""
         if not self._direct:
             return {}
         rates: dict[int, float] = {}
@@ -56,16 +57,18 @@ class Speed:
         return rates
 
     def buffered(self, pace: float) -> dict[int, float]:
-        """The same by way of the page cache. ``pace``: what O_DIRECT reached, or 0: it bounds what fsync waits for."""
+        """Return bytes a second through the page cache, by the number of writing threads. ``pace`` is what O_DIRECT
+        reached, or 0; it bounds how long fsync takes."""
         pace = pace or self._write(1, min(_FIRST_BYTES, self._max_bytes), direct=False)
         rates = {1: self._write(1, self._amount(pace), direct=False)}
-        # the kernel writes a file's pages back with one thread, whoever made them dirty: more of ours change little
+        # the kernel writes a file's pages back with one thread, whoever made them dirty, so more threads change little
         if self._amount(rates[1]) >= 2 * _EXTENT_BYTES:
             rates[2] = self._write(2, self._amount(rates[1]), direct=False)
         return rates
 
     def read(self) -> tuple[float, bool]:
-        """Bytes a second past the page cache, of what was written last; and whether it is what was written."""
+        """Read what was written last, past the page cache. Return bytes a second, and whether it is what was
+        written."""
         ops, size = self._scratch.ops, self._scratch.ops.lstat(self._path).st_size
         fd = ops.open(self._path, os.O_RDONLY | (os.O_DIRECT if self._direct else 0))
         same = True
@@ -86,7 +89,7 @@ class Speed:
             ops.close(fd)
 
     def _amount(self, pace: float) -> int:
-        """Only so much that the device takes it in the time there is."""
+        """Return how many bytes the device takes in the time there is."""
         nbytes = min(self._max_bytes, max(_FIRST_BYTES, int(pace * self._seconds)))
         return max(ALIGNMENT_BYTES, nbytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
 
@@ -102,7 +105,7 @@ class Speed:
 
         try:
             began = time.perf_counter()
-            with contextlib.suppress(OSError):  # a courtesy, as in a save: the write itself says what is wrong
+            with contextlib.suppress(OSError):  # a courtesy, as in a save: the write itself reports what is wrong
                 ops.reserve(fd, nbytes)
             moved = self._pass(write, nbytes, threads)
             ops.truncate(fd, moved)
@@ -112,7 +115,7 @@ class Speed:
             ops.close(fd)
 
     def _pass(self, transfer: Callable[[int, int], int], nbytes: int, threads: int) -> int:
-        """Move up to ``nbytes`` in extents, from the file's beginning and without holes; how many were moved."""
+        """Move up to ``nbytes`` in extents, from the file's beginning and without holes; return how many were moved."""
         offsets = itertools.count(0, _EXTENT_BYTES)
         until = time.perf_counter() + self._seconds
         stop = threading.Event()
@@ -122,7 +125,7 @@ class Speed:
             while True:
                 if stop.is_set() or time.perf_counter() > until:
                     return moved
-                offset = next(offsets)  # atomic: it is C
+                offset = next(offsets)  # atomic, because it is C
                 end = min(offset + _EXTENT_BYTES, nbytes)
                 while offset < end:
                     done = transfer(offset, end - offset)
@@ -137,11 +140,12 @@ class Speed:
                 running = [pool.submit(work) for _ in range(threads)]
                 wait(running)
             finally:
-                stop.set()  # an interrupted doctor deletes its files next: leaving the pool waits for the last write
+                # an interrupted doctor deletes its files next, and leaving the pool waits for the last write
+                stop.set()
         return sum(one.result() for one in running)
 
     def _buffer(self) -> memoryview:
-        """One a thread: fresh memory would cost more than reading."""
+        """Return the calling thread's buffer; fresh memory would cost more than reading."""
         found: memoryview | None = getattr(self._buffers, "view", None)
         if found is None:
             buffer: mmap.mmap = aligned_buffer(_EXTENT_BYTES)
@@ -150,11 +154,11 @@ class Speed:
 
 
 def encoding_rate() -> float:
-    """Bytes a second that one thread encodes with ``auto``, on float32 like weights."""
+    """Return the bytes a second that one thread encodes with ``auto``, on float32 values like weights."""
     codec = codecs.get("auto")
     values = np.random.default_rng(0).normal(size=_ENCODED_BYTES // 4).astype(np.float32).view(np.uint8)
     out = np.empty(values.nbytes + FRAME_OVERHEAD_BYTES, np.uint8)
-    codec.encode(values, 4, out)  # makes the coder and faults the memory in
+    codec.encode(values, 4, out)  # this makes the coder and faults the memory in
     began = time.perf_counter()
     codec.encode(values, 4, out)
     return values.nbytes / (time.perf_counter() - began)

@@ -1,4 +1,5 @@
-"""What the kernel says of a directory: its file system, the device below it. Reads, never writes."""
+"""``System`` reads what the kernel says about a directory: its file system, and the device below it. It never
+writes."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-#: Locks and clocks there are another machine's, or another program's.
+#: On these, locks and clocks belong to another machine, or to another program.
 _REMOTE = re.compile(
     r"nfs\d?|cifs|smb\d?|smbfs|lustre|ceph|9p|virtiofs|afs|gpfs|beegfs(_nodev)?|pvfs2|orangefs|vboxsf|prl_fs|fuse(\..*)?"
 )
@@ -17,8 +18,9 @@ _SECTOR_BYTES = 512
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of ``/proc/self/mountinfo``. ``journalled`` is None where it cannot be known. ``disks``: the block
-    devices at the bottom, below device mapper and RAID; empty where there are none or they cannot be known."""
+    """Describes one line of ``/proc/self/mountinfo``. ``journalled`` is None where it cannot be known. ``disks`` are
+    the block devices at the bottom, below device mapper and RAID; empty where there are none or they cannot be
+    known."""
 
     file_system: str
     source: str = ""
@@ -38,20 +40,20 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What block devices did since the machine began."""
+    """Counts what block devices did since the machine began."""
 
     written_bytes: int
     flushes: int
 
 
 class System:
-    """``/proc`` and ``/sys``, under a root of the caller's choice."""
+    """Reads ``/proc`` and ``/sys`` below a root of the caller's choice."""
 
     def __init__(self, root: str = "/") -> None:
         self._root = Path(root)
 
     def mount(self, path: str) -> Mount | None:
-        """The mount that holds ``path``; None where the kernel does not say."""
+        """Return the mount that holds ``path``; None where the kernel does not say."""
         real = os.path.realpath(path)
         best: Mount | None = None
         device = ""
@@ -62,7 +64,7 @@ class System:
                 continue
             point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[4])
             inside = real == point or real.startswith(point.rstrip("/") + "/")
-            if inside and (best is None or len(point) >= len(best.point)):  # the last mounted lies on top
+            if inside and (best is None or len(point) >= len(best.point)):  # the one mounted last lies on top
                 options = frozenset([*fields[5].split(","), *rest[2].split(",")])
                 best, device = Mount(rest[0], rest[1], point, options), fields[2]
         if best is None:
@@ -73,7 +75,8 @@ class System:
         return Mount(best.file_system, best.source, best.point, best.options, journalled, disks)
 
     def write_cache(self, mount: Mount) -> str:
-        """``write back`` where any disk below has a volatile cache, ``write through``, or nothing where unknown."""
+        """Return ``write back`` where any disk below has a volatile cache, ``write through`` where none has, and
+        nothing where it is unknown."""
         found = {_text(disk / "queue/write_cache") for disk in mount.disks}
         return "write back" if "write back" in found else "" if not found or "" in found else "write through"
 
@@ -82,11 +85,11 @@ class System:
         return bool(mount.disks) and all(_text(disk / "queue/rotational") == "1" for disk in mount.disks)
 
     def traffic(self, mount: Mount) -> Traffic | None:
-        """Counters of the disks below; None where the kernel keeps none."""
+        """Return the counters of the disks below; None where the kernel keeps none."""
         written = flushes = 0
         for disk in mount.disks:
             numbers = _text(disk / "stat").split()
-            if len(numbers) < 17 or _text(disk / "queue/iostats") == "0":  # flushes are counted since Linux 5.5
+            if len(numbers) < 17 or _text(disk / "queue/iostats") == "0":  # Linux counts flushes since 5.5
                 return None
             written += int(numbers[6]) * _SECTOR_BYTES
             flushes += int(numbers[15])
@@ -97,12 +100,13 @@ class System:
         return "libeatmydata" in self._read("proc/self/maps")
 
     def memory_pages(self) -> str:
-        """Huge pages: ``always``, ``madvise`` or ``never``; nothing where it cannot be found."""
+        """Return the setting of huge pages: ``always``, ``madvise`` or ``never``; nothing where it cannot be found."""
         chosen = re.search(r"\[(\w+)\]", self._read("sys/kernel/mm/transparent_hugepage/enabled"))
         return chosen[1] if chosen else ""
 
     def _block(self, source: str, device: str) -> Path | None:
-        """The block device's place in ``/sys``: by number, or (btrfs has a number of its own) by the source's."""
+        """Find the block device's place in ``/sys`` by its number, or by the source's (btrfs has a number of its
+        own)."""
         found = self._root / "sys/dev/block" / device
         if not found.exists() and source.startswith("/dev/"):
             try:
@@ -116,7 +120,7 @@ class System:
         if file_system not in ("ext3", "ext4"):
             return None
         if not (self._root / "proc/fs/ext4" / block.name).exists():
-            return None  # a container that shows only a part of /proc
+            return None  # this container shows only a part of /proc
         try:
             journals = [entry.name for entry in (self._root / "proc/fs/jbd2").iterdir()]
         except FileNotFoundError:
@@ -130,7 +134,7 @@ class System:
 
 
 def _bottom(block: Path) -> set[Path]:
-    """The disks below: through device mapper and RAID, from a partition to its disk."""
+    """Return the disks below: through device mapper and RAID, and from a partition to its disk."""
     try:
         below = [entry.resolve() for entry in (block / "slaves").iterdir()]
     except OSError:

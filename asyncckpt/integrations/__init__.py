@@ -1,1 +1,1 @@
-"""Edges: where events and checkpoints meet other tools. Each module imports its tool only when it is used."""
+"""Integrations connect events and checkpoints to other tools. Each module imports its tool only when it is used."""

@@ -1,9 +1,9 @@
-"""``ChromeTrace``: saves and your own training steps on one time axis, for Perfetto or ``chrome://tracing``.
+"""``ChromeTrace`` puts saves and your own training steps on one time axis, for Perfetto or ``chrome://tracing``.
 
-The file is the JSON object form of the Trace Event Format (https://perfetto.dev/docs/getting-started/other-formats):
-complete events (``X``) for stages, one row a stage and thread; async events (``b``/``e``) for whole saves, which may
-overlap; instants (``i``) for what has no length. Times are microseconds on ``time.perf_counter``'s clock, so traces of
-processes on one machine share an axis.
+The file is the JSON object form of the Trace Event Format (https://perfetto.dev/docs/getting-started/other-formats).
+Stages are complete events (``X``), in one row a stage and thread; whole saves, which may overlap, are async events
+(``b``/``e``); what has no length is an instant (``i``). Times are microseconds on ``time.perf_counter``'s clock, so
+traces of processes on one machine share an axis.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from asyncckpt.events import (
     Written,
 )
 
-#: The rows' order from the top; one row for each thread that does the stage.
+#: The rows stand in this order from the top; each thread that does a stage has a row of its own.
 _STAGES = ("training", "stall", "staging", "writing", "commit", "restore", "retention")
 
 
@@ -61,7 +61,7 @@ class ChromeTrace:
         self._closed = False
 
     def __call__(self, event: Event) -> None:
-        """Record one event; the subscriber's side."""
+        """Record one event; ``Checkpointer`` calls this as a subscriber."""
         end, step = event.at_seconds, event.step
         args: dict[str, Any]
         match event:
@@ -103,7 +103,7 @@ class ChromeTrace:
 
     @contextlib.contextmanager
     def span(self, name: str, **args: Any) -> Iterator[None]:
-        """Put a piece of your own loop on the axis: ``with trace.span("step 7"): …``. ``args`` must be JSON values."""
+        """Put a part of your own loop on the axis: ``with trace.span("step 7"): …``. ``args`` must be JSON values."""
         began = time.perf_counter()
         try:
             yield
@@ -111,14 +111,14 @@ class ChromeTrace:
             self.add_span(name, began, time.perf_counter(), **args)
 
     def add_span(self, name: str, began_seconds: float, ended_seconds: float, **args: Any) -> None:
-        """The same for a piece already timed with ``time.perf_counter``."""
+        """Put a part of your own loop on the axis that was already timed with ``time.perf_counter``."""
         self._span("training", threading.current_thread().name, name, began_seconds, ended_seconds, args)
 
     def flush(self) -> None:
         """Write what is recorded so far, replacing the file atomically. Blocks on the disk. Raises ``OSError``."""
         with self._lock:
             records = self._metadata() + list(self._records)
-        # beside the target, so that the rename cannot cross file systems
+        # it lies beside the target, so that the rename cannot cross file systems
         temporary = f"{self.path}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
         try:
             with open(temporary, "w", encoding="utf-8") as file:
@@ -130,7 +130,8 @@ class ChromeTrace:
             raise
 
     def close(self) -> None:
-        """Write the file; later events are ignored. Idempotent; nothing in a forked child, where events are missing."""
+        """Write the file, and ignore later events. Idempotent. Blocks on the disk. Raises ``OSError``. In a forked
+        child, which has not seen all events, this does nothing."""
         if not self._closed and os.getpid() == self._pid:
             self.flush()
             self._closed = True
@@ -153,7 +154,7 @@ class ChromeTrace:
         with self._lock:
             known = event.step in self._open_saves
             self._open_saves.discard(event.step)
-        if known:  # an end without a beginning would be drawn from the start of time
+        if known:  # a viewer would draw an end without a beginning from the start of time
             self._add(self._save_record(event, "e", {"outcome": outcome}))
 
     def _save_record(self, event: Event, phase: str, args: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ class ChromeTrace:
                 self._records.append(record)
 
     def _metadata(self) -> list[dict[str, Any]]:
-        """Names and order of the rows. Called with the lock held."""
+        """Return the names and the order of the rows. The caller holds the lock."""
         about: list[dict[str, Any]] = [
             {"name": "process_name", "ph": "M", "pid": self._pid, "tid": 0, "args": {"name": "asyncckpt"}}
         ]

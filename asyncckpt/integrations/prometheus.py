@@ -1,4 +1,4 @@
-"""Events as Prometheus metrics: ``Checkpointer(..., on_event=PrometheusSink())``."""
+"""``Checkpointer(..., on_event=PrometheusSink())`` turns events into Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asyncckpt.events import Busy, Committed, Event, Failed, FellBack, Pruned, S
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-#: A stall is a millisecond where all is well and a save's whole length where it is not.
+#: A stall lasts a millisecond where all is well, and as long as the whole save where it is not.
 _STALL_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 _DURABLE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 
@@ -19,9 +19,9 @@ _DURABLE_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
 class PrometheusSink:
     """Registers ``asyncckpt_*`` metrics in ``registry`` (default: prometheus_client's own) and keeps them up to date.
 
-    Worth an alert: ``time() - asyncckpt_last_durable_timestamp_seconds`` growing beyond the save interval, and any
-    increase of ``asyncckpt_save_failures_total``. One sink a registry; a second raises ``ValueError``. Raises
-    ``MissingExtra`` where prometheus_client is not installed.
+    Set an alert on ``time() - asyncckpt_last_durable_timestamp_seconds`` growing beyond the save interval, and on any
+    increase of ``asyncckpt_save_failures_total``. A registry takes one sink; a second raises ``ValueError``. Raises
+    ``MissingExtra`` where prometheus_client is not installed. Thread-safe.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What the dashboards are told: events as a few named numbers."""
+"""Dashboards are told a few named numbers of each event."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from asyncckpt.events import Busy, Committed, Event, Failed, FellBack, Stalled
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """The numbers of an event by name, seconds and bytes; empty for events that a dashboard does not need."""
+    """Return the numbers of an event by name, in seconds and bytes. Events that a dashboard does not need have none."""
     match event:
         case Committed():
             return {

@@ -1,4 +1,4 @@
-"""Events to TensorBoard: ``Checkpointer(..., on_event=TensorBoardSink(writer))``."""
+"""``Checkpointer(..., on_event=TensorBoardSink(writer))`` sends events to TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from asyncckpt.integrations.scalars import scalars
 
 
 class ScalarWriter(Protocol):
-    """The part of ``torch.utils.tensorboard.SummaryWriter`` (or tensorboardX's) that is used. Thread-safe there."""
+    """The sink uses this part of ``torch.utils.tensorboard.SummaryWriter`` (or tensorboardX's), which is
+    thread-safe."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any: ...
 
 
 class TensorBoardSink:
-    """Writes stall, durable time, bytes and failures as scalars ``asyncckpt/…``, at the checkpoint's step.
+    """Writes stall and durable time (seconds), bytes and failures as scalars ``asyncckpt/…``, at the checkpoint's step.
 
-    ``writer``: a ``SummaryWriter``, which stays yours to flush and close, or a log directory; for that the sink makes a
-    writer of its own, and ``close`` closes it. Raises ``MissingExtra`` for a directory where tensorboard is not there.
+    ``writer`` is a ``SummaryWriter``, which stays yours to flush and close, or a log directory: then the sink makes a
+    writer, and ``close`` closes it. Raises ``MissingExtra`` for a directory where tensorboard is not installed.
+    Thread-safe.
     """
 
     def __init__(self, writer: ScalarWriter | str | os.PathLike[str]) -> None:
@@ -32,7 +34,7 @@ class TensorBoardSink:
             self._writer.add_scalar(tag, value, event.step)
 
     def close(self) -> None:
-        """Close the writer the sink made; one that was handed in is left open. Idempotent."""
+        """Close the writer that the sink made; one that was handed in stays open. Idempotent."""
         if self._owned is not None:
             self._owned.close()
 

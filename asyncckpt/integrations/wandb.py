@@ -1,4 +1,4 @@
-"""Events to Weights & Biases: ``Checkpointer(..., on_event=WandbSink(wandb.init(...)))``."""
+"""``Checkpointer(..., on_event=WandbSink(wandb.init(...)))`` sends events to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from asyncckpt.integrations.scalars import scalars
 
 
 class WandbSink:
-    """Logs stall, durable time, bytes and failures as ``asyncckpt/…``.
+    """Logs stall and durable time (seconds), bytes and failures as ``asyncckpt/…``.
 
-    ``run``: anything with ``log(values, step=…)``; default: the run of this process (``wandb.run``). A save becomes
-    durable after training has logged later steps, and W&B drops rows that go back. So a run that has
-    ``define_metric``, as W&B's own do, gets the values without a step of theirs, added to the row that is open
-    (``commit=False``), and ``asyncckpt/step`` as their x axis; others get ``step=`` the checkpoint's.
+    ``run`` is anything with ``log(values, step=…)``; the default is the run of this process (``wandb.run``). A save
+    becomes durable after training has logged later steps, and W&B drops rows that go back. So a run that has
+    ``define_metric``, as W&B's own do, gets the values without a step, added to the row that is open
+    (``commit=False``), and ``asyncckpt/step`` as their x axis; other runs get ``step=`` the checkpoint's.
 
-    Raises ``MissingExtra`` without ``run`` where wandb is not installed, ``InvalidOption`` where no run is active.
+    Raises ``MissingExtra`` without ``run`` where wandb is not installed, and ``InvalidOption`` where no run is active.
     """
 
     def __init__(self, run: Any = None) -> None:

@@ -1,13 +1,13 @@
-"""bfloat16 and the 8-bit floats for zarr-python: the data types that models have and zarr 3.1 lacks.
+"""zarr-python learns bfloat16 and the 8-bit floats here: models have these data types, and zarr 3.1 lacks them.
 
 Names, fill values and byte order are those of the zarr-extensions registry and of tensorstore. Arrays have the numpy
-dtypes of ``ml_dtypes`` and come back bit for bit, NaN payloads included. Zarr v3 only; v2 has no names for these types.
+dtypes of ``ml_dtypes`` and come back bit for bit, NaN payloads included. Only zarr v3 has names for these types.
 
 zarr leaves out a chunk that ``==`` its fill value, and a chunk of nothing but -0.0 equals 0.0: pass
-``config={"write_empty_chunks": True}`` where the sign of zero matters. Reading is not concerned.
+``config={"write_empty_chunks": True}`` where the sign of zero matters. Reading is not affected.
 
-zarr 3.4.1 and newer import this module by its entry points, whatever array comes first: it imports neither torch nor
-anything else of this package.
+zarr 3.4.1 and newer import this module through its entry points, whichever array comes first, so it imports neither
+torch nor anything else of this package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 
 def _missing(what: str) -> ImportError:
-    """``MissingExtra``, of a module that is imported for it alone."""
+    """Make a ``MissingExtra``; its module is imported for it alone."""
     from asyncckpt.errors import MissingExtra
 
     return MissingExtra(f"{what}: pip install 'asyncckpt[zarr]'")
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from zarr.core.common import JSON, ZarrFormat
     from zarr.core.dtype.common import DTypeJSON
 
-#: What zarr takes for "not this data type". It has moved: where the new place has it, the old one warns.
+#: zarr raises this for "not this data type". The class has moved: where the new place has it, the old one warns.
 DataTypeValidationError: type[ValueError] = (
     getattr(zarr.errors, "DataTypeValidationError", None) or zarr.dtype.DataTypeValidationError
 )
@@ -51,7 +51,7 @@ _Native = np.dtype[np.generic]
 
 
 class _DTypeClass:
-    """``cls.dtype_cls``, the class of the numpy dtype, looked up when asked for: ml_dtypes may not be there."""
+    """Looks ``cls.dtype_cls``, the class of the numpy dtype, up when asked for it: ml_dtypes may not be installed."""
 
     def __get__(self, instance: object, owner: type[_MLFloat]) -> type[_Native]:
         return type(owner._native())
@@ -59,10 +59,11 @@ class _DTypeClass:
 
 @dataclass(frozen=True, kw_only=True)
 class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
-    """A float of ``ml_dtypes``, which names it as zarr does: a subclass is its name, and its size if not one byte.
+    """A float of ``ml_dtypes``, which names it as zarr does. A subclass adds the name, and the size where it is not one
+    byte.
 
-    Immutable and thread-safe. What needs ml_dtypes raises ``MissingExtra`` where it is not installed; matching other
-    dtypes, which zarr has every registered type do for every array, neither needs nor imports it.
+    Immutable and thread-safe. What needs ml_dtypes raises ``MissingExtra`` where it is not installed. Matching another
+    dtype, which zarr asks every registered type to do for every array, neither needs nor imports it.
     """
 
     dtype_cls = cast("type[_Native]", _DTypeClass())
@@ -80,7 +81,7 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
 
     @property
     def item_size(self) -> int:
-        """Bytes of one value."""
+        """Return the bytes of one value."""
         return self._item_bytes
 
     # between numpy and zarr
@@ -92,7 +93,7 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
 
     @classmethod
     def from_native_dtype(cls, dtype: _Native) -> Self:
-        """Raises ``DataTypeValidationError`` for any numpy dtype but the one of this name."""
+        """Match the numpy dtype of this name. Raises ``DataTypeValidationError`` for any other."""
         if not cls._check_native_dtype(dtype):
             raise DataTypeValidationError(f"Invalid data type: {dtype}. Expected {cls._zarr_v3_name}")
         return cls._of(dtype)
@@ -102,7 +103,7 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
         return cls()
 
     def to_native_dtype(self) -> _Native:
-        """The numpy dtype. Raises ``MissingExtra``."""
+        """Return the numpy dtype. Raises ``MissingExtra``."""
         return self._native()
 
     # between JSON and zarr
@@ -124,7 +125,7 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
     def to_json(self, zarr_format: Literal[3]) -> str: ...
 
     def to_json(self, zarr_format: ZarrFormat) -> str:
-        """The name. Raises ``DataTypeValidationError``, a ``ValueError``, for zarr v2."""
+        """Return the name. Raises ``DataTypeValidationError``, a ``ValueError``, for zarr v2."""
         self._check_format(zarr_format)
         return self._zarr_v3_name
 
@@ -142,14 +143,14 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
         return True
 
     def cast_scalar(self, data: object) -> np.generic:
-        """``data`` rounded to this type; a scalar of this type keeps its bits.
+        """Return ``data`` rounded to this type; a scalar of this type keeps its bits.
 
-        Raises ``TypeError`` for what is no number, and for a number that would become NaN: an infinity or an overflow
-        where the type has no infinity.
+        Raises ``TypeError`` for what is not a number, and for a number that would become NaN: an infinity or an
+        overflow where the type has no infinity.
         """
         scalar_type: Any = self.to_native_dtype().type
         if isinstance(data, np.ndarray) and data.ndim == 0:
-            data = data[()]  # the scalar itself: NaN payloads do not survive float()
+            data = data[()]  # NaN payloads do not survive float(), so the scalar itself is taken
         if isinstance(data, scalar_type):
             return cast("np.generic", data)
         try:
@@ -162,11 +163,12 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
         return scalar
 
     def default_scalar(self) -> np.generic:
-        """0.0."""
+        """Return 0.0, the fill value of an array that names none."""
         return self.cast_scalar(0)
 
     def from_json_scalar(self, data: JSON, *, zarr_format: ZarrFormat) -> np.generic:
-        """The scalar of a number, ``"NaN"``, ``"Infinity"``, ``"-Infinity"`` or, bit for bit, of ``"0x…"``.
+        """Return the scalar of a number, of ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, or, bit for bit, of
+        ``"0x…"``.
 
         Raises ``TypeError`` for anything else, a wrong number of hex digits included.
         """
@@ -174,13 +176,13 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
         if isinstance(data, str) and re.fullmatch(f"0x[0-9a-fA-F]{{{2 * self.item_size}}}", data):
             image = int(data, 16).to_bytes(self.item_size, sys.byteorder)
             return cast("np.generic", np.frombuffer(image, self._native())[0])
-        # a bool is an int to Python, and no number to JSON
+        # to Python a bool is an int, to JSON it is not a number
         if data in ("NaN", "Infinity", "-Infinity") or type(data) in (int, float):
             return self.cast_scalar(data)
         raise TypeError(f"Invalid fill value of {self._zarr_v3_name}: {data!r}")
 
     def to_json_scalar(self, data: object, *, zarr_format: ZarrFormat) -> float | str:
-        """The inverse of ``from_json_scalar``; hex for every NaN that is not the type's ``"NaN"``."""
+        """Invert ``from_json_scalar``; every NaN that is not the type's ``"NaN"`` becomes hex."""
         self._check_format(zarr_format)
         scalar = self.cast_scalar(data)
         number = float(cast("Any", scalar))
@@ -196,7 +198,7 @@ class _MLFloat(ZDType[_Native, np.generic], HasItemSize):
 
 @dataclass(frozen=True, kw_only=True)
 class BFloat16(_MLFloat, HasEndianness):
-    """``bfloat16``: 1 sign, 8 exponent and 7 mantissa bits. The ``bytes`` codec holds the byte order of a file."""
+    """``bfloat16`` has 1 sign, 8 exponent and 7 mantissa bits. The ``bytes`` codec holds the byte order of a file."""
 
     _zarr_v3_name = "bfloat16"
     _item_bytes = 2
@@ -206,7 +208,7 @@ class BFloat16(_MLFloat, HasEndianness):
         return cls(endianness=get_endianness_from_numpy_dtype(dtype))
 
     def to_native_dtype(self) -> _Native:
-        """The numpy dtype in this byte order. Raises ``MissingExtra``."""
+        """Return the numpy dtype in this byte order. Raises ``MissingExtra``."""
         if self.endianness == sys.byteorder:
             # numpy marks a dtype of ml_dtypes "<" where it was asked for "<", and its own "=": it must be the usual one
             return self._native()
@@ -214,34 +216,34 @@ class BFloat16(_MLFloat, HasEndianness):
 
 
 class Float8E4M3FN(_MLFloat):
-    """``float8_e4m3fn``: up to 448, no infinities, NaN is 0x7f and 0xff."""
+    """``float8_e4m3fn`` reaches 448 and has no infinities; 0x7f and 0xff are NaN."""
 
     _zarr_v3_name = "float8_e4m3fn"
 
 
 class Float8E5M2(_MLFloat):
-    """``float8_e5m2``: up to 57344, infinities and NaNs as in IEEE 754."""
+    """``float8_e5m2`` reaches 57344 and has infinities and NaNs as in IEEE 754."""
 
     _zarr_v3_name = "float8_e5m2"
 
 
 class Float8E4M3FNUZ(_MLFloat):
-    """``float8_e4m3fnuz``: up to 240, no infinities, one NaN, 0x80, and so no -0.0."""
+    """``float8_e4m3fnuz`` reaches 240 and has no infinities and one NaN, 0x80, so it has no -0.0."""
 
     _zarr_v3_name = "float8_e4m3fnuz"
 
 
 class Float8E5M2FNUZ(_MLFloat):
-    """``float8_e5m2fnuz``: up to 57344, no infinities, one NaN, 0x80, and so no -0.0."""
+    """``float8_e5m2fnuz`` reaches 57344 and has no infinities and one NaN, 0x80, so it has no -0.0."""
 
     _zarr_v3_name = "float8_e5m2fnuz"
 
 
 def register() -> None:
-    """Make the five names known to zarr-python in this process; a name that is taken already stays as it is.
+    """Make the five names known to zarr-python in this process; a name that is already taken stays as it is.
 
-    zarr 3.4.1 and newer do so by themselves, by the entry points of the group ``zarr.data_type``; older ones collect
-    that group and never load it. Idempotent. Other threads may open and create arrays meanwhile.
+    zarr 3.4.1 and newer do so by themselves, through the entry points of the group ``zarr.data_type``; older versions
+    collect that group and never load it. Idempotent. Other threads may open and create arrays meanwhile.
     """
     known = data_type_registry.contents
     ours = {one._zarr_v3_name: one for one in (BFloat16, Float8E4M3FN, Float8E5M2, Float8E4M3FNUZ, Float8E5M2FNUZ)}

@@ -1,4 +1,4 @@
-"""A checkpoint as a read-only zarr store that checks what it hands out: any zarr code, no unverified byte.
+"""Any zarr code reads a checkpoint through this read-only store, which hands out no unverified byte.
 
 Opening the directory itself with zarr works too and is unsafe in two ways: nothing is verified, and a chunk that is
 missing reads as zeros. Here both are errors.
@@ -33,17 +33,19 @@ except ImportError as error:
 
 
 def open_group(checkpoint: str | os.PathLike[str] | Reader) -> zarr.Group:
-    """The checkpoint's root group (``group["model"]["blocks.0.weight"][:]``), read-only, every byte verified.
+    """Open the checkpoint's root group (``group["model"]["blocks.0.weight"][:]``), read-only; every byte is verified as
+    it is read.
 
-    ``checkpoint``: a checkpoint's directory, or what ``Run.open`` gives (the caller closes that). Raises
-    ``CheckpointNotFound``, ``CheckpointDamaged``, and ``InvalidOption`` for a checkpoint of another format.
+    ``checkpoint`` is a checkpoint's directory, or what ``Run.open`` returns (which the caller closes). Blocks on the
+    disk. The group is thread-safe. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` (later reads do, too), and
+    ``InvalidOption`` for a checkpoint of another format.
     """
     zarr_dtypes.register()
     return zarr.open_group(CheckpointStore(checkpoint), mode="r")
 
 
 class CheckpointStore(Store):
-    """zarr's ``Store`` over a published checkpoint. Reads block on a thread; thread-safe."""
+    """Presents a published checkpoint as zarr's ``Store``. Reads block a thread of asyncio's pool. Thread-safe."""
 
     def __init__(self, checkpoint: str | os.PathLike[str] | Reader) -> None:
         super().__init__(read_only=True)
@@ -87,7 +89,8 @@ class CheckpointStore(Store):
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Raises ``CheckpointDamaged`` for bytes that are not what was saved, and for a chunk that is not there."""
+        """Read and verify a key's bytes; None where there is no such key. Raises ``CheckpointDamaged`` for bytes that
+        are not what was saved, and for a chunk that is missing."""
         record = self._files.get(key)
         if record is None:
             if key.rpartition("/")[0] in self._arrays and key.rpartition("/")[2].startswith("c"):
@@ -118,7 +121,7 @@ class CheckpointStore(Store):
         for child in dict.fromkeys(
             name[len(folder) :].partition("/")[0] for name in self._files if name.startswith(folder)
         ):
-            # what is no part of the zarr hierarchy (the manifest's own files) has no zarr.json and is not shown
+            # what does not belong to the zarr hierarchy (the manifest's own files) has no zarr.json, and is not shown
             if folder or child == METADATA_FILE or f"{child}/{METADATA_FILE}" in self._files:
                 yield child
 

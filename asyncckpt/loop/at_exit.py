@@ -1,4 +1,4 @@
-"""The end of a checkpointer that nobody closes: a script that ends must not lose an unfinished save silently."""
+"""A checkpointer that nobody closes is closed at exit: a script that ends must not lose an unfinished save silently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("asyncckpt")
 
 
 class Drainable(Protocol):
-    """What is drained at exit."""
+    """Has saves that may be unfinished when the interpreter ends."""
 
     path: str
 
@@ -25,9 +25,9 @@ class Drainable(Protocol):
 def drain_at_exit(target: Drainable) -> None:
     """Close ``target`` when the interpreter ends, if it still lives, and say so where saves were unfinished.
 
-    ``threading._register_atexit`` runs while threads and executors still work; plain ``atexit`` comes too late to
-    write anything, and is the fallback only so that the loss is at least reported. A forked child ends by the same
-    way, and has nothing to wait for.
+    ``threading._register_atexit`` runs while threads and executors still work. Plain ``atexit`` comes too late to write
+    anything; it is the fallback, so that the loss is at least reported. A forked child ends in the same way, and has
+    nothing to wait for.
     """
     reference = weakref.ref(target)
     pid = os.getpid()

@@ -1,7 +1,7 @@
-"""When a save is due: pure answers from the step, the clock and the last save.
+"""Cadences say when a save is due. Their answers depend on the step, the clock and the last save alone.
 
-Both rules below look at what lies between the last save and now, so a loop that calls ``step`` only now and then, or
-whose save was skipped, saves at its next call instead of missing the mark.
+They look at what lies between the last save and now, so a loop that calls ``step`` only now and then, or whose save was
+skipped, saves at its next call instead of missing the mark.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from asyncckpt.errors import InvalidOption
 
 @runtime_checkable
 class Cadence(Protocol):
-    """Says when a save is due. Must be pure; the clock is passed in."""
+    """Says when a save is due. An implementation must be pure; the clock is passed in."""
 
     def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
-        """Whether to save after ``step``. Seconds are those of a monotonic clock; ``last_saved_step`` is the newest
-        step saved or resumed from, or None, and ``last_saved_seconds`` is when (or when the run began)."""
+        """Whether to save after ``step``. Seconds are those of a monotonic clock. ``last_saved_step`` is the newest
+        step saved or resumed from, or None; ``last_saved_seconds`` is the time of that save, or of the run's beginning.
+        Called on the training thread; must not block."""
         ...
 
 
-#: What ``every`` may be: nothing, a number of steps, a cadence, or several of those.
+#: ``every`` is nothing, a number of steps, a cadence, or several of those.
 Every: TypeAlias = "int | Cadence | Sequence[int | Cadence] | None"
 
 
@@ -37,7 +38,8 @@ class _Combinable:
 
 @dataclass(frozen=True, slots=True)
 class Steps(_Combinable):
-    """At every multiple of ``n``, or as soon as one was passed since the last save."""
+    """A save is due at every multiple of ``n`` steps, or as soon as one was passed since the last save. Raises
+    ``InvalidOption`` unless ``n`` is a whole number from 1."""
 
     n: int
 
@@ -47,14 +49,16 @@ class Steps(_Combinable):
 
     def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
         if last_saved_step is not None and step < last_saved_step:
-            # a loop that went back without restoring: let the save happen and say so, rather than save nothing
+            # the loop went back without restoring: the save must happen and fail loudly, rather than silently not
+            # happen
             return step % self.n == 0
         return step // self.n > (last_saved_step or 0) // self.n
 
 
 @dataclass(frozen=True, slots=True)
 class Minutes(_Combinable):
-    """When ``m`` minutes have passed since the last save began."""
+    """A save is due when ``m`` minutes have passed since the last one began. Raises ``InvalidOption`` unless ``m`` is a
+    finite number above 0."""
 
     m: float
 
@@ -68,7 +72,8 @@ class Minutes(_Combinable):
 
 @dataclass(frozen=True, slots=True)
 class Milestones(_Combinable):
-    """At each of these steps, or as soon as one was passed since the last save."""
+    """A save is due at each of these steps, or as soon as one was passed since the last save. Raises ``InvalidOption``
+    unless all are whole numbers from 0."""
 
     steps: Iterable[int]
 
@@ -88,7 +93,7 @@ class Milestones(_Combinable):
 
 @dataclass(frozen=True, slots=True, init=False)
 class AnyOf(_Combinable):
-    """When any of these is due. ``Steps(100) | Minutes(10)`` is the same."""
+    """A save is due when any of these cadences says so. ``Steps(100) | Minutes(10)`` is the same."""
 
     cadences: tuple[Cadence, ...]
 
@@ -111,14 +116,15 @@ class AnyOf(_Combinable):
 
 @dataclass(frozen=True, slots=True)
 class Never(_Combinable):
-    """Never: only explicit saves."""
+    """No save is ever due; only explicit ones happen."""
 
     def due(self, step: int, now_seconds: float, last_saved_step: int | None, last_saved_seconds: float) -> bool:
         return False
 
 
 def parse(every: Every) -> Cadence:
-    """The cadence that ``every`` means: None never, an int that many steps, several whichever comes first.
+    """Return the cadence that ``every`` means: None is never, an int is that many steps, several are whichever comes
+    first.
 
     Raises ``InvalidOption`` for anything else.
     """
@@ -136,13 +142,13 @@ def parse(every: Every) -> Cadence:
 
 
 def _is_cadence(value: object) -> TypeGuard[Cadence]:
-    # a class that was not called has a ``due`` too
+    # a class that nobody called has a ``due`` too
     return isinstance(value, Cadence) and not isinstance(value, type)
 
 
 def by_step_and_by_clock(cadence: Cadence) -> tuple[Cadence, Cadence]:
-    """The parts of a cadence that all ranks of a job answer alike, and those that they might not: what looks at a
-    clock, and what is not known."""
+    """Split a cadence into the part that all ranks of a job answer alike, and the part that they may not: cadences that
+    look at a clock, and those of other people."""
     parts = cadence.cadences if isinstance(cadence, AnyOf) else (cadence,)
     alike = [part for part in parts if isinstance(part, Steps | Milestones | Never)]
     others = [part for part in parts if part not in alike]

@@ -1,4 +1,4 @@
-"""Training-step hooks: what asks asyncckpt to act, from inside a training loop and from outside it."""
+"""Hooks on optimizers make the update of a training step wait for a save's copies."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from asyncckpt.stage.eager import OwnedMemory, storages
 
 
 class WatchedOptimizers:
-    """The optimizers whose parameters and state are copied while training goes on. For the training thread.
+    """Knows the optimizers whose parameters and state are copied while training goes on. For the training thread.
 
-    ``saves``: those whose copies must be made before anything watched changes; ``stall_timeout_seconds``: the longest
-    that training waits for one of them.
+    ``saves`` are those whose copies must be made before anything watched changes; ``stall_timeout_seconds`` is the
+    longest that training waits for one of them.
 
-    A pre-hook of every optimizer step waits for what is not copied yet, right before the update changes it: torch's
-    global one, because another optimizer, or one made anew, may step over the same parameters. ``GradScaler`` skips the
-    hook on steps that it skips: nothing changes then either.
+    A pre-hook of every optimizer step waits for what is not copied yet, right before the update changes it. It is
+    torch's global one, because another optimizer, or one made anew, may step over the same parameters. ``GradScaler``
+    skips the hook on steps that it skips: nothing changes then either.
     """
 
     def __init__(self, saves: InFlightSaves, stall_timeout_seconds: float) -> None:
         self._saves = saves
         self._stall_timeout_seconds = stall_timeout_seconds
         self._pid = os.getpid()
-        #: By identity: not every optimizer can be hashed.
+        #: The key is the identity, as not every optimizer can be hashed.
         self._optimizers: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self._handles: list[RemovableHandle] = []
 
     def add(self, *optimizers: torch.optim.Optimizer) -> None:
         """Watch these optimizers, or the ones that they wrap. Idempotent. Raises ``InvalidOption`` for anything else,
-        and for a wrapper of which nobody can tell which optimizer steps; nothing is remembered then."""
-        while _retired:  # not when they were let go of, which may be while torch goes through its hooks
+        and for a wrapper that does not show which optimizer steps; then none of them is watched."""
+        while _retired:  # not when they were retired, which may be while torch goes through its hooks
             _retired.pop().remove()
         for stepping in [optimizer_that_steps(optimizer) for optimizer in optimizers]:
             if stepping in self:
@@ -49,15 +49,16 @@ class WatchedOptimizers:
                 handle = register_optimizer_step_pre_hook(_hook(weakref.WeakMethod(self._before_step)))
                 self._handles.append(handle)
                 weakref.finalize(self, _retired.append, handle)
-            # optimizer.load_state_dict replaces the state by copies, but its groups' tensors (a tensor lr) in place
+            # load_state_dict replaces the state by copies, but changes its groups' tensors (a tensor lr) in place
             loading = _hook(weakref.WeakMethod(self._before_load))
             self._handles.append(stepping.register_load_state_dict_pre_hook(loading))
             self._optimizers[id(stepping)] = weakref.ref(stepping)
 
     def before_change(self, where: str, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """What watched optimizers own is about to change, by the step of ``optimizer`` where there is one: whatever is
-        not copied yet is copied now. Blocks for that. ``where``: for the event."""
-        if os.getpid() != self._pid:  # a forked child's parameters are its own
+        """Copy now whatever is not copied yet, as watched optimizers' memory is about to change: by the step of
+        ``optimizer``, where there is one. Blocks until it is copied. ``where`` names the change in the stall's
+        event."""
+        if os.getpid() != self._pid:  # a forked child's parameters belong to it alone
             return
         for flight in self._saves.all():
             if flight.job.done and not flight.job.on_device:
@@ -81,8 +82,9 @@ class WatchedOptimizers:
         return [optimizer for optimizer in found if optimizer is not None]
 
     def owned(self) -> OwnedMemory:
-        """The memory that only an optimizer's step changes: trained parameters and their state. One with
-        ``requires_grad=False`` is not: whoever froze it may change it elsewhere, a momentum encoder in its forward."""
+        """Return the memory that only an optimizer's step changes: trained parameters and their state. A parameter with
+        ``requires_grad=False`` is left out: whoever froze it may change it elsewhere, as a momentum encoder does in its
+        forward."""
         memory = OwnedMemory()
         for optimizer in self._alive():
             memory.add([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
@@ -99,19 +101,19 @@ class WatchedOptimizers:
         return bool(self._alive())
 
     def close(self) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._optimizers.clear()
 
 
-#: Hooks of watchers that are gone: they do nothing any more.
+#: These hooks belong to watchers that are gone, and do nothing any more.
 _retired: list[RemovableHandle] = []
 
 
 def _hook(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -> Callable[..., None]:
-    """A hook of an optimizer that calls a method, and does nothing once its object is gone."""
+    """Make a hook of an optimizer that calls a method, and does nothing once the method's object is gone."""
 
     def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         alive = before()
@@ -123,7 +125,7 @@ def _hook(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -
 
 def may_change(optimizer: torch.optim.Optimizer, tensors: Collection[torch.Tensor]) -> bool:
     """Whether a step of the optimizer may change one of the tensors: it has something in the same memory block, or
-    something of which nobody can tell where it lies."""
+    something whose place in memory nobody can tell."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         return not storages(tensors).isdisjoint(storages([*parameters, *_state_tensors(optimizer)]))
@@ -137,8 +139,8 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def optimizer_that_steps(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer whose ``step`` torch's hooks see: this one or, of a wrapper that was never initialised as one
-    (Accelerate's), the one inside it. Raises ``InvalidOption`` where there is none, or more than one."""
+    """Return the optimizer whose ``step`` torch's hooks see: this one, or the one inside a wrapper that was never
+    initialised as an optimizer (Accelerate's). Raises ``InvalidOption`` where there is none, or more than one."""
     found, passed = optimizer, [optimizer]
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidOption(f"watch takes a torch.optim.Optimizer, not a {type(optimizer).__name__}")
@@ -154,7 +156,7 @@ def optimizer_that_steps(optimizer: torch.optim.Optimizer) -> torch.optim.Optimi
 
 
 def _is_hooked(optimizer: torch.optim.Optimizer) -> bool:
-    # what Optimizer.__init__ does: make the instance's hooks, and have the class's step call them
+    # Optimizer.__init__ makes the instance's hooks, and has the class's step call them
     return "_optimizer_step_pre_hooks" in vars(optimizer) and getattr(type(optimizer).step, "hooked", False)
 
 

@@ -1,4 +1,4 @@
-"""Preemption: save on a signal, then leave."""
+"""Preemption makes a signal end training with a save."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from asyncckpt.errors import InvalidOption
 
 @dataclass(frozen=True, slots=True)
 class Preemption:
-    """Save on a signal, then leave: ``Checkpointer(..., preemption=Preemption())``.
+    """Says that a signal makes training save, then leave: ``Checkpointer(..., preemption=Preemption())``.
 
-    On one of ``signals`` the next ``step`` saves, waits until the checkpoint is durable, for at most
+    After one of ``signals`` the next ``step`` saves, blocks until the checkpoint is durable, for at most
     ``deadline_seconds`` after the signal, and raises ``Preempted`` (a ``SystemExit``), so ``with`` blocks and
-    ``finally`` run. The exit code is 128 + the signal's number unless ``exit_code`` is given: a scheduler sees that
-    the job did not finish.
+    ``finally`` run. The exit code is ``exit_code``, or 128 + the signal's number where that is None: a scheduler sees
+    that the job did not finish. Raises ``InvalidOption`` for a deadline that is not above 0.
     """
 
     signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGUSR1)
@@ -34,7 +34,7 @@ class Preemption:
 
 
 class Preempted(SystemExit):
-    """Raised by ``step`` once the preemption save is durable. ``step`` is the saved step."""
+    """``step`` raises this once the preemption save is durable. ``step`` is the saved step, ``code`` the exit code."""
 
     def __init__(self, code: int, step: int) -> None:
         super().__init__(code)
@@ -42,8 +42,8 @@ class Preempted(SystemExit):
 
 
 class SignalWatch:
-    """Remembers that a signal came; never saves inside the handler, where nothing is safe. A forked child has the
-    handlers that were there before."""
+    """Remembers that a signal came; it never saves inside the handler, where nothing is safe. A forked child gets the
+    handlers back that were there before."""
 
     def __init__(self, preemption: Preemption) -> None:
         self.preemption = preemption
@@ -56,16 +56,16 @@ class SignalWatch:
         forks.disarm_in_child(self)
 
     def notice(self) -> None:
-        """Another rank of the job was signalled: as if this one had been, now."""
+        """Act as if this rank had been signalled now: another rank of the job was."""
         if self.received is None:
             self._handle(int(self.preemption.signals[0]), None)
 
     def remaining_seconds(self) -> float:
-        """Until the deadline; 0.0 where it has passed."""
+        """Return the seconds until the deadline; 0.0 where it has passed."""
         return max(0.0, self._deadline - time.monotonic())
 
     def exit_code(self) -> int:
-        """What ``Preempted`` carries."""
+        """Return the exit code that ``Preempted`` carries."""
         if self.preemption.exit_code is not None:
             return self.preemption.exit_code
         return 128 + int(self.received or 0)
@@ -82,14 +82,14 @@ class SignalWatch:
                 signal.signal(number, self._before(number))
 
     def _before(self, number: int) -> Any:
-        """The handler that was there before any of this library's."""
+        """Return the handler that was there before any of this library's."""
         found: Any = self._previous.get(signal.Signals(number))
         while isinstance(watch := getattr(found, "__self__", None), SignalWatch):
             found = watch._previous.get(signal.Signals(number))
         return signal.SIG_DFL if found is None else found
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a forked child's own handler has called this one
+        if os.getpid() != self._pid:  # the handler that a forked child installed has called this one
             before = self._before(number)
             if callable(before):
                 before(number, frame)

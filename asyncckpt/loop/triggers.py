@@ -1,4 +1,4 @@
-"""When a step ends in a save: cadence and preemption, alone or settled with the ranks of a job."""
+"""Cadence and preemption decide whether a step ends in a save, alone or together with the ranks of a job."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from asyncckpt.ranks.coordinator import Job
 
 
 class Occasions:
-    """For the training thread. What looks at a clock, and signals, are settled with the other ranks: see
-    ``Announcements``."""
+    """Decides which steps end in a save. For the training thread. Answers that look at a clock, and signals, are
+    settled with the other ranks: see ``Announcements``."""
 
     def __init__(self, every: cadence.Every, preempt: Preemption | None) -> None:
         self._by_step, self._by_clock = cadence.by_step_and_by_clock(cadence.parse(every))
@@ -19,7 +19,7 @@ class Occasions:
         self._last_saved_seconds = time.monotonic()
 
     def saved(self) -> None:
-        """A save has begun."""
+        """Note that a save has begun."""
         self._last_saved_seconds = time.monotonic()
 
     def due(self, step: int, last: int | None, job: Job | None) -> bool:
@@ -31,7 +31,7 @@ class Occasions:
         return by_clock or self._by_step.due(step, now, last, self._last_saved_seconds)
 
     def leaving(self, step: int, job: Job | None) -> SignalWatch | None:
-        """The signals, where one of them asks to save and leave after ``step``."""
+        """Return the signals where one of them asks to save and leave after ``step``, None otherwise."""
         signals = self.signals
         if signals is None:
             return None

@@ -20,7 +20,7 @@ from asyncckpt.read.damage import Damage
 from asyncckpt.types import ALIGNMENT_BYTES
 
 #: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
-#: fresh memory: on 2 cores, 2 threads restore 6 % faster than 4 (docs/design/004-reading.md).
+#: fresh memory (docs/design/004-reading.md).
 READ_THREADS = min(8, max(2, os.cpu_count() or 2))
 #: Small extents that lie side by side are read together, up to this many bytes.
 _READ_BYTES = 8 << 20

@@ -1,5 +1,5 @@
-"""Doubles for tests of code that saves checkpoints: devices that are slow, stuck, or fail one call of your choice; one
-that records every call; and a model of what a power loss can leave of them.
+"""Tests of code that saves checkpoints use these doubles: devices that are slow or stuck, or that fail one call of your
+choice; one that records every call; and a model of what a power loss can leave of the calls.
 
 Hand one over with a store: ``Checkpointer(path, run=RunOptions(store=LocalStore(path, ops=GatedOps())))``. Code that
 needs no file system at all saves to ``memory://name``.

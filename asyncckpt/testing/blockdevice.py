@@ -1,8 +1,8 @@
-"""A block device that records every write and flush, and what a power loss may leave of it.
+"""This block device records every write and flush, and computes what a power loss may leave of them.
 
 The device is a loop device on a file of a FUSE file system, which a process of its own serves: whatever a file system
 on it writes, and when it asks for a flush, goes through there. A disk may lose, reorder and tear everything since the
-last flush that it confirmed. Linux, as root, with libfuse; ``reason_unavailable`` says what is missing.
+last flush that it confirmed. It needs Linux, root and libfuse; ``reason_unavailable`` says what is missing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-#: What a disk writes in one go, or not at all.
+#: A disk writes this many bytes in one go, or none of them.
 PIECE_BYTES: Final = 4096
 _WRITE, _FLUSH, _MARK = 0, 1, 2
 _HEAD: Final = struct.Struct("<BQQ")
@@ -40,7 +40,7 @@ Image = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def reason_unavailable(*programs: str) -> str | None:
-    """Why there is no such device here, or None where there can be. ``programs`` that are needed, too."""
+    """Say why there is no such device here, or return None where there can be. ``programs`` are needed, too."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "mounting needs root on Linux"
     missing = [path for path in ("/dev/fuse", "/dev/loop-control") if not os.path.exists(path)]
@@ -51,7 +51,7 @@ def reason_unavailable(*programs: str) -> str | None:
         return "mfusepy is missing"
     try:
         importlib.import_module("mfusepy")
-    except OSError as error:  # it loads libfuse
+    except OSError as error:  # the import loads libfuse
         return f"libfuse: {error}"
     return None
 
@@ -64,22 +64,24 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the workload knew by then."""
+    """A mark in the log is what the workload knew at that moment."""
 
     text: str
 
 
 class Flush:
-    """Everything before it is on the disk."""
+    """At a flush, everything before it in the log is on the disk."""
 
 
 Record = Write | Mark | Flush
 
 
 class RecordingDevice:
-    """Use as a context: ``path`` is the block device, ``mark`` notes something in the log, ``records`` reads it later.
+    """Records while it is used as a context: ``path`` is the block device, ``mark`` notes something in the log,
+    ``records`` reads it afterwards.
 
-    ``image``: the file that holds the disk's bytes. ``folder``: for the mount point and the log. Not thread-safe.
+    ``image`` is the file that holds the disk's bytes, ``folder`` the place of the mount point and of the log. Not
+    thread-safe.
     """
 
     def __init__(self, image: Path, folder: Path) -> None:
@@ -111,12 +113,12 @@ class RecordingDevice:
         self._cleanup.close()
 
     def mark(self, text: str) -> None:
-        """Returns once it is in the log, behind every write that came before."""
+        """Note something in the log. Blocks until it is there, behind every write that came before."""
         with open(self._mount / "mark", "wb", buffering=0) as file:
             file.write(text.encode())
 
     def records(self) -> list[Record]:
-        """All of it; after the context has ended."""
+        """Return the whole log. Call this after the context has ended."""
         found: list[Record] = []
         with open(self._log, "rb") as file:
             while head := file.read(_HEAD.size):
@@ -130,7 +132,7 @@ class RecordingDevice:
 
 @contextlib.contextmanager
 def loop_device(file: Path) -> Iterator[str]:
-    """``/dev/loop…`` on a file."""
+    """Make a loop device (``/dev/loop…``) of a file."""
     path = subprocess.check_output(["losetup", "--find", "--show", str(file)], text=True).strip()
     try:
         yield path
@@ -140,7 +142,7 @@ def loop_device(file: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def mounted(device: str, folder: Path, kind: str, options: str = "") -> Iterator[Path]:
-    """A file system, mounted. Raises ``OSError`` where the kernel refuses it."""
+    """Mount a file system. Raises ``OSError`` where the kernel refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(device.encode(), os.fsencode(folder), kind.encode(), 0, options.encode()):
         number = ctypes.get_errno()
@@ -152,7 +154,7 @@ def mounted(device: str, folder: Path, kind: str, options: str = "") -> Iterator
         while libc.umount2(os.fsencode(folder), 0):
             number = ctypes.get_errno()
             if number != errno.EBUSY or time.monotonic() > deadline:
-                libc.umount2(os.fsencode(folder), 2)  # lazily: nothing is left behind
+                libc.umount2(os.fsencode(folder), 2)  # lazily, so that nothing is left behind
                 raise OSError(number, f"umount: {os.strerror(number)}", str(folder))
             time.sleep(0.01)
 
@@ -162,7 +164,8 @@ def mounted(device: str, folder: Path, kind: str, options: str = "") -> Iterator
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """Writes between two flushes. ``durable``: how many records came before. ``marks``: text → writes before it."""
+    """Holds the writes between two flushes. ``durable`` is the number of writes before them; ``marks`` pair a text with
+    the number of the epoch's writes before it."""
 
     durable: int
     writes: tuple[Write, ...]
@@ -171,8 +174,8 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """One power loss: after ``reached`` writes of an epoch, of which these pieces are on the disk; ``known``: what was
-    marked by then."""
+    """Describes one power loss, after ``reached`` writes of an epoch, of which ``pieces`` are on the disk. ``known`` is
+    what was marked by then."""
 
     kind: str
     epoch: int
@@ -182,7 +185,7 @@ class Loss:
 
 
 def epochs(records: Iterable[Record]) -> list[Epoch]:
-    """The log, cut at every flush."""
+    """Cut the log at every flush."""
     found: list[Epoch] = []
     writes: list[Write] = []
     marks: list[tuple[str, int]] = []
@@ -200,8 +203,9 @@ def epochs(records: Iterable[Record]) -> list[Epoch]:
 
 
 def losses(cut: Sequence[Epoch], count: int, rng: random.Random) -> list[Loss]:
-    """``count`` power losses, in the order of the log: before and after every flush, or a third of ``count`` of those,
-    and the rest after a random write, with a random subset of what was written since, whole or in pieces of 4 KiB."""
+    """Choose ``count`` power losses, in the order of the log. They come before and after every flush, or at a sample of
+    those that makes a third of ``count``; the rest come after a random write, with a random subset of what was written
+    since, whole or in pieces of 4 KiB."""
     plain: list[Loss] = []
     known: tuple[str, ...] = ()
     earlier: list[tuple[str, ...]] = []
@@ -221,7 +225,7 @@ def losses(cut: Sequence[Epoch], count: int, rng: random.Random) -> list[Loss]:
         reached = rng.randint(1, len(epoch.writes))
         torn, share = rng.random() < 0.5, rng.choice(_KEPT_SHARES)
         kept = [piece for write in epoch.writes[:reached] for piece in _pieces(write, torn) if rng.random() < share]
-        if rng.random() < 0.3:  # not in the order in which they were given
+        if rng.random() < 0.3:  # a disk may write in another order than it was told
             rng.shuffle(kept)
         kind = "torn writes" if torn else "lost writes"
         plain.append(_loss(kind, number, epoch, reached, kept, earlier[number]))
@@ -229,7 +233,7 @@ def losses(cut: Sequence[Epoch], count: int, rng: random.Random) -> list[Loss]:
 
 
 def replay(initial: Image, cut: Sequence[Epoch], chosen: Iterable[Loss], image: Image) -> Iterator[Loss]:
-    """Make ``image`` what each loss leaves, in turn. ``initial`` is used up."""
+    """Make ``image`` what each loss leaves, in turn. This uses ``initial`` up."""
     number = 0
     for loss in chosen:
         while number < loss.epoch:
@@ -310,7 +314,7 @@ def _serve(image: str, mount: str, log: str) -> None:
                 return len(data)
 
             def truncate(self, path: str, length: int, fh: int | None = None) -> None:
-                return None  # opening the mark's file for writing
+                return None  # a program that opens the mark's file for writing asks for this
 
             def fsync(self, path: str, datasync: int, fh: int) -> None:
                 note(_FLUSH)

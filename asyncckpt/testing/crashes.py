@@ -1,6 +1,7 @@
-"""Which directory trees a power loss may leave, given what a store had asked of the file system until then.
+"""``CrashModel`` lists the directory trees that a power loss may leave, given what a store had asked of the file system
+until then.
 
-The model, deliberately more forgetful than any one file system:
+The model is deliberately more forgetful than any one file system:
 
 - *When.* The power goes at any moment of any run that the trace permits: after any set of events that is closed under
   "comes before" (``Trace.cuts``).
@@ -32,13 +33,14 @@ from dataclasses import dataclass, field
 from asyncckpt.testing.recording import Event, Trace
 
 BLOCK_BYTES = 4096
-#: Of a file with more choices than this, only the plainest are walked: each block alone lost, or alone kept, and all.
+#: A file with more choices than this is walked through the plainest alone: each block lost by itself, or kept by
+#: itself, and all.
 _MOST_CHOICES = 1 << 14
 
 Tree = tuple[tuple[str, int], ...]
 Names = Mapping[str, int | None]
 DIRECTORY = -1
-#: How many choices give it, and what it is: a directory's names, or a file's content.
+#: A choice is the number of crash states that give it, and what it is: a directory's names, or a file's content.
 _Choice = tuple[int, dict[str, int] | int]
 
 
@@ -57,14 +59,15 @@ class _Folder:
 
 @dataclass(slots=True)
 class _Disk:
-    """Everything as the running system sees it after a cut, and what of it is durable. Node 0 is the root."""
+    """Holds everything as the running system sees it after a cut, and says what of it is durable. Node 0 is the
+    root."""
 
     files: dict[int, _File] = field(default_factory=dict)
     folders: dict[int, _Folder] = field(default_factory=lambda: {0: _Folder()})
 
 
 class CrashModel:
-    """The crash states of one trace. ``hide`` names what recovery never looks into. Not thread-safe.
+    """Walks the crash states of one trace. ``hide`` names what recovery never looks into. Not thread-safe.
 
     ``sampled`` becomes true where a file had too many choices to walk them all.
     """
@@ -78,7 +81,7 @@ class CrashModel:
         self._content_ids: dict[bytes, int] = {}
         self._files: dict[tuple[int, ...], Sequence[_Choice]] = {}
         self._folders: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Sequence[_Choice]] = {}
-        #: For each event that changes names: which names of which folders become what.
+        #: An event that changes names is mapped to folders, and to what their names become.
         self._changes: dict[int, dict[int, Names]] = {}
         self._nodes: dict[int, int] = {}
         self._learn()
@@ -181,13 +184,13 @@ class CrashModel:
         return disk
 
     def _sync(self, what: _File | _Folder, number: int) -> None:
-        """What ended before the sync began is durable; what ran beside it is not, or not certainly."""
+        """Make durable what ended before the sync began; what ran beside it is not covered, or not certainly."""
         covered = [event for event in what.pending if self.trace.before[number] >> event & 1]
         what.durable = what.durable + covered
         what.pending = [event for event in what.pending if event not in covered]
 
     def _sync_names(self, disk: _Disk, node: int) -> None:
-        """The file system that makes a file's name durable with it, its parents' names too."""
+        """Make a file's name durable with it, and its parents' names, as some file systems do."""
         while node:
             event = node - 1
             for at in self._changes[event]:
@@ -200,14 +203,14 @@ class CrashModel:
     # -- the choices -------------------------------------------------------------------------------------------------
 
     def content(self, data: bytes) -> int:
-        """The number that stands for these bytes in a tree."""
+        """Return the number that stands for these bytes in a tree."""
         known = self._content_ids.setdefault(data, len(self.contents))
         if known == len(self.contents):
             self.contents.append(data)
         return known
 
     def _contents(self, file: _File) -> Sequence[_Choice]:
-        """What the file may hold: ``(how many choices give it, content)``."""
+        """Return what the file may hold, each content with the number of choices that give it."""
         key = (*file.durable, -1, *file.pending)
         known = self._files.get(key)
         if known is None:
@@ -252,7 +255,7 @@ class CrashModel:
         return self.trace.events[number]
 
     def _names(self, at: int, folder: _Folder) -> Sequence[_Choice]:
-        """Which names the directory may have: ``(how many choices give it, names)``."""
+        """Return which names the directory may have, each set with the number of choices that give it."""
         key = (at, tuple(folder.durable), tuple(folder.pending))
         known = self._folders.get(key)
         if known is not None:
@@ -271,7 +274,7 @@ class CrashModel:
         return options
 
     def _count_names(self, at: int, folder: _Folder) -> int:
-        """How many choices there are, without making them: names that nothing links are independent."""
+        """Count the choices without making them: names that nothing links are independent."""
         if len(folder.pending) < 8:
             return sum(count for count, _ in self._names(at, folder))
         groups: list[tuple[set[str], list[set[str]]]] = []
@@ -286,8 +289,8 @@ class CrashModel:
     # -- the states --------------------------------------------------------------------------------------------------
 
     def states(self, cut: int) -> Iterator[tuple[int, Tree]]:
-        """The trees that a power loss after ``cut`` may leave: ``(how many crash states give it, tree)``. A tree may
-        come more than once. Its items are paths, sorted, with a content's number or ``DIRECTORY``."""
+        """Yield the trees that a power loss after ``cut`` may leave, each with the number of crash states that give it.
+        A tree may come more than once. Its items are paths, sorted, with a content's number or ``DIRECTORY``."""
         disk = self._replay(cut)
         counts = {
             **{node: sum(c for c, _ in self._contents(file)) for node, file in disk.files.items() if file.pending},
@@ -300,7 +303,7 @@ class CrashModel:
     def _walk(
         self, disk: _Disk, todo: list[tuple[str, int]], chosen: dict[int, _Choice], found: list[tuple[str, int]]
     ) -> Iterator[tuple[int, set[int], Tree]]:
-        """Choose for one directory or file after the other, as they are come upon."""
+        """Choose for one directory or file after the other, in the order in which the walk comes to them."""
         while todo:
             path, node = todo.pop()
             if node not in chosen:
@@ -329,7 +332,7 @@ class CrashModel:
         return self._contents(disk.files[node])
 
     def items(self, tree: Tree) -> list[tuple[str, bytes | None]]:
-        """The tree with its bytes, as ``MemoryOps`` takes it."""
+        """Return the tree with its bytes, as ``MemoryOps`` takes it."""
         return [(path, None if number == DIRECTORY else self.contents[number]) for path, number in tree]
 
 
@@ -368,7 +371,7 @@ def _rename(names: dict[str, int], changes: Names) -> None:
 
 
 def _in_order(touched: Sequence[set[str]]) -> Iterator[list[int]]:
-    """Every subset of changes that holds, with a change, the earlier ones of the same names."""
+    """Yield every subset of changes that holds, with a change, the earlier ones of the same names."""
     needs = [[j for j in range(i) if touched[j] & touched[i]] for i in range(len(touched))]
     stack: list[tuple[list[int], int]] = [([], 0)]
     while stack:

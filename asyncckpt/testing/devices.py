@@ -1,4 +1,5 @@
-"""Doubles for tests of code that saves checkpoints: devices that are slow, stuck, or fail one call of your choice.
+"""Tests of code that saves checkpoints use these doubles: devices that are slow or stuck, or fail one call of your
+choice.
 
 Put one into a store: ``checkpointer._store.ops = GatedOps()``, or make ``LocalStore(path, ops=…)``.
 """
@@ -14,7 +15,7 @@ from asyncckpt.types import Buffer
 
 
 class SlowOps(PosixOps):
-    """Every write takes ``seconds`` longer: the arena stays full while training goes on."""
+    """Makes every write take ``seconds`` longer: the arena stays full while training goes on. Thread-safe."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -25,7 +26,7 @@ class SlowOps(PosixOps):
 
 
 class GatedOps(PosixOps):
-    """Writes wait until ``gate`` is set: a save stays in flight for as long as a test needs it."""
+    """Makes writes wait until ``gate`` is set: a save stays in flight for as long as a test needs it. Thread-safe."""
 
     def __init__(self, timeout_seconds: float = 30.0) -> None:
         self.gate = threading.Event()
@@ -39,8 +40,8 @@ class GatedOps(PosixOps):
 class FaultyOps(PosixOps):
     """Records every call as ``(name, subject)`` in ``log`` and fails one of them.
 
-    ``fail = ("fsync", 2, errno.EIO)``: the second fsync from then on raises. ``seen`` counts the calls of that name.
-    ``short_writes`` lets every write take at most 4096 bytes.
+    With ``fail = ("fsync", 2, errno.EIO)`` the second fsync from then on raises. ``seen`` counts the calls of that
+    name. ``short_writes`` lets every write take at most 4096 bytes.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,8 @@ class FaultyOps(PosixOps):
 
 
 class ThrottledOps(PosixOps):
-    """A device that takes ``bytes_per_second``, all writers together: a network file system, a cheap cloud disk."""
+    """Behaves as a device that takes ``bytes_per_second``, all writers together: a network file system, a cheap cloud
+    disk. Thread-safe."""
 
     def __init__(self, bytes_per_second: float) -> None:
         self.bytes_per_second = bytes_per_second

@@ -1,4 +1,4 @@
-"""Doubles that come between a store and the system: calls are counted, fail at a chosen site, or end the process."""
+"""These doubles come between a store and the system: calls are counted, fail at a chosen site, or end the process."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import Any, Final
 
 from asyncckpt.storage.posix import PosixOps
 
-#: The operations of the seam, by name.
+#: These are the operations of the seam, by name.
 OPERATIONS: Final = tuple(name for name in vars(PosixOps) if not name.startswith("_"))
 
-#: Those that only look.
+#: These only look.
 READING: Final = frozenset(
     {"open_to_read", "close_read", "read", "preadv", "stat", "lstat", "names", "scan", "lock", "free_bytes"}
 )
 
-#: Those whose last argument is the path they make.
+#: The last argument of these is the path that they make.
 _TWO_PATHS: Final = frozenset({"rename_noreplace", "try_rename_noreplace", "exchange", "replace", "link", "reflink"})
 
 
 class InterceptedOps(PosixOps):
-    """Calls ``before(name, args)`` and ``after(name, args)`` around every operation: override either.
+    """Calls ``before(name, args)`` and ``after(name, args)`` around every operation; a subclass overrides either.
 
-    ``before`` gives the arguments to go on with (``after`` gets that very tuple), and may raise, sleep, or end the
+    ``before`` returns the arguments to go on with (``after`` gets that very tuple), and may raise, sleep, or end the
     process.
     """
 
@@ -65,8 +65,8 @@ for _name in OPERATIONS:
 
 
 class KillingOps(InterceptedOps):
-    """The process kills itself at operation ``number`` (from 1) of those that change something, before it is done or
-    right ``after`` it. In between there is nothing that a kill could interrupt."""
+    """Kills its process at operation ``number`` (from 1) of those that change something, before it is done or right
+    ``after`` it. A kill could interrupt nothing in between."""
 
     def __init__(self, number: int, *, after: bool) -> None:
         self.number = number
@@ -92,7 +92,8 @@ class KillingOps(InterceptedOps):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One place where a save talks to the kernel: an operation, on what (without steps and uuids), which time."""
+    """Names one place where a save talks to the kernel: an operation, its subject (without steps and uuids), and which
+    time of it, from 1."""
 
     operation: str
     subject: str
@@ -101,8 +102,8 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What goes wrong at a site: an ``errno`` ``before`` or ``after`` the operation is done, or ``half`` way; a
-    ``short`` write; a ``delay``. ``persistent``: at every later call of that operation too."""
+    """Says what goes wrong at a site: an ``errno`` ``before`` or ``after`` the operation is done, or ``half`` way; a
+    ``short`` write; a ``delay``. ``persistent`` makes it go wrong at every later call of that operation too."""
 
     site: Site
     kind: str
@@ -116,7 +117,7 @@ class Fault:
 
 
 class _Late(tuple[Any, ...]):
-    """Arguments of an operation that is to be done and fail then."""
+    """Carries the arguments of an operation that is to be done and to fail afterwards."""
 
     faults: Sequence[Fault] = ()
 
@@ -124,7 +125,7 @@ class _Late(tuple[Any, ...]):
 class SiteFaultOps(InterceptedOps):
     """Names the site of every operation, and lets armed faults happen at theirs. Thread-safe.
 
-    ``sites`` are those seen since ``arm``, in order; ``hits`` the faults that have happened, in order.
+    ``sites`` lists those seen since ``arm``, ``hits`` the faults that have happened, both in order.
     """
 
     def __init__(self, root: str, delay_seconds: float = 0.02) -> None:
@@ -137,7 +138,7 @@ class SiteFaultOps(InterceptedOps):
         self._lock = threading.Lock()
 
     def arm(self, *faults: Fault) -> None:
-        """Let these happen from now on (none: no more faults), and count occurrences anew."""
+        """Let these faults happen from now on (none means no more faults), and count occurrences anew."""
         with self._lock:
             self._faults = faults
             self.sites, self.hits = [], []
@@ -200,7 +201,7 @@ def _path_of(fd: int) -> str:
 
 
 def _do_half(name: str, args: Sequence[Any]) -> None:
-    """The traces of an operation that failed on its way."""
+    """Leave the traces of an operation that failed on its way."""
     if name == "write_file":
         with open(args[0], "xb") as file:
             file.write(args[1][: len(args[1]) // 2])

@@ -1,8 +1,8 @@
-"""A file system in memory that forgets, at a power cut, everything that was not fsynced: bytes of files, and names in
-directories. It promises nothing beyond POSIX: an fsync of a file says nothing of its name, and a rename is not durable
+"""This file system in memory forgets, at a power cut, everything that was not fsynced: bytes of files, and names in
+directories. It promises nothing beyond POSIX: an fsync of a file does not cover its name, and a rename is not durable
 until its directory is synced.
 
-``LazyFS`` mounts one, served by a process of its own through FUSE. This file is run as that process too, and imports
+``LazyFS`` mounts one, which a process of its own serves through FUSE. That process runs this file too, which imports
 nothing of the package, so that it starts at once.
 """
 
@@ -29,20 +29,20 @@ _PATIENCE_SECONDS = 20.0
 
 
 def reason_unavailable() -> str | None:
-    """Why nothing can be mounted here, or None where it can be."""
+    """Say why nothing can be mounted here, or return None where it can be."""
     if sys.platform != "linux" or not os.path.exists("/dev/fuse") or shutil.which("fusermount3") is None:
         return "needs FUSE on Linux"
     if importlib.util.find_spec("mfusepy") is None:
         return "mfusepy is missing"
     try:
         importlib.import_module("mfusepy")
-    except OSError as error:  # it loads libfuse
+    except OSError as error:  # the import loads libfuse
         return f"libfuse: {error}"
     return None
 
 
 class LazyFS:
-    """Use as a context; ``path`` is where it is mounted. ``cut`` and ``remains`` block until done.
+    """Mounts the file system at ``path`` while it is used as a context. ``cut`` and ``remains`` block until done.
 
     ``stop`` freezes the server: whoever touches the file system from then on hangs in the kernel until ``go_on``.
     """
@@ -73,11 +73,11 @@ class LazyFS:
                 pipe.close()
 
     def cut(self) -> None:
-        """The power fails and comes back: only what was fsynced is there. Whoever had files open must be dead."""
+        """Cut the power and bring it back: only what was fsynced is there then. Whoever had files open must be dead."""
         self._ask("cut")
 
     def remains(self, target: str | os.PathLike[str]) -> None:
-        """Write what a power cut at this moment would leave into the new directory ``target``; nothing is cut."""
+        """Write what a power cut at this moment would leave into the new directory ``target``. Nothing is cut."""
         self._ask(f"remains {os.fspath(target)}")
 
     def stop(self) -> None:
@@ -105,7 +105,7 @@ class LazyFS:
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """A file or a directory: what it is, and what of it a power cut would leave."""
+    """A node is a file or a directory: what it is, and what a power cut would leave of it."""
 
     number: int
     mode: int
@@ -121,7 +121,7 @@ class Node:
 
 
 class Tree:
-    """The files. Every method but the last two is one system call; not thread-safe by itself."""
+    """Holds the files. Every method but the last two is one system call. Not thread-safe by itself."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -204,7 +204,7 @@ class Tree:
                 child.links = 0
         for node in self._durable(self.root):
             for child in node.entries.values():
-                child.links += 1  # the kernel makes no further name for what has none
+                child.links += 1  # the kernel makes no further name for a file that has none
 
     def _durable(self, node: Node) -> Iterator[Node]:
         yield node
@@ -212,7 +212,7 @@ class Tree:
             yield from self._durable(child)
 
     def remains(self, target: str, node: Node | None = None) -> None:
-        """What ``cut`` would leave, into a directory of another file system."""
+        """Write what ``cut`` would leave into a directory of another file system."""
         os.mkdir(target)
         for name, child in (node or self.root).durable_entries.items():
             path = os.path.join(target, name)
@@ -237,7 +237,7 @@ def _serve(mount: str) -> None:
         use_ns = True
 
         def init(self, path: str) -> None:
-            print("done", flush=True)  # it is mounted
+            print("done", flush=True)  # tells the parent that it is mounted
 
         def getattr(self, path: str, fh: int | None = None) -> dict[str, Any]:
             with lock:
@@ -257,7 +257,7 @@ def _serve(mount: str) -> None:
             with lock:
                 folder = tree.find(path)
                 nodes = {".": folder, "..": folder, **folder.entries}
-                # an entry without a number of its own is left out by the C library
+                # the C library leaves out an entry that has no inode number
                 return [(name, {"st_ino": one.number, "st_mode": one.mode}, 0) for name, one in nodes.items()]
 
         def opendir(self, path: str) -> int:
@@ -343,7 +343,7 @@ def _serve(mount: str) -> None:
         os._exit(0)  # the test has died
 
     threading.Thread(target=obey, daemon=True).start()
-    # nothing of the kernel's own memory may survive a cut
+    # nothing that the kernel keeps in memory may survive a cut
     uncached = {"direct_io": True, "attr_timeout": 0, "entry_timeout": 0, "negative_timeout": 0, "use_ino": True}
     WithFlags(Operations(), mount, foreground=True, nothreads=True, hard_remove=True, **uncached)
 

@@ -1,4 +1,4 @@
-"""A file system in memory, as far as recovery needs one: what is there can be read, moved and deleted."""
+"""This file system in memory does what recovery needs: it lets what is there be read, moved and deleted."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ class _Node:
 
 
 class MemoryOps(PosixOps):
-    """``items``: paths, parents first, and each file's bytes, or None for a directory. Not thread-safe for changes."""
+    """Holds ``items``: paths, parents first, and each file's bytes, or None for a directory. Not thread-safe for
+    changes."""
 
     def __init__(self, items: Iterable[tuple[str, bytes | None]]) -> None:
         self._numbers = itertools.count(1)
         self._root = _Node(0, None)
         self._open: dict[int, _Node] = {}
         self._positions: dict[int, int] = {}
-        self._fds = itertools.count(1 << 20)  # no descriptor of the kernel's is ever mistaken for one of these
+        # the kernel never gives out descriptors this high, so one of its own is not mistaken for one of these
+        self._fds = itertools.count(1 << 20)
         for path, data in items:
             folder, name = self._parent(path)
             folder.entries[name] = _Node(next(self._numbers), data)
@@ -116,7 +118,7 @@ class MemoryOps(PosixOps):
         folder.entries[name] = node
 
     def walk(self) -> list[tuple[str, bytes | None]]:
-        """Everything there is, as the constructor takes it."""
+        """Return everything there is, as the constructor takes it."""
         found: list[tuple[str, bytes | None]] = []
         pending = [("", self._root)]
         while pending:

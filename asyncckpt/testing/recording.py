@@ -1,7 +1,7 @@
-"""A double that records what a store asks of the file system, in the order in which it may happen.
+"""``RecordingOps`` records what a store asks of the file system, in the order in which it may happen.
 
-``RecordingOps`` passes every call on to a real directory and notes those that change something, with the moment each
-began and ended. ``Trace`` is the outcome: events, and for each the events that always come before it.
+It passes every call on to a real directory and notes those that change something, with the moment each began and ended.
+``Trace`` is the outcome: events, and for each the events that always come before it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _RANDOM = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(slots=True)
 class Event:
-    """One call that took effect. ``kind`` is create, write, truncate, reserve, fsync, fsync_directory, mkdir, link,
-    rename, exchange, unlink, rmdir, or mark (``path`` is then the label). Paths are relative to the recorder's root.
-    ``handle`` names an open file for as long as the trace lasts. ``key`` is the same in another run of the program.
-    """
+    """Records one call that took effect. ``kind`` is create, write, truncate, reserve, fsync, fsync_directory, mkdir,
+    link, rename, exchange, unlink, rmdir, or mark (``path`` is then the label). Paths are relative to the recorder's
+    root. ``handle`` names an open file for as long as the trace lasts. ``key`` is the same in another run of the
+    program."""
 
     kind: str
     path: str
@@ -47,8 +47,8 @@ class Event:
 
 @dataclass(slots=True)
 class Trace:
-    """``before[i]`` is a bit mask: the events that have ended whenever event ``i`` begins. Events are in an order in
-    which they did happen."""
+    """Orders events. ``before[i]`` is a bit mask of the events that have ended whenever event ``i`` begins. Events are
+    listed in an order in which they did happen."""
 
     events: Sequence[Event]
     before: list[int] = field(default_factory=list)
@@ -61,9 +61,9 @@ class Trace:
         return sum(1 << number for number, other in enumerate(self.events) if other.end < event.begin)
 
     def cuts(self) -> Iterator[int]:
-        """Every set of events that can have happened at some moment of some run: each that holds, with an event, all
-        that come before it. Each once. In-flight calls need no case of their own: until a sync covers it, an event
-        that happened may leave no trace."""
+        """Yield every set of events that can have happened at some moment of some run, each once. With an event, a set
+        holds all that come before it. In-flight calls need no case of their own: until a sync covers it, an event that
+        happened may leave no trace."""
         count = len(self.events)
         stack = [(0, 0)]
         while stack:
@@ -75,12 +75,11 @@ class Trace:
 
 
 class RecordingOps(PosixOps):
-    """Records below ``root``. Thread-safe.
+    """Records the calls below ``root``. Thread-safe.
 
-    ``reflinks``: where the file system has none, copying stands in for it. ``kill_after``: asked about each event
+    ``reflinks``: where the file system has none, a copy stands in for one. ``kill_after`` is asked about each event
     once it took effect; where it says true, the process "dies": every later call that would change something fails, and
-    changes nothing. ``hold``: the call with this
-    key waits before it takes effect, until ``go_on`` is set.
+    changes nothing. The call whose key is ``hold`` waits before it takes effect, until ``go_on`` is set.
     """
 
     def __init__(self, root: str, *, reflinks: bool = False) -> None:
@@ -89,7 +88,7 @@ class RecordingOps(PosixOps):
         self.kill_after: Callable[[Event], bool] = lambda _event: False
         self.hold: Key | None = None
         self.held, self.go_on = threading.Event(), threading.Event()
-        #: Keys of what began while the held call was waiting, or before it.
+        #: The calls with these keys began while the held call was waiting, or before it.
         self.unheld: set[Key] = set()
         self.last_activity = time.monotonic()
         self.root = os.path.abspath(root)
@@ -110,7 +109,7 @@ class RecordingOps(PosixOps):
             pass
 
     def revive(self) -> None:
-        """The next process."""
+        """Begin the next process: calls take effect again."""
         self.kill_after, self._dead = lambda _event: False, False
 
     def _path(self, path: str) -> str:
@@ -143,7 +142,7 @@ class RecordingOps(PosixOps):
         if event.key == self.hold:
             self.held.set()
             self.go_on.wait(60)
-        with self._one_by_one:  # or another thread could build on this before it is noted
+        with self._one_by_one:  # another thread could otherwise build on this before it is noted
             yield event
             with self._lock:
                 self._clock += 1
@@ -190,7 +189,7 @@ class RecordingOps(PosixOps):
             super().truncate(fd, nbytes)
 
     def fsync(self, fd: int) -> None:
-        # the device under the tests need not sync: what syncing would guarantee is the model's business
+        # the device under the tests need not sync, as the model says what syncing guarantees
         handle, path = self._handles[fd]
         with self._event("fsync", path, handle=handle):
             pass
@@ -251,11 +250,11 @@ class RecordingOps(PosixOps):
 
 
 def permitted(program: Callable[[RecordingOps], object], fresh: Callable[[], RecordingOps], quiet: float) -> Trace:
-    """A trace of ``program`` whose order is what the program guarantees, not what one run happened to do.
+    """Trace ``program`` in the order that it guarantees, not the one in which a run happened to go.
 
     The program runs once more for every event: that call is held back until nothing else moves for ``quiet`` seconds;
-    what went on without it does not have to wait for it. Blocks for events times (a run and ``quiet``). Too short a
-    ``quiet`` leaves out orders that are possible, and invents none.
+    what went on without it does not have to wait for it. Blocks for a run and ``quiet``, times the number of events.
+    Too short a ``quiet`` leaves out orders that are possible, and invents none.
     """
     first = fresh()
     first.go_on.set()
@@ -267,7 +266,7 @@ def permitted(program: Callable[[RecordingOps], object], fresh: Callable[[], Rec
         unheld = _without(program, fresh(), event.key, quiet)
         for key in unheld:
             other = number_of.get(key)
-            # whoever makes a directory, what lies in it comes later: another thread may have made it instead
+            # what lies in a directory comes after it, whichever thread made it: in another run another thread may have
             if other is not None and not (event.kind == "mkdir" and _inside(trace.events[other], event.path)):
                 before[other] &= ~(1 << number)
     return Trace(trace.events, before)

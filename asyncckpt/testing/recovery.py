@@ -1,6 +1,6 @@
-"""What the real recovery makes of a crash state, and whether that breaks a promise.
+"""``check_trace`` runs the real recovery on crash states, and says which promises they break.
 
-Promises: what was acknowledged is there and holds the bytes that were saved, unless retention took it and something
+The promises: what was acknowledged is there and holds the bytes that were saved, unless retention took it and something
 newer is there; what is visible is whole, verifies, and is one of the things that were saved; a restore finds the newest
 of them; and the next run's clearing up changes nothing that is visible.
 """
@@ -24,15 +24,16 @@ from asyncckpt.testing.crashes import CrashModel, Tree
 from asyncckpt.testing.memory import MemoryOps
 from asyncckpt.testing.recording import Trace
 
-#: ``(step, version)``: a step may be saved more than once.
+#: A save is a step and a version, because a step may be saved more than once.
 Saved = tuple[int, int]
 _STEP = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What recovery found: checkpoints that verify, by what they hold; what is visible and is not whole; the step a
-    restore gave, None where there was nothing to restore."""
+    """Holds what recovery found. ``good`` says which saves the checkpoints that verify hold, ``bad`` names what is
+    visible and not whole, and ``restored`` is the step that a restore gave, or None where there was nothing to
+    restore."""
 
     good: frozenset[Saved]
     bad: tuple[str, ...]
@@ -41,8 +42,9 @@ class Recovered:
 
 @dataclass(slots=True)
 class Outcome:
-    """``states`` crash states were covered, as ``walked`` trees that were walked one by one, ``trees`` of them
-    different; recovery ran on each of those. ``violations`` are broken promises, the first few in words."""
+    """Sums up a check. After ``cuts`` cuts, ``states`` crash states were covered by ``walked`` trees that were walked
+    one by one; recovery ran on each of the ``trees`` different ones. ``violations`` are the first few broken promises,
+    in words."""
 
     cuts: int = 0
     states: int = 0
@@ -59,8 +61,8 @@ class Outcome:
 
 
 class Recovery:
-    """Runs recovery on trees of one model. ``identify`` says which save an open checkpoint holds the exact content of,
-    or None. ``restore`` restores the newest checkpoint and gives its step."""
+    """Runs recovery on trees of one model. ``identify`` says which save's exact content an open checkpoint holds, or
+    None. ``restore`` restores the newest checkpoint and returns its step."""
 
     def __init__(
         self,
@@ -80,11 +82,11 @@ class Recovery:
 
     @property
     def trees(self) -> int:
-        """How many different ones recovery ran on."""
+        """Return the number of different trees that recovery ran on."""
         return len(self._known)
 
     def of(self, tree: Tree) -> Recovered:
-        """Recover from this tree; each different one once."""
+        """Recover from this tree, or return what was found when an equal one came before."""
         known = self._known.get(tree)
         if known is None:
             known = self._known[tree] = self._recover(tree)
@@ -155,7 +157,7 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class _Promises:
-    """What a trace acknowledged and gave up, as bit masks of its events."""
+    """Holds what a trace acknowledged and gave up, as bit masks of its events."""
 
     acknowledged: Mapping[int, Saved]
     retired: Mapping[int, int]
@@ -207,7 +209,7 @@ def _judge(found: Recovered, promises: _Promises, decided: int) -> str | None:
         return found.bad[0]
     acknowledged = [saved for number, saved in promises.acknowledged.items() if decided >> number & 1]
     retired = {step for number, step in promises.retired.items() if decided >> number & 1}
-    newest = acknowledged[-1] if acknowledged else None  # whatever its step: training may have gone back
+    newest = acknowledged[-1] if acknowledged else None  # whatever its step, as training may have gone back
     there = dict(sorted(found.good))
     for step, version in acknowledged:
         if there.get(step, -1) < version and (step not in retired or not any(other > step for other in there)):

@@ -1,1 +1,2 @@
-"""What every suite shares: the state that is saved, the raw-device ceiling, fresh processes, figures, reports."""
+"""All suites share this: the state that is saved, the raw-device ceiling, fresh processes, figures, reports,
+results."""

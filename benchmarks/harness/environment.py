@@ -1,4 +1,5 @@
-"""What the figures were measured on: enough to compare them, nothing that names the machine."""
+"""Figures carry a description of what they were measured on: enough to compare them, and nothing that names the
+machine."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ PACKAGES = ("asyncckpt", "torch", "safetensors", "torch-checkpointing", "numpy",
 
 
 def describe(directory: str) -> dict[str, str | int]:
-    """CPU, cores, memory, kernel, the file system type of ``directory``, and versions."""
+    """Describe CPU, cores, memory, kernel, the file system type of ``directory``, and versions."""
     described: dict[str, str | int] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cpu": _cpu(),
@@ -31,7 +32,7 @@ def describe(directory: str) -> dict[str, str | int]:
 
 
 def sentence(described: dict[str, str | int]) -> str:
-    """One line for under a table."""
+    """Format the description as one line, which goes under a table."""
     gib = int(described["memory_bytes"]) / (1 << 30)
     return (
         f"{described['date']}, {described['cpu']}, {described['cores']} cores, {gib:.0f} GiB, "
@@ -41,7 +42,7 @@ def sentence(described: dict[str, str | int]) -> str:
 
 
 def filesystem(directory: str) -> str:
-    """The type of the file system that holds ``directory``."""
+    """Return the type of the file system that holds ``directory``."""
     path = os.path.realpath(directory)
     best = ("", "unknown")
     for line in Path("/proc/mounts").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""From what the workers reported to the table: a bar, what was measured, and whether it was met."""
+"""The workers' reports become a table here: a bar, what was measured, and whether the bar was met."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ DCP = ("dcp_save", "dcp_async_thread", "dcp_async_process")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``met`` is None where nothing was measured; ``ceiling`` is what the device did in the same processes."""
+    """Puts a figure beside its bar. ``met`` is None where nothing was measured; ``ceiling`` is what the device did in
+    the same processes."""
 
     figure: str
     bar: str
@@ -25,7 +26,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A median with the extremes it lies between."""
+    """Holds a median and the extremes it lies between."""
 
     median: float
     low: float
@@ -51,7 +52,7 @@ def state_bytes(run: Run) -> int:
 
 
 def later_saves(runs: Sequence[Run]) -> list[Event]:
-    """All saves but each process's first."""
+    """Return all saves but each process's first."""
     return [event for run in runs for event in run.of("save") if event["number"] > 1]
 
 
@@ -60,7 +61,7 @@ def durable_seconds(runs: Sequence[Run], peer: str) -> Spread | None:
 
 
 def ratio_to_raw(runs: Sequence[Run], peer: str) -> Spread | None:
-    """Durable throughput over the raw one of the neighbours in time, for every save but the first."""
+    """Divide durable throughput by the raw one of the neighbours in time, for every save but the first."""
     found: list[float] = []
     for run in chosen(runs, "saves", peer):
         for save, before, after in _between(run, "raw"):
@@ -70,12 +71,13 @@ def ratio_to_raw(runs: Sequence[Run], peer: str) -> Spread | None:
 
 
 def raw_throughput(runs: Sequence[Run], kind: str = "raw") -> Spread | None:
-    """Bytes per second of every raw write (``raw``), cold read (``raw_read``) or memcpy (``copy``) of these runs."""
+    """Return bytes a second of every raw write (``raw``), cold read (``raw_read``) or memcpy (``copy``) of these
+    runs."""
     return spread(event["nbytes"] / event["seconds"] for run in runs for event in run.of(kind))
 
 
 def engine_rows(runs: Sequence[Run]) -> list[Row]:
-    """The table of the engine's bars."""
+    """Return the table of the engine's bars."""
     return [
         _against_raw(runs),
         _against(runs, "torch.save + fsync", ("torch_save",), 1.5),
@@ -92,7 +94,7 @@ def engine_rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def _between(run: Run, kind: str) -> Iterator[tuple[Event, float, float]]:
-    """Each save with the ceiling's seconds before and after it."""
+    """Yield each save with the ceiling's seconds before and after it."""
     before: float | None = None
     pending: Event | None = None
     for event in run.events:
@@ -127,7 +129,7 @@ def _against(runs: Sequence[Run], label: str, peers: Sequence[str], bar: float) 
     text = f"{ratio:.2f} x; {peer}: {nbytes / theirs[peer].median / 1e9:.2f} GB/s"
     own_raw, peer_raw = ratio_to_raw(runs, "asyncckpt"), ratio_to_raw(runs, peer)
     if own_raw is not None and peer_raw is not None:
-        # each against the ceiling of its own process: the disk's mood between two processes drops out
+        # each is divided by the ceiling of its own process, so that the disk's mood between two processes drops out
         text += f"; {own_raw.median / peer_raw.median:.2f} x with each over its own ceiling"
     return Row(figure, bar_text, text, ratio >= bar, _raw_text(runs, peer))
 

@@ -1,4 +1,4 @@
-"""Resident memory of this process, shared memory included (an arena is a shared-memory file)."""
+"""The resident memory of this process is measured here, shared memory included."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SAMPLE_SECONDS = 0.005
 
 
 def resident_bytes() -> int:
-    """``VmRSS``: anonymous, file-backed and shared pages (``RssAnon + RssFile + RssShmem``)."""
+    """Return ``VmRSS``: anonymous, file-backed and shared pages (``RssAnon + RssFile + RssShmem``)."""
     return _status()["VmRSS"]
 
 
 def shared_bytes() -> int:
-    """``RssShmem``: the shared-memory part of ``resident_bytes``."""
+    """Return ``RssShmem``, the shared-memory part of ``resident_bytes``."""
     return _status()["RssShmem"]
 
 
@@ -30,7 +30,7 @@ def settle() -> None:
 
 @dataclass(slots=True)
 class Peak:
-    """``rss_bytes`` and ``shmem_bytes``: the highest seen inside ``watch_peak``."""
+    """Holds the highest ``rss_bytes`` and ``shmem_bytes`` seen inside ``watch_peak``."""
 
     rss_bytes: int = 0
     shmem_bytes: int = 0
@@ -39,10 +39,11 @@ class Peak:
 
 @contextmanager
 def watch_peak() -> Iterator[Peak]:
-    """The peak while the block runs: the kernel's own high-water mark, and samples for the shared part."""
+    """Find the peak while the block runs, from the kernel's own high-water mark, and from samples of the shared
+    part."""
     peak = Peak()
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # resets VmHWM, proc(5)
+        file.write("5")  # this resets VmHWM, proc(5)
     stop = threading.Event()
 
     def sample() -> None:

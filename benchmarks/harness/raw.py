@@ -1,4 +1,4 @@
-"""The ceilings: what this machine does with the same bytes and nothing else in the way."""
+"""The ceilings say what this machine does with the same bytes and nothing else in the way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READ_THREADS = 8
 
 
 class Ceiling:
-    """The tensors' bytes in one warm, aligned buffer, and timed ways to move them. Not thread-safe; blocks.
+    """Holds the tensors' bytes in one warm, aligned buffer, and times ways to move them. Not thread-safe; blocks.
 
     ``directory`` must be on the measured file system. Raises ``OSError`` where that refuses O_DIRECT.
     """
@@ -37,10 +37,10 @@ class Ceiling:
         self._view = memoryview(self._memory)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         os.makedirs(directory, exist_ok=True)
-        self.copy()  # the first one faults the pages in, and is not a measurement
+        self.copy()  # the first copy faults the pages in, and is not a measurement
 
     def copy(self) -> float:
-        """Seconds of one warm ``memcpy`` of every tensor into the buffer, on one thread."""
+        """Return the seconds of one warm ``memcpy`` of every tensor into the buffer, on one thread."""
         began = time.perf_counter()
         position = self._address
         for tensor in self._tensors:
@@ -49,10 +49,11 @@ class Ceiling:
         return time.perf_counter() - began
 
     def write(self) -> float:
-        """Seconds of an O_DIRECT write of the buffer to one new file, with fsync of the file and its directories.
+        """Return the seconds of an O_DIRECT write of the buffer to one new file, with fsync of the file and its
+        directories.
 
-        The file before goes once the new one is durable, as with checkpoints: writing again to blocks that were just
-        freed is faster on some devices, and no checkpoint can do that.
+        The previous file is deleted once the new one is durable, as with checkpoints: writing again to blocks that were
+        just freed is faster on some devices, and no checkpoint can do that.
         """
         self._written += 1
         began = time.perf_counter()
@@ -72,8 +73,9 @@ class Ceiling:
         return seconds
 
     def read(self, files: Sequence[str] = ()) -> float:
-        """Seconds of a cold O_DIRECT read, several requests deep, into the warm buffer: of what ``write`` wrote, or of
-        these files (as far as the buffer holds each), since some devices read some places faster than others."""
+        """Return the seconds of a cold O_DIRECT read, several requests deep, into the warm buffer. It reads what
+        ``write`` wrote, or these files (as far as the buffer holds each), since some devices read some places faster
+        than others."""
         paths = files or [self._path]
         for path in paths:
             drop_page_cache(path)
@@ -94,7 +96,7 @@ class Ceiling:
         return os.preadv(fd, [self._view[offset:end]], offset)
 
     def close(self) -> None:
-        """Remove the file; the memory goes with the object."""
+        """Remove the file. The memory goes with the object."""
         shutil.rmtree(self._folder(self._written), ignore_errors=True)
 
     @property

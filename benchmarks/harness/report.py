@@ -1,27 +1,26 @@
-"""The figures as rich tables, as Markdown and as JSON."""
+"""The figures are shown as rich tables, and become a result."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from benchmarks import peers
 from benchmarks.harness import figures
 from benchmarks.harness.environment import sentence
+from benchmarks.harness.results import Cells, Result, Table
 from benchmarks.harness.runner import Run
 
-Cells = Sequence[str]
 _MET = {True: "yes", False: "no", None: "-"}
 
 
 def bars(runs: Sequence[Run]) -> tuple[Cells, list[Cells]]:
-    """Header and rows of the table of bars."""
+    """Return the header and the rows of the table of bars."""
     head: Cells = ("figure", "bar", "measured: median (min..max)", "met", "ceiling, same processes")
     rows: list[Cells] = [
         (row.figure, row.bar, row.measured, _MET[row.met], row.ceiling) for row in figures.engine_rows(runs)
@@ -30,7 +29,7 @@ def bars(runs: Sequence[Run]) -> tuple[Cells, list[Cells]]:
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[Cells]]:
-    """Header and rows of the peers' table."""
+    """Return the header and the rows of the peers' table."""
     head = ("peer", "durable GB/s", "of raw", "stall s", "first save s", "raw GB/s", "restore GB/s", "of raw cold read")
     rows: list[Cells] = []
     for name in names:
@@ -62,7 +61,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[C
 
 
 def dragging(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[Cells]]:
-    """Header and rows of the drag table."""
+    """Return the header and the rows of the drag table."""
     head = ("peer", "drag a save, s", "of that, save() s", "quiet iteration s", "durable while training, s")
     rows: list[Cells] = []
     for name in names:
@@ -75,7 +74,7 @@ def dragging(runs: Sequence[Run], names: Sequence[str]) -> tuple[Cells, list[Cel
 
 
 def tables(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, Cells, list[Cells]]]:
-    """Title, header and rows of every table that has something to show."""
+    """Return the title, the header and the rows of every table that has something to show."""
     found = [
         ("The engine's bars", *bars(runs)),
         ("Peers, saves after the first", *comparison(runs, names)),
@@ -86,7 +85,7 @@ def tables(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, Cells, 
 
 def show(runs: Sequence[Run], names: Sequence[str], environment: Mapping[str, str | int], console: Console) -> None:
     for title, head, rows in tables(runs, names):
-        table = Table(title=title, title_justify="left")
+        table = RichTable(title=title, title_justify="left")
         for column in head:
             table.add_column(column, overflow="fold")
         for row in rows:
@@ -96,25 +95,21 @@ def show(runs: Sequence[Run], names: Sequence[str], environment: Mapping[str, st
     console.print(_footer(runs, environment), highlight=False)
 
 
-def markdown(runs: Sequence[Run], names: Sequence[str], environment: Mapping[str, str | int], command: str) -> str:
-    """The tables for a README, with the command that made them."""
-    parts: list[str] = []
-    for title, head, rows in tables(runs, names):
-        lines = [f"**{title}**", "", _pipe(head), _pipe(["---"] * len(head)), *(_pipe(row) for row in rows)]
-        parts.append("\n".join(lines))
-    parts.append(f"`{command}`: {_footer(runs, environment)}")
-    return "\n\n".join(parts) + "\n"
-
-
-def as_json(runs: Sequence[Run], environment: Mapping[str, str | int], options: Mapping[str, object]) -> str:
-    """Everything that was reported, every single figure included."""
-    body = {
-        "environment": dict(environment),
+def result(
+    runs: Sequence[Run],
+    names: Sequence[str],
+    environment: Mapping[str, str | int],
+    options: Mapping[str, object],
+    command: str,
+) -> Result:
+    """Return the tables, and everything that was reported, every single figure included."""
+    data = {
         "options": dict(options),
         "bars": [asdict(row) for row in figures.engine_rows(runs)],
         "runs": [{**asdict(run.job), "error": run.error, "events": run.events} for run in runs],
     }
-    return json.dumps(body, indent=1)
+    found = [Table(title, head, rows) for title, head, rows in tables(runs, names)]
+    return Result(str(options["suite"]), command, environment, found, _footer(runs, environment), data)
 
 
 def write(directory: str, name: str, text: str) -> str:
@@ -138,7 +133,3 @@ def _footer(runs: Sequence[Run], environment: Mapping[str, str | int]) -> str:
 
 def _text(found: figures.Spread | None, digits: int = 2, scale: float = 1.0) -> str:
     return "-" if found is None else found.text(digits, scale)
-
-
-def _pipe(cells: Cells) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,4 +1,4 @@
-"""Runs scenarios in fresh processes, one at a time, peers by turns, and keeps what they report."""
+"""Scenarios run here in fresh processes, one at a time, peers by turns; what they report is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-#: One figure: its ``kind`` and numbers. Seconds and bytes, as the names say.
+#: An event is one figure: its ``kind`` and numbers, in seconds and bytes, as their names say.
 Event: TypeAlias = dict[str, Any]
 
 #: A worker that hangs is killed: one bad peer must not end the whole run.
@@ -32,7 +32,7 @@ class Job:
 
 @dataclass(slots=True)
 class Run:
-    """A finished job: its events in order, and why it failed where it did."""
+    """Holds a finished job: its events in order, and its error where it failed."""
 
     job: Job
     events: list[Event] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Run:
 
 
 def plan(suite: str, peers: Sequence[str], rounds: int) -> list[Job]:
-    """The jobs of a suite, peers by turns: a machine that slows down slows all of them."""
+    """Return the jobs of a suite, peers by turns: a machine that slows down slows all of them."""
     ours = [peer for peer in peers if peer.startswith("asyncckpt")]
     jobs: list[Job] = []
     if suite in ("engine", "peers"):
@@ -64,7 +64,7 @@ def plan(suite: str, peers: Sequence[str], rounds: int) -> list[Job]:
 
 
 def run(jobs: Sequence[Job], size: str, directory: str, console: Console) -> list[Run]:
-    """Run them all; a failed one is reported with its error and the rest goes on. Blocks."""
+    """Run all jobs. A failed one is reported with its error, and the rest goes on. Blocks."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -92,7 +92,7 @@ def run(jobs: Sequence[Job], size: str, directory: str, console: Console) -> lis
 
 
 def run_one(job: Job, size: str, directory: str, show: Callable[[Event], None]) -> Run:
-    """One job in a fresh process."""
+    """Run one job in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.suites.worker", job.scenario, job.peer, directory]
     command += ["--size", size, "--repeats", str(job.repeats)]
     finished = Run(job)

@@ -1,4 +1,4 @@
-"""The measured training states: what a run of that size would hand to ``save``, without having trained for it."""
+"""The measured training states are what a run of that size would hand to ``save``, without having trained for it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ModelSize:
     context: int
 
 
-#: ``gpt2`` has the shapes of GPT-2 small: 124.4 M parameters in 148 tensors, 1.49 GB with AdamW in fp32.
-#: ``small`` is the same model at 50 MB, to try the harness.
+#: ``gpt2`` has the shapes of GPT-2 small: 124.4 M parameters in 148 tensors, 1.49 GB with AdamW in fp32. ``small`` is
+#: the same model at 50 MB, to try the harness.
 SIZES = {
     "small": ModelSize(layers=4, width=256, heads=4, vocabulary=4096, context=256),
     "gpt2": ModelSize(layers=12, width=768, heads=12, vocabulary=50257, context=1024),
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2 shaped model; ``forward`` gives the loss of predicting each next token. The head is tied."""
+    """A model of GPT-2's shape; ``forward`` returns the loss of predicting each next token. The head is tied."""
 
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
@@ -74,7 +74,8 @@ class GPT(nn.Module):
 
 
 def training_state(size: str) -> State:
-    """``{"model", "optimizer"}`` after one AdamW step on random gradients: every moment is there and incompressible.
+    """Make ``{"model", "optimizer"}`` after one AdamW step on random gradients: every moment is there and
+    incompressible.
 
     Blocks for some seconds at ``gpt2``; the gradients are freed again.
     """
@@ -89,13 +90,13 @@ def training_state(size: str) -> State:
 
 
 def plain_state(count: int, tensor_bytes: int) -> State:
-    """One component of ``count`` float32 tensors of ``tensor_bytes`` each."""
+    """Make one component of ``count`` float32 tensors of ``tensor_bytes`` each."""
     torch.manual_seed(0)
     return {"weights": {f"tensor.{i:05d}": torch.randn(tensor_bytes // 4) for i in range(count)}}
 
 
 def flat_tensors(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """Component → name → live tensor, a tied tensor under its first name only."""
+    """Map component and name to the live tensor; a tied one appears under its first name only."""
     flat: dict[str, dict[str, torch.Tensor]] = {}
     for component, value in state.items():
         found: dict[str, torch.Tensor] = {}
@@ -109,7 +110,7 @@ def flat_tensors(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]
 
 
 def all_tensors(state: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Every tensor of a state once."""
+    """Return every tensor of a state once."""
     return [tensor for tensors in flat_tensors(state).values() for tensor in tensors.values()]
 
 
@@ -124,7 +125,7 @@ def _named(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Equal shapes and equal bytes: NaNs and signed zeros must match too."""
+    """Whether shapes and bytes are equal: NaNs and signed zeros must match too."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return torch.equal(

@@ -1,4 +1,4 @@
-"""A GPT that was really trained: the states that codecs are measured on. Random tensors would say nothing of them."""
+"""Codecs are measured on states of a GPT that was really trained, as random tensors would say nothing about them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import asyncckpt
 from asyncckpt.demo.data import collect
 from asyncckpt.demo.training import Training, count_alike
 
-#: Early, mid and late in the run, and one ten steps after the last, for deltas.
+#: The steps are early, mid and late in the run, and one ten steps after the last, for deltas.
 STEPS = {"early": 200, "mid": 1000, "late": 2000, "later": 2010}
 _SEED = 7
 
 
 def trained_run(directory: Path) -> asyncckpt.Run:
-    """A run directory that holds the checkpoints of ``STEPS``: model (10.7 M parameters, fp32) and AdamW's moments.
+    """Return a run directory that holds the checkpoints of ``STEPS``: model (10.7 M parameters, fp32) and AdamW's
+    moments.
 
-    Trains where they are not there yet, from where it was interrupted: about four minutes on one core.
+    It trains where they are not there yet, from where it was interrupted: about four minutes on one core.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "trained-gpt"

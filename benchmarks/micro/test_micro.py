@@ -1,4 +1,4 @@
-"""The engine's small parts, one by one: ``pytest benchmarks/test_micro.py -m bench``."""
+"""These benchmarks measure the engine's small parts one by one: ``pytest benchmarks/micro -m bench``."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from asyncckpt.types import Layout, LayoutOptions, TensorSpec
 pytestmark = pytest.mark.bench
 
 CHUNK_BYTES = 16 << 20
-#: Several times the largest last-level cache.
+#: This is several times the largest last-level cache.
 ARENA_BYTES = 1 << 30
 TENSORS = 100_000
 
 
 def extents() -> Iterator[memoryview]:
-    """Aligned, faulted-in 16 MiB pieces of ``ARENA_BYTES``, round and round: from memory, not from the CPU's cache."""
+    """Yield aligned, faulted-in 16 MiB pieces of ``ARENA_BYTES``, round and round, so that they come from memory and
+    not from the CPU's cache."""
     view = memoryview(mmap.mmap(-1, ARENA_BYTES))
     view[:] = np.random.default_rng(0).bytes(ARENA_BYTES)
     return itertools.cycle([view[at : at + CHUNK_BYTES] for at in range(0, ARENA_BYTES, CHUNK_BYTES)])
 
 
 def record_throughput(benchmark: BenchmarkFixture, nbytes: int) -> None:
-    if benchmark.stats is not None:  # with --benchmark-disable
+    if benchmark.stats is not None:  # there are none with --benchmark-disable
         benchmark.extra_info["gb_per_second"] = round(nbytes / benchmark.stats.stats.median / 1e9, 2)
 
 
 def timed(benchmark: Any, function: Callable[..., Any], *args: object) -> Any:
-    """Three rounds of something that takes a second: pytest-benchmark's calibration would take minutes."""
+    """Measure three rounds of something that takes a second: pytest-benchmark's calibration would take minutes."""
     return benchmark.pedantic(function, args=args, rounds=3)
 
 

@@ -1,7 +1,7 @@
-"""The peers: one module each, with a ``LABEL`` and ``setup(state, directory)``.
+"""Each peer is a module with a ``LABEL`` and ``setup(state, directory)``.
 
-``setup`` gives a session: ``save(step)``, ``restore()``, ``guard()`` and ``close()``. To add a peer, add its module and
-its name here. Durable means the same for all of them: every file and every directory that was written is fsynced.
+``setup`` returns a session: ``save(step)``, ``restore()``, ``guard()`` and ``close()``. To add a peer, add its module
+and its name here. Durable means the same for all of them: every file and every directory that was written is fsynced.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """``stall_seconds``: how long ``save`` held its caller. ``durable``: seconds from the call until all is fsynced."""
+    """``stall_seconds`` says how long ``save`` held its caller, ``durable`` how many seconds passed from the call until
+    all was fsynced."""
 
     stall_seconds: float
     durable: Future[float]
 
 
 class Session(ABC):
-    """One peer set up for one state. ``save`` is called again only after the last one is durable."""
+    """A session is one peer set up for one state. ``save`` is called again only after the last save is durable."""
 
     def __init__(self, state: State, directory: str) -> None:
         self.state = state
@@ -52,11 +53,11 @@ class Session(ABC):
         """Save into ``self.path(step)`` as the peer's documentation advises; return as soon as training may go on."""
 
     def restore(self, step: int) -> None:
-        """Load that step back into the live state. Not every peer's restore is measured."""
+        """Load that step back into the live state. Some peers' restore is not measured."""
         raise LookupError(f"restore is not measured for {type(self).__name__}")
 
     def guard(self) -> AbstractContextManager[object]:
-        """What the peer asks to be put round ``optimizer.step``."""
+        """Return what the peer asks to be put round ``optimizer.step``."""
         return nullcontext()
 
     def forget(self, step: int) -> None:
@@ -71,7 +72,7 @@ class Session(ABC):
 
 
 class Peer(Protocol):
-    """What a peer's module offers."""
+    """A peer's module offers these."""
 
     LABEL: str
 
@@ -79,7 +80,7 @@ class Peer(Protocol):
 
 
 def load(name: str) -> Peer:
-    """The peer's module. Raises ``ImportError`` where what it measures is not installed."""
+    """Import the peer's module. Raises ``ImportError`` where what it measures is not installed."""
     if name not in NAMES:
         raise ValueError(f"unknown peer {name!r}; known are {', '.join(NAMES)}")
     module: Peer = importlib.import_module(f"benchmarks.peers.{name}")
@@ -87,7 +88,7 @@ def load(name: str) -> Peer:
 
 
 def blocking(work: Callable[[], None], path: str) -> Saved:
-    """A save that returns when it is durable: ``work``, then an fsync of everything below ``path``."""
+    """Make a save that returns when it is durable, of ``work`` and an fsync of everything below ``path``."""
     began = time.perf_counter()
     work()
     sync_tree(path)
@@ -98,7 +99,8 @@ def blocking(work: Callable[[], None], path: str) -> Saved:
 
 
 def in_background(began: float, written: Future[Any], path: str) -> Saved:
-    """A save that began at ``began`` and returns now; its files below ``path`` are fsynced once ``written`` is done."""
+    """Make a save that began at ``began`` and returns now; its files below ``path`` are fsynced once ``written`` is
+    done."""
     stall_seconds = time.perf_counter() - began
     durable: Future[float] = Future()
 

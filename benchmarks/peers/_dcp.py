@@ -1,4 +1,4 @@
-"""What the peers of ``torch.distributed.checkpoint`` share."""
+"""The peers of ``torch.distributed.checkpoint`` share this session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from benchmarks.harness.state import State
 from benchmarks.peers import Session
 
-#: More than one thread splits a rank's data over that many files; two suit the two cores this was measured on.
+#: More than one thread splits a rank's data over that many files; two suit the two cores that this was measured on.
 WRITER_THREADS = 2
 
 
@@ -32,8 +32,8 @@ class DcpSession(Session):
             dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as DCP's own documentation gathers it. A tied weight goes in once, in the peer's favour: DCP
-        would write it under each of its names."""
+        """Gather the state as DCP's own documentation does. A tied weight goes in once, in the peer's favour: DCP would
+        write it under each of its names."""
         if "model" not in self.state:
             return dict(self.state)
         model, optimizer = get_state_dict(self.state["model"], self.state["optimizer"])
@@ -49,7 +49,7 @@ class DcpSession(Session):
         return {"model": weights, "optimizer": optimizer}
 
     def writer(self, step: int) -> FileSystemWriter:
-        """Its ``sync_files`` fsyncs the files but no directory; that is added to the durable time."""
+        """Make the writer. Its ``sync_files`` fsyncs the files but no directory; that is added to the durable time."""
         return FileSystemWriter(self.path(step), thread_count=WRITER_THREADS, sync_files=True)
 
     def restore(self, step: int) -> None:

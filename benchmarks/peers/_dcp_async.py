@@ -1,5 +1,5 @@
-"""What both kinds of ``torch.distributed.checkpoint.async_save`` share: one stager, kept from save to save, that stages
-on a thread of its own. Pinned memory and non-blocking copies need a GPU, so they are off without one."""
+"""Both kinds of ``torch.distributed.checkpoint.async_save`` share one stager, kept from save to save, that stages on a
+thread of its own. Pinned memory and non-blocking copies need a GPU, so they are off without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""asyncckpt without ``watch``: ``save`` returns when the whole state is staged. It fsyncs everything by itself."""
+"""asyncckpt is measured without ``watch``: ``save`` returns when the whole state is staged. It fsyncs everything by
+itself."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ class Asyncckpt(Session):
         self.checkpointer.restore(self.state, step=step)
 
     def forget(self, step: int) -> None:
-        # its own retention deletes in the background; until that is over, it would disturb the next measurement
+        # asyncckpt's own retention deletes in the background; until that is over, it would disturb the next measurement
         give_up = time.monotonic() + _DELETION_SECONDS
         while time.monotonic() < give_up and (
             os.path.exists(self.path(step)) or any(name.startswith(".trash-") for name in os.listdir(self.directory))

@@ -1,4 +1,5 @@
-"""asyncckpt with ``watch(optimizer)``: ``save`` returns at once, and a step pre-hook waits for what is left."""
+"""asyncckpt is measured with ``watch(optimizer)``: ``save`` returns at once, and a step pre-hook waits for what is
+left."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""``torch.distributed.checkpoint.async_save`` that writes from a spawned process, through shared memory. It fsyncs its
-files; the durable time adds the directories. The process is started by the first save, as DCP leaves no other way."""
+"""``torch.distributed.checkpoint.async_save`` writes from a spawned process, through shared memory. It fsyncs its
+files; the durable time adds the directories. The first save starts the process, as DCP leaves no other way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``torch.distributed.checkpoint.async_save`` that writes from a thread. It fsyncs its files; the durable time adds the
+"""``torch.distributed.checkpoint.async_save`` writes from a thread. It fsyncs its files; the durable time adds the
 directories."""
 
 from __future__ import annotations

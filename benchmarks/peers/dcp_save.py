@@ -1,4 +1,4 @@
-"""``torch.distributed.checkpoint.save``. It fsyncs its files; the durable time adds the directories."""
+"""``torch.distributed.checkpoint.save`` fsyncs its files; the durable time adds the directories."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""``safetensors.torch.save_file``, one file a component. It has no fsync of its own: the durable time includes one of
-the files, their directory and the parent. Only tensors are written, tied ones once; param groups and the like are
-not, in the peer's favour."""
+"""``safetensors.torch.save_file`` writes one file a component. It does not fsync: the durable time includes an fsync of
+the files, their directory and the parent. Only tensors are written, tied ones once; param groups and the like are not,
+in the peer's favour."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""torch_checkpointing's manager with asynchronous staging into shared memory and its writer process.
+"""torch_checkpointing's manager stages asynchronously into shared memory, from which its process writes.
 
-It has no fsync: the durable time includes one of every file and directory. Its direct I/O is off, because ext4 answers
-its unaligned writes with EINVAL. The staging memory is allocated ahead by its own ``prewarm_staging``.
+It does not fsync: the durable time includes an fsync of every file and directory. Its direct I/O is off, because ext4
+answers its unaligned writes with EINVAL. The staging memory is allocated ahead by its own ``prewarm_staging``.
 """
 
 from __future__ import annotations

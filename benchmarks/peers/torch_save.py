@@ -1,4 +1,4 @@
-"""``torch.save`` of the state dicts into one file. It has no fsync of its own: the durable time includes one of the
+"""``torch.save`` writes the state dicts into one file. It does not fsync: the durable time includes an fsync of the
 file, its directory and the parent."""
 
 from __future__ import annotations

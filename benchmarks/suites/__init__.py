@@ -1,1 +1,1 @@
-"""The suites of ``python -m benchmarks``: engine and restore, drag, codecs, ranks."""
+"""``python -m benchmarks`` has these suites: engine and restore, drag, codecs, ranks."""

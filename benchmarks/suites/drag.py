@@ -1,4 +1,5 @@
-"""Drag: how much slower training iterations are than without a save, until that save is durable; stall included."""
+"""Drag is how much slower training iterations are than without a save, until that save is durable, its stall
+included."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from benchmarks.peers import Session
 
 _WARMUP = 3
 _QUIET = 4
-#: Batch and length of the loop's input: about a second an iteration for GPT-2 small on two cores.
+#: The loop's input has this batch and length: about a second an iteration for GPT-2 small on two cores.
 _BATCH = 2
 _LENGTH = 65
 
 
 def measure(session: Session, saves: int) -> Iterator[dict[str, float]]:
-    """Train; each save comes after ``_QUIET`` quiet iterations, which are its baseline. Yields figures a save."""
+    """Train; each save comes after ``_QUIET`` quiet iterations, which are its baseline. Yield the figures of each
+    save."""
     model, optimizer = session.state["model"], session.state["optimizer"]
     tokens = torch.randint(0, model.size.vocabulary, (_BATCH, _LENGTH))
 
@@ -33,7 +35,7 @@ def measure(session: Session, saves: int) -> Iterator[dict[str, float]]:
 
     for _ in range(_WARMUP):
         iterate()
-    session.save(1).durable.result()  # what a first save sets up, such as a process, is not drag
+    session.save(1).durable.result()  # what a first save sets up, such as a process, does not count as drag
     quiet = [iterate() for _ in range(_QUIET)]
     for step in range(2, saves + 2):
         began = time.perf_counter()

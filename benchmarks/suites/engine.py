@@ -1,4 +1,4 @@
-"""What a worker process measures. Each scenario yields its figures one by one, as it gets them."""
+"""A worker process measures these scenarios. Each yields its figures one by one, as it gets them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.harness.runner import Event
 from benchmarks.harness.state import State, all_tensors, plain_state, same_bits, training_state
 from benchmarks.suites import drag
 
-#: About one training step of that model on two cores: what a run has between ``prepare`` and its first save.
+#: About one training step of that model on two cores: a run has this time between ``prepare`` and its first save.
 STEP_SECONDS = 4.0
 STAGING_BYTES = 256 << 20
 #: 20,480 tensors of 64 KiB and 20 of 64 MiB are the same bytes.
@@ -27,7 +27,7 @@ COPIES = 3
 
 
 def saves(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
-    """A fresh process's first save, then the next, each between two raw writes."""
+    """Measure a fresh process's first save, then the next, each between two raw writes."""
     state = training_state(size)
     ceiling = _ceiling(state, directory)
     yield _describe(state)
@@ -42,9 +42,9 @@ def saves(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]
 
 
 def returns(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
-    """How long ``save`` holds its caller, over many saves with training between them.
+    """Measure how long ``save`` holds its caller, over many saves with training between them.
 
-    ``optimizer.step`` runs after each, as in a loop: it is what a deferred save has to guard against.
+    ``optimizer.step`` runs after each, as in a loop: a deferred save has to guard against it.
     """
     state = training_state(size)
     yield _describe(state)
@@ -58,7 +58,7 @@ def returns(peer: str, size: str, directory: str, repeats: int) -> Iterator[Even
 
 
 def many(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
-    """The same bytes in many small and in few large tensors, by turns. ``small`` takes a sixteenth of both."""
+    """Save the same bytes in many small and in few large tensors, by turns. ``small`` takes a sixteenth of both."""
     scale = 16 if size == "small" else 1
     states = {
         "few": plain_state(FEW[0], FEW[1] // scale),
@@ -78,7 +78,8 @@ def many(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
 
 
 def budget(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
-    """Peak resident memory above the state's, through a small arena, and whether what was saved is bit-equal."""
+    """Measure peak resident memory above the state's, through a small arena, and whether what was saved is
+    bit-equal."""
     state = training_state(size)
     module: Any = peers.load(peer)
     yield _describe(state)
@@ -100,7 +101,7 @@ def budget(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event
 
 
 def restores(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
-    """Restoring into live objects, page cache dropped, by turns with a raw cold read of the same bytes."""
+    """Restore into live objects, with the page cache dropped, by turns with a raw cold read of the same bytes."""
     state = training_state(size)
     ceiling = _ceiling(state, directory)
     yield _describe(state)
@@ -118,7 +119,7 @@ def restores(peer: str, size: str, directory: str, repeats: int) -> Iterator[Eve
 
 
 def dragging(peer: str, size: str, directory: str, repeats: int) -> Iterator[Event]:
-    """A real training loop, with and without a save in flight."""
+    """Measure a real training loop, with and without a save in flight."""
     state = training_state(size)
     yield _describe(state)
     session = _setup(peer, state, directory)
@@ -158,7 +159,7 @@ def _describe(state: State) -> Event:
 
 
 def _raw(ceiling: Ceiling) -> Iterator[Event]:
-    # the best of some: a copy that something else disturbed is no ceiling, and would flatter what it is compared with
+    # the best of some: a copy that something else disturbed is not a ceiling, and flatters what it is compared with
     seconds = min(ceiling.copy() for _ in range(COPIES))
     yield {"kind": "copy", "seconds": seconds, "nbytes": ceiling.nbytes}
     yield {"kind": "raw", "seconds": ceiling.write(), "nbytes": ceiling.nbytes}

@@ -1,6 +1,6 @@
-"""One scenario of one peer in a fresh process: ``python -m benchmarks.suites.worker saves asyncckpt DIRECTORY``.
+"""``python -m benchmarks.suites.worker saves asyncckpt DIRECTORY`` runs one scenario of one peer in a fresh process.
 
-Prints one JSON object a line on stdout, and nothing else: what libraries print goes to stderr.
+It prints one JSON object a line on stdout, and nothing else: what libraries print goes to stderr.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What several test modules share: rank processes, states, scenarios, file systems."""
+"""Several test modules share these: rank processes, states, scenarios, file systems."""

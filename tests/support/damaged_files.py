@@ -1,4 +1,4 @@
-"""Small checkpoints of each format, and a way to spoil their files and put them back."""
+"""Small checkpoints of each format are made here, whose files tests spoil and put back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from conftest import bits
 from asyncckpt import AsyncCkptError, CheckpointDamaged, Checkpointer, Delta, Run, VersionUnsupported
 from support.options import by_stage
 
-#: Names of formats, and how each is saved; the last step of ``delta`` builds on the two before.
+#: Each format has a name and says how it is saved; the last step of ``delta`` builds on the two before.
 FORMATS: dict[str, dict[str, Any]] = {
     "safetensors": {},
     "encoded": {"codec": "planes"},
@@ -29,9 +29,10 @@ STEPS = (1, 2, 3)
 
 
 class Stored:
-    """The run directory of a format with three small checkpoints, none of which shares a file with another.
+    """Holds a run directory of a format with three small checkpoints, none of which shares a file with another.
 
-    ``numbers``: how many of them are random; where a codec is to have work, zeros follow."""
+    ``numbers`` says how many values are random; zeros follow them where a codec is to have work.
+    """
 
     def __init__(self, path: Path, name: str, numbers: int, extent_bytes: int = 24_576) -> None:
         options = {"incremental": False, "extent_bytes": extent_bytes, "shard_bytes": 2 * extent_bytes} | FORMATS[name]
@@ -48,14 +49,14 @@ class Stored:
                 run.save(step, state).result()
                 self.expected[step] = {key: bits(value) for key, value in run.load_tensors(step).items()}
                 assert self.expected[step]["w.big"] == bits(state["w"]["big"])
-        shutil.copytree(path.with_name("linked"), path)  # hard links become files of their own
+        shutil.copytree(path.with_name("linked"), path)  # the copy turns hard links into files of their own
         self.run = Run(path, direct=False)
         self.step = STEPS[-1]
         self.path = path / f"step-{self.step:08d}"
         self.files = self.read(self.step)
 
     def read(self, step: int) -> dict[str, bytes]:
-        """The files of a checkpoint by name, content and all."""
+        """Return the content of a checkpoint's files by name."""
         folder = self.path.with_name(f"step-{step:08d}")
         return {
             str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
@@ -63,7 +64,7 @@ class Stored:
 
     @contextmanager
     def spoiled(self, changes: Mapping[str, bytes | None]) -> Iterator[None]:
-        """Give files of the last checkpoint other contents (None: no file), and put them right again."""
+        """Give files of the last checkpoint other contents (None deletes a file), and put them right again."""
         for name, data in changes.items():
             self._write(name, data)
         try:
@@ -86,7 +87,7 @@ class Stored:
             os.close(fd)
 
     def check(self, what: str, *, restoring: bool = True) -> None:
-        """``verify`` sees the damage, and reading gives the right values or none."""
+        """Check that ``verify`` sees the damage, and that reading gives the right values or none."""
         assert self.run.verify(self.step), f"unseen by verify: {what}"
         if not restoring:
             return

@@ -1,4 +1,4 @@
-"""Where a rank can be struck during a save, by name: ``stage``, ``write``, ``fsync``, ``report``, ``publish``."""
+"""A rank can be struck during a save at these points: ``stage``, ``write``, ``fsync``, ``report``, ``publish``."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from asyncckpt.types import Buffer
 from support.harness import Me
 from support.options import by_stage
 
-#: How long ranks wait for each other here.
+#: Ranks wait this long for each other here.
 TIMEOUT_SECONDS = 2.0
-#: What other ranks add to it until they take rank 0 for lost; the library's own is 15.
+#: Other ranks wait this much longer until they take rank 0 for lost; the library's own grace is 15 s.
 GRACE_SECONDS = 1.0
-#: The most that a rank may take to learn that another is lost: rank 0's patience, then the grace; and scheduling.
+#: A rank learns in this time at most that another is lost: rank 0's patience, then the grace, and scheduling.
 BOUND_SECONDS = 2 * TIMEOUT_SECONDS + GRACE_SECONDS + 8.0
 #: No ``save`` or ``step`` may keep training for longer. They take milliseconds; the documented limits are far above.
 CALL_SECONDS = 2.0
 
 
 class PointOps(PosixOps):
-    """System calls that are points. Nothing happens before ``armed``."""
+    """Makes points of system calls. Nothing happens before ``armed``."""
 
     def __init__(self, me: Me) -> None:
         self.me = me
@@ -52,7 +52,7 @@ class PointOps(PosixOps):
 
 
 def checkpointer(me: Me, path: str, **options: Any) -> tuple[asyncckpt.Checkpointer, PointOps]:
-    """One whose points are the rank's; arm it with ``ops.armed = True``."""
+    """Make a checkpointer whose points are the rank's; arm it with ``ops.armed = True``."""
     together._GRACE_SECONDS = GRACE_SECONDS
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()  # the ranks' processes may have started seconds apart, and what follows is bounded
@@ -79,7 +79,8 @@ def checkpointer(me: Me, path: str, **options: Any) -> tuple[asyncckpt.Checkpoin
 
 
 def state_of(step: int) -> dict[str, Any]:
-    """Says in every byte which step it is of. Large enough to be divided among ranks; a tensor for each of three."""
+    """Make a state that says in every byte which step it belongs to. It is large enough to be divided among ranks, with
+    a tensor for each of three."""
     return {
         "w": torch.full((1 << 20,), float(step)),
         "b": torch.full((17,), step),
@@ -89,7 +90,8 @@ def state_of(step: int) -> dict[str, Any]:
 
 
 def is_whole(path: str, *, lowest: int = 0) -> int:
-    """What is visible is complete and holds the step that it says; the newest step, which is at least ``lowest``."""
+    """Check that what is visible is complete and holds the step that it says. Return the newest step, which must be at
+    least ``lowest``."""
     run = asyncckpt.Run(path, direct=False)
     for entry in run.ls():
         assert entry.damage is None, f"torn and visible: {entry}"
@@ -107,7 +109,7 @@ def is_whole(path: str, *, lowest: int = 0) -> int:
 
 
 class Clock:
-    """The longest that a call took."""
+    """Remembers how long the longest call took."""
 
     def __init__(self) -> None:
         self.longest = 0.0

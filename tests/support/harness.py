@@ -1,4 +1,5 @@
-"""Rank processes for tests: forked from a server that has torch imported, given one scenario after the other.
+"""Tests run rank processes, which are forked from a server that has torch imported, and give them one scenario after
+the other.
 
 A scenario is a module-level function ``scenario(me, *args)`` that every rank runs; what it returns or raises comes back
 as an ``Outcome``. A ``Fault`` kills or stops one rank at a point that the scenario names with ``me.at(point)``.
@@ -37,16 +38,16 @@ _CONTEXT.set_forkserver_preload(
         "zarr",
     ]
 )
-#: Of process group set-up and of training's own collectives. Longer than any save's deadline in these tests.
+#: Process group set-up and training's own collectives wait this long: longer than any save's deadline in these tests.
 _GLOO_SECONDS = 60.0
-#: The most rank processes at one time.
+#: At most this many rank processes live at one time.
 MAX_RANKS = 8
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to ``rank`` the ``nth`` time it comes to ``point``: ``kill``, ``stop`` (SIGSTOP) or ``raise`` of
-    ``error``."""
+    """Says what happens to ``rank`` the ``nth`` time it comes to ``point``: ``kill``, ``stop`` (SIGSTOP) or ``raise``
+    of ``error``."""
 
     rank: int
     point: str
@@ -57,31 +58,32 @@ class Fault:
 
 @dataclass
 class Me:
-    """A rank, as its scenario sees it. Made once a process: ``kept`` outlives scenarios."""
+    """A rank as its scenario sees it, made once a process: ``kept`` outlives scenarios."""
 
     rank: int
     size: int
     fault: Fault | None = None
     kept: dict[str, Any] = field(default_factory=dict)
-    #: How often each point was passed in this scenario.
+    #: Counts how often each point was passed in this scenario.
     passed: dict[str, int] = field(default_factory=dict)
 
     def at(self, point: str) -> None:
-        """A point that tests know by name."""
+        """Pass a point that tests know by name, where the fault may strike."""
         count = self.passed[point] = self.passed.get(point, 0) + 1
         fault = self.fault
         if fault is None or (fault.rank, fault.point, fault.nth) != (self.rank, point, count):
             return
         if fault.error is not None:
             raise fault.error
-        # to this very thread, so that it does not come past this line first
+        # sent to this very thread, so that it does not come past this line first
         signal.pthread_kill(threading.get_ident(), signal.SIGKILL if fault.how == "kill" else signal.SIGSTOP)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a scenario on one rank. ``error``: names of the exception's class and its bases, first the class
-    itself. ``gone``: the process died; ``silent``: it had not answered when the deadline came."""
+    """Says what became of a scenario on one rank. ``error`` holds the names of the exception's class and its bases, the
+    class itself first. ``gone`` means that the process died, ``silent`` that it had not answered when the deadline
+    came."""
 
     rank: int
     value: Any = None
@@ -101,10 +103,10 @@ class Outcome:
 
 
 class Crew:
-    """``size`` rank processes of one job. Close it; it is a context manager.
+    """Runs ``size`` rank processes of one job. It must be closed, or used as a context manager.
 
-    ``store``: ``agent``, as torchrun has it (this process serves it, whatever becomes of the ranks), ``rank0``, or
-    ``file``. ``spaces``: for each rank a network namespace, its interface, and, once, the address of rank 0.
+    ``store`` is ``agent``, as torchrun has it (this process serves it, whatever becomes of the ranks), ``rank0``, or
+    ``file``. ``spaces`` has for each rank a network namespace, its interface, and, once, the address of rank 0.
     """
 
     def __init__(
@@ -141,13 +143,13 @@ class Crew:
     # -- scenarios ---------------------------------------------------------------------------------------------------
 
     def start(self, scenario: Scenario, *args: Any, fault: Fault | None = None) -> None:
-        """Give every rank that lives a scenario; ``collect`` gets what became of it."""
+        """Give a scenario to every rank that lives; ``collect`` returns what became of it."""
         for link in self._links:
             with contextlib.suppress(OSError):
                 link.send((scenario, args, fault))
 
     def collect(self, timeout: float = 60.0, *, without: Sequence[int] = ()) -> list[Outcome]:
-        """What became of the scenario on each rank, in order; the ranks ``without`` are not waited for."""
+        """Return what became of the scenario on each rank, in order; the ranks ``without`` are not waited for."""
         found: dict[int, Outcome] = {}
         deadline = time.monotonic() + timeout
         waiting = {link: rank for rank, link in enumerate(self._links) if rank not in without}
@@ -163,13 +165,13 @@ class Crew:
         return outcomes
 
     def run(self, scenario: Scenario, *args: Any, timeout: float = 60.0, fault: Fault | None = None) -> list[Outcome]:
-        """Run a scenario on all ranks; never raises what they raise."""
+        """Run a scenario on all ranks. This never raises what they raise."""
         without = [fault.rank] if fault is not None and fault.how == "stop" else []
         self.start(scenario, *args, fault=fault)
         return self.collect(timeout, without=without)
 
     def values(self, scenario: Scenario, *args: Any, timeout: float = 60.0) -> list[Any]:
-        """What the scenario returned, by rank. Fails the test where a rank raised, died or was silent."""
+        """Return what the scenario returned, by rank. Fails the test where a rank raised, died or was silent."""
         outcomes = self.run(scenario, *args, timeout=timeout)
         bad = [one for one in outcomes if not one.ok]
         if bad:
@@ -183,13 +185,13 @@ class Crew:
     # -- processes ---------------------------------------------------------------------------------------------------
 
     def signal(self, rank: int, number: signal.Signals) -> None:
-        """SIGKILL, SIGSTOP or SIGCONT for one rank, where it lives."""
+        """Send SIGKILL, SIGSTOP or SIGCONT to one rank, where it lives."""
         self.usable = False
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._processes[rank].pid, number)
 
     def wait_stopped(self, rank: int, timeout: float = 30.0) -> None:
-        """Block until a rank that stops itself has."""
+        """Block until a rank has stopped itself."""
         deadline = time.monotonic() + timeout
         while _state_of(self._processes[rank].pid) != "T":
             assert time.monotonic() < deadline, f"rank {rank} did not come to the point where it was to stop"
@@ -204,7 +206,7 @@ class Crew:
         for process in self._processes:
             process.join(0.2)
             if process.exitcode is None:
-                process.kill()  # stopped ones too
+                process.kill()  # this ends stopped ones too
                 process.join(30)
         self._server = None
 
@@ -216,13 +218,13 @@ class Crew:
 
 
 class Crews:
-    """Crews that live from test to test: a fork and a process group each, instead of one a test."""
+    """Keeps crews from test to test: each costs a fork and a process group once, instead of at every test."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Crew] = {}
 
     def __call__(self, size: int) -> Crew:
-        """A crew of that size that nothing has happened to. At most ``MAX_RANKS`` processes live at once."""
+        """Return a crew of that size that nothing has happened to. At most ``MAX_RANKS`` processes live at once."""
         crew = self._kept.pop(size, None)
         if crew is not None and not crew.usable:
             crew.close()
@@ -271,7 +273,7 @@ def _live(link: Connection, rank: int, size: int, place: dict[str, Any], space: 
         except OSError:
             break
     sys.stdout.flush()
-    os._exit(0)  # a process group is not to be taken down in order by whoever is left
+    os._exit(0)  # whoever is left cannot take a process group down in order
 
 
 def _tasks(link: Connection) -> Iterator[tuple[Scenario, tuple[Any, ...], Fault | None]]:

@@ -1,4 +1,4 @@
-"""File systems to break: small tmpfs, ext4 in a file. Each is skipped where the tests may not mount."""
+"""Tests break these file systems: small tmpfs, and ext4 in a file. A test is skipped where it may not mount."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 
 def run_command(*command: object) -> bool:
-    """Whether it succeeded; its output is of no interest."""
+    """Whether the command succeeded; its output is dropped."""
     done = subprocess.run([str(word) for word in command], capture_output=True, check=False, timeout=60)
     return done.returncode == 0
 
 
 @contextlib.contextmanager
 def tmpfs(path: Path, options: str = "size=64m") -> Iterator[Path]:
-    """A tmpfs of its own at ``path``, gone afterwards."""
+    """Mount a tmpfs at ``path`` for as long as the context lasts."""
     path.mkdir(exist_ok=True)
     if os.geteuid() or not run_command("mount", "-t", "tmpfs", "-o", options, "asyncckpt-test", path):
         pytest.skip("needs root and a kernel that mounts a tmpfs")
@@ -36,7 +36,7 @@ def resize(path: Path, options: str) -> None:
 
 
 def used_blocks(path: Path) -> int:
-    """In 4 KiB."""
+    """Return the blocks in use, in 4 KiB."""
     stats = os.statvfs(path)
     assert stats.f_frsize == 4096
     return stats.f_blocks - stats.f_bfree
@@ -48,7 +48,7 @@ def used_inodes(path: Path) -> int:
 
 
 class Ext4:
-    """A mounted ext4 that turns read-only at once when told of an error, whoever is writing."""
+    """A mounted ext4 that turns read-only as soon as it is told of an error, whoever is writing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,13 +60,13 @@ class Ext4:
         return self._trigger.exists()
 
     def fail(self) -> None:
-        """As on a broken device: the kernel remounts it read-only under open files."""
+        """Make the kernel remount it read-only under open files, as on a broken device."""
         self._trigger.write_text("planted by a test")
 
 
 @contextlib.contextmanager
 def ext4(folder: Path) -> Iterator[Ext4]:
-    """A small ext4 below ``folder`` with ``errors=remount-ro``."""
+    """Make a small ext4 below ``folder`` with ``errors=remount-ro``."""
     image, mount = folder / "image", folder / "ext4"
     mount.mkdir()
     with image.open("wb") as file:

@@ -1,4 +1,4 @@
-"""Programs whose every crash state is checked: small runs on a recording file system, and what they saved."""
+"""These programs, whose every crash state is checked, make small runs on a recording file system."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Program = Callable[["Saver"], None]
 
 
 def state_of(step: int, version: int = 0, shards: int = 2) -> dict[str, Any]:
-    """Each shard's bytes say which step and version they are of; the last one never changes. No byte of the data is
-    zero: a hole would look right."""
+    """Make a state. Each shard's bytes say which step and version they belong to; the last shard never changes. No byte
+    of the data is zero, as a hole would look right then."""
     value = 1 + 7 * step + 31 * version
     state: dict[str, Any] = {
         f"w{n}": torch.full((1100,), value + n / 8, dtype=torch.float32) + 0.001 for n in range(shards - 1)
@@ -73,7 +73,7 @@ class Saver:
             pending.result()
 
     def go_back(self, step: int) -> None:
-        """Restore the whole state of an earlier step: what was saved later is given up."""
+        """Restore the whole state of an earlier step, which gives up what was saved later."""
         run = self.run or self.open()
         run.restore(state_of(-1, 0, self.shards), step)
 
@@ -84,7 +84,7 @@ class Saver:
             run.close()
 
     def killed(self) -> None:
-        """The process was killed: the next one opens the directory."""
+        """Act as after a kill: the next process opens the directory."""
         run, self.run = self.run, None
         if run is not None:
             with contextlib.suppress(Exception):
@@ -95,7 +95,7 @@ class Saver:
 def _marking(
     saver: Saver, resolve: Callable[[PendingSave, SaveReport], None]
 ) -> Callable[[PendingSave, SaveReport], None]:
-    """Acknowledging, noted at the very moment."""
+    """Mark the acknowledgement at the very moment it happens."""
 
     def marked(self: PendingSave, report: SaveReport) -> None:
         saver.ops.mark("acknowledged", self.step, saver.versions[self.step])
@@ -106,7 +106,7 @@ def _marking(
 
 @dataclass(frozen=True)
 class Scenario:
-    """``steps``: what ``program`` may have saved, and how often."""
+    """A scenario is a program and its options. ``steps`` says what ``program`` may have saved, and how often."""
 
     name: str
     program: Program
@@ -131,7 +131,7 @@ class Scenario:
                 saver.close()
 
     def record(self, root: Path, **settings: Any) -> RecordingOps:
-        """Run it once in a directory of its own."""
+        """Run the program once in a directory of its own."""
         place = root / uuid.uuid4().hex
         place.mkdir()
         ops = RecordingOps(str(place), reflinks=self.reflinks)
@@ -141,7 +141,7 @@ class Scenario:
         return ops
 
     def permitted(self, root: Path, quiet: float = 0.1) -> Trace:
-        """A trace with the order that the code guarantees."""
+        """Return a trace with the order that the code guarantees."""
 
         def fresh() -> RecordingOps:
             place = root / uuid.uuid4().hex
@@ -154,7 +154,7 @@ class Scenario:
         return Recovery(CrashModel(trace, **model), self.run, self.identify, self.restore, self.policies)
 
     def identify(self, reader: Reader, step: int) -> Saved | None:
-        """Which save a checkpoint holds, bit for bit, tensors and plain values."""
+        """Return which save a checkpoint holds, bit for bit, tensors and plain values; None for anything else."""
         found = {name.removesuffix(".value"): data for name, data in _bits(load_tensors(reader, None)).items()}
         for version in range(self.steps.get(step, 0)):
             expected = state_of(step, version, self.shards)
@@ -187,7 +187,7 @@ def _gone_back(saver: Saver) -> None:
 
 
 def _gone_back_then_killed(saver: Saver) -> None:
-    """Killed when the step that is saved again had made way, and the new one had not got its name."""
+    """Kill when the step that is saved again had made way, and the new one had not got its name."""
     saver.save(1)
     saver.save(2)
     saver.go_back(1)
@@ -195,18 +195,18 @@ def _gone_back_then_killed(saver: Saver) -> None:
     with contextlib.suppress(AsyncCkptError):
         saver.save(2)
     saver.killed()
-    saver.versions[2] -= 1  # that one was never acknowledged
+    saver.versions[2] -= 1  # the killed save was never acknowledged
     saver.save(3)
 
 
 def _linked(saver: Saver) -> None:
-    """What does not change is taken over, from saves that retention takes away meanwhile; nobody waits."""
+    """Save without waiting, so that what does not change is taken over from saves that retention deletes meanwhile."""
     for step in (1, 2, 3):
         saver.save(step, wait=step == 2)
 
 
 def _published_then_killed(saver: Saver) -> None:
-    """Killed between the rename and its sync; the next process sees the checkpoint, and prunes by it."""
+    """Kill between the rename and its sync; the next process sees the checkpoint, and prunes by it."""
     saver.save(1)
     saver.ops.kill_after = lambda event: event.kind == "rename" and event.target.endswith("step-00000002")
     with contextlib.suppress(AsyncCkptError):
@@ -216,7 +216,7 @@ def _published_then_killed(saver: Saver) -> None:
 
 
 def _made_then_killed(saver: Saver) -> None:
-    """Killed when the run directory was made and not durable; the next process finds it there."""
+    """Kill when the run directory was made and not durable; the next process finds it there."""
     saver.ops.kill_after = lambda event: event.kind == "mkdir" and event.path.endswith(RUN)
     with contextlib.suppress(AsyncCkptError):
         saver.save(1)
@@ -225,7 +225,8 @@ def _made_then_killed(saver: Saver) -> None:
 
 
 def killed_anywhere(after: int) -> Program:
-    """Killed after so many events of a second save; the next process saves the next step, keeping one."""
+    """Make a program that is killed after so many events of a second save; the next process saves the next step,
+    keeping one."""
 
     def program(saver: Saver) -> None:
         saver.save(1)

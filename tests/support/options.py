@@ -1,4 +1,4 @@
-"""Options of a ``Checkpointer`` by name alone, for tests that combine them without caring where each belongs."""
+"""Tests that combine options of a ``Checkpointer`` name them without caring where each belongs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _RUN = {name: name for name in ("name", "create_parents", "overwrite", "takeover
 
 
 def by_stage(**flat: Any) -> dict[str, Any]:
-    """What ``Checkpointer`` takes, of options such as ``format="zarr"``, ``staging_bytes=1 << 20`` and
-    ``incremental=False``."""
+    """Turn options such as ``format="zarr"``, ``staging_bytes=1 << 20`` and ``incremental=False`` into what
+    ``Checkpointer`` takes."""
 
     def take(names: dict[str, str]) -> dict[str, Any]:
         return {new: flat.pop(old) for old, new in names.items() if old in flat}

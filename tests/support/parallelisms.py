@@ -1,4 +1,4 @@
-"""Saving one state in every way, and the SHA-256 of what lies on the disk then."""
+"""One state is saved in every way, and the SHA-256 of what lies on the disk then is compared."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from support.harness import Me
 from support.options import by_stage
 from support.sharded_states import build
 
-#: ``format/codec``.
+#: Each entry is ``format/codec``.
 FORMATS = ("safetensors/none", "zarr/none", "safetensors/planes", "zarr/planes")
-#: Small, so that a small state has many of each.
+#: The sizes are small, so that a small state has many extents and shards.
 SIZES: Mapping[str, Any] = {"extent_bytes": 64 << 10, "shard_bytes": 2 << 20}
 TIMEOUT = asyncckpt.RankOptions(timeout_seconds=30)
 
 
 def hash_of(path: str) -> str:
-    """Of all files of a checkpoint that hold tensors or metadata of tensors, names included."""
+    """Hash all files of a checkpoint that hold tensors or metadata of tensors, names included."""
     found = hashlib.sha256()
     for file in sorted(Path(path).rglob("*")):
         name = str(file.relative_to(path))
@@ -32,7 +32,8 @@ def hash_of(path: str) -> str:
 
 
 def save_in_each(me: Me, folder: str, parallelism: str, formats: tuple[str, ...]) -> dict[str, str]:
-    """Format → hash of the data files, or ``refused: …`` where this way of saving is not there."""
+    """Save in each format; map it to the hash of the data files, or to ``refused: …`` where it cannot save in this
+    way."""
     state = build(parallelism, me.rank, me.size)
     found: dict[str, str] = {}
     for one in formats:

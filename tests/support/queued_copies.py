@@ -1,4 +1,4 @@
-"""A stand-in for a device's streams where there is none: what is enqueued runs later, on a thread, in order."""
+"""A stand-in takes the place of a device's streams: what is enqueued runs later, on a thread, in order."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PATIENCE_SECONDS = 20.0
 
 
 class Event:
-    """Of a copy on a ``Stream``."""
+    """Says whether a copy on a ``Stream`` has run."""
 
     def __init__(self) -> None:
         self._ran = threading.Event()
@@ -35,7 +35,7 @@ class Event:
 
 
 class Stream:
-    """Runs what is enqueued, in order, while ``open`` is set. The copies of one save."""
+    """Runs the copies of one save, in the order in which they were enqueued, while ``open`` is set."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -47,7 +47,7 @@ class Stream:
     def _run(self) -> None:
         while True:
             task = self.tasks.get()
-            if not self.open.wait(PATIENCE_SECONDS):  # of a test that ended without it
+            if not self.open.wait(PATIENCE_SECONDS):  # the test ended without opening it
                 return
             task()
 
@@ -70,7 +70,7 @@ class Stream:
         self.after_each()
 
     def make_current_wait(self) -> None:
-        """The test changes nothing."""
+        """Do nothing, as the test changes nothing."""
 
     def synchronize(self) -> None:
         event = Event()
@@ -79,7 +79,7 @@ class Stream:
 
 
 class Streams:
-    """In the place of ``CopyStreams``: each save's copies run on the next of ``streams``."""
+    """Takes the place of ``CopyStreams``: each save's copies run on the next of ``streams``."""
 
     def __init__(self, *streams: Stream) -> None:
         self._left = list(streams)
@@ -89,8 +89,8 @@ class Streams:
 
 
 class Landed(PosixOps):
-    """What is staged is written only once ``landed`` is set. While ``full`` there is no space, which a save is told
-    when ``enough`` of it has been staged."""
+    """Lets writes go on only once ``landed`` is set. While ``full``, there is no space, which a save learns when
+    ``enough`` of it has been staged."""
 
     def __init__(self, enough: Callable[[], bool] = lambda: True) -> None:
         self.landed = threading.Event()
@@ -116,7 +116,8 @@ def until(true: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
 
 
 def until_it_failed(run: Checkpointer) -> None:
-    """Hand what has been copied on only once the save has failed: its memory is then given back at once."""
+    """Wait until the saves have failed, so that what was copied is handed on only then: memory is given back at
+    once."""
     flights = run._in_flight.all()
     assert until(lambda: all(flight.save.scope.error is not None for flight in flights))
 
@@ -124,8 +125,8 @@ def until_it_failed(run: Checkpointer) -> None:
 def a_save_after_one_that_failed(
     path: Path, streams: Sequence[Stream], states: Sequence[dict[str, torch.Tensor]]
 ) -> None:
-    """The copies of the first are still queued when its memory is taken by the second, and run last of all if nobody
-    waits for them."""
+    """Save twice: the copies of the first save are still queued when the second takes its memory, and run last of all
+    if nobody waits for them."""
     first, second = streams
     run = Checkpointer(path, writer=WriterOptions(reuse_unchanged=False))
     first.after_each = lambda: until_it_failed(run)
@@ -144,7 +145,7 @@ def a_save_after_one_that_failed(
         second.open.set()
     saved: list[Any] = []
     saving = threading.Thread(target=lambda: saved.append(run.save(2, states[1])))
-    saving.start()  # where the host itself writes, it waits
+    saving.start()  # the host waits where it writes itself
     until(lambda: second is not first and bool(saved) and second.ran > 0, 0.3)
     first.open.set()
     saving.join()

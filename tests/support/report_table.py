@@ -1,10 +1,10 @@
-"""World size, parallelism, format, as text. Filled by the tests, printed at the end of the run."""
+"""Tests fill this table of world size, parallelism and format; it is printed at the end of the run."""
 
 from __future__ import annotations
 
 
 class Table:
-    """``equal``: the same SHA-256 as one process writes. ``refused``: a typed error that names the way out."""
+    """``equal`` means the same SHA-256 as one process writes, ``refused`` a typed error that names the way out."""
 
     def __init__(self) -> None:
         self._cells: dict[tuple[str, str], dict[int, str]] = {}

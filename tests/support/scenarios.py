@@ -1,4 +1,4 @@
-"""The kinds of saves that faults are tried on: one of each format, and of each thing that happens around a save."""
+"""Faults are tried on these kinds of saves: one of each format, and of each thing that happens around a save."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from asyncckpt import Checkpointer, Delta, KeepLast, Run, WriterOptions
 from asyncckpt.storage.lease import read_holder
 from support.options import by_stage
 
-#: The step that is saved again and again where ``overwrite`` is tried.
+#: This step is saved again and again where ``overwrite`` is tried.
 SAME_STEP = 7
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """How a run saves. A *generation* is one save; its number is in every byte that the save holds."""
+    """Says how a run saves. A *generation* is one save; its number is in every byte that the save holds."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -56,18 +56,19 @@ SCENARIOS = {
 
 
 def state_of(generation: int) -> dict[str, Any]:
-    """A file of several extents that goes past the page cache, a small one, one that never changes, plain data."""
+    """Make a state: a file of several extents that goes past the page cache, a small one, one that never changes, plain
+    data."""
     return {
         "w": torch.full((70_000,), float(generation)),
         "b": torch.full((17,), generation),
-        "still": torch.arange(20_000),  # linked from save to save, where links are taken
-        "rests": torch.full((20_000,), generation // 3),  # linked now and then, together with what it builds on
+        "still": torch.arange(20_000),  # it is linked from save to save, where links are taken
+        "rests": torch.full((20_000,), generation // 3),  # it is linked now and then, together with what it builds on
         "meta": {"generation": generation},
     }
 
 
 def generation_in(run: Run, step: int | None) -> int:
-    """Restore a checkpoint (None: the newest); every value must belong to one and the same generation, returned."""
+    """Restore a checkpoint (None is the newest), and return its generation, to which every value must belong."""
     state = state_of(-1)
     run.restore(state, step)
     generation = int(state["meta"]["generation"])
@@ -78,7 +79,7 @@ def generation_in(run: Run, step: int | None) -> int:
 
 
 def check_visible(path: Path) -> dict[int, int]:
-    """Whatever is visible verifies and is of one piece: the generation of each step."""
+    """Check that whatever is visible verifies and belongs to one save. Return the generation of each step."""
     run = Run(path, direct=False)
     found: dict[int, int] = {}
     for entry in run.ls():
@@ -89,7 +90,8 @@ def check_visible(path: Path) -> dict[int, int]:
 
 
 def leftovers(path: Path) -> list[str]:
-    """Attempts and deletions that nobody has tidied up. Not the lease's next record while its holder writes it."""
+    """List attempts and deletions that nobody has tidied up, without the lease's next record while its holder writes
+    it."""
     holder = read_holder(str(path))
     beat = f".tmp-lease-{holder.owner}" if holder is not None and not holder.released else None
     names = os.listdir(path) if path.exists() else []
@@ -97,7 +99,7 @@ def leftovers(path: Path) -> list[str]:
 
 
 def open_files() -> dict[str, str]:
-    """This process's descriptors."""
+    """List this process's descriptors."""
     found = {}
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -106,12 +108,12 @@ def open_files() -> dict[str, str]:
 
 
 def fork(child: Callable[[int], None]) -> tuple[int, int]:
-    """Run ``child(pipe)`` in a fork that never returns here: its pid, and the end of the pipe to read from."""
+    """Run ``child(pipe)`` in a fork that never returns here. Return its pid, and the end of the pipe to read from."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            torch.set_num_threads(1)  # the parent's OpenMP threads do not exist in a fork
+            torch.set_num_threads(1)  # a fork lacks the parent's OpenMP threads
             os.close(read_end)
             child(write_end)
             os._exit(0)
@@ -124,17 +126,17 @@ def fork(child: Callable[[int], None]) -> tuple[int, int]:
 
 
 def acknowledge(pipe: int, generation: int) -> None:
-    """Tell the parent that this one is durable."""
+    """Tell the parent that this generation is durable."""
     os.write(pipe, generation.to_bytes(8, "little"))
 
 
 def acknowledged(read_end: int) -> int:
-    """The newest generation that a child, now dead, has acknowledged; 0 without one."""
+    """Return the newest generation that a child, now dead, has acknowledged; 0 without one."""
     with os.fdopen(read_end, "rb") as pipe:
         data = pipe.read()
     return max((int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8)), default=0)
 
 
 def count(name: str, default: int) -> int:
-    """How many, from the environment: ``make faults`` asks for more than the default."""
+    """Read from the environment how many to run: ``make faults`` asks for more than the default."""
     return int(os.environ.get(f"ASYNCCKPT_{name}", default))

@@ -1,4 +1,4 @@
-"""The same training state, cut up in every way: what a rank holds of it, and who it is.
+"""One training state is cut up here in every way: what a rank holds of it, and which rank it is.
 
 All values are exact (one IEEE operation each), so that they do not depend on how a tensor is cut.
 """
@@ -17,7 +17,7 @@ PARALLELISMS = ("ddp", "fsdp2", "hsdp", "tp", "fsdp2+tp", "ep", "pp", "shards")
 
 
 class Experts(nn.Module):
-    """One matrix an expert; no number of ranks here divides theirs."""
+    """Has one matrix an expert; no number of ranks here divides the experts' number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,8 +25,8 @@ class Experts(nn.Module):
 
 
 class Net(nn.Module):
-    """Parts of all sizes: rows that no number of ranks divides, fewer rows than ranks, one element, none at all, and
-    tensors that are large enough to be divided among those that hold copies."""
+    """Has parts of all sizes: rows that no number of ranks divides, fewer rows than ranks, one element, none at all,
+    and tensors that are large enough to be divided among those that hold copies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 
 class Loader:
-    """Per-rank state: where this rank's data loader stands."""
+    """Has a state of each rank: where this rank's data loader stands."""
 
     def __init__(self, rank: int) -> None:
         self.position = 1000 + rank
@@ -58,12 +58,12 @@ class Loader:
 
 
 def possible(parallelism: str, size: int) -> bool:
-    """Whether there is such a thing at this world size."""
+    """Whether the parallelism exists at this world size."""
     return {"hsdp": size in (4, 8), "fsdp2+tp": size in (4, 8)}.get(parallelism, size > 1)
 
 
 def build(parallelism: str, rank: int, size: int) -> dict[str, Any]:
-    """The training state as this rank holds it; ``size`` 1: all of it."""
+    """Build the training state as this rank holds it; with ``size`` 1, all of it."""
     own = {"loader": Loader(rank), "rng": asyncckpt.RngState(), "epoch": {"n": 3}}
     torch.manual_seed(100 + rank)
     if parallelism == "shards":
@@ -109,7 +109,7 @@ def _fsdp(model: nn.Module, mesh: Any) -> nn.Module:
 
 
 def _ep(model: nn.Module, mesh: Any) -> nn.Module:
-    """Each rank has some experts; everything else is replicated."""
+    """Give each rank some experts; everything else is replicated."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     experts = model.experts
@@ -125,7 +125,7 @@ def _tp(model: nn.Module, mesh: Any) -> nn.Module:
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW whose state is a function of the parameters, as after some training."""
+    """Make an AdamW whose state is a function of the parameters, as after some training."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -138,12 +138,12 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-#: name → shape. 5 rows leave some of 8 ranks empty; 4099 are uneven everywhere.
+#: Each name has a shape. 5 rows leave some of 8 ranks empty; 4099 are uneven everywhere.
 _GLOBAL = {"wide": (4099, 130), "few": (5, 7), "vector": (1001,), "cube": (12, 3, 5)}
 
 
 def _shards(rank: int, size: int) -> dict[str, asyncckpt.Shard]:
-    """As Megatron cuts: ranks hold rows of very different numbers."""
+    """Cut as Megatron does: ranks hold rows of very different numbers."""
     found: dict[str, asyncckpt.Shard] = {}
     for name, shape in _GLOBAL.items():
         whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
@@ -154,15 +154,15 @@ def _shards(rank: int, size: int) -> dict[str, asyncckpt.Shard]:
 
 
 def local(value: Any) -> torch.Tensor:
-    """What lies on this rank."""
+    """Return what lies on this rank."""
     if isinstance(value, asyncckpt.Shard):
         return value.tensor
     return value.to_local() if hasattr(value, "to_local") else value
 
 
 def contents(state: dict[str, Any]) -> dict[str, bytes]:
-    """The exact bytes of everything in the state that lies on this rank, by name; the optimizer's through torch's own
-    ``get_optimizer_state_dict``."""
+    """Return the exact bytes of everything in the state that lies on this rank, by name; the optimizer's come through
+    torch's own ``get_optimizer_state_dict``."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     found: dict[str, Any] = {"epoch": state["epoch"], "loader": state["loader"].state_dict()}
@@ -192,7 +192,7 @@ def _flatten(name: str, value: Any, into: dict[str, bytes]) -> None:
 
 
 def scramble(state: dict[str, Any]) -> None:
-    """Make everything wrong, in place, as a program that has just started."""
+    """Make everything wrong, in place, as in a program that has just started."""
     with torch.no_grad():
         if "weights" in state:
             for shard in state["weights"]["parts"].values():
@@ -210,7 +210,7 @@ def scramble(state: dict[str, Any]) -> None:
 
 
 def needed_bytes(state: dict[str, Any]) -> int:
-    """Of tensors, on this rank."""
+    """Return the bytes of tensors on this rank."""
     if "weights" in state:
         return sum(shard.tensor.nbytes for shard in state["weights"]["parts"].values())
     tensors = [*state["model"].parameters(), *state["model"].buffers()]

@@ -1,4 +1,4 @@
-"""Checkpoints that plain ``torch.distributed.checkpoint`` wrote, read without executing a pickle."""
+"""``convert`` reads what plain ``torch.distributed.checkpoint`` wrote, without executing a pickle."""
 
 from __future__ import annotations
 

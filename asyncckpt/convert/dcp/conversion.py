@@ -1,4 +1,4 @@
-"""Migration: what plain DCP wrote, as a checkpoint of a run."""
+"""``convert`` turns what plain DCP wrote into a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ log = logging.getLogger("asyncckpt")
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """``path``: the new checkpoint. ``skipped``: FQNs of values that only a pickle can hold → why."""
+    """Tells what ``convert`` wrote.
+
+    ``path`` is the new checkpoint's directory, ``tensors`` their number, ``nbytes`` their files' size in bytes.
+    ``skipped`` maps the FQN of each value that only a pickle can hold to the reason why it was left out.
+    """
 
     path: str
     step: int
@@ -44,13 +48,15 @@ def convert(
     digest: str = "xxh3-128",
     metrics: Mapping[str, float] | None = None,
 ) -> Converted:
-    """Write what plain DCP left in ``source`` into ``run`` as ``step``: tensors bit for bit, as the boxes
-    they were saved in, and plain values. It then verifies, restores and exports like any other.
+    """Write what plain DCP left in the directory ``source`` into ``run`` as ``step``: tensors bit for bit, as the boxes
+    they were saved in, and plain values. The result verifies, restores and exports like any other checkpoint.
 
-    No pickle is executed. A value that is more than plain values raises ``UnsupportedValue`` naming all such, or with
-    ``skip_unsupported`` is left out, warned of and listed. Raises ``CheckpointDamaged`` where the source does not fit
-    together (it has no digests: damage inside tensors cannot be seen), ``CheckpointNotFound``, ``StepExists``,
-    ``RunLocked``. Blocks; tensors are read as they are written, in pieces of 8 MiB.
+    No pickle is executed. Where values are more than plain, ``UnsupportedValue`` names them all; with
+    ``skip_unsupported`` they are left out, logged as a warning and listed instead. ``overwrite`` replaces a checkpoint
+    of the same step. ``digest`` is the algorithm that proves the new files' bytes, as in ``WriterOptions``. Also raises
+    ``CheckpointDamaged`` where the source does not fit together (it has no digests: damage inside tensors cannot be
+    seen), ``CheckpointNotFound``, ``StepExists`` and ``RunLocked``. Blocks until the checkpoint is durable; tensors are
+    read as they are written, in extents of 8 MiB.
     """
     take = digests.get(digest)
     foreign = read_foreign(source)

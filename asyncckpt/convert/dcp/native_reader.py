@@ -1,7 +1,7 @@
-"""Checkpoints that plain ``torch.distributed.checkpoint`` wrote, read without executing any pickle.
+"""``read_foreign`` reads checkpoints that plain ``torch.distributed.checkpoint`` wrote, without executing any pickle.
 
-DCP's ``.metadata`` is a pickle, and each value is one too, inside what ``torch.save`` writes: see ``inert``. Tensors
-are views of the mapped files; nothing is copied before it is written.
+DCP's ``.metadata`` is a pickle, and each value is one too, inside what ``torch.save`` writes: see ``safe_unpickle``.
+Tensors are views of the mapped files; nothing is copied before it is written.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, UnsupportedV
 from asyncckpt.integrations.dcp.names import Path
 
 METADATA: Final = ".metadata"
-#: A tensor's entry takes a few hundred bytes.
+#: The limit stops a forged size; a tensor's entry takes a few hundred bytes.
 _MAX_METADATA_BYTES: Final = 2 << 30
 _OPEN_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignBox:
-    """A part of a tensor as it lies in one of the files. ``tensor`` is a view of the mapped file."""
+    """A box is a part of a tensor as it lies in one of the files. ``tensor`` is a view of the mapped file, ``offsets``
+    is the box's place in the whole tensor."""
 
     offsets: tuple[int, ...]
     tensor: torch.Tensor
@@ -35,7 +36,8 @@ class ForeignBox:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A plain DCP checkpoint. ``skipped``: FQNs of values that only a pickle can hold, and why."""
+    """Holds the contents of a plain DCP checkpoint, by FQN. ``tensors`` have a shape and boxes, ``paths`` the keys an
+    FQN was made of. ``skipped`` says why a value cannot be read without executing its pickle."""
 
     tensors: Mapping[str, tuple[tuple[int, ...], list[ForeignBox]]]
     values: Mapping[str, Any]
@@ -44,12 +46,12 @@ class Foreign:
 
 
 def read_foreign(path: str | os.PathLike[str]) -> Foreign:
-    """What is in a directory that ``dcp.save`` wrote with torch's own ``FileSystemWriter``.
+    """Read a directory that ``dcp.save`` wrote with torch's own ``FileSystemWriter``.
 
-    Safe on a directory you do not trust: no class and no function of a pickle's choice is found, no link is followed,
-    and every size is checked against the files. Such checkpoints have no digests: damage inside tensors cannot be
-    seen. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` naming what does not fit, and ``UnsupportedValue`` for
-    extensions (compressed or transformed entries).
+    This is safe on a directory you do not trust: no class and no function of a pickle's choice is looked up, no link is
+    followed, and every size is checked against the files. Such checkpoints have no digests: damage inside tensors
+    cannot be seen. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` naming what does not fit, and
+    ``UnsupportedValue`` for extensions (compressed or transformed entries).
     """
     folder = os.fspath(path)
     metadata = _metadata(folder)

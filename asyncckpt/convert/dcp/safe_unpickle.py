@@ -1,7 +1,8 @@
-"""Pickles that torch wrote, read without executing them, and the archives of ``torch.save`` around them.
+"""Pickles that torch wrote, and the ``torch.save`` archives around them, are read here without executing them.
 
-The unpicklers here find no class and no function by name but those listed below; of anything else, metadata has
-stand-ins that only remember what they were given, and values are refused. There is nothing for a forged pickle to call.
+The unpicklers find no class and no function by name but those listed below. Metadata gets stand-ins for anything else,
+which only remember what they were given; values that need anything else are refused. So a forged pickle finds nothing
+to call.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.state.dtypes import CODES
 
-#: Of one value that is no tensor, and of all that a tensor's file says beside its data.
+#: The limit holds for one value, and for all that a tensor's file says beside its data.
 _MAX_VALUE_BYTES: Final = 64 << 20
-#: Objects in one value; references can make more of a few bytes than any memory holds.
+#: The limit holds for the objects in one value: through references a few bytes can make more than any memory holds.
 _MAX_OBJECTS: Final = 1_000_000
 _DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 _STORAGES: Final = {
@@ -37,13 +38,14 @@ _STORAGES: Final = {
     "ComplexFloatStorage": torch.complex64,
     "UntypedStorage": torch.uint8,
 }
-#: Makes the tensor of a storage, an offset, a size and a stride, in elements.
+#: Makes the tensor of a storage, and of an offset, a size and a stride in elements.
 Storages = Callable[["StorageStandIn", Any], torch.Tensor]
 
 
 # -- what pickles may make -------------------------------------------------------------------------------------------
 class Inert:
-    """Stands for an object of a class that was named: remembers, and does nothing."""
+    """An ``Inert`` stands for an object of any class that a pickle names; it remembers its arguments and does
+    nothing."""
 
     args: tuple[Any, ...]
     fields: dict[str, Any]
@@ -65,15 +67,15 @@ class Inert:
 
 
 class MetadataStandIn(Inert):
-    """A whole checkpoint's."""
+    """Stands for the metadata of a whole checkpoint."""
 
 
 class BytesStandIn(Inert):
-    """An entry that is no tensor."""
+    """Stands for the metadata of an entry that is not a tensor."""
 
 
 class StorageStandIn:
-    """A storage of a saved tensor: its dtype, and the name of its bytes in the archive."""
+    """Stands for a storage of a saved tensor; it knows the dtype, and the name of the bytes in the archive."""
 
     def __init__(self, dtype: torch.dtype, key: str) -> None:
         self.dtype = dtype
@@ -87,7 +89,7 @@ _STAND_INS: Final[dict[tuple[str, str], type[Inert]]] = {
 
 
 def _latin1(text: Any, encoding: Any) -> bytes:
-    """How pickles of protocol 2 hold bytes."""
+    """Make bytes of the text that pickles of protocol 2 hold them as."""
     if type(text) is not str or encoding != "latin1":
         raise pickle.UnpicklingError("bytes in an odd encoding")
     return text.encode("latin1")
@@ -110,7 +112,7 @@ _SAFE: Final[dict[tuple[str, str], Any]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but what is listed; in metadata (no ``storages``) everything else is a stand-in."""
+    """Finds nothing but what is listed. Without ``storages``, as for metadata, everything else becomes a stand-in."""
 
     def __init__(self, data: bytes, storages: Storages | None = None) -> None:
         super().__init__(io.BytesIO(data))
@@ -146,13 +148,13 @@ def unpickle(data: bytes, what: str, storages: Storages | None = None) -> Any:
         raise UnsupportedValue(f"{what}: {error}") from None
     except CheckpointDamaged:
         raise
-    except Exception as error:  # whatever a forger's opcodes run into
+    except Exception as error:  # a forger's opcodes can run into anything
         raise CheckpointDamaged(f"{what}: cannot be read ({type(error).__name__}: {error!s:.200})") from error
 
 
 # -- what torch.save writes ------------------------------------------------------------------------------------------
 def _archive(data: memoryview, what: str) -> tuple[bytes, Callable[[str], memoryview]]:
-    """The pickle in a ``torch.save`` archive, and how to find the bytes of a storage in it. Raises
+    """Return the pickle in a ``torch.save`` archive, and a function that finds the bytes of a storage in it. Raises
     ``CheckpointDamaged``."""
     try:
         archive = zipfile.ZipFile(_Mapped(data))
@@ -184,7 +186,7 @@ def _archive(data: memoryview, what: str) -> tuple[bytes, Callable[[str], memory
 
 
 class _Mapped(io.RawIOBase):
-    """Mapped bytes as a file, without copying them."""
+    """Presents mapped bytes as a file, without copying them."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data

@@ -1,7 +1,7 @@
-"""How names of ``torch.distributed.checkpoint`` and of this library's manifests go with each other.
+"""Names of ``torch.distributed.checkpoint`` are translated to those of this library's manifests, and back.
 
 DCP flattens a state dict of dicts into FQNs (``model.layers.0.weight``) and remembers the keys on the way. Here the
-first key is the component, and the rest the tensor's name; an entry of a flat state dict belongs to ``model``.
+first key names the component, and the rest the tensor; an entry of a flat state dict belongs to ``model``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from asyncckpt.types import JsonValue
 
 Path = tuple[str | int, ...]
 
-#: The component of entries that are in no dict, or in one whose key is no plain name.
+#: Entries go to this component that are in no dict, or in one whose key cannot name a component.
 FLAT = "model"
-#: The component that holds DCP's own side: FQNs, the keys they were made of, and plain values.
+#: This component holds DCP's own side: FQNs, the keys they were made of, and plain values.
 OWN = "dcp"
 
 
 def place_of(fqn: str, path: Path | None) -> tuple[str, str]:
-    """``(component, name)`` of an entry. Pure: every rank finds the same."""
+    """Return the component and the name of an entry. Pure: every rank finds the same."""
     if path and len(path) > 1:
         first = str(path[0])
         if fqn.startswith(f"{first}.") and _is_free(first):
@@ -41,7 +41,11 @@ def _is_free(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a checkpoint that DCP wrote says of its entries."""
+    """``Names`` is what a checkpoint that DCP wrote says about its entries.
+
+    ``tensors`` maps FQNs to component and name, ``paths`` FQNs to the keys they were made of, ``values`` FQNs to plain
+    values.
+    """
 
     tensors: Mapping[str, tuple[str, str]]
     paths: Mapping[str, Path]
@@ -51,14 +55,15 @@ class Names:
 def components_of(
     records: Mapping[str, StoredTensor], paths: Mapping[str, Path], values: Mapping[str, Any]
 ) -> tuple[dict[str, ComponentRecord], dict[str, JsonValue]]:
-    """The manifest's components and the trees of ``state.json`` for these entries. Components of tensors by one name
-    each are modules; others are plain, and restore as the dicts and lists they were. Raises ``UnsupportedValue``."""
+    """Return the manifest's components and the trees of ``state.json`` for these entries. A component whose tensors all
+    have one key each is a module; others are plain, and restore as the dicts and lists they were. Raises
+    ``UnsupportedValue``."""
     tensors: dict[str, dict[str, StoredTensor]] = {}
     trees: dict[str, Any] = {}
     deep: set[str] = set()
     for fqn in (*records, *values):
         if fqn not in records and len(paths.get(fqn, (fqn,))) == 1 and _is_free(fqn):
-            trees[fqn], tensors[fqn] = values[fqn], {}  # a value beside the dicts is a component of its own
+            trees[fqn], tensors[fqn] = values[fqn], {}  # a value that stands beside the dicts becomes a component
             continue
         component, name = place_of(fqn, paths.get(fqn))
         keys = paths.get(fqn, (fqn,))
@@ -89,7 +94,8 @@ def components_of(
 
 
 def encode_value(value: Any, where: str) -> JsonValue:
-    """A plain value as JSON. Raises ``UnsupportedValue`` for what could only be pickled, and for a tensor inside."""
+    """Encode a plain value as JSON. Raises ``UnsupportedValue`` for what could only be pickled, and for a tensor
+    inside."""
 
     def refuse(name: str, _tensor: object) -> None:
         raise UnsupportedValue(
@@ -101,8 +107,8 @@ def encode_value(value: Any, where: str) -> JsonValue:
 
 
 def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
-    """The other way round. A checkpoint that DCP did not write has its tensors by qualified name. Raises
-    ``CheckpointDamaged``."""
+    """Read back what ``components_of`` wrote. Where DCP did not write the checkpoint, its tensors have qualified names.
+    Raises ``CheckpointDamaged``."""
 
     def no_tensor(name: str) -> torch.Tensor:
         raise CheckpointDamaged(f"{OWN}: refers to a tensor {name!r:.80}")
@@ -133,7 +139,7 @@ def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
 
 
 class _Reference:
-    """Stands for a stored tensor, by a placeholder that can be encoded."""
+    """A reference stands for a stored tensor; its placeholder can be encoded in the tensor's place."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -141,7 +147,7 @@ class _Reference:
 
 
 def _put(tree: Any, path: Sequence[str | int], value: Any) -> None:
-    """Dicts throughout, for now."""
+    """Put the value at the end of the path. All containers are dicts until ``_encode`` makes lists of some."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
@@ -151,7 +157,7 @@ def _put(tree: Any, path: Sequence[str | int], value: Any) -> None:
 
 def _encode(tree: Any, component: str) -> JsonValue:
     names: dict[int, str] = {}
-    kept: list[torch.Tensor] = []  # as long as their ids are keys
+    kept: list[torch.Tensor] = []  # the ids are keys for as long as these tensors live
     found: dict[str, str] = {}
 
     def built(node: Any) -> Any:
@@ -162,7 +168,7 @@ def _encode(tree: Any, component: str) -> JsonValue:
         if type(node) is not dict:
             return node
         values = {key: built(value) for key, value in node.items()}
-        # as DCP itself does, a dict of the keys 0, 1, ... is taken for a list
+        # DCP itself takes a dict of the keys 0, 1, ... for a list
         return list(values.values()) if values and list(values) == list(range(len(values))) else values
 
     def sink(called: str, tensor: torch.Tensor) -> None:

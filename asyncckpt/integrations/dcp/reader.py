@@ -1,4 +1,4 @@
-"""``dcp.load`` from this library's checkpoints."""
+"""``Reader`` lets ``dcp.load`` read this library's checkpoints."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from asyncckpt.storage import open_store
 
 
 class Reader(StorageReader):
-    """``dcp.load(state, storage_reader=Reader("run"))``: the newest usable checkpoint of a run, or one by its path
-    (``Reader("run/step-00000100")``, or ``checkpoint_id``). Also reads what a ``Checkpointer`` saved: its tensors, by
-    qualified name.
+    """``dcp.load(state, storage_reader=Reader("run"))`` loads the newest usable checkpoint of a run; a path such as
+    ``Reader("run/step-00000100")``, or ``checkpoint_id``, names another one. It also loads what a ``Checkpointer``
+    saved: its tensors, by qualified name.
 
-    Every byte is verified before it is used, and only the extents that are needed are read. Raises
-    ``CheckpointNotFound``, ``CheckpointDamaged`` and ``DigestMismatch`` (``expect_digest``, as for ``Run.restore``),
-    wrapped by DCP. No pickle of the checkpoint is loaded: there is none.
+    Every byte is verified before it is used, and only the extents that are needed are read; ``dcp.load`` blocks
+    meanwhile. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` and ``DigestMismatch`` (``expect_digest``, as for
+    ``Run.restore``), which DCP wraps. The checkpoint holds no pickle, so none is loaded. Not thread-safe.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, expect_digest: str | None = None) -> None:
         self._path = None if path is None else os.path.abspath(os.fspath(path))
         self._expect_digest = manifests.check_expected(expect_digest)
         self._open: tuple[OpenCheckpoint, Manifest, Names] | None = None
-        #: Of the latest load.
+        #: The latest load read this many bytes.
         self.read_bytes = 0
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -127,7 +127,7 @@ class Reader(StorageReader):
         return os.path.isdir(checkpoint_id)
 
     def close(self) -> None:
-        """Let retention have the checkpoint again. Idempotent; a load does it."""
+        """Let retention delete the checkpoint again. Idempotent; a load ends with it."""
         if self._open is not None:
             self._open[0].close()
             self._open = None
@@ -154,7 +154,7 @@ class Reader(StorageReader):
 
 
 def open_checkpoint(path: str | None) -> OpenCheckpoint:
-    """A checkpoint by its path, or the newest usable one of a run. Raises ``CheckpointNotFound``."""
+    """Open a checkpoint by its path, or the newest usable one of a run. Raises ``CheckpointNotFound``."""
     if path is None:
         raise InvalidOption("say which: Reader('run'), or dcp.load(..., checkpoint_id='run/step-100')")
     if os.path.lexists(os.path.join(path, manifests.FILE_NAME)):
@@ -167,7 +167,7 @@ def open_checkpoint(path: str | None) -> OpenCheckpoint:
 
 
 def _pickled(value: Any) -> io.BytesIO:
-    """DCP's planners insist on unpickling values: this is the pickle of one that was read safely."""
+    """Pickle a value that was read safely, as DCP's planners insist on unpickling values."""
     stream = io.BytesIO()
     torch.save(value, stream, pickle_module=pickle)
     stream.seek(0)

@@ -1,4 +1,4 @@
-"""What a DCP writer has while it runs: a directory, threads, and memory that is faulted in once."""
+"""A DCP writer has a directory, threads, and memory that is faulted in once, while it runs."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ from asyncckpt.stage.image import cut_digest
 from asyncckpt.storage import open_store
 from asyncckpt.types import Extent, LayoutOptions, Piece, Shard
 
-#: Enough to keep one device busy while others copy and hash.
+#: This many threads keep one device busy while others copy and hash.
 THREADS = min(4, max(2, os.cpu_count() or 2))
 
 
 class Stager(DefaultStager):
-    """``dcp.async_save(..., async_stager=Stager())``: torch's own, with what this machine has: memory that is kept
-    from save to save, pinned and copied to in the background where there is an accelerator. Keep one for all saves."""
+    """``dcp.async_save(..., async_stager=Stager())`` stages with torch's own stager, set for this machine. It keeps its
+    host memory from save to save; where there is an accelerator, that memory is pinned and copied to in the background.
+    Keep one stager for all saves."""
 
     def __init__(self) -> None:
         fast = torch.accelerator.is_available()
@@ -49,7 +50,7 @@ class Stager(DefaultStager):
 
 
 class Live:
-    """What a writer has while it runs; never pickled."""
+    """``Live`` holds what a writer has only while it runs; it is never pickled."""
 
     def __init__(self) -> None:
         self._inherited: list[object] = []
@@ -57,7 +58,7 @@ class Live:
         forks.disarm_in_child(self)
 
     def disarm(self) -> None:
-        # torch's stager would call CUDA where it is let go
+        # letting torch's stager go would call CUDA
         self._inherited += [self.stager, self.staging]
         self._empty()
 
@@ -67,13 +68,13 @@ class Live:
         self.stager: Stager | None = None
         self.staging: Stager | None = None
         self.staged = False
-        #: Faulted-in memory that writing threads reuse.
+        #: Writing threads reuse this memory, which is faulted in.
         self.buffers: list[Slot] = []
         self._catalog: Catalog | None = None
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Give everything back; a save that was not published is removed. Idempotent."""
+        """Give everything back, and remove a save that was not published. Idempotent."""
         if self.attempt is not None:
             self.attempt.discard()
         self.end()
@@ -84,7 +85,7 @@ class Live:
 
     def begin(self, run: str, name: str, step: int, *, overwrite: bool) -> Attempt:
         """Take the run directory and make the attempt's. Raises ``StepExists``, ``RunLocked`` and ``RunPathError``."""
-        if self.attempt is not None:  # of a save that failed on another rank
+        if self.attempt is not None:  # its save failed on another rank
             self.attempt.discard()
             self.end()
         store = open_store(run)
@@ -105,7 +106,7 @@ class Live:
         return self.attempt
 
     def end(self) -> None:
-        """The save is over, whichever way."""
+        """Give the run directory back, however the save ended."""
         self.attempt = None
         if self.hold is not None:
             self.hold.release()
@@ -119,7 +120,8 @@ class Live:
         digest: Digest,
         threads: int,
     ) -> list[FileRecord]:
-        """All extents of all shards, on several threads; durable on return."""
+        """Write all extents of all shards on several threads, and return the files' records. Everything is durable
+        then."""
         writers = [attempt.create_shard(shard.file, shard.nbytes) for shard in shards]
 
         def one(extent: Extent) -> list[ExtentRecord]:

@@ -1,4 +1,4 @@
-"""``dcp.save`` and ``dcp.async_save`` into this library's checkpoints."""
+"""``Writer`` lets ``dcp.save`` and ``dcp.async_save`` write this library's checkpoints."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ _NUMBER = re.compile(r"\d+")
 
 
 class Writer(StorageWriter):
-    """``dcp.save(state, storage_writer=Writer("run", step=100))``, or with ``checkpoint_id="run/step-00000100"``.
+    """``dcp.save(state, storage_writer=Writer("run", step=100))`` saves step 100 of a run. So does
+    ``checkpoint_id="run/step-00000100"``.
 
-    ``path``: the run directory; ``step``: default, the last number in ``checkpoint_id``'s name. With ``checkpoint_id``
-    the checkpoint is published under exactly that path. ``overwrite``: replace one of that name, in one instant.
-    ``digest``: see ``Checkpointer``. ``dcp.async_save`` uses the writer as its stager too: host memory is faulted in
-    (and pinned, where there are GPUs) once, not at every save.
+    ``path`` is the run directory; ``step`` defaults to the last number in ``checkpoint_id``'s name. A checkpoint saved
+    with ``checkpoint_id`` is published under exactly that path. ``overwrite`` replaces one of that name in one instant.
+    ``digest`` is the algorithm that proves the bytes, as in ``WriterOptions``. ``dcp.async_save`` uses the writer as
+    its stager too: host memory is faulted in (and pinned, where there are GPUs) once, not at every save.
 
-    What DCP calls raises ``StepExists``, ``RunLocked``, ``SaveFailed`` and ``UnsupportedValue`` (a value that could
-    only be pickled), which DCP wraps in its ``CheckpointException`` on every rank. Nothing is visible unless all ranks
-    succeeded; what a failed save left is deleted by the next. Deduplicated plans, resharding and any planner work;
-    plan caching does not (``InvalidOption``). Not thread-safe: one save at a time.
+    What DCP calls blocks on the disk. It raises ``StepExists``, ``RunLocked``, ``SaveFailed`` and ``UnsupportedValue``
+    (a value that could only be pickled), which DCP wraps in its ``CheckpointException`` on every rank. Nothing is
+    visible unless all ranks succeeded; the next save deletes what a failed one left. Deduplicated plans, resharding and
+    any planner work; plan caching does not (``InvalidOption``). Not thread-safe: make one save at a time.
     """
 
     def __init__(
@@ -148,7 +149,8 @@ class Writer(StorageWriter):
         return True
 
     def stage(self, state_dict: Any) -> Any:
-        """A copy in host memory that later saves reuse. While an earlier copy is still being written, a new one."""
+        """Copy the state into host memory that later saves reuse, or into new memory while an earlier copy is still
+        being written. Blocks unless an accelerator copies in the background: ``synchronize_staging`` waits for that."""
         reusable = not self._live.staged
         if self._live.stager is None or not reusable:
             stager = Stager()
@@ -161,18 +163,19 @@ class Writer(StorageWriter):
         return stager.stage(state_dict)
 
     def synchronize_staging(self) -> None:
-        """Wait until the state has been copied."""
+        """Block until the state has been copied."""
         if self._live.staging is not None:
             self._live.staging.synchronize_staging()
 
     def close(self) -> None:
-        """Give memory and the run directory back; a save that failed elsewhere is removed. Idempotent."""
+        """Give memory and the run directory back, and remove a save that failed elsewhere. Idempotent."""
         self._live.close()
 
     # -- one save ----------------------------------------------------------------------------------------------------
 
     def _place(self) -> tuple[str, str, int]:
-        """``(run directory, name, step)``."""
+        """Return the run directory, the checkpoint's name and the step. Raises ``InvalidOption`` where one is
+        missing."""
         name = None
         run = self._run
         if self.checkpoint_id is not None:
@@ -216,7 +219,8 @@ class Writer(StorageWriter):
         return results
 
     def _value(self, item: WriteItem, planner: SavePlanner) -> WriteResult:
-        """A value that is no tensor, as JSON. DCP would hand it over pickled, so the planner is asked for itself."""
+        """Encode a value that is not a tensor as JSON. DCP would hand it over pickled, so the planner is asked for the
+        object itself."""
         fqn = item.index.fqn
         lookup = getattr(planner, "lookup_object", None)
         if lookup is None:

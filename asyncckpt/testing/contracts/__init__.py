@@ -1,4 +1,4 @@
-"""What every codec and every store has to do, as tests that a subclass runs on its own: pytest is all they need.
+"""These tests say what every codec and every store has to do; a subclass runs them with pytest alone.
 
 ``class TestMine(CodecContract)`` with the method ``codec`` tests a codec, ``class TestMine(StoreContract)`` with the
 method ``store`` a storage backend.

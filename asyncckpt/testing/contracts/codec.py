@@ -1,4 +1,4 @@
-"""What every codec has to do, as tests that a subclass runs on its own: pytest is all they need."""
+"""These tests say what every codec has to do; a subclass runs them with pytest alone."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from asyncckpt.codecs.blosc import BLOSC_HEADER_BYTES, FRAME_OVERHEAD_BYTES, sto
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.protocols import Codec
 
-#: Widths of the items that chunks are made of.
+#: Chunks are made of items of these widths.
 ITEM_BYTES = (1, 2, 4, 8)
-#: Sizes around those where codecs do something else: nothing, odd ones, blocks of file systems and of coders.
+#: Codecs change their ways around these sizes: nothing, odd ones, blocks of file systems and of coders.
 SIZES = (0, 1, 7, 15, 16, 129, 4096, (16 << 10) - 1, 16 << 10, (16 << 10) + 8, 100_001)
-#: Bytes around an output that nobody may touch.
+#: This many bytes around an output may not be touched.
 _GUARD_BYTES = 64
 _GUARD = 0xEE
 
 
 class CodecContract:
-    """What ``protocols.Codec`` promises. A subclass says which codec it is."""
+    """Tests what ``protocols.Codec`` promises. A subclass says which codec it is."""
 
     def codec(self) -> Codec:
-        """The codec that is tested."""
+        """Return the codec that is tested."""
         raise NotImplementedError("a subclass returns its codec here")
 
     @pytest.mark.parametrize("item_bytes", ITEM_BYTES)
@@ -43,8 +43,8 @@ class CodecContract:
         for what, data in _chunks():
             frame = _framed(self.codec().attempt, data, item_bytes)
             if not data:
-                continue  # an attempt with nothing may answer either way
-            if not frame:  # the data lies as it is then, behind a header
+                continue  # ``attempt`` may answer either way where there is no data
+            if not frame:  # a chunk stored as it is lies behind a header
                 image = np.concatenate([np.zeros(BLOSC_HEADER_BYTES, np.uint8), np.frombuffer(data, np.uint8)])
                 assert stored_frame(image, len(data), item_bytes) == len(data) + BLOSC_HEADER_BYTES
                 frame = image.tobytes()
@@ -60,7 +60,7 @@ class CodecContract:
         for what, data in _chunks():
             frame = _encoded(self.codec(), data, 4)
             cuts = {*range(min(80, len(frame))), len(frame) // 2, max(len(frame) - 1, 0)}
-            for cut in cuts if data else ():  # of nothing nothing can be lost
+            for cut in cuts if data else ():  # of no data, nothing can be lost
                 _check_refused(self.codec(), frame[:cut], len(data), f"{what}, {cut} of {len(frame)} bytes")
 
     def test_a_frame_with_something_behind_it_is_damage(self) -> None:
@@ -116,7 +116,7 @@ class CodecContract:
         for number, (what, data) in enumerate(_chunks()):
             count = len(data) // item_bytes
             if not count:
-                continue  # zarr has no chunks without items
+                continue  # zarr never has chunks without items
             whole = data[: count * item_bytes]
             folder = tmp_path / str(number)
             (folder / "c").mkdir(parents=True)
@@ -126,7 +126,7 @@ class CodecContract:
 
 
 def _chunks() -> Iterator[tuple[str, bytes]]:
-    """Chunks of data, the same ones every time, and what each is."""
+    """Yield chunks of data, the same ones every time, each with its description."""
     rng = np.random.default_rng(1)
     for nbytes in SIZES:
         yield f"{nbytes} zeros", bytes(nbytes)
@@ -137,7 +137,7 @@ def _chunks() -> Iterator[tuple[str, bytes]]:
 
 
 def _framed(encode: Any, data: bytes, item_bytes: int) -> bytes:
-    """What ``encode`` or ``attempt`` makes of data that cannot be changed, in an output of the promised size."""
+    """Return what ``encode`` or ``attempt`` makes of data that cannot be changed, in an output of the promised size."""
     room = len(data) + FRAME_OVERHEAD_BYTES
     whole = np.full(room + 2 * _GUARD_BYTES, _GUARD, np.uint8)
     out = whole[_GUARD_BYTES : _GUARD_BYTES + room]
@@ -152,7 +152,7 @@ def _encoded(codec: Codec, data: bytes, item_bytes: int) -> bytes:
 
 
 def _decoded(codec: Codec, frame: bytes, nbytes: int) -> bytes:
-    """What the codec decodes into the middle of a larger array, beside which it touches nothing."""
+    """Decode into the middle of a larger array, and check that nothing beside it is touched."""
     whole = np.full(nbytes + 2 * _GUARD_BYTES, _GUARD, np.uint8)
     try:
         codec.decode(np.frombuffer(frame, np.uint8), whole[_GUARD_BYTES : _GUARD_BYTES + nbytes])
@@ -162,7 +162,7 @@ def _decoded(codec: Codec, frame: bytes, nbytes: int) -> bytes:
 
 
 def _decoded_or_damaged(codec: Codec, frame: bytes, nbytes: int) -> None:
-    """Decode what may be anything: no error but the typed one may leave the codec."""
+    """Decode bytes of any kind: only the typed error may leave the codec."""
     try:
         _decoded(codec, frame, nbytes)
     except CheckpointDamaged:
@@ -183,7 +183,7 @@ def _check_guards(whole: Any) -> None:
 
 
 def _array_json(codec: Codec, count: int, item_bytes: int) -> dict[str, Any]:
-    """The metadata of a zarr v3 array that is one chunk."""
+    """Return the metadata of a zarr v3 array that is one chunk."""
     return {
         "zarr_format": 3,
         "node_type": "array",

@@ -1,4 +1,4 @@
-"""What every storage backend has to do, as tests that a subclass runs on its own: pytest is all they need."""
+"""These tests say what every storage backend has to do; a subclass runs them with pytest alone."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Codecs chunk by chunk: ratio and speed on states that were really trained, beside other compressors."""
+"""Codecs are measured chunk by chunk: ratio and speed on states that were really trained, beside other compressors."""

@@ -1,4 +1,4 @@
-"""From what was measured to bars: a figure, what it ought to be, what it is."""
+"""The measurements become bars here: a figure, what it ought to be, what it is."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ RATIOS: Final[Mapping[str, float]] = {
 _ENCODE: Final = 1.0e9
 _DECODE: Final = 2.0e9
 _SCALING: Final = 1.8
-#: Ratios this close are alike; among those, speed decides.
+#: Ratios this close count as equal; among those, speed decides.
 _ALIKE: Final = 0.98
 _FASTER: Final = 2.0
 
 
 def rows(results: Results) -> list[Row]:
-    """The bars of chunks."""
+    """Return the bars of chunks."""
     late = {name: results.of(name, "late") for name in NAMES}
     weights = late[SCALED[0]].of(OURS)
     found = [_ratio(late[name], bar) for name, bar in RATIOS.items()]
@@ -61,8 +61,8 @@ def rows(results: Results) -> list[Row]:
 
 
 def standing(measured: Sequence[Measured]) -> tuple[bool, str]:
-    """Whether ``planes`` has the best ratio, at twice the speed of everyone within 2 % of its own; and who wins: the
-    fastest of those within 2 % of the best ratio."""
+    """Say whether ``planes`` has the best ratio, at twice the speed of everyone within 2 % of its own, and who wins:
+    the fastest of those within 2 % of the best ratio."""
     ours = next(found for found in measured if found.label == OURS)
     best = max(measured, key=lambda found: found.ratio)
     winner = max((f for f in measured if f.ratio >= _ALIKE * best.ratio), key=lambda found: found.encode.median)

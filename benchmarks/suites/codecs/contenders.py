@@ -1,4 +1,4 @@
-"""Who compresses: the codecs of this library and their peers behind one protocol, each on one core.
+"""The codecs of this library and their peers compress behind one protocol, each on one core.
 
 Chunks go in one by one, as an engine would hand them over, and a frame may be dropped before the next is made: a list
 of all frames would charge those whose API returns ``bytes`` with page faults for memory that no engine keeps.
@@ -21,30 +21,30 @@ from benchmarks.suites.codecs.groups import CHUNK_BYTES
 
 OURS: Final = "planes"
 OWN: Final = (OURS, "lz4", "zstd", "blosc")
-#: The packages whose versions belong under a table.
+#: The versions of these packages belong under a table.
 PACKAGES: Final = ("numcodecs", "zstandard", "zipnn", "pcodec")
 _FREED_BYTES: Final = 31 << 20
-#: Their default; lower ones are up to half as fast again, and store most of what could be saved.
+#: This is their default; lower levels are up to half as fast again, and store most of what could be saved.
 _PCODEC_LEVEL: Final = 8
 
 
 class Contender(Protocol):
-    """One compressor set up for items of one size. Not thread-safe."""
+    """A contender is one compressor set up for items of one size. Not thread-safe."""
 
     label: str
 
     def prepare(self, chunk: Array) -> Any:
-        """The chunk as this library takes it; not timed."""
+        """Return the chunk as this library takes it. This is not timed."""
 
     def encode(self, prepared: Any) -> Any:
-        """A frame, bytes-like, good until the next call."""
+        """Return a frame, bytes-like, which is good until the next call."""
 
     def decode(self, frame: bytes, out: Array) -> Any:
-        """The data, bytes-like: in ``out`` where the API allows, in memory of its own where not."""
+        """Return the data, bytes-like: in ``out`` where the API allows, in memory of its own elsewhere."""
 
 
 class OwnCodec:
-    """A codec of this library, into a warm buffer as in the engine."""
+    """Runs a codec of this library into a warm buffer, as in the engine."""
 
     def __init__(self, codec: Codec, item_bytes: int) -> None:
         self.label = codec.name
@@ -64,7 +64,7 @@ class OwnCodec:
 
 
 class _Numcodecs:
-    """A codec of numcodecs, which takes the item size from the array."""
+    """Runs a codec of numcodecs, which takes the item size from the array."""
 
     def __init__(self, label: str, codec: Any, item_bytes: int) -> None:
         self.label = label
@@ -82,7 +82,8 @@ class _Numcodecs:
 
 
 class _ZipNN:
-    """zipnn on bytes. It rotates the bits of its input in place, even of ``bytes``: so it gets a copy, not timed."""
+    """Runs zipnn on bytes. It rotates the bits of its input in place, even of ``bytes``, so it gets a copy, which is
+    not timed."""
 
     label = "zipnn"
 
@@ -103,8 +104,8 @@ class _ZipNN:
 
 
 class _Pcodec:
-    """pcodec without its search for a mode and deltas, which finds next to nothing in noise and costs a third of the
-    speed. It knows no bfloat16: uint16 instead."""
+    """Runs pcodec without its search for a mode and deltas, which finds next to nothing in noise and costs a third of
+    the speed. It does not know bfloat16, and gets uint16 instead."""
 
     label = f"pcodec {_PCODEC_LEVEL}"
 
@@ -129,7 +130,7 @@ class _Pcodec:
 
 
 def contenders(item_bytes: int) -> tuple[list[Contender], list[str]]:
-    """Everyone who is installed, and a note on each who is not."""
+    """Return everyone who is installed, and a note on each who is not."""
     found: list[Contender] = [OwnCodec(codecs.get(name), item_bytes) for name in OWN]
     notes: list[str] = []
     makers: dict[str, Callable[[int], list[Contender]]] = {
@@ -162,10 +163,11 @@ def _numcodecs(item_bytes: int) -> list[Contender]:
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """No library starts threads of its own inside, and memory that was freed is kept for the next allocation."""
+    """Keep libraries from starting threads inside, and keep freed memory for the next allocation."""
     torch_threads, blosc_threads = torch.get_num_threads(), blosc.use_threads
     # glibc keeps twice the largest block that was ever freed, 32 MiB at most. With less, libraries that make their
-    # buffers anew for each chunk pay for page faults, or do not, by what ran before them: up to half their speed.
+    # buffers anew for each chunk pay for page faults, or do not, depending on what ran before them: up to half their
+    # speed.
     np.empty(_FREED_BYTES, np.uint8)
     torch.set_num_threads(1)
     blosc.use_threads = False

@@ -1,4 +1,4 @@
-"""What is compressed: the tensors of a trained run in groups of one kind, as the chunks the engine would encode."""
+"""The tensors of a trained run are compressed in groups of one kind, as the chunks that the engine would encode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOISE_BITS: Final = 7.98
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one kind at one stage of training; each a list of chunks of bytes."""
+    """Holds tensors of one kind at one stage of training; each is a list of chunks of bytes."""
 
     name: str
     stage: str
@@ -42,13 +42,13 @@ class Group:
 
     @cached_property
     def bound(self) -> float:
-        """The ratio if each byte plane of each tensor were coded at its order-0 entropy, tables for nothing. A coder
-        that cuts the bits of an item elsewhere than at bytes has a bound of its own."""
+        """Return the ratio if each byte plane of each tensor were coded at its order-0 entropy, and tables cost
+        nothing. A coder that cuts the bits of an item elsewhere than at bytes has a bound of its own."""
         return self.nbytes / sum(_bound_bytes(tensor, self.item_bytes) for tensor in self.tensors)
 
 
 def trained_groups(directory: Path) -> Iterator[Group]:
-    """Every group at every stage of the run in ``directory``, trained first where it is not there."""
+    """Yield every group at every stage of the run in ``directory``, which is trained first where it is not there."""
     run = trained_run(directory)
     for stage in STAGES:
         tensors = run.load_tensors(STEPS[stage], ["model", "optimizer"])
@@ -63,7 +63,7 @@ def trained_groups(directory: Path) -> Iterator[Group]:
 
 
 def group(name: str, stage: str, tensors: Iterable[torch.Tensor]) -> Group:
-    """Those of ``tensors`` that the engine would encode, as chunks."""
+    """Cut those of ``tensors`` that the engine would encode into chunks."""
     large = [tensor for tensor in tensors if tensor.nbytes >= MIN_TENSOR_BYTES]
     data: list[Array] = [tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in large]
     return Group(name, stage, large[0].element_size(), [_cut(tensor) for tensor in data])

@@ -1,4 +1,5 @@
-"""Ratio and speed of every contender on every group, by turns in one process; and what a second thread adds.
+"""Every contender's ratio and speed are measured on every group, by turns in one process; then what a second thread
+adds.
 
 Speeds of one core are over the CPU time of the process, all its threads counted: what else runs on a shared machine
 drops out, and a library that starts threads gains nothing. What two threads do is over the time on the clock.
@@ -21,16 +22,17 @@ from benchmarks.harness.figures import Spread, spread
 from benchmarks.suites.codecs.contenders import OURS, Contender, OwnCodec, contenders, one_core
 from benchmarks.suites.codecs.groups import Group
 
-#: The group in which a second thread is measured: the largest part of most checkpoints.
+#: A second thread is measured on this group: it is the largest part of most checkpoints.
 SCALED: Final = ("fp32 weights", "late")
-#: How often a thread encodes the group in one measurement: a tenth of a second, over which a scheduler is fair.
+#: A thread encodes the group this many times in one measurement: a tenth of a second, over which a scheduler is fair.
 _PASSES: Final = 4
 _LEAST_SCALING_ROUNDS: Final = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One contender on one group. ``encode`` and ``decode`` are bytes of data per second of CPU time."""
+    """Holds the figures of one contender on one group. ``encode`` and ``decode`` are bytes of data a second of CPU
+    time."""
 
     label: str
     ratio: float
@@ -40,7 +42,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class GroupResult:
-    """Every contender on one group at one stage."""
+    """Holds the figures of every contender on one group at one stage."""
 
     name: str
     stage: str
@@ -55,8 +57,8 @@ class GroupResult:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """Two threads over one, each with chunks of its own: ``planes``; and SHA-256, which shares nothing, as the ceiling
-    of the machine. Bytes per second for ``one`` and ``two``."""
+    """Compares two threads with one, each with chunks of its own: ``planes``, and SHA-256, which shares nothing, as the
+    ceiling of the machine. ``one`` and ``two`` are bytes a second."""
 
     one: Spread
     two: Spread
@@ -75,7 +77,8 @@ class Results:
 
 
 def measure(groups: Iterable[Group], rounds: int, report: Callable[[str], None]) -> Results:
-    """Everything. ``groups`` are measured as they come, one in memory at a time; ``report`` is told what runs."""
+    """Measure everything. ``groups`` are measured as they come, one in memory at a time; ``report`` is told what
+    runs."""
     found: list[GroupResult] = []
     scaling: Scaling | None = None
     notes: dict[str, None] = {}
@@ -92,8 +95,9 @@ def measure(groups: Iterable[Group], rounds: int, report: Callable[[str], None])
 
 
 def measure_group(group: Group, running: Sequence[Contender], rounds: int) -> GroupResult:
-    """``rounds`` times all contenders by turns, after a pass that proves them lossless and warms their buffers."""
-    # memory of its own for each chunk, as a restore fills it, and touched before it is timed
+    """Measure all contenders by turns, ``rounds`` times, after a pass that proves them lossless and warms their
+    buffers."""
+    # each chunk has memory of its own, as a restore fills it, which is touched before it is timed
     places = [np.zeros_like(chunk) for chunk in group.chunks]
     frames = {contender.label: lossless(contender, group.chunks, places) for contender in running}
     encoding: dict[str, list[float]] = {contender.label: [] for contender in running}
@@ -117,7 +121,8 @@ def measure_group(group: Group, running: Sequence[Contender], rounds: int) -> Gr
 
 
 def lossless(contender: Contender, chunks: Sequence[Array], places: Sequence[Array]) -> list[bytes]:
-    """The frames of ``chunks``. Raises ``ValueError`` where a bit is lost, or where the chunk itself was changed."""
+    """Return the frames of ``chunks``. Raises ``ValueError`` where a bit is lost, or where the chunk itself was
+    changed."""
     frames: list[bytes] = []
     for chunk, place in zip(chunks, places, strict=True):
         before = chunk.tobytes()
@@ -131,7 +136,8 @@ def lossless(contender: Contender, chunks: Sequence[Array], places: Sequence[Arr
 
 
 def measure_scaling(group: Group, rounds: int) -> Scaling:
-    """One and two threads by turns. The second works on a copy, so that neither reads what the other has cached."""
+    """Measure one and two threads by turns. The second works on a copy, so that neither reads what the other has
+    cached."""
     copies = [group.chunks, [chunk.copy() for chunk in group.chunks]]
     own = [OwnCodec(codecs.get(OURS), group.item_bytes) for _ in copies]
 
@@ -160,12 +166,13 @@ def measure_scaling(group: Group, rounds: int) -> Scaling:
 
 
 def _threads_seconds(work: Callable[[int], None], threads: int) -> float:
-    """From the start of the first thread's work to the end of the last one's."""
+    """Return the seconds from the start of the first thread's work to the end of the last one's."""
     barrier = threading.Barrier(threads)
     spans: list[tuple[float, float]] = []
 
     def body(index: int) -> None:
-        work(index)  # zstd's compressors belong to a thread: made, and this thread's core woken, before the clock
+        # zstd's compressors belong to a thread: they are made, and the core is woken, before the clock starts
+        work(index)
         barrier.wait()
         began = time.perf_counter()
         for _ in range(_PASSES):
@@ -200,7 +207,7 @@ def _decode_seconds(contender: Contender, frames: Sequence[bytes], places: Seque
 
 
 def _times(one: Sequence[float], two: Sequence[float]) -> Spread:
-    """Throughput of two threads over that of one, neighbours in time."""
+    """Divide the throughput of two threads by that of one, its neighbour in time."""
     return _spread([2 * a / b for a, b in zip(one, two, strict=True)])
 
 

@@ -1,4 +1,4 @@
-"""``codecs.png``: speed against ratio, a panel a group, late in training. Needs matplotlib."""
+"""``codecs.png`` shows speed against ratio, in one panel a group, late in training. It needs matplotlib."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _OWN_COLOUR: Final = "#1f77b4"
 _PEER_COLOUR: Final = "#555555"
 _MARKER_PIXELS: Final = 8
 _LINE_PIXELS: Final = 3
-#: Where a label may stand round its marker, in points: the sides first, then farther and farther away.
+#: A label may stand here round its marker, in points: the sides come first, then places farther and farther away.
 _PLACES: Final = tuple(
     (x * distance, y * distance)
     for distance in (8, 14, 22, 32, 44, 58, 74, 92)
     for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.7), (0.8, -0.7), (-0.8, 0.7), (-0.8, -0.7))
 )
-#: From here on a line shows which marker a label belongs to.
+#: From this distance on, a line shows which marker a label belongs to.
 _FAR_POINTS: Final = 14
 _TICKS: Final = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 
@@ -35,7 +35,8 @@ _TICKS: Final = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
 def draw(results: Results, path: Path) -> None:
     """Draw into the file ``path``; its ending says the kind."""
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(15, 10.5), dpi=110, layout="constrained")  # Agg, unless told otherwise: no display
+        # without being told otherwise, this is Agg, which needs no display
+        figure = Figure(figsize=(15, 10.5), dpi=110, layout="constrained")
         panels: Sequence[Axes] = list(figure.subplots(2, 2).flat)
         for axes, name in zip(panels, NAMES, strict=True):
             _panel(axes, results.of(name, "late"))
@@ -43,7 +44,7 @@ def draw(results: Results, path: Path) -> None:
             "Lossless codecs on a trained GPT, late in training; up and to the right is better. "
             "Red and blue: asyncckpt's own; grey: peers"
         )
-        figure.draw_without_rendering()  # settles the layout, so that labels can be placed by pixels
+        figure.draw_without_rendering()  # this settles the layout, so that labels can be placed by pixels
         figure.set_layout_engine("none")
         for axes, name in zip(panels, NAMES, strict=True):
             _label(axes, results.of(name, "late"))
@@ -71,13 +72,14 @@ def _panel(axes: Axes, group: GroupResult) -> None:
 
 
 def _label(axes: Axes, group: GroupResult) -> None:
-    """A name beside each marker, at the nearest place where it covers neither another name, a marker nor the bound."""
+    """Put a name beside each marker, at the nearest place where it covers neither another name, a marker nor the
+    bound."""
     pixels = [axes.transData.transform(_point(found)) for found in group.measured]
     bound = float(axes.transData.transform((1.0, group.bound))[1])
     inside = axes.get_window_extent()
     taken = [_square(x, y, _MARKER_PIXELS) for x, y in pixels]
     taken.append(Bbox.from_extents(inside.x0, bound - _LINE_PIXELS, inside.x1, bound + _LINE_PIXELS))
-    # the most crowded first: it has the fewest places to go to
+    # the most crowded one goes first, as it has the fewest places to go to
     crowding = [sum(abs(x - u) + abs(y - v) < 20 * _MARKER_PIXELS for u, v in pixels) for x, y in pixels]
     for index in sorted(range(len(pixels)), key=lambda index: -crowding[index]):
         found = group.measured[index]
@@ -89,7 +91,7 @@ def _label(axes: Axes, group: GroupResult) -> None:
                 taken.append(box)
                 break
             text.remove()
-        else:  # it covers something, which is better than no name at all
+        else:  # covering something is better than no name at all
             _annotate(axes, found, *_PLACES[0])
 
 

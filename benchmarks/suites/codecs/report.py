@@ -1,20 +1,19 @@
-"""The measurements as rich tables, as Markdown, as JSON, and as a picture."""
+"""The measurements are shown as rich tables and as a picture, and become a result."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from asyncckpt.errors import MissingExtra
 from benchmarks.harness.environment import sentence
-from benchmarks.harness.report import Cells
+from benchmarks.harness.results import Cells, Result, Table
 from benchmarks.suites.codecs.contenders import PACKAGES
 from benchmarks.suites.codecs.groups import NAMES, STAGES
 from benchmarks.suites.codecs.measure import GroupResult, Results
@@ -27,7 +26,7 @@ _BARS_HEAD: Final[Cells] = ("figure", "bar", "measured: median (min..max)", "met
 
 
 def tables(results: Results, bars: Sequence[Row]) -> list[tuple[str, Cells, list[Cells]]]:
-    """Title, header and rows: a table for each group, and the bars."""
+    """Return title, header and rows: a table for each group, and the bars."""
     found: list[tuple[str, Cells, list[Cells]]] = []
     for name in NAMES:
         stages = [results.of(name, stage) for stage in STAGES]
@@ -39,7 +38,7 @@ def tables(results: Results, bars: Sequence[Row]) -> list[tuple[str, Cells, list
 
 def show(results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], console: Console) -> None:
     for title, head, rows in tables(results, bars):
-        table = Table(title=title, title_justify="left")
+        table = RichTable(title=title, title_justify="left")
         for column in head:
             table.add_column(column, overflow="fold")
         for row in rows:
@@ -49,31 +48,22 @@ def show(results: Results, bars: Sequence[Row], environment: Mapping[str, str | 
     console.print(_footer(results, environment), highlight=False)
 
 
-def markdown(results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], command: str) -> str:
-    """The tables for a README, with the command that made them."""
-    parts: list[str] = []
-    for title, head, rows in tables(results, bars):
-        lines = [f"**{title}**", "", _pipe(head), _pipe(["---"] * len(head)), *(_pipe(row) for row in rows)]
-        parts.append("\n".join(lines))
-    parts.append(f"`{command}`: {_footer(results, environment)}")
-    return "\n\n".join(parts) + "\n"
-
-
-def as_json(
-    results: Results, bars: Sequence[Row], environment: Mapping[str, str | int], options: Mapping[str, object]
-) -> str:
-    """Everything that was measured. Rates are bytes of data per second."""
-    body = {
-        "environment": {**environment, **_versions()},
-        "options": dict(options),
-        "bars": [asdict(row) for row in bars],
-        **asdict(results),
-    }
-    return json.dumps(body, indent=1)
+def result(
+    results: Results,
+    bars: Sequence[Row],
+    environment: Mapping[str, str | int],
+    options: Mapping[str, object],
+    command: str,
+) -> Result:
+    """Return the tables, and everything that was measured. Rates are bytes of data a second."""
+    data = {"options": dict(options), "bars": [asdict(row) for row in bars], **asdict(results)}
+    found = [Table(title, head, rows) for title, head, rows in tables(results, bars)]
+    described = {**environment, **_versions()}
+    return Result("codecs", command, described, found, _footer(results, environment), data)
 
 
 def plot(results: Results, path: Path) -> None:
-    """Speed against ratio, a panel a group, late in training. Raises ``MissingExtra`` without matplotlib."""
+    """Draw speed against ratio, in one panel a group, late in training. Raises ``MissingExtra`` without matplotlib."""
     try:
         from benchmarks.suites.codecs import picture
     except ImportError as error:
@@ -111,7 +101,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _pipe(cells: Cells) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

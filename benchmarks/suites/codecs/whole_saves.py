@@ -1,4 +1,4 @@
-"""What formats, codecs and incremental saves do to whole saves: durable time, bytes written, drag on training."""
+"""Formats, codecs and incremental saves change whole saves: their durable time, bytes written, and drag on training."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from asyncckpt.testing import ThrottledOps
 from benchmarks.harness.state import GPT, SIZES, State, plain_state, training_state
 from benchmarks.harness.trained import STEPS, trained_run
 
-#: What is saved of a state, by what the report calls it.
+#: A part of the report says, under these names, what is saved of a state.
 Files: TypeAlias = Mapping[str, asyncckpt.Safetensors | asyncckpt.Zarr]
 
-#: A network file system's share, or a cloud disk of the cheaper kind.
+#: A network file system's share, or a cloud disk of the cheaper kind, takes this much.
 THROTTLED_BYTES_PER_SECOND = 200e6
 LORA_RANK = 8
 _PAUSE_SECONDS = 0.3
@@ -33,7 +33,7 @@ _WINDOW_ITERATIONS = 4
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One figure beside its bar; ``met`` is None where there is none."""
+    """Puts a figure beside its bar; ``met`` is None where it has no bar."""
 
     figure: str
     bar: str
@@ -42,7 +42,7 @@ class Row:
 
 
 def rows(directory: Path, rounds: int, report: Callable[[str], None]) -> list[Row]:
-    """Everything, one part after the other; takes several minutes and 6 GB of disk. ``report`` is told what runs."""
+    """Measure one part after the other; this takes several minutes and 6 GB of disk. ``report`` is told what runs."""
     trained_run(directory)
     parts: list[tuple[str, Callable[[Path, Path, int], list[Row]]]] = [
         ("zarr against safetensors, auto against none", _formats),
@@ -118,7 +118,7 @@ def _throttled(directory: Path, trained_in: Path, rounds: int) -> list[Row]:
 
 
 class _Lora(nn.Module):
-    """A frozen linear layer and a trained update of low rank."""
+    """Adds a trained update of low rank to a frozen linear layer."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def _delta(directory: Path, trained_in: Path, _rounds: int) -> list[Row]:
 
 
 def _drag(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
-    """One thread trains; a window of iterations with one save in it, by codecs and without a save, by turns."""
+    """Train on one thread; time a window of iterations with one save in it, by codecs and without a save, by turns."""
     torch.set_num_threads(1)
     state = training_state("gpt2")
     model, optimizer = state["model"], state["optimizer"]
@@ -248,7 +248,7 @@ def _drag(directory: Path, _trained_in: Path, rounds: int) -> list[Row]:
 def _durable(
     state: State, kinds: Files, directory: Path, saves: int, ops: ThrottledOps | None = None
 ) -> dict[str, list[float]]:
-    """Durable seconds of each kind, saved by turns into warm arenas; the first of each is left out of ratios."""
+    """Return the durable seconds of each kind, saved by turns into warm arenas; ratios leave the first of each out."""
     needed = sum(t.nbytes for t in _tensors(state)) + (64 << 20)
     runs = {
         name: asyncckpt.Checkpointer(
@@ -292,7 +292,7 @@ def _trained(directory: Path, stage: str, component: str) -> dict[str, torch.Ten
 
 
 def _ratio(times: list[float], base: list[float]) -> list[float]:
-    """Neighbours in time divided by each other, the first of a process left out: ``times / base``."""
+    """Divide ``times`` by ``base``, neighbours in time; the first of a process is left out."""
     return [a / b for a, b in zip(times[1:], base[1:], strict=True)]
 
 

@@ -1,1 +1,1 @@
-"""Many ranks: saves, restores and planning at several world sizes."""
+"""Saves, restores and planning of many ranks are measured at several world sizes."""

@@ -1,4 +1,4 @@
-"""From what the jobs reported to the table of bars."""
+"""What the jobs reported becomes the table of bars here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def rows(events: Sequence[Event], planning: Planning) -> list[Row]:
-    """All bars; those of world sizes that were not run are left unmeasured."""
+    """Return all bars; those of world sizes that were not run are left unmeasured."""
     found = [_against_alone(events, ranks) for ranks in (2, 4)]
     for ranks in (2, 4):
         found += _against_dcp(events, ranks)
@@ -55,7 +55,7 @@ def _against_alone(events: Sequence[Event], ranks: int) -> Row:
 
 
 def _against_dcp(events: Sequence[Event], ranks: int) -> list[Row]:
-    """Against whichever variant is better at each."""
+    """Compare with whichever variant is better at each."""
     durable = f"durable, dcp.async_save / asyncckpt, {ranks} ranks"
     stall = f"stall, asyncckpt / dcp.async_save, {ranks} ranks"
     ours = _saves(events, ranks, "asyncckpt")

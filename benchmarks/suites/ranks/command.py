@@ -1,4 +1,4 @@
-"""``python -m benchmarks ranks``."""
+"""``python -m benchmarks ranks`` measures jobs of several world sizes."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from benchmarks.harness import environment
 from benchmarks.harness.figures import Row
 from benchmarks.harness.report import write
+from benchmarks.harness.results import Result, Table
 from benchmarks.suites.ranks import bars
 from benchmarks.suites.ranks.simulation import simulate
 
+TITLE = "Many ranks"
 SIZES = (1, 2, 4)
 RESTORES = ((4, 2), (2, 4))
 SAVES_A_ROUND = 3
 _TIMEOUT_SECONDS = 900.0
 _SIMULATED = (10_000, 1024, 700)
-_SHOWN_LINES = 60  # torchrun's own summary comes last
+_SHOWN_LINES = 60  # this many lines, as torchrun's own summary comes last
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """``ranks`` processes in ``mode``; ``before``: how many ranks wrote what these restore."""
+    """Starts ``ranks`` processes in ``mode``; ``before`` says how many ranks wrote what these restore."""
 
     mode: str
     ranks: int
@@ -41,7 +43,7 @@ class Job:
 
 
 def plan(rounds: int) -> list[Job]:
-    """World sizes by turns: a machine that slows down slows all of them."""
+    """Return the jobs, world sizes by turns: a machine that slows down slows all of them."""
     jobs: list[Job] = []
     for _ in range(rounds):
         jobs += [Job("saves", ranks) for ranks in SIZES]
@@ -49,8 +51,9 @@ def plan(rounds: int) -> list[Job]:
     return [*jobs, Job("replicated", 4)]
 
 
-def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool, console: Console) -> None:
-    """Measure and print; progress goes to stderr. ``out``: folder for ``ranks.json`` and ``ranks.md``."""
+def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool, console: Console) -> Result:
+    """Measure, print and return the result; progress goes to stderr. ``out`` is the folder for ``ranks.json`` and
+    ``ranks.md``."""
     progress = Console(stderr=True)
     events: list[dict[str, Any]] = []
     for job in plan(rounds):
@@ -61,26 +64,27 @@ def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool
     simulated = simulate(*_SIMULATED)
     rows = bars.rows(events, simulated)
     described = environment.describe(str(directory))
-    body = {
-        "environment": described,
+    data = {
         "options": {"suite": "ranks", "rounds": rounds, "size": size},
         "bars": [asdict(row) for row in rows],
         "planning": asdict(simulated),
         "events": events,
     }
-    text = json.dumps(body, indent=1)
+    asked = f"python -m benchmarks ranks --rounds {rounds} --size {size}"
+    tables = [Table(TITLE, bars.HEAD, [bars.cells(row) for row in rows])]
+    result = Result("ranks", asked, described, tables, f"{environment.sentence(described)}.", data)
     if as_json:
-        typer.echo(text)
+        typer.echo(result.json(), nl=False)
     else:
         _show(rows, described, console)
     if out is not None:
-        asked = f"python -m benchmarks ranks --rounds {rounds} --size {size}"
-        for name, content in (("ranks.json", text), ("ranks.md", _markdown(rows, described, asked))):
+        for name, content in (("ranks.json", result.json()), ("ranks.md", result.markdown())):
             progress.print(f"wrote {write(str(out), name, content)}")
+    return result
 
 
 def run_job(job: Job, directory: Path, size: str) -> list[dict[str, Any]]:
-    """What a job reports. Blocks. Raises ``RuntimeError`` with the end of its output where it fails."""
+    """Return what a job reports. Blocks. Raises ``RuntimeError`` with the end of its output where it fails."""
     folder = tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=directory)
     try:
         if job.before:
@@ -112,16 +116,10 @@ def _launch(job: Job, folder: str, size: str) -> list[str]:
 
 
 def _show(rows: Sequence[Row], described: dict[str, str | int], console: Console) -> None:
-    table = Table(title="Many ranks", title_justify="left")
+    table = RichTable(title=TITLE, title_justify="left")
     for column in bars.HEAD:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*bars.cells(row), style=None if row.met is None else "green" if row.met else "red")
     console.print(table)
     console.print(environment.sentence(described), highlight=False)
-
-
-def _markdown(rows: Sequence[Row], described: dict[str, str | int], command: str) -> str:
-    lines = [bars.HEAD, ["---"] * len(bars.HEAD), *(bars.cells(row) for row in rows)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n`{command}`: {environment.sentence(described)}.\n"

@@ -1,4 +1,4 @@
-"""What planning costs one rank of a large job, without its processes."""
+"""The planning of one rank of a large job is simulated here without the job's processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _SHAPES = ((8192, 1024), (8192, 1024), (8192,), (1024,), (50257, 64))
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """Seconds that planning takes once, and that finding the plan again takes at a later save; bytes that the process
-    grew by; ``share``: the rank's part of all bytes."""
+    """Holds the seconds that planning takes once (``once_seconds``) and that finding the plan again takes at a later
+    save (``again_seconds``), the bytes that the process grew by, and the rank's ``share`` of all bytes."""
 
     once_seconds: float
     again_seconds: float
@@ -30,7 +30,7 @@ class Planning:
 
 
 def model(tensors: int) -> list[TensorSpec]:
-    """Specs as of a transformer, fp32."""
+    """Make specs like a transformer's, fp32."""
     rng = random.Random(1)
     return [spec(number, rng.choice(_SHAPES)) for number in range(tensors)]
 
@@ -43,7 +43,8 @@ def spec(number: int, shape: tuple[int, ...]) -> TensorSpec:
 
 
 def dealt(rows: int, parts: int, copies: int) -> Rows:
-    """As torch.chunk deals rows out: uneven at the end, some ranks with nothing; each part on ``copies`` ranks."""
+    """Deal rows out as torch.chunk does: uneven at the end, some ranks with nothing; each part is on ``copies``
+    ranks."""
     each = -(-rows // parts) if rows else 0
     begins = [part * each for part in range(parts) if part * each < rows] or [0]
     holders = tuple(tuple(part + parts * copy for copy in range(copies)) for part in range(len(begins)))
@@ -51,7 +52,7 @@ def dealt(rows: int, parts: int, copies: int) -> Rows:
 
 
 def holding(of: TensorSpec, rows: Rows, number: int, rank: int) -> Holding:
-    """What ``rank`` holds of a tensor."""
+    """Return what ``rank`` holds of a tensor."""
     part = rows.part_of.get(rank)
     if part is None:
         return Holding(rows, -1, 0)
@@ -65,7 +66,7 @@ def plan(specs: Sequence[TensorSpec], options: LayoutOptions) -> Layout:
 
 
 def simulate(tensors: int, ranks: int, rank: int) -> Planning:
-    """What ``rank`` of ``ranks`` computes for a model under FSDP, at the first save and at those that follow."""
+    """Compute what ``rank`` of ``ranks`` does for a model under FSDP, at the first save and at those that follow."""
     specs = model(tensors)
     before = _resident_bytes()
     began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""One measurement on all ranks of a job: ``torchrun … -m benchmarks.suites.ranks.worker saves DIRECTORY EVENTS``.
+"""``torchrun … -m benchmarks.suites.ranks.worker saves DIRECTORY EVENTS`` makes one measurement on all ranks of a job.
 
-Rank 0 appends one JSON object a line to the file EVENTS. What a rank measures counts from a barrier; of durations that
-all ranks measured, the longest is taken.
+Rank 0 appends one JSON object a line to the file EVENTS. A rank's times count from a barrier; of durations that all
+ranks measured, the longest is taken.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from benchmarks.peers.asyncckpt import Asyncckpt
 from benchmarks.peers.dcp_async_process import setup as dcp_process
 from benchmarks.peers.dcp_async_thread import setup as dcp_thread
 
-#: Saves of each peer before anything is measured: memory is faulted in, plans are made.
+#: Each peer saves this often before anything is measured: memory is faulted in, and plans are made.
 WARM_SAVES: Final = 2
 _TIMEOUT_SECONDS: Final = 300.0
 _PAUSE_SECONDS: Final = 0.3
 
 
 def sharded_state(size: str) -> State:
-    """``benchmarks.state.training_state`` on all ranks: FSDP2, a group a block; alone, plain. Collective."""
+    """Spread ``benchmarks.harness.state.training_state`` over all ranks: FSDP2, a group a block; alone, plain.
+    Collective."""
     torch.manual_seed(0)
     model = GPT(SIZES[size])
     if dist.get_world_size() > 1:
@@ -54,7 +55,7 @@ def sharded_state(size: str) -> State:
 
 
 def saves(directory: str, size: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """Every peer and a raw write by turns."""
+    """Measure every peer and a raw write by turns."""
     state = sharded_state(size)
     ceiling = _ceiling(state, directory)
     kinds: dict[str, Callable[[State, str], peers.Session]] = {
@@ -76,7 +77,7 @@ def saves(directory: str, size: str, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def replicated(directory: str, size: str, _repeats: int) -> Iterator[dict[str, Any]]:
-    """Bytes that each rank stages of a state that all hold a copy of, as DDP's."""
+    """Measure the bytes that each rank stages of a state that all hold a copy of, as DDP's ranks do."""
     torch.manual_seed(0)
     state = {"model": torch.nn.parallel.DistributedDataParallel(GPT(SIZES[size]))}
     staged: list[int] = []
@@ -93,14 +94,14 @@ def replicated(directory: str, size: str, _repeats: int) -> Iterator[dict[str, A
 
 
 def written(directory: str, size: str, _repeats: int) -> Iterator[dict[str, Any]]:
-    """A checkpoint for ``restores`` to read in another job."""
+    """Write a checkpoint for ``restores`` to read in another job."""
     with asyncckpt.Checkpointer(_made(directory, "run")) as run:
         run.save(1, sharded_state(size)).result(_TIMEOUT_SECONDS)
     yield {"kind": "written"}
 
 
 def restores(directory: str, size: str, repeats: int) -> Iterator[dict[str, Any]]:
-    """Restoring what another number of ranks wrote, by turns with a raw cold read of the same files by one process."""
+    """Restore what another number of ranks wrote, by turns with a raw cold read of the same files by one process."""
     state = sharded_state(size)
     ceiling = _ceiling(state, directory)
     path = os.path.join(directory, "run")
@@ -127,7 +128,7 @@ MODES: dict[str, Callable[[str, str, int], Iterator[dict[str, Any]]]] = {
 
 
 class _Talk:
-    """Messages of this rank through the job's store."""
+    """Counts the messages of this rank through the job's store."""
 
     def __init__(self) -> None:
         self.sent = self.read = 0
@@ -144,7 +145,7 @@ class _Talk:
         self.sent = self.read = 0
 
     def most(self) -> dict[str, int]:
-        """Of the rank other than 0 that had most."""
+        """Return the counts of the rank other than 0 that had most."""
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, self.sent + self.read)
         return {"messages": max(found[1:], default=0)}
@@ -179,7 +180,7 @@ def _raw(ceiling: Ceiling | None) -> Iterator[dict[str, Any]]:
 
 
 def _ceiling(state: State, directory: str) -> Ceiling | None:
-    """On rank 0, for as many bytes as all ranks hold."""
+    """Make the ceiling on rank 0, for as many bytes as all ranks hold."""
     nbytes = _global_bytes(state)
     noise = None
     if dist.get_rank() == 0:
@@ -190,7 +191,7 @@ def _ceiling(state: State, directory: str) -> Ceiling | None:
 
 
 def _global_bytes(state: State) -> int:
-    """Of all ranks together; a tied weight counts once."""
+    """Return the bytes of all ranks together; a tied weight counts once."""
     moments = (value for entry in state["optimizer"].state.values() for value in entry.values())
     return sum(tensor.numel() * tensor.element_size() for tensor in (*state["model"].parameters(), *moments))
 
