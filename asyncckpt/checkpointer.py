@@ -1,4 +1,4 @@
-"""``Checkpointer``: the only file that knows the order of the stages, and nothing of bytes or files."""
+"""``Checkpointer`` is what a training loop calls. It knows nothing of bytes or files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from asyncckpt import forks
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.catalog import CheckpointInfo
-from asyncckpt.catalog.steps import Ledger, numbers
+from asyncckpt.catalog.steps import Ledger
 from asyncckpt.commit.committer import Committer, Skipped
-from asyncckpt.commit.in_flight import InFlight, InFlightSaves
+from asyncckpt.commit.in_flight import InFlightSaves
 from asyncckpt.commit.pending import PendingSave, failed
 from asyncckpt.errors import (
-    ArenaBusy,
     CheckpointNotFound,
     InvalidOption,
     PlanChanged,
     SaveAbandoned,
     storage_errors,
 )
-from asyncckpt.events import EventBus, Failed, Preempting, SaveStarted, Subscriber
+from asyncckpt.events import EventBus, Failed, Preempting, Subscriber
 from asyncckpt.formats.options import Files, FilesName, Safetensors, files_of
 from asyncckpt.loop import cadence
 from asyncckpt.loop.at_exit import drain_at_exit
@@ -39,11 +38,9 @@ from asyncckpt.ranks.coordinator import Known
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.saver import Saves
-from asyncckpt.stage.eager import Division, divide
-from asyncckpt.stage.job import StagingJob
-from asyncckpt.stage.options import OnBusy, StagingOptions
+from asyncckpt.stage.options import StagingOptions
 from asyncckpt.stage.stager import Stager
-from asyncckpt.stage.streams import CopyStreams
+from asyncckpt.starter import SaveStarter
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import Pools
@@ -149,13 +146,12 @@ class Checkpointer(Session):
             reuse=self._reuse,
         )
         self._arena = self._saves.arena
-        self._stager = Stager()
-        self._streams = CopyStreams()
+        self._starter = SaveStarter(self._saves, self._committer, self._ledger, self._watched, staging, self.events)
         self._prepared = False
         self._preparations = 0
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        forks.finalize(self, _end_threads, self._stager, self._saves.pools, self._committer)
+        forks.finalize(self, _end_threads, self._starter.stager, self._saves.pools, self._committer)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -303,7 +299,7 @@ class Checkpointer(Session):
                 self._closed = True
                 self._watched.close()
                 self._occasions.close()
-                _end_threads(self._stager, self._saves.pools, self._committer)
+                _end_threads(self._starter.stager, self._saves.pools, self._committer)
                 self._arena.close()
                 self._leave_directory()
         error = self._committer.take_error()
@@ -334,7 +330,9 @@ class Checkpointer(Session):
         self._committer.follows = self._job is not None and not self._job.leads
         number = self._job.next_save() if self._job is not None else 0
         try:
-            return self._save_number(number, step, state, metrics, kind, may_skip, began)
+            pending = self._starter.start(
+                self._job, number, step, state, metrics=metrics, kind=kind, may_skip=may_skip, began=began
+            )
         except Skipped:
             raise
         except PlanChanged as error:  # training goes on, here as on the other ranks
@@ -345,80 +343,8 @@ class Checkpointer(Session):
             if self._job is not None:
                 self._job.give_up(number, error)
             raise
-
-    def _save_number(
-        self,
-        number: int,
-        step: int,
-        state: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None,
-        kind: str,
-        may_skip: bool,
-        began: float,
-    ) -> PendingSave:
-        values = numbers(metrics)
-        claim = self._ledger.claim(step, kind, values)
-        try:
-            planned = self._saves.plan(
-                self._job, state, step, weights_only=kind == "weights", call=f"save/{number}", number=number
-            )
-            layout, pieces = planned.layout, planned.pieces
-            self._saves.grow_arena(planned)
-            policy: OnBusy = "wait" if self._staging.on_busy == "skip" and not may_skip else self._staging.on_busy
-            self._admit(step, sum(extent.nbytes for extent in layout.extents()), policy)
-            save = self._saves.make(self._job, planned, number, claim, kind, values, began)
-            deferred = bool(self._watched)
-            self.events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
-            owned = self._watched.owned()
-            division = divide(pieces, owned) if deferred else Division(set(range(len(pieces))), [])
-            job = StagingJob(
-                save.scope,
-                pieces,
-                layout.extents(),
-                self._arena,
-                self._streams,
-                save.shards,
-                self.events,
-                began,
-                save.digest if deferred else None,  # an eager save's copies must not wait for digests
-                self._saves.splits,
-            )
-        except BaseException:
-            self._ledger.release(step, kind, claim)
-            raise
-        pending = PendingSave(step, job, self._committer.overdue(save))
-        flight = InFlight(save, job, pending, claim, division.deferred)
-        deadline = time.monotonic() + self._staging.stall_timeout_seconds
-        try:
-            if deferred:
-                job.stage_now(division.eager, deadline)
-            else:
-                self._start(flight)
-                job.finish(deadline)
-        finally:
-            if deferred:  # last of all: a thread that wakes up takes the interpreter from this one
-                self._start(flight)
         self._occasions.saved()
-        job.note_stall(began, "save")
         return pending
-
-    def _start(self, flight: InFlight) -> None:
-        """Background threads take it from here."""
-        self._committer.submit(flight)
-        self._stager.submit(flight.job)
-
-    def _admit(self, step: int, nbytes: int, policy: OnBusy) -> None:
-        """Apply back-pressure. Where the policy is not to wait, a save that one rank cannot begin is begun by none."""
-        if self._job is None or policy == "wait":
-            self._committer.admit(step, nbytes, self._arena, policy)
-            return
-        busy: BaseException | None = None
-        try:
-            self._committer.admit(step, nbytes, self._arena, policy)
-        except (Skipped, ArenaBusy) as error:
-            busy = error
-        if self._job.any_rank("busy", busy is not None):
-            raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
 
     def _leave(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, signals: SignalWatch

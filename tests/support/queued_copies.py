@@ -132,7 +132,7 @@ def a_save_after_one_that_failed(
     first.after_each = lambda: until_it_failed(run)
     run.prepare(max(states, key=lambda state: sum(tensor.nbytes for tensor in state.values())))
     run._arena.wait_prepared(PATIENCE_SECONDS)
-    run._streams = Streams(*streams)  # type: ignore[assignment]
+    run._starter._streams = Streams(*streams)  # type: ignore[assignment]
     run._store.ops = ops = Landed(lambda: first.queued > 0)
     ops.full = True
     failed = run.save(1, states[0])

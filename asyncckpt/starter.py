@@ -1,0 +1,129 @@
+"""The starter takes a save from the call to the background: planned, admitted, and copied as far as must be at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from asyncckpt.catalog.steps import Ledger, numbers
+from asyncckpt.commit.committer import Committer, Skipped
+from asyncckpt.commit.in_flight import InFlight
+from asyncckpt.commit.pending import PendingSave
+from asyncckpt.errors import ArenaBusy
+from asyncckpt.events import EventBus, SaveStarted
+from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
+from asyncckpt.ranks.coordinator import Job
+from asyncckpt.saver import Saves
+from asyncckpt.stage.eager import Division, divide
+from asyncckpt.stage.job import StagingJob
+from asyncckpt.stage.options import OnBusy, StagingOptions
+from asyncckpt.stage.stager import Stager
+from asyncckpt.stage.streams import CopyStreams
+
+
+class SaveStarter:
+    """Starts the saves of one checkpointer. For the training thread.
+
+    ``options``: what a save does where earlier ones are still in flight, and how long it may wait.
+    """
+
+    def __init__(
+        self,
+        saves: Saves,
+        committer: Committer,
+        ledger: Ledger,
+        watched: WatchedOptimizers,
+        options: StagingOptions,
+        events: EventBus,
+    ) -> None:
+        self._saves = saves
+        self._committer = committer
+        self._ledger = ledger
+        self._watched = watched
+        self._options = options
+        self._events = events
+        self._streams = CopyStreams()
+        self.stager = Stager()
+
+    def start(
+        self,
+        job: Job | None,
+        number: int,
+        step: int,
+        state: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, Any] | None,
+        kind: str,
+        may_skip: bool,
+        began: float,
+    ) -> PendingSave:
+        """Start a save, and return once training may go on. Blocks as ``Checkpointer.save`` does.
+
+        ``number``: which of the job's calls this is. ``may_skip``: whether ``on_busy="skip"`` holds for this one.
+        ``began``: when it was asked for, by ``time.perf_counter``. Raises ``Skipped``, and as ``Checkpointer.save``
+        does; the step is free again then."""
+        values = numbers(metrics)
+        claim = self._ledger.claim(step, kind, values)
+        try:
+            weights_only = kind == "weights"
+            planned = self._saves.plan(
+                job, state, step, weights_only=weights_only, call=f"save/{number}", number=number
+            )
+            layout, pieces = planned.layout, planned.pieces
+            self._saves.grow_arena(planned)
+            policy: OnBusy = "wait" if self._options.on_busy == "skip" and not may_skip else self._options.on_busy
+            self._admit(job, step, sum(extent.nbytes for extent in layout.extents()), policy)
+            save = self._saves.make(job, planned, number, claim, kind, values, began)
+            deferred = bool(self._watched)
+            self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
+            owned = self._watched.owned()
+            division = divide(pieces, owned) if deferred else Division(set(range(len(pieces))), [])
+            staging = StagingJob(
+                save.scope,
+                pieces,
+                layout.extents(),
+                self._saves.arena,
+                self._streams,
+                save.shards,
+                self._events,
+                began,
+                save.digest if deferred else None,  # an eager save's copies must not wait for digests
+                self._saves.splits,
+            )
+        except BaseException:
+            self._ledger.release(step, kind, claim)
+            raise
+        pending = PendingSave(step, staging, self._committer.overdue(save))
+        flight = InFlight(save, staging, pending, claim, division.deferred)
+        deadline = time.monotonic() + self._options.stall_timeout_seconds
+        try:
+            if deferred:
+                staging.stage_now(division.eager, deadline)
+            else:
+                self._submit(flight)
+                staging.finish(deadline)
+        finally:
+            if deferred:  # last of all: a thread that wakes up takes the interpreter from this one
+                self._submit(flight)
+        staging.note_stall(began, "save")
+        return pending
+
+    def _submit(self, flight: InFlight) -> None:
+        """Leave the rest of the save to background threads."""
+        self._committer.submit(flight)
+        self.stager.submit(flight.job)
+
+    def _admit(self, job: Job | None, step: int, nbytes: int, policy: OnBusy) -> None:
+        """Apply back-pressure. Where the policy is not to wait, a save that one rank cannot begin is begun by none."""
+        arena = self._saves.arena
+        if job is None or policy == "wait":
+            self._committer.admit(step, nbytes, arena, policy)
+            return
+        busy: BaseException | None = None
+        try:
+            self._committer.admit(step, nbytes, arena, policy)
+        except (Skipped, ArenaBusy) as error:
+            busy = error
+        if job.any_rank("busy", busy is not None):
+            raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
