@@ -7,13 +7,11 @@ fresh memory page faults cost more than ten times the copy (docs/design/001-aren
 from __future__ import annotations
 
 import bisect
-import contextlib
 import ctypes
 import logging
 import mmap
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,9 +132,8 @@ class Arena:
         self._free: list[_Free] = []
         self._changed = threading.Condition()
         self._faulting = 0
-        #: So many threads wait for memory; the methods below it are called when one more does.
+        #: So many threads wait for memory.
         self.waiting = 0
-        self._told_when_short: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._cold_bytes = 0
         self._closed = False
         # an arena that is dropped without being closed must not be unmapped under queued copies either
@@ -188,9 +185,14 @@ class Arena:
                 nbytes = max(least, padded(nbytes // 4))  # in large steps: others need memory, too
 
     def acquire(
-        self, nbytes: int, deadline: float | None = None, cancelled: Callable[[], bool] = lambda: False
+        self,
+        nbytes: int,
+        deadline: float | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+        if_short: Callable[[], None] = lambda: None,
     ) -> Slot:
-        """Return a slot of at least ``nbytes``. Blocks until one is free.
+        """Return a slot of at least ``nbytes``. Blocks until one is free. ``if_short``: called once before it waits,
+        with ``waiting`` raised already; it must not block.
 
         Raises ``ArenaBusy`` once ``time.monotonic()`` passes ``deadline``, ``cancelled()`` is true (see ``wake``) or
         the arena is closed, and ``InvalidOption`` where no region can ever hold the slot.
@@ -207,10 +209,7 @@ class Arena:
                 return slot
             self.waiting += 1
             try:
-                for reference in list(self._told_when_short):
-                    told = reference()
-                    if told is not None:
-                        told()
+                if_short()
                 while True:
                     remaining = None if deadline is None else deadline - time.monotonic()
                     if self._closed or cancelled() or (remaining is not None and remaining <= 0):
@@ -233,18 +232,6 @@ class Arena:
                     self._free[position] = (region, offset + need, size - need, copies)
                 return self._slot(region, offset, need, _not_done(copies))
         return None
-
-    def tell_when_short(self, told: Callable[[], None]) -> None:
-        """Call the bound method ``told`` whenever a thread begins to wait for memory, as long as its object lives.
-        ``told`` must not block."""
-        with self._changed:
-            alive = [reference for reference in self._told_when_short if reference() is not None]
-            self._told_when_short = [*alive, weakref.WeakMethod(told)]
-
-    def tell_no_longer(self, told: Callable[[], None]) -> None:
-        """Undo ``tell_when_short``. Idempotent."""
-        with self._changed, contextlib.suppress(ValueError):
-            self._told_when_short.remove(weakref.WeakMethod(told))
 
     def release(self, slot: Slot) -> None:
         """Give a slot back; whatever is still in it may be overwritten at once. Copies into it that have not run yet go

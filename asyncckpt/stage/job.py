@@ -227,7 +227,7 @@ class StagingJob:
 
     def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
         extent = work.extent
-        slot = self._arena.acquire(slot_bytes(extent), deadline, self._is_cancelled)
+        slot = self._arena.acquire(slot_bytes(extent), deadline, self._is_cancelled, self._sink.give_memory_back)
         began = time.perf_counter()
         queued: list[QueuedCopy] = []
         try:

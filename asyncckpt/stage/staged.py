@@ -26,3 +26,6 @@ class ExtentSink(Protocol):
 
     def submit(self, extent: StagedExtent) -> None:
         """Take an extent over, with its memory. Thread-safe; never blocks, never raises."""
+
+    def give_memory_back(self) -> None:
+        """Write what has been put off: somebody waits for staging memory. Thread-safe; never blocks."""

@@ -136,6 +136,10 @@ class ShardPipeline:
         shard = self._shards[self._extents[extent.index].shard].shard
         self._small.submit(shard, extent.slot.nbytes, lambda: self._run(lambda: self._handle(extent)))
 
+    def give_memory_back(self) -> None:
+        """Start what waits of any save: whoever waits for memory may wait for the memory of another. Never blocks."""
+        self._pools.start_held()
+
     def _submit(self, work: Callable[[], None], pool: WriterPool) -> None:
         with self._lock:
             self._in_flight += 1

@@ -30,7 +30,7 @@ class SmallShards:
         self._held: list[Callable[[], None]] | None = None
         if not self._few and self._large:
             self._held = []
-            arena.tell_when_short(self.hold_no_longer)
+            pools.add_holding(self)
 
     def pool(self, shard: Shard) -> WriterPool:
         """Return the pool whose threads write this shard."""
@@ -64,7 +64,7 @@ class SmallShards:
         for task in held or ():
             self._pools.small.submit(task)
         if held is not None:
-            self._arena.tell_no_longer(self.hold_no_longer)
+            self._pools.remove_holding(self)
 
 
 def _is_small(shard: Shard) -> bool:

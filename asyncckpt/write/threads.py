@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Protocol
 
 log = logging.getLogger("asyncckpt")
 
@@ -92,6 +93,13 @@ _SMALL_THREADS = 8
 _ENCODING_NICENESS = 10
 
 
+class Holding(Protocol):
+    """Holds tasks back."""
+
+    def hold_no_longer(self) -> None:
+        """Start all of them. Idempotent; never blocks."""
+
+
 class Pools:
     """Holds the thread pools of one checkpointer. ``writing`` digests and writes extents; ``small`` does it for small
     shards, where there are many; ``encoding`` runs codecs. Threads start with the first task of their pool."""
@@ -100,6 +108,26 @@ class Pools:
         self.writing = WriterPool(threads)
         self.small = WriterPool(_SMALL_THREADS, "asyncckpt-small")
         self.encoding = WriterPool(threads, "asyncckpt-encoder", niceness=_ENCODING_NICENESS)
+        #: What holds tasks back that are to run on ``small`` later, and memory with them.
+        self._holding: list[Holding] = []
+        self._lock = threading.Lock()
+
+    def add_holding(self, holding: Holding) -> None:
+        """Have ``holding`` asked to start its tasks whenever somebody waits for memory."""
+        with self._lock:
+            self._holding.append(holding)
+
+    def remove_holding(self, holding: Holding) -> None:
+        """Undo ``add_holding``. Idempotent."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._holding.remove(holding)
+
+    def start_held(self) -> None:
+        """Start all tasks that are held back. Never blocks."""
+        with self._lock:
+            holding = list(self._holding)
+        for one in holding:
+            one.hold_no_longer()
 
     def replace_stuck(self, stuck_seconds: float) -> int:
         """Replace threads that have been inside one task for longer than ``stuck_seconds``; return how many."""

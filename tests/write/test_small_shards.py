@@ -68,7 +68,11 @@ def test_where_memory_is_waited_for_nothing_waits(turns: Turns) -> None:
     slot = turns.arena.acquire(1 << 20)
     turns.submit(SMALL[0])
     assert turns.settled() == []
-    waiter = threading.Thread(target=lambda: turns.arena.release(turns.arena.acquire(4096)))
+
+    def waits() -> None:
+        turns.arena.release(turns.arena.acquire(4096, if_short=turns.pools.start_held))
+
+    waiter = threading.Thread(target=waits)
     waiter.start()
     while not turns.arena.waiting:
         pass
