@@ -1,4 +1,4 @@
-"""One live run per directory: who holds it, how that is proved dead, and how it is taken over.
+"""A run directory has one live writer: this is how it is held, proved dead, and taken over.
 
 The holder keeps an exclusive ``flock`` on ``.asyncckpt-lease.lock`` (released by the kernel when the process dies)
 and rewrites ``.asyncckpt-lease.json`` with a rising beat. A newcomer that gets the lock on the same boot of the same
@@ -43,7 +43,7 @@ _MAX_RECORD_BYTES = 64 << 10
 
 
 def read_holder(directory: str) -> Holder | None:
-    """The recorded holder, or None where the file is missing or unreadable (it is a record, not the lock)."""
+    """Return the recorded holder, or None where the file is missing or cannot be read (it is a record, no lock)."""
     try:
         return _read_record(directory)
     except OSError:
@@ -51,7 +51,8 @@ def read_holder(directory: str) -> Holder | None:
 
 
 def _read_record(directory: str) -> Holder | None:
-    """As ``read_holder``; raises ``OSError`` where nobody can tell what the file says."""
+    """Return the recorded holder, or None where there is no record. Raises ``OSError`` where nobody can tell what the
+    file says."""
     try:
         fd = os.open(os.path.join(directory, LEASE_FILE), _RECORD_FLAGS)
     except (FileNotFoundError, NotADirectoryError):
@@ -69,7 +70,7 @@ def _read_record(directory: str) -> Holder | None:
 
 
 def parse_holder(data: bytes) -> Holder | None:
-    """The holder that a lease file of this content records; None for anything else."""
+    """Return the holder that a lease file of this content records; None for any other content."""
     try:
         body: Any = loads(data, LEASE_FILE)
         return Holder(
@@ -86,8 +87,8 @@ def parse_holder(data: bytes) -> Holder | None:
 
 
 class _LockFile:
-    """The open lock file. A forked child shares its open file description and would keep the lock of a killed trainer
-    alive, so it is closed there."""
+    """Holds the lock file open. A forked child shares the open file description and would keep the lock of a killed
+    trainer alive, so the file is closed there."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -103,7 +104,7 @@ class _LockFile:
 
 
 class Lease:
-    """A held run directory. Thread-safe. ``acquire`` blocks for at most ``ttl_seconds``."""
+    """Holds a run directory. Thread-safe. ``acquire`` blocks for at most ``ttl_seconds``."""
 
     directory: str
     owner: str
@@ -168,7 +169,7 @@ class Lease:
             ) from error
 
     def check(self) -> None:
-        """Raises ``LeaseLost`` where another run has taken the directory over, and ``OSError`` where that cannot be
+        """Raise ``LeaseLost`` where another run has taken the directory over, and ``OSError`` where that cannot be
         told (no descriptor left, a disk that fails). Called right before a publish."""
         holder = _read_record(self.directory)
         try:
@@ -221,7 +222,7 @@ class Lease:
 
 
 class HeldLease:
-    """The hold on a run, once there is one. A rank that follows another in its job never has it."""
+    """Keeps the hold on a run, once there is one. A rank that follows another in its job never has it."""
 
     def __init__(self) -> None:
         self.hold: Hold | None = None
@@ -233,7 +234,7 @@ class HeldLease:
 
 
 def _wait_until_dead(directory: str, options: LeaseOptions) -> None:
-    """Having the lock, make sure that a holder elsewhere is not still beating."""
+    """Make sure, once this process has the lock, that a holder on another host renews the lease no more."""
     holder = read_holder(directory)
     if holder is None or holder.released or holder.boot == boot_id():
         return
@@ -269,7 +270,7 @@ def _let_go(lock: _LockFile, stop: threading.Event) -> None:
 
 
 def boot_id() -> str:
-    """Names one boot of one machine: a pid or a lock means something only within it."""
+    """Return the name of this boot of this machine: a pid or a lock means something only within one."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

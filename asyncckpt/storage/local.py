@@ -1,4 +1,4 @@
-"""A run directory on a local or network file system.
+"""A local store keeps a run in a directory on a local or network file system.
 
 Names: a checkpoint is a plain directory; ``.tmp-<step>-<uuid>`` is an unpublished attempt, ``.trash-<name>-<uuid>`` is
 being deleted, ``.replaced-<name>-<uuid>`` makes way for the attempt with that uuid, ``.damaged-…`` was set aside. All
@@ -40,8 +40,11 @@ _NO_SYNC = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL})
 
 
 class LocalStore:
-    """Thread-safe. Blocks on the device. ``direct=False`` goes through the page cache (and is used by itself where
-    the file system has no O_DIRECT)."""
+    """Keeps a run in a directory. Thread-safe; its methods block on the device. What they promise stands in
+    ``protocols.Store`` and ``protocols.RenamingStore``.
+
+    ``ops``: the system calls, for tests. ``direct``: read and write past the page cache, where the file system has
+    O_DIRECT."""
 
     path: str
     address: str
@@ -87,8 +90,8 @@ class LocalStore:
             raise RunPathError(f"{self.path}: cannot write here ({error}): {hint}") from error
 
     def _make_durable(self, path: str) -> None:
-        """Make a directory and the parents it lacks. The deepest that is there already is synced too: whoever made it
-        may have died before its name was durable."""
+        """Make a directory and the parents it lacks. The deepest one that exists is synced too, because whoever made
+        it may have died before its name was durable."""
         missing: list[str] = []
         while not os.path.lexists(path):
             missing.append(path)
@@ -202,8 +205,8 @@ class LocalStore:
         return [Replaced(match[0], match["name"], match["attempt"]) for match in found if match is not None]
 
     def reclaim(self) -> list[str]:
-        """Delete what dead attempts and interrupted deletions left behind; the names. Only while holding the run's
-        lease: holding it means that whoever made them is gone or cut off. Raises ``RunPathError`` where the directory
+        """Delete what dead attempts and interrupted deletions left behind; return the names. Call it only while holding
+        the run's lease: whoever made them is then gone or cut off. Raises ``RunPathError`` where the directory
         cannot be read or made durable."""
         try:
             # A trainer killed between its rename and the fsync left a name that only memory knows: it must be durable
@@ -293,7 +296,8 @@ class LocalStore:
             offset += written
 
     def delete_tree(self, path: str) -> None:
-        """Delete one of our own directories; entries that others hold (``.nfs*``) or that vanish are tolerated."""
+        """Delete one of our own directories. Entries that others hold (``.nfs*``) and entries that vanish meanwhile are
+        tolerated."""
         try:
             for name, info in self.ops.scan(path).items():
                 child = os.path.join(path, name)
@@ -321,7 +325,8 @@ def _info(status: os.stat_result) -> FileInfo:
 
 
 def _try_exclusive(path: str) -> int | None:
-    """A descriptor that holds the file's exclusive lock; -1 where there is nothing to lock; None where it is taken."""
+    """Return a descriptor that holds the file's exclusive lock, -1 where there is nothing to lock, or None where
+    somebody else holds a lock on it."""
     flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         try:

@@ -1,4 +1,5 @@
-"""An unpublished checkpoint in a directory of its own, on its way to a name: files, links, syncs, the rename."""
+"""An unpublished checkpoint lies in a directory of its own: its files are written there, synced, and renamed at
+last."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ _SYNCS_A_THREAD = 16
 
 
 class LocalAttempt:
-    """One ``.tmp-…`` directory on its way to a name."""
+    """Writes one ``.tmp-…`` directory and gives it its name. Thread-safe. See ``protocols`` for what its methods
+    promise."""
 
     def __init__(self, store: LocalStore, path: str, step: int, attempt: str) -> None:
         self.uuid = attempt
@@ -52,7 +54,8 @@ class LocalAttempt:
         return writer
 
     def link(self, source: Reader, file: str, nbytes: int, name: str) -> bool:
-        """A reflink where the file system has them (a file of its own that shares the blocks), or else a hard link."""
+        """Make a reflink where the file system has them (a file of its own that shares the blocks), or else a hard
+        link."""
         store, ops = self._store, self._store.ops
         old, new = os.path.join(source.path, file), os.path.join(self.path, name)
         if source.files_nbytes(file) != nbytes:
@@ -79,7 +82,8 @@ class LocalAttempt:
         return False
 
     def write_small(self, files: Mapping[str, bytes]) -> None:
-        """Files of equal content are one file of several names, where the file system can: metadata of equal arrays."""
+        """Write small files. Those of equal content, such as the metadata of equal arrays, become one file of several
+        names where the file system can do that."""
         import asyncio  # reading has no use for it
 
         asyncio.run(self._write_small(files))
@@ -137,7 +141,7 @@ class LocalAttempt:
             raise errors[0]
 
     def _make_folder(self, file: str) -> None:
-        """The directories of a file's name; each is made once, by whichever thread comes first."""
+        """Make the directories in a file's name. Each is made once, by whichever thread comes first."""
         folder = os.path.dirname(file)
         with self._lock:
             self._unsynced.add(folder)
@@ -189,8 +193,9 @@ class LocalAttempt:
             self._store.delete_tree(self.path)
 
     def _withdraw(self, target: str, ours: int, error: OSError, *, exchanged: bool) -> bool:
-        """Take the name back after an error: what may not outlive a power cut must not be seen, or counted by
-        retention. Whether there was anything to take back. Raises ``SaveUndecided`` where that fails too."""
+        """Take the name back after an error, and return whether there was one to take back. A checkpoint that may not
+        outlive a power cut must be neither seen nor counted by retention. Raises ``SaveUndecided`` where that fails
+        too."""
         ops = self._store.ops
         try:
             if os.lstat(target).st_ino != ours:

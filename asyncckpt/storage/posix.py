@@ -1,4 +1,4 @@
-"""The system calls the local store makes, one method each: the seam where tests record, fail and delay them.
+"""Each system call that the local store makes is one method here: the seam where tests record, fail and delay them.
 
 Every call retries nothing and swallows nothing: what the kernel says is what the caller gets. ``EINTR`` is retried
 by Python itself (PEP 475), never an error of ``fsync`` or ``close``.
@@ -36,7 +36,7 @@ NO_FLAGS: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 class PosixOps:
-    """Thin and stateless; thread-safe."""
+    """Makes the system calls. Stateless and thread-safe."""
 
     def open(self, path: str, flags: int, mode: int = 0o666) -> int:
         return os.open(path, flags | os.O_CLOEXEC, mode)
@@ -45,7 +45,7 @@ class PosixOps:
         os.close(fd)
 
     def open_to_read(self, path: str, flags: int, folder: int | None = None) -> int:
-        """As ``open``, relative to the directory ``folder``; creates nothing."""
+        """Open a file relative to the directory ``folder``. Creates nothing."""
         return os.open(path, flags | os.O_CLOEXEC, dir_fd=folder)
 
     def close_read(self, fd: int) -> None:
@@ -74,7 +74,8 @@ class PosixOps:
         return os.preadv(fd, [buffer], offset)
 
     def reserve(self, fd: int, nbytes: int) -> None:
-        """Allocate blocks ahead, which finds a full disk early; proves nothing about data. May be unsupported."""
+        """Allocate blocks ahead, which finds a full disk early but proves nothing about data. File systems may not
+        support it."""
         os.posix_fallocate(fd, 0, nbytes)
 
     def truncate(self, fd: int, nbytes: int) -> None:
@@ -125,7 +126,7 @@ class PosixOps:
             os.close(parent)
 
     def try_rename_noreplace(self, source: str, target: str) -> int:
-        """The kernel's answer alone, with nothing standing in: 0, or the errno."""
+        """Rename, and return the kernel's answer alone, with nothing standing in for it: 0, or the errno."""
         return _renameat2(source, target, _RENAME_NOREPLACE)
 
     def exchange(self, first: str, second: str) -> None:
@@ -135,16 +136,17 @@ class PosixOps:
             raise OSError(code, os.strerror(code), first, None, second)
 
     def replace(self, source: str, target: str) -> None:
-        """Plain rename over a *file* (the ``latest`` hint, the lease): never used on a checkpoint."""
+        """Rename over a *file* (the ``latest`` hint, the lease). It is never used on a checkpoint."""
         os.replace(source, target)
 
     def link(self, source: str, target: str) -> None:
-        """A further name for a file. Raises ``OSError`` where the file system has none, and where the target exists."""
+        """Give a file a further name. Raises ``OSError`` where the file system has none, and where the target
+        exists."""
         os.link(source, target, follow_symlinks=False)
 
     def reflink(self, source: str, target: str) -> None:
-        """A new file that shares the source's blocks, fsynced. Raises ``OSError`` where the file system cannot; the
-        target may then be there, empty."""
+        """Make a new file that shares the source's blocks, and fsync it. Raises ``OSError`` where the file system
+        cannot; the target may then be there, empty."""
         old = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             new = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -163,7 +165,8 @@ class PosixOps:
         os.rmdir(path)
 
     def scan(self, path: str) -> Mapping[str, os.stat_result]:
-        """Names and ``lstat`` results of a directory's entries; entries that vanish meanwhile are left out."""
+        """Return the ``lstat`` result of each of a directory's entries by name; entries that vanish meanwhile are left
+        out."""
         found: dict[str, os.stat_result] = {}
         with os.scandir(path) as entries:
             for entry in entries:
@@ -179,7 +182,7 @@ class PosixOps:
 
 
 def _renameat2(source: str, target: str, flags: int) -> int:
-    """0, or the errno. Linux only: ``ENOSYS`` elsewhere."""
+    """Rename with flags; return 0, or the errno: ``ENOSYS`` where this is not Linux."""
     if not sys.platform.startswith("linux"):
         return errno.ENOSYS
     try:

@@ -1,4 +1,4 @@
-"""The way back from a local or network file system: descriptors, never paths that could be swapped underneath."""
+"""A checkpoint on a local or network file system is read by descriptors, never by paths that could be swapped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _OpenFile:
 
 
 class LocalReader:
-    """An open checkpoint: files are opened relative to the directory's descriptor, links never followed; a shared
+    """Reads an open checkpoint. Files are opened relative to the directory's descriptor, links never followed; a shared
     lock on the manifest keeps retention away until ``close``."""
 
     def __init__(self, directory: str, name: str, *, ops: PosixOps | None = None, direct: bool = True) -> None:
@@ -143,7 +143,7 @@ class LocalReader:
                 self._shut(fd)
 
     def _shut(self, fd: int) -> None:
-        """What was read has been read: an error of closing says nothing about it, and must not keep others open."""
+        """Close a descriptor. An error of that says nothing about what was read, and must not keep others open."""
         with contextlib.suppress(OSError):
             self._ops.close_read(fd)
 
@@ -181,7 +181,7 @@ class LocalReader:
 
     @contextlib.contextmanager
     def _data(self, file: str) -> Iterator[_OpenFile]:
-        """The file, open; the ones used last stay so."""
+        """Give the file, open, and keep those that were used last open."""
         with self._lock:
             entry = self._open.pop(file, None) or self._open_data(file)
             self._open[file] = entry

@@ -1,4 +1,4 @@
-"""One shard file being written: which bytes go past the page cache, and when they are on the disk."""
+"""A shard file is written here: which of its bytes go past the page cache, and when they are on the disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_EDGES_BYTES = 16 << 20
 
 
 class LocalShardWriter:
-    """A shard file. Aligned extents go past the page cache; an unaligned tail is padded and cut off again.
+    """Writes a shard file. Aligned extents go past the page cache; an unaligned tail is padded and cut off again.
 
     ``shared``: others write into the file too. Blocks that may be theirs in part go through the page cache, byte for
     byte, by a descriptor of their own; the whole blocks between go past it.
@@ -122,7 +122,8 @@ class LocalShardWriter:
                     self._ops.close(fd)
 
     def _write_exactly(self, view: memoryview, offset: int) -> None:
-        """First and last block through the page cache where they are not whole, what is between past it."""
+        """Write the first and the last block through the page cache where they are not whole, and what lies between
+        past it."""
         head = min(-offset % ALIGNMENT_BYTES, len(view))
         body = (len(view) - head) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         edges = [(0, head), (head + body, len(view))]
@@ -137,7 +138,8 @@ class LocalShardWriter:
             self._write_edges()
 
     def _write_edges(self) -> None:
-        """All at once: each has to wait until no direct write of anyone is on its way to the file."""
+        """Write the kept edges, all at once: each write waits until no direct write of any rank is on its way to the
+        file."""
         with self._edges_lock:
             with self._lock:
                 edges, self._edges, self._edges_bytes = self._edges, [], 0
@@ -147,7 +149,8 @@ class LocalShardWriter:
                 self._write(self._edges_fd, memoryview(data), offset)
 
     def _write_direct(self, view: memoryview, offset: int) -> bool:
-        """False where the file system took the flag and refuses the transfer: then it goes on through the cache."""
+        """Write past the page cache. Return False where the file system took the flag and refuses the transfer: this
+        file goes through the cache from then on."""
         try:
             self._write(self._fd, view, offset)
             return True
