@@ -10,14 +10,22 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of, of_step
 from asyncckpt.catalog.retention import age
-from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError, StepExists
+from asyncckpt.errors import (
+    AsyncCkptError,
+    CheckpointDamaged,
+    CheckpointNotFound,
+    ManifestInvalid,
+    RunPathError,
+    StepExists,
+)
 from asyncckpt.manifest import json as manifests
 from asyncckpt.protocols import Store
 from asyncckpt.read.damage import check_files
+from asyncckpt.read.opening import OpenCheckpoint
 
 log = logging.getLogger("asyncckpt")
 
@@ -30,31 +38,6 @@ _MARKER_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_
 _STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointInfo:
-    """One checkpoint as ``ls`` sees it. ``damage`` says why it cannot be used, or is None: manifest, names and sizes
-    are right (``verify`` reads the bytes). ``nbytes`` is its size on disk. ``kind`` is ``full`` or ``weights``.
-
-    ``sequence`` rises from save to save of a run: the largest was acknowledged last, whatever its step. ``attempt`` is
-    the save's uuid. ``renamed``: somebody has given the directory another name than its manifest has, or copied it. It
-    is theirs: listed and readable, never deleted, and neither resumed from nor counted by retention. ``misnamed``: the
-    name is one that the run would give to another step. That is damage: it may be a copy, or a fault of the storage."""
-
-    step: int
-    name: str
-    path: str
-    kind: str = "full"
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    nbytes: int = 0
-    created_unix_seconds: float = 0.0
-    pinned: bool = False
-    damage: str | None = None
-    sequence: int = 0
-    attempt: str = ""
-    renamed: bool = False
-    misnamed: bool = False
-
-
 class Catalog:
     """Reads a run directory. Remembers what it has read by name: published checkpoints do not change. Thread-safe
     where one thread refreshes at a time."""
@@ -64,15 +47,15 @@ class Catalog:
         self.path = path
         self._known: dict[str, CheckpointInfo] = {}
 
-    def entries(self, *, fresh: bool = True) -> list[CheckpointInfo]:
+    def entries(self, *, fresh: bool = True, listing: Listing | None = None) -> list[CheckpointInfo]:
         """All checkpoints, damaged and renamed ones included, the oldest save first. ``fresh=False`` re-reads only new
         names, and what looked damaged: one error of reading, of a moment ago, must not keep retention from it for
-        ever."""
+        ever. ``listing`` keeps the one open that it prefers."""
         known = {name: entry for name, entry in self._known.items() if entry.damage is None}
         for _ in range(_LOOKS):
             names = set(self._store.names())
             known = {} if fresh else {name: entry for name, entry in known.items() if name in names}
-            looked = {name: self.look(name) for name in names - set(known)}
+            looked = {name: self.look(name, listing) for name in names - set(known)}
             known.update((name, entry) for name, entry in looked.items() if entry is not None)
             # what vanished under our eyes was deleted because something newer is there: look for that too
             vanished = any(entry is None and self._store.identity(name) is None for name, entry in looked.items())
@@ -84,29 +67,52 @@ class Catalog:
         found = [replace(entry, pinned=entry.name in pins) for entry in known.values()]
         return _oldest_first(found)
 
-    def find(self, step: int, kind: str | None = None) -> CheckpointInfo:
+    def listing(self, prefer: Preference | None = None) -> Listing:
+        """List all checkpoints as ``entries`` does, and keep the one open that is preferred."""
+        listing = Listing(self._store, prefer)
+        try:
+            listing.entries = self.entries(listing=listing)
+        except BaseException:
+            listing.close()
+            raise
+        return listing
+
+    def find_open(self, step: int | None, kind: str | None = None) -> Listing:
+        """Find the checkpoint of a step as ``find`` does, or the newest as ``newest`` does, and keep it open: it is the
+        only entry of the listing. Raises ``CheckpointNotFound``."""
+        listing = Listing(self._store, newest_of(kind) if step is None else of_step(step, kind))
+        try:
+            listing.entries = [self.newest(kind, listing) if step is None else self.find(step, kind, listing)]
+        except BaseException:
+            listing.close()
+            raise
+        return listing
+
+    def find(self, step: int, kind: str | None = None, listing: Listing | None = None) -> CheckpointInfo:
         """The checkpoint of that step, the full one where there are two kinds, and the run's own where somebody has
-        copied it. Raises ``CheckpointNotFound``, naming the steps there are."""
+        copied it. ``listing`` keeps the one open that it prefers. Raises ``CheckpointNotFound``, naming the steps
+        there are."""
 
         def choice(entry: CheckpointInfo) -> tuple[bool, bool, bool, int]:
             return entry.renamed, entry.damage is not None, entry.kind != "full", -entry.sequence
 
-        near = [self.look(name) for name in self._store.names() if _step_in(name) == step]
+        near = [self.look(name, listing) for name in self._store.names() if _step_in(name) == step]
         here = [entry for entry in near if entry is not None and entry.step == step and kind in (None, entry.kind)]
         good = [entry for entry in here if entry.damage is None and not entry.renamed]
         if good:  # the manifests of all others may be long
             found = min(good, key=choice)
             return replace(found, pinned=found.name in self.pins())
-        entries = self.entries()
+        entries = self.entries(listing=listing)
         matches = [entry for entry in entries if entry.step == step and kind in (None, entry.kind)]
         if not matches:
             have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
             raise CheckpointNotFound(f"{self.path}: no checkpoint of step {step}; the newest steps there: {have}")
         return min(matches, key=choice)
 
-    def newest(self, kind: str | None = "full") -> CheckpointInfo:
-        """The checkpoint of the run's own that was saved last and looks whole. Raises ``CheckpointNotFound``."""
-        own = [entry for entry in self.entries() if not entry.renamed]
+    def newest(self, kind: str | None = "full", listing: Listing | None = None) -> CheckpointInfo:
+        """The checkpoint of the run's own that was saved last and looks whole. ``listing`` keeps the one open that it
+        prefers. Raises ``CheckpointNotFound``."""
+        own = [entry for entry in self.entries(listing=listing) if not entry.renamed]
         usable = [entry for entry in own if entry.damage is None and kind in (None, entry.kind)]
         if not usable:
             raise CheckpointNotFound(f"{self.path}: no checkpoint here")
@@ -174,13 +180,13 @@ class Catalog:
             raise RunPathError(f"{folder}: cannot change the pin of {entry.name} ({error}); repair the path") from error
         return replace(entry, pinned=pinned)
 
-    def look(self, name: str) -> CheckpointInfo | None:
+    def look(self, name: str, listing: Listing | None = None) -> CheckpointInfo | None:
         """What is there under this name, None where nothing is. Damage only counts in a directory that stayed: one
         that is deleted or replaced while it is read looks damaged, and is not."""
         entry: CheckpointInfo | None = None
         for _ in range(_LOOKS):
             before = self._store.identity(name)
-            entry = self._look_once(name)
+            entry = self._look_once(name, listing)
             if entry is None or entry.damage is None:
                 return entry
             after = self._store.identity(name)
@@ -190,7 +196,7 @@ class Catalog:
                 break
         return entry
 
-    def _look_once(self, name: str) -> CheckpointInfo | None:
+    def _look_once(self, name: str, listing: Listing | None) -> CheckpointInfo | None:
         path = os.path.join(self.path, name)
         step = _step_in(name)
         try:
@@ -199,17 +205,15 @@ class Catalog:
             return None  # deleted meanwhile
         except (CheckpointDamaged, OSError) as error:
             return CheckpointInfo(step=step, name=name, path=path, damage=str(error)) if step >= 0 else None
+        handed_on = False
         try:
-            listing = self._store.listing(name)
-            if manifests.FILE_NAME not in listing and not _looks_ours(listing):
-                return None
             manifest = manifests.load(reader)
             renamed = name != manifest.name
             if renamed and step != manifest.step and _digits_aside(name) == _digits_aside(manifest.name):
                 problem = f"its manifest is that of {manifest.name}; a copy wants a name that says no other step"
                 return CheckpointInfo(step=step, name=name, path=path, damage=problem, misnamed=True)
             damage = check_files(reader, manifest)
-            return CheckpointInfo(
+            entry = CheckpointInfo(
                 step=manifest.step,
                 name=name,
                 path=path,
@@ -222,10 +226,30 @@ class Catalog:
                 attempt=manifest.attempt,
                 renamed=renamed,
             )
+            if listing is not None and not damage:
+                handed_on = listing.keep(entry, OpenCheckpoint(reader, manifest))
+            return entry
         except (AsyncCkptError, OSError) as error:
-            return CheckpointInfo(step=step, name=name, path=path, damage=str(error))
+            problem = str(error)
+            try:
+                if isinstance(error, ManifestInvalid) and not self._looks_ours(name):
+                    return None
+            except OSError as worse:
+                problem = str(worse)
+            return CheckpointInfo(step=step, name=name, path=path, damage=problem)
         finally:
-            reader.close()
+            if not handed_on:
+                reader.close()
+
+    def _looks_ours(self, name: str) -> bool:
+        """Whether a directory has a manifest, or without one holds shards or ``state.json``: it was a checkpoint
+        once."""
+        listing = self._store.listing(name)
+        return manifests.FILE_NAME in listing or any(
+            stat.S_ISREG(info.st_mode)
+            and (file == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", file) is not None)
+            for file, info in listing.items()
+        )
 
 
 def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
@@ -240,15 +264,6 @@ def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
         return sequence, step, entry.kind, entry.name
 
     return sorted(entries, key=key)
-
-
-def _looks_ours(listing: Mapping[str, os.stat_result]) -> bool:
-    """A directory without a manifest that holds shards or ``state.json`` was a checkpoint once."""
-    return any(
-        stat.S_ISREG(info.st_mode)
-        and (name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", name) is not None)
-        for name, info in listing.items()
-    )
 
 
 def _digits_aside(name: str) -> str:

@@ -221,6 +221,30 @@ def check_expected(expect_digest: str | None) -> str | None:
     return f"sha256:{digits}"
 
 
+def check_digest(manifest: Manifest, expect_digest: str | None, path: str) -> None:
+    """Refuse a manifest that is not the one expected; ``path`` is the checkpoint's. Raises ``DigestMismatch``, and
+    ``InvalidOption`` for what is no SHA-256."""
+    expected = check_expected(expect_digest)
+    if expected is None:
+        return
+    if manifest.file_digest != expected:
+        raise _mismatch(path, manifest.file_digest, expected)
+    if not digests.is_cryptographic(manifest.digest):
+        log.warning(
+            "%s: the manifest is the one expected, but its %s digests do not bind the data against forgery; save with "
+            "digest='blake3' or 'sha256'",
+            path,
+            manifest.digest,
+        )
+
+
+def _mismatch(path: str, found: str, expected: str) -> DigestMismatch:
+    return DigestMismatch(
+        f"{path}/{FILE_NAME}: its digest is {found}, and {expected} was expected: this is another checkpoint, or it "
+        f"was changed"
+    )
+
+
 def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
     """The manifest of an open checkpoint. Raises as ``decode`` does, where the file is missing or no file, and, before
     anything in it is looked at, ``DigestMismatch`` where it is not the one expected."""
@@ -230,25 +254,16 @@ def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
     except CheckpointDamaged as error:
         raise ManifestInvalid(f"{error}; this directory is no complete checkpoint") from error
     if expected is not None and file_digest(data) != expected:
-        raise DigestMismatch(
-            f"{reader.path}/{FILE_NAME}: its digest is {file_digest(data)}, and {expected} was expected: this is "
-            f"another checkpoint, or it was changed"
-        )
+        raise _mismatch(reader.path, file_digest(data), expected)
     where = f"{reader.path}/{FILE_NAME}"
     manifest = _remembered(data, where) if len(data) <= _REMEMBERED_BYTES else decode(data, where)
-    if expected is not None and not digests.is_cryptographic(manifest.digest):
-        log.warning(
-            "%s: the manifest is the one expected, but its %s digests do not bind the data against forgery; save with "
-            "digest='blake3' or 'sha256'",
-            reader.path,
-            manifest.digest,
-        )
+    check_digest(manifest, expected, reader.path)
     return manifest
 
 
 @functools.lru_cache(maxsize=1)
 def _remembered(data: bytes, where: str) -> Manifest:
-    """Choosing a checkpoint and opening it both decode its manifest, one after the other."""
+    """Whoever lists a run often reads what is newest in it right away: the first save after a resume does."""
     return decode(data, where)
 
 

@@ -33,6 +33,7 @@ from asyncckpt.read.boxes import Region, Target, regions, scatter_box, span
 from asyncckpt.read.damage import raise_damage
 from asyncckpt.read.delta import LayerReader
 from asyncckpt.read.extents import extents_of, read_extents
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window, scatter
 from asyncckpt.types import Buffer
 
@@ -79,11 +80,12 @@ class _WantedOfBox:
         scatter_box(self.target, self.offsets, self.shape, first, data, self.dtype)
 
 
-def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
-    """Read what ``wanted`` needs, verify it, and put it into the targets; bytes read.
+def fill(checkpoint: OpenCheckpoint, wanted: Fill) -> int:
+    """Read what ``wanted`` needs, verify it, and put it into the targets. Returns how many bytes were read.
 
     Raises ``CheckpointDamaged``; targets may then hold a mix of old and new values, which the message says.
     """
+    reader, manifest = checkpoint.reader, checkpoint.manifest
     files = {record.name: record for record in manifest.files}
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
     plain: dict[str, _Plain] = defaultdict(list)

@@ -14,9 +14,8 @@ import torch
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import gc_paused
-from asyncckpt.protocols import Reader
 from asyncckpt.read.fill import fill
-from asyncckpt.read.opening import open_manifest, read_trees
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.plan import Options, Plan, new_tensor, qualified_records
@@ -64,7 +63,7 @@ class RestoreReport:
 
 @gc_paused()
 def restore(
-    reader: Reader,
+    checkpoint: OpenCheckpoint,
     state: Mapping[str, Any],
     *,
     strict: bool = True,
@@ -83,10 +82,10 @@ def restore(
     together = stages or Stages()
     with together.stage("look"):
         check_state(state)
-        manifest = open_manifest(reader, expect_digest)
+        checkpoint.require_digest(expect_digest)
+        manifest, trees = checkpoint.manifest, checkpoint.trees
         if "state" in manifest.components:
-            raise CheckpointDamaged(f"{reader.path}: a component has a reserved name")
-        trees = read_trees(reader, manifest)
+            raise CheckpointDamaged(f"{checkpoint.path}: a component has a reserved name")
         options = Options(device=torch.device(device or "cpu"), dtype=dtype, selected=_selector(include))
         stored = _renamed(dict(qualified_records(manifest.components)), rename)
         plan = Plan()
@@ -102,12 +101,12 @@ def restore(
     plan.unexpected = together.in_all(plan.unexpected)
     with together.stage("check"):
         if plan.missing or plan.unexpected or plan.mismatched:
-            problem = describe(f"{reader.path} (step {manifest.step})", plan)
+            problem = describe(f"{checkpoint.path} (step {manifest.step})", plan)
             if strict:
                 raise StateMismatch(problem, plan.missing, plan.unexpected, plan.mismatched)
             log.warning("%s", problem)
     with together.stage("read"):
-        nbytes = fill(reader, manifest, plan.fill)
+        nbytes = fill(checkpoint, plan.fill)
     for step in plan.finish:
         step()
     whole = (
@@ -119,7 +118,7 @@ def restore(
     )
     return RestoreReport(
         step=manifest.step,
-        path=reader.path,
+        path=checkpoint.path,
         nbytes=nbytes,
         seconds=time.perf_counter() - began,
         metrics=manifest.metrics,
@@ -137,7 +136,7 @@ def _without_rank(component: str) -> str:
 
 
 def load_tensors(
-    reader: Reader,
+    checkpoint: OpenCheckpoint,
     names: Sequence[str] | None,
     *,
     device: torch.device | str | None = None,
@@ -145,7 +144,9 @@ def load_tensors(
     expect_digest: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """New tensors by qualified name; see ``Checkpointer.load_tensors``."""
-    manifest = open_manifest(reader, expect_digest)
+    checkpoint.require_digest(expect_digest)
+    checkpoint.check_small_files()
+    manifest = checkpoint.manifest
     stored = dict(qualified_records(manifest.components))
     if names is None:
         chosen = stored
@@ -159,7 +160,7 @@ def load_tensors(
                 found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
             if not found and component is None:
                 raise UnknownName(
-                    f"{reader.path}: no tensor or component {name!r}; components are "
+                    f"{checkpoint.path}: no tensor or component {name!r}; components are "
                     f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"
                 )
             chosen.update(found)
@@ -170,7 +171,7 @@ def load_tensors(
             saved = DTYPES[record.dtype]
             target = dtype if dtype is not None and saved.is_floating_point else saved
             made[id(record)] = record, new_tensor(record, target, device)
-    fill(reader, manifest, [(record, [Window(tensor)]) for record, tensor in made.values()])
+    fill(checkpoint, [(record, [Window(tensor)]) for record, tensor in made.values()])
     return {name: made[id(record)][1] for name, record in chosen.items()}
 
 

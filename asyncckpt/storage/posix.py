@@ -51,9 +51,6 @@ class PosixOps:
         """Close what ``open_to_read`` opened."""
         os.close(fd)
 
-    def read(self, fd: int, nbytes: int) -> bytes:
-        return os.read(fd, nbytes)
-
     def stat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
 

@@ -455,8 +455,8 @@ def _(patch: Patch) -> None:
 
 @mutant("a directory's name is not compared with its manifest", checks.foreign_files_and_stale_copies_are_refused)
 def _(patch: Patch) -> None:
-    def look(original: Any, self: Any, name: str) -> Any:
-        entry = original(self, name)
+    def look(original: Any, self: Any, name: str, *args: Any) -> Any:
+        entry = original(self, name, *args)
         return entry if entry is None else replace(entry, renamed=False, misnamed=False, damage=None)
 
     _around(patch, catalog.Catalog, "_look_once", look)
