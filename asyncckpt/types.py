@@ -27,6 +27,19 @@ ALIGNMENT_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class ContentDigest:
+    """The digest of a chunk's data, taken over the image that the data was staged as. ``split``: that image had the
+    data's bytes in planes, where the same data has another digest than in one piece."""
+
+    hex: str
+    split: bool = False
+
+
+#: The digests of a staged extent: a chunk's one, or of any other extent one for each part between two cuts.
+StagedDigests: TypeAlias = "ContentDigest | tuple[str, ...]"
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One global tensor: its name inside the component, the safetensors dtype code, and its global shape. ``frozen``:
     training does not change it."""

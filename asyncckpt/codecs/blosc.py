@@ -18,8 +18,6 @@ from asyncckpt.errors import CheckpointDamaged
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-#: Begins the content digest of a chunk whose staged image was split into planes: the same data has another image then.
-SPLIT_MARK: Final = "planes:"
 #: What a frame may add to its data: Blosc's header, block start and one length a plane, or zstd's headers.
 FRAME_OVERHEAD_BYTES: Final = 512
 #: The Blosc 1 frame header: format version, inner codec's version, flags, typesize, nbytes, blocksize, cbytes.

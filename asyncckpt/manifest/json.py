@@ -25,7 +25,7 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.jsontree import loads
-from asyncckpt.manifest.parse import Body, is_number, parse_components, parse_files
+from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
 from asyncckpt.manifest.records import (
     BoxedRecord,
     ChunkedRecord,
@@ -134,11 +134,11 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
 
 def file_to_json(record: FileRecord) -> dict[str, Any]:
     """A row of ``files``."""
-    rows = [
-        [e.offset, e.nbytes, e.digest, e.content, e.stored] if e.content or e.stored else [e.offset, e.nbytes, e.digest]
-        for e in record.extents
-    ]
-    body: dict[str, Any] = {"name": record.name, "nbytes": record.nbytes, "extents": rows}
+    body: dict[str, Any] = {
+        "name": record.name,
+        "nbytes": record.nbytes,
+        "extents": [_extent_row(extent) for extent in record.extents],
+    }
     if record.plan:
         body["plan"] = record.plan
     if record.bases:
@@ -146,6 +146,13 @@ def file_to_json(record: FileRecord) -> dict[str, Any]:
     if record.order:
         body["order"] = list(record.order)
     return body
+
+
+def _extent_row(extent: ExtentRecord) -> list[Any]:
+    row: list[Any] = [extent.offset, extent.nbytes, extent.digest]
+    if extent.content is not None:
+        return [*row, f"{SPLIT_MARK if extent.content.split else ''}{extent.content.hex}", extent.stored]
+    return [*row, "", extent.stored] if extent.stored else row
 
 
 def seal(body: bytes) -> bytes:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from asyncckpt.codecs import digests
-from asyncckpt.codecs.blosc import SPLIT_MARK
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import ManifestInvalid
 from asyncckpt.manifest.records import (
@@ -22,7 +21,10 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.types import ContentDigest
 
+#: Begins a content digest, in the manifest's text, whose image was split into planes.
+SPLIT_MARK: Final = "planes:"
 #: A chunk is decoded into memory as a whole, and an extent is read as a whole.
 MAX_CHUNK_BYTES: Final = 1 << 30
 MAX_EXTENT_BYTES: Final = 1 << 30
@@ -117,7 +119,7 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
                 body.fail(f"has a malformed content digest of {name!r}")
             if body.size("stored", stored) > length:
                 body.fail(f"has an extent of {name!r} that holds more than its bytes")
-            extents.append(ExtentRecord(offset, length, row[2], content, stored))
+            extents.append(extent_of(row))
             position += length
         if position != nbytes or not extents:
             body.fail(f"has extents that do not cover {name!r}")
@@ -141,6 +143,18 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
     if not folders.isdisjoint(folded):
         body.fail("lists a name as a file and as a directory")
     return tuple(records)
+
+
+def extent_of(row: Sequence[Any]) -> ExtentRecord:
+    """The extent that a row of the manifest describes, whose fields have been checked, or come from another rank."""
+    if len(row) == 3:
+        return ExtentRecord(*row)
+    offset, nbytes, digest, content, stored = row
+    return ExtentRecord(offset, nbytes, digest, _content_of(content), stored)
+
+
+def _content_of(text: str) -> ContentDigest | None:
+    return ContentDigest(text.removeprefix(SPLIT_MARK), text.startswith(SPLIT_MARK)) if text else None
 
 
 def _check_bases(body: Body, records: Sequence[FileRecord]) -> None:

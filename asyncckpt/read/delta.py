@@ -10,7 +10,7 @@ import numpy as np
 
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.manifest.records import ExtentRecord, FileRecord
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Codec, Digest, Reader
 
@@ -59,7 +59,7 @@ class LayerReader:
         return kept
 
 
-def order_of(extents: Sequence[ExtentRecord], chunks: Sequence[ExtentRecord]) -> tuple[int, ...]:
+def order_of(extents: Sequence[ExtentRecord], chunks: Sequence[WrittenExtent]) -> tuple[int, ...]:
     """``FileRecord.order`` of a file with these extents and, in the layout's order, these chunks."""
     at = {extent.offset: number for number, extent in enumerate(extents)}
     order = tuple(at[chunk.offset] for chunk in chunks)

@@ -35,7 +35,7 @@ from asyncckpt.read.delta import LayerReader
 from asyncckpt.read.extents import extents_of, read_extents
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window, scatter
-from asyncckpt.types import Buffer
+from asyncckpt.types import Buffer, ContentDigest
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +213,7 @@ class _Decoder:
         begin, nbytes = tensor.span(chunk)
         decoded = tensor.chunk_bytes if tensor.padded else nbytes
         dtype = _dtype(tensor)
-        if not extent.content:
+        if extent.content is None:
             data = _as_tensor(view)[:nbytes]
         else:
             low, high = _span(tensor, windows[0])
@@ -240,20 +240,22 @@ class _Decoder:
             first, last = max(begin, low), min(begin + nbytes, high)
             scatter(window.tensor, first - low, data[first - begin : last - begin], dtype)
 
-    def _is_what_was_saved(self, data: frames.Array, item_bytes: int, expected: str) -> bool:
+    def _is_what_was_saved(self, data: frames.Array, item_bytes: int, expected: ContentDigest) -> bool:
         """Whether decoded data has this content digest. The first code with codecs took the digest of the data itself
         instead; its checkpoints stay readable."""
-        return self._content(data, item_bytes, expected) == expected or self._digest(data.data) == expected
+        if self._content(data, item_bytes, expected.split) == expected.hex:
+            return True
+        return not expected.split and self._digest(data.data) == expected.hex
 
-    def _content(self, data: frames.Array, item_bytes: int, expected: str) -> str:
+    def _content(self, data: frames.Array, item_bytes: int, split: bool) -> str:
         """The content digest of decoded data: that of the image it was staged as (docs/format.md)."""
-        if expected.startswith(frames.SPLIT_MARK):
+        if split:
             places = frames.split_places(data.nbytes, item_bytes)
             image = np.zeros(padded(places[-1] + data.nbytes // item_bytes), np.uint8)
             for plane, place in enumerate(places):
                 np.copyto(image[place : place + data.nbytes // item_bytes], data.reshape(-1, item_bytes)[:, plane])
             frames.split_frame(image, data.nbytes, item_bytes)
-            return f"{frames.SPLIT_MARK}{self._digest(image.data)}"
+            return self._digest(image.data)
         header = np.empty(frames.BLOSC_HEADER_BYTES, np.uint8)
         frames.stored_frame(header, data.nbytes, item_bytes)
         return self._digest(
