@@ -135,8 +135,16 @@ class Run:
         """
         from asyncckpt.restore.restore import load_tensors
 
-        with storage_errors(self.path), self._open_chosen(step) as checkpoint:
-            return load_tensors(checkpoint, names, device=device, dtype=dtype, expect_digest=expect_digest)
+        with storage_errors(self.path):
+            for looks_left in reversed(range(_LOOKS)):
+                with self._open_chosen(step) as checkpoint:
+                    try:
+                        return load_tensors(checkpoint, names, device=device, dtype=dtype, expect_digest=expect_digest)
+                    except CheckpointDamaged:
+                        # where the file system has no locks, retention may take it while it is read
+                        if not looks_left or self._store.identity(checkpoint.name) is not None:
+                            raise
+        raise AssertionError("unreachable")
 
     def open(self, step: int | None = None) -> OpenCheckpoint:
         """Open a checkpoint (default: the newest of any kind), which retention spares until it is closed. Raises

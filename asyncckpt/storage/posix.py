@@ -51,6 +51,10 @@ class PosixOps:
         """Close what ``open_to_read`` opened."""
         os.close(fd)
 
+    def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+        """Read a part of a small file; data is read by ``preadv``."""
+        return os.pread(fd, nbytes, offset)
+
     def stat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
 

@@ -98,13 +98,14 @@ class LocalReader:
         size = self._ops.stat(fd).st_size
         if size > limit_bytes:
             raise CheckpointDamaged(f"{self.path}/{file} has {size} bytes, more than the limit of {limit_bytes}")
-        buffer = memoryview(bytearray(size + 1))  # the one byte more is for a file that grows
+        parts: list[bytes] = []
         total = 0
-        while total <= size and (got := self._ops.preadv(fd, buffer[total:], total)):
-            total += got
-        if total > size:
-            raise CheckpointDamaged(f"{self.path}/{file} grew past {size} bytes while it was read")
-        return bytes(buffer[:total])
+        while part := self._ops.pread(fd, max(4096, min(size + 1, 1 << 20)), total):
+            parts.append(part)
+            total += len(part)
+            if total > limit_bytes:
+                raise CheckpointDamaged(f"{self.path}/{file} grew past {limit_bytes} bytes while it was read")
+        return b"".join(parts)
 
     def read_into(self, file: str, buffer: Buffer, nbytes: int, offset: int) -> int:
         with self._data(file) as entry:

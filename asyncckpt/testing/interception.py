@@ -21,7 +21,7 @@ OPERATIONS: Final = tuple(name for name in vars(PosixOps) if not name.startswith
 
 #: Those that only look.
 READING: Final = frozenset(
-    {"open_to_read", "close_read", "preadv", "stat", "lstat", "names", "scan", "lock", "free_bytes"}
+    {"open_to_read", "close_read", "pread", "preadv", "stat", "lstat", "names", "scan", "lock", "free_bytes"}
 )
 
 #: Those whose last argument is the path they make.

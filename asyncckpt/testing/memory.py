@@ -63,6 +63,9 @@ class MemoryOps(PosixOps):
     def close_read(self, fd: int) -> None:
         del self._open[fd]
 
+    def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+        return (self._open[fd].data or b"")[offset : offset + nbytes]
+
     def preadv(self, fd: int, buffer: Buffer, offset: int) -> int:
         data = self._open[fd].data or b""
         part = data[offset : offset + memoryview(buffer).nbytes]

@@ -414,13 +414,13 @@ def _(patch: Patch) -> None:
 
 @mutant("an extent's digest is not checked", checks.flipped_bits_are_found)
 def _(patch: Patch) -> None:
-    def one(original: Any, self: Any, job: Any, extent: ExtentRecord, buffer: memoryview, got: Any) -> Any:
-        place = extent.offset - job.begin
+    def hand_on(original: Any, self: Any, read: Any, extent: ExtentRecord, buffer: memoryview, got: Any) -> Any:
+        place = extent.offset - read.begin
         if extent.offset == 0 or isinstance(got, OSError) or place + extent.nbytes > got:
-            return original(self, job, extent, buffer, got)
-        return self._consume(job.file, extent, buffer[place : place + extent.nbytes])
+            return original(self, read, extent, buffer, got)
+        return self._consume(read.file, extent, buffer[place : place + extent.nbytes])
 
-    _around(patch, reading._Run, "_one", one)
+    _around(patch, reading._ParallelRead, "_hand_on", hand_on)
 
 
 @mutant("sizes are trusted for content", checks.flipped_bits_are_found)

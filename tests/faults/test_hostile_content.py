@@ -114,7 +114,7 @@ def test_a_shape_that_torch_cannot_have_is_damage() -> None:
     body["components"]["big"]["tensors"] = {"value": ["F32", [0, 1 << 61, 1 << 61], body["files"][0]["name"], 0, 0]}
     reader = source.with_body(json.dumps(body).encode()[:-1])
     with pytest.raises(CheckpointDamaged, match="cannot be made"):
-        restore.load_tensors(reader, ["big"])
+        restore.load_tensors(open_checkpoint(reader), ["big"])
 
 
 @pytest.mark.parametrize("kind", ["set", "frozenset", "dict", "Counter"])

@@ -31,7 +31,7 @@ from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
 from asyncckpt.integrations.dcp.names import Names, names_of
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
-from asyncckpt.read.boxes import Region
+from asyncckpt.read.boxes import TargetBox
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.state.dtypes import DTYPES
@@ -103,7 +103,7 @@ class Reader(StorageReader):
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         checkpoint, names = self._opened()
-        wanted: dict[str, list[Region]] = {}
+        wanted: dict[str, list[TargetBox]] = {}
         committed: list[Callable[[], None]] = []
         values = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in plan.items:
@@ -113,7 +113,7 @@ class Reader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             begin = item.storage_index.offset or torch.Size([0] * len(item.storage_offsets))
             offsets = tuple(a + b for a, b in zip(begin, item.storage_offsets, strict=True))
-            wanted.setdefault(fqn, []).append(Region(target, offsets))
+            wanted.setdefault(fqn, []).append(TargetBox(target, offsets))
             committed.append(lambda item=item, target=target: planner.commit_tensor(item, target))  # type: ignore[misc]
         self.read_bytes = fill(checkpoint, [(self._record(fqn), found) for fqn, found in wanted.items()])
         for commit in committed:
