@@ -1,4 +1,4 @@
-"""What one look at a run directory found, with the checkpoint that is wanted most still open."""
+"""A listing holds what one look at a run directory found, with the checkpoint that is wanted most still open."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointInfo:
-    """One checkpoint as ``ls`` sees it. ``damage`` says why it cannot be used, or is None: manifest, names and sizes
-    are right (``verify`` reads the bytes). ``nbytes`` is its size on disk. ``kind`` is ``full`` or ``weights``.
+    """Describes one checkpoint, as ``ls`` lists it.
 
-    ``sequence`` rises from save to save of a run: the largest was acknowledged last, whatever its step. ``attempt`` is
-    the save's uuid. ``renamed``: somebody has given the directory another name than its manifest has, or copied it. It
-    is theirs: listed and readable, never deleted, and neither resumed from nor counted by retention. ``misnamed``: the
-    name is one that the run would give to another step. That is damage: it may be a copy, or a fault of the storage."""
+    ``damage``: why it cannot be used; None where manifest, names and sizes are right (``verify`` reads the bytes, too).
+    ``nbytes``: its size on disk. ``kind``: ``full`` or ``weights``. ``sequence`` rises from save to save of a run: the
+    largest was acknowledged last, whatever its step is. ``attempt``: the save's uuid. ``renamed``: somebody has copied
+    the directory, or given it another name than its manifest has. It is theirs: it is listed and can be read, but is
+    never deleted, and neither resumed from nor counted by retention. ``misnamed``: the directory has a name that the
+    run would give to another step. That is damage: it may be a copy, or a fault of the storage."""
 
     step: int
     name: str
@@ -62,7 +63,7 @@ def of_step(step: int, kind: str | None = None) -> Preference:
 
 
 class Listing:
-    """The checkpoints that one look at a run found, and the most wanted usable one of them, still open.
+    """Holds the checkpoints that one look at a run found, and keeps the usable one that is wanted most open.
 
     It stays open from the moment it is found until it is read, so retention spares it, and nothing of it is parsed or
     checked again. ``entries``: the oldest save first. ``prefer``: which one stays open; None: none does. Close the

@@ -464,7 +464,7 @@ def _(patch: Patch) -> None:
         entry = original(self, name, *args)
         return entry if entry is None else replace(entry, renamed=False, misnamed=False, damage=None)
 
-    _around(patch, catalog.Catalog, "_look_once", look)
+    _around(patch, catalog.Catalog, "_inspect_once", look)
 
 
 @mutant("chunks are recorded in the wrong order", checks.saves_hold_what_was_saved)
