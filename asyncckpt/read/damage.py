@@ -35,7 +35,7 @@ def check_files(reader: Reader, manifest: Manifest) -> list[Damage]:
         elif size != record.nbytes:
             damage.append(Damage(record.name, 0, record.nbytes, f"the file has {size} bytes, not {record.nbytes}"))
     size = found.pop(FILE_NAME, None)
-    if size != manifest.size_bytes:  # a reader has the manifest open, and may have read one that bears no name any more
+    if size != manifest.size_bytes:  # a reader keeps the manifest open: the file that it read may be gone by now
         problem = "the file is missing" if size is None else "it is not the file that was read"
         damage.append(Damage(FILE_NAME, 0, manifest.size_bytes, problem))
     damage.extend(Damage(name, 0, size, "the manifest does not list this file") for name, size in found.items())

@@ -1,4 +1,4 @@
-"""An open checkpoint: it is found, parsed and checked once, then handed on to whoever reads from it."""
+"""A checkpoint is opened, parsed and checked once, then handed on to whoever reads from it."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class OpenCheckpoint:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
+        """Return the directory's name."""
         return self.reader.name
 
     @property
     def path(self) -> str:
-        """The directory's path, for messages."""
+        """Return the directory's path, which messages begin with."""
         return self.reader.path
 
     def require_digest(self, expect_digest: str | None) -> None:
@@ -62,7 +62,7 @@ class OpenCheckpoint:
 
     @functools.cached_property
     def trees(self) -> dict[str, JsonValue]:
-        """The plain values of every component, verified and parsed when they are first asked for. Blocks then. Raises
+        """Return the plain values of every component. Blocks the first time, when they are verified and parsed. Raises
         ``CheckpointDamaged``."""
         self.check_small_files()
         data, self._state = self._state, None
