@@ -39,7 +39,7 @@ from asyncckpt.manifest.records import (
 )
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
-from asyncckpt.types import Chunking, JsonValue, Layout
+from asyncckpt.types import Chunking, ContentDigest, JsonValue, Layout
 
 log = logging.getLogger("asyncckpt")
 
@@ -134,11 +134,13 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
 
 def file_to_json(record: FileRecord) -> dict[str, Any]:
     """A row of ``files``."""
-    body: dict[str, Any] = {
-        "name": record.name,
-        "nbytes": record.nbytes,
-        "extents": [_extent_row(extent) for extent in record.extents],
-    }
+    rows = [
+        [e.offset, e.nbytes, e.digest]
+        if e.content is None and not e.stored
+        else [e.offset, e.nbytes, e.digest, _content_text(e.content), e.stored]
+        for e in record.extents
+    ]
+    body: dict[str, Any] = {"name": record.name, "nbytes": record.nbytes, "extents": rows}
     if record.plan:
         body["plan"] = record.plan
     if record.bases:
@@ -148,11 +150,10 @@ def file_to_json(record: FileRecord) -> dict[str, Any]:
     return body
 
 
-def _extent_row(extent: ExtentRecord) -> list[Any]:
-    row: list[Any] = [extent.offset, extent.nbytes, extent.digest]
-    if extent.content is not None:
-        return [*row, f"{SPLIT_MARK if extent.content.split else ''}{extent.content.hex}", extent.stored]
-    return [*row, "", extent.stored] if extent.stored else row
+def _content_text(content: ContentDigest | None) -> str:
+    if content is None:
+        return ""
+    return SPLIT_MARK + content.hex if content.split else content.hex
 
 
 def seal(body: bytes) -> bytes:

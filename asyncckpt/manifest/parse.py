@@ -98,6 +98,7 @@ class Body:
 def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
     records: list[FileRecord] = []
     hex_digits = re.compile(rf"[0-9a-f]{{{digests.hex_length(digest)}}}\Z")
+    content_digest = re.compile(rf"({SPLIT_MARK})?({hex_digits.pattern})")
     for entry in body.take("files", list):
         item = Body(entry, body.where)
         name = item.file_name(item.take("name", str))
@@ -114,12 +115,14 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
                 body.fail(f"has an extent of {name!r} of {length} bytes, over the limit of {MAX_EXTENT_BYTES}")
             if not isinstance(row[2], str) or not hex_digits.match(row[2]):
                 body.fail(f"has a malformed digest of {name!r}")
-            content, stored = row[3:] or ("", 0)
-            if not isinstance(content, str) or (content and not hex_digits.match(content.removeprefix(SPLIT_MARK))):
+            text, stored = row[3:] or ("", 0)
+            match = content_digest.match(text) if isinstance(text, str) else None
+            if match is None and text != "":
                 body.fail(f"has a malformed content digest of {name!r}")
+            content = None if match is None else ContentDigest(match[2], match[1] is not None)
             if body.size("stored", stored) > length:
                 body.fail(f"has an extent of {name!r} that holds more than its bytes")
-            extents.append(extent_of(row))
+            extents.append(ExtentRecord(offset, length, row[2], content, stored))
             position += length
         if position != nbytes or not extents:
             body.fail(f"has extents that do not cover {name!r}")
@@ -146,15 +149,12 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
 
 
 def extent_of(row: Sequence[Any]) -> ExtentRecord:
-    """The extent that a row of the manifest describes, whose fields have been checked, or come from another rank."""
+    """Return the extent that a row of another rank's report describes; it looks as in the manifest."""
     if len(row) == 3:
         return ExtentRecord(*row)
-    offset, nbytes, digest, content, stored = row
-    return ExtentRecord(offset, nbytes, digest, _content_of(content), stored)
-
-
-def _content_of(text: str) -> ContentDigest | None:
-    return ContentDigest(text.removeprefix(SPLIT_MARK), text.startswith(SPLIT_MARK)) if text else None
+    offset, nbytes, digest, text, stored = row
+    content = ContentDigest(text.removeprefix(SPLIT_MARK), text.startswith(SPLIT_MARK)) if text else None
+    return ExtentRecord(offset, nbytes, digest, content, stored)
 
 
 def _check_bases(body: Body, records: Sequence[FileRecord]) -> None:
