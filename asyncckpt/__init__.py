@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from asyncckpt.catalog.catalog import CheckpointInfo
+    from asyncckpt.catalog.listing import CheckpointInfo
     from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
     from asyncckpt.checkpointer import Checkpointer
     from asyncckpt.commit.pending import PendingSave, SaveReport
@@ -127,7 +127,7 @@ __all__ = [
 #: Each name that is not an error lives in one of these modules; errors live in ``errors.py``. Type checkers read the
 #: imports above.
 _HOMES: Final[dict[str, str]] = {
-    "CheckpointInfo": "asyncckpt.catalog.catalog",
+    "CheckpointInfo": "asyncckpt.catalog.listing",
     "KeepAll": "asyncckpt.catalog.retention",
     "KeepBest": "asyncckpt.catalog.retention",
     "KeepEvery": "asyncckpt.catalog.retention",

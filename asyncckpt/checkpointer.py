@@ -14,7 +14,7 @@ import torch
 from asyncckpt import forks
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.steps import Ledger
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlightSaves
@@ -251,12 +251,14 @@ class Checkpointer(Session):
         (``FellBack``, a warning) and the one before is used. Raises ``NoUsableCheckpoint`` where checkpoints exist and
         none can be used (training never starts from scratch in silence), and as ``restore`` and ``prepare`` do.
         """
-        self._open()
+        self._open(to_restore=True)
         try:
             report = self.restore(state)
         except CheckpointNotFound:
             self.prepare(state)
             return 0
+        finally:
+            self._close_found()
         self._ledger.go_to(report.step)
         self.prepare(state)
         return report.step

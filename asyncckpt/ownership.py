@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from asyncckpt import formats
 from asyncckpt.catalog import names as naming
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.listing import CheckpointInfo, Listing, newest_of
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.publication import take_over
 from asyncckpt.errors import CheckpointerClosed, InvalidOption, SaveAbandoned, storage_errors
@@ -67,27 +68,41 @@ class Session(Run):
         self._files = files
         self._layout_options = layout
         self._patience_seconds = patience_seconds
-        self._taking_over: Future[tuple[Hold, list[CheckpointInfo]]] | None = None
+        self._taking_over: Future[tuple[Hold, Listing]] | None = None
+        #: What the directory held when it was taken, for the restore that follows at once.
+        self._found: Listing | None = None
         self._held = HeldLease()
         self._job: Job | None = None
         self._opened = False
         self._closed = False
         self._pid = os.getpid()
 
-    def _open(self) -> None:
+    def _open(self, *, to_restore: bool = False) -> None:
         """Become the directory's writer and learn what is there. Does nothing the second time. Blocks; see
-        ``Checkpointer.prepare``."""
+        ``Checkpointer.prepare``. ``to_restore``: the caller restores next, and calls ``_close_found`` in the end."""
         self._check_process()
         if self._opened:
             return
         self._check_usable()
         self._join()
-        if self._job is None:
-            found = list(map(Known.of, self._take_over()[1]))
-        else:
-            found = self._job.open(self._store, self._take_over)
-        self._learn(found)
-        self._opened = True
+        try:
+            if self._job is None:
+                found = list(map(Known.of, self._take_over()[1]))
+            else:
+                found = self._job.open(self._store, self._take_over)
+            self._learn(found)
+            self._opened = True
+        except BaseException:
+            self._close_found()
+            raise
+        if not to_restore:
+            self._close_found()
+
+    def _close_found(self) -> None:
+        """Close what was found when the directory was taken: nothing is restored from it any more."""
+        if self._found is not None:
+            self._found.close()
+            self._found = None
 
     def _learn(self, found: list[Known]) -> None:
         """Called with what the directory held when it was taken, the oldest save first."""
@@ -106,8 +121,9 @@ class Session(Run):
                 self._job = Job(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
 
     def _take_over(self) -> tuple[str, list[CheckpointInfo]]:
-        """Take the lease and remove leftovers; return the lease's owner and the checkpoints that are there. Raises
-        ``SaveAbandoned`` where the storage does not answer in time; the next call goes on waiting for that answer."""
+        """Take the lease and remove leftovers; return the lease's owner and the checkpoints that are there, which
+        ``_found`` holds too. Raises ``SaveAbandoned`` where the storage does not answer in time; the next call goes on
+        waiting for that answer."""
         if self._taking_over is None:
             taking_over = self._taking_over = Future()
             # a call to hung storage may never come back, and training has to
@@ -121,11 +137,11 @@ class Session(Run):
                 f"again, or train into another directory"
             )
         taken, self._taking_over = self._taking_over, None
-        hold, entries = taken.result()
+        hold, self._found = taken.result()
         self._held.hold = hold
-        return hold.owner, entries
+        return hold.owner, self._found.entries
 
-    def _take_directory(self, taking_over: Future[tuple[Hold, list[CheckpointInfo]]]) -> None:
+    def _take_directory(self, taking_over: Future[tuple[Hold, Listing]]) -> None:
         options = self._run_options
         hold: Hold | None = None
         try:
@@ -136,7 +152,7 @@ class Session(Run):
                     takeover=options.takeover,
                     options=options.lease,
                 )
-                taking_over.set_result((hold, self.ls()))
+                taking_over.set_result((hold, Catalog(self._store, self.path).listing(newest_of("full"))))
         except BaseException as error:
             if hold is not None:
                 hold.release()
@@ -169,15 +185,23 @@ class Session(Run):
     def _stages(self) -> restoring.Stages:
         return RestoreStages(self._job) if self._job is not None else super()._stages()
 
-    def _candidates(self) -> list[CheckpointInfo]:
-        entries = super()._candidates()
-        return self._job.candidates(entries) if self._job is not None else entries
+    def _candidates(self) -> Listing:
+        listing, self._found = self._found or super()._candidates(), None
+        try:
+            if self._job is not None:
+                listing.entries = self._job.candidates(listing.entries)
+        except BaseException:
+            listing.close()
+            raise
+        return listing
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
         gone = super()._is_gone(entry)
         return self._job.any_rank("gone", gone) if self._job is not None else gone
 
 
-def _give_back(taken: Future[tuple[Hold, list[CheckpointInfo]]]) -> None:
+def _give_back(taken: Future[tuple[Hold, Listing]]) -> None:
     if taken.exception() is None:
-        taken.result()[0].release()
+        lease, found = taken.result()
+        found.close()
+        lease.release()

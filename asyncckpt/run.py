@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, Restored
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.damage import Damage
-from asyncckpt.read.opening import open_manifest
+from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.read.verify import Progress, verify
 from asyncckpt.storage import open_store
 from asyncckpt.types import MANIFEST_FILE
@@ -58,6 +59,12 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).entries()
 
+    def listing(self, prefer: Preference) -> Listing:
+        """List the checkpoints as ``ls`` does, and keep the preferred one open, for a caller who goes on to read it.
+        Close the listing."""
+        with storage_errors(self.path):
+            return Catalog(self._store, self.path).listing(prefer)
+
     def verify(
         self, step: int | None = None, *, progress: Progress | None = None, expect_digest: str | None = None
     ) -> list[Damage]:
@@ -68,7 +75,7 @@ class Run:
         manifest of another digest is damage. Raises ``CheckpointNotFound``, ``VersionUnsupported``, ``MissingExtra``
         and ``MemoryError``."""
         with storage_errors(self.path):
-            entry, reader = self._open_chosen(step, misnamed=True)
+            entry, reader = self._open_to_verify(step)
             return _verified(entry, reader, progress, expect_digest)
 
     def verify_entry(
@@ -76,7 +83,7 @@ class Run:
     ) -> list[Damage]:
         """Verify the checkpoint of one row of ``ls``: a step can have a full and a weights-only one. See ``verify``."""
         with storage_errors(self.path):
-            return _verified(entry, self.open_entry(entry), progress, expect_digest)
+            return _verified(entry, self._store.open(entry.name), progress, expect_digest)
 
     def restore(
         self,
@@ -112,17 +119,11 @@ class Run:
         self._before_restore()
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
         with storage_errors(self.path):
-            if expect_digest is not None:
-                options["expect_digest"] = expect_digest
-                catalog = Catalog(self._store, self.path)
-                entry = catalog.newest() if step is None else _of_its_name(catalog.find(step))
-                report = self._restore(entry.name, state, options)
-            elif step is None:
+            if step is None and expect_digest is None:
                 report = self._restore_newest(state, options)
             else:
-                with self._stages().stage("find"):
-                    name = _of_its_name(Catalog(self._store, self.path).find(step)).name
-                report = self._restore(name, state, options)
+                options["expect_digest"] = expect_digest
+                report = self._restore_chosen(step, state, options)
         self._after_restore(report)
         return report
 
@@ -144,20 +145,29 @@ class Run:
         """
         from asyncckpt.restore.restore import load_tensors
 
-        with storage_errors(self.path), contextlib.closing(self._open_chosen(step)[1]) as reader:
-            return load_tensors(reader, names, device=device, dtype=dtype, expect_digest=expect_digest)
-
-    def open(self, step: int | None = None) -> Reader:
-        """Open a checkpoint (default: the newest of any kind), which retention spares until the reader is closed.
-        Raises ``CheckpointNotFound``, and ``CheckpointDamaged`` where it holds another step than its name says."""
         with storage_errors(self.path):
-            return self._open_chosen(step)[1]
+            for looks_left in reversed(range(_LOOKS)):
+                with self._open_chosen(step) as checkpoint:
+                    try:
+                        return load_tensors(checkpoint, names, device=device, dtype=dtype, expect_digest=expect_digest)
+                    except CheckpointDamaged:
+                        # where the file system has no locks, retention may take it while it is read
+                        if not looks_left or self._store.identity(checkpoint.name) is not None:
+                            raise
+        raise AssertionError("unreachable")
 
-    def open_entry(self, entry: CheckpointInfo) -> Reader:
+    def open(self, step: int | None = None) -> OpenCheckpoint:
+        """Open a checkpoint (default: the newest of any kind), which retention spares until it is closed. Raises
+        ``CheckpointNotFound``, ``VersionUnsupported``, and ``CheckpointDamaged`` where files are missing or have other
+        sizes than the manifest says, or where it holds another step than its name says."""
+        with storage_errors(self.path):
+            return self._open_chosen(step)
+
+    def open_entry(self, entry: CheckpointInfo) -> OpenCheckpoint:
         """Open the checkpoint of one row of ``ls``; see ``open``. Raises ``CheckpointNotFound`` where it was deleted
         meanwhile."""
         with storage_errors(self.path):
-            return self._store.open(entry.name)
+            return open_checkpoint(self._store.open(entry.name))
 
     def pin(self, step: int) -> CheckpointInfo:
         """Never let retention delete this checkpoint, in this run or a later one; return its row. Needs no lease, and
@@ -170,29 +180,49 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step, pinned=False)
 
-    def _open_chosen(self, step: int | None, *, misnamed: bool = False) -> tuple[CheckpointInfo, Reader]:
-        """Find the checkpoint of that step, or the newest of any kind, and open it, so that retention spares it."""
+    def _open_chosen(self, step: int | None) -> OpenCheckpoint:
+        """Find the checkpoint of that step, or the newest of any kind, and hand it over open."""
+        for looks_left in reversed(range(_LOOKS)):
+            with Catalog(self._store, self.path).find_open(step) as listing:
+                entry = _of_its_name(listing.entries[0])
+                try:
+                    return listing.open(entry)
+                except CheckpointNotFound:  # retention took it meanwhile, because a newer one is there
+                    if not looks_left:
+                        raise
+        raise AssertionError("unreachable")
+
+    def _open_to_verify(self, step: int | None) -> tuple[CheckpointInfo, Reader]:
+        """Find the checkpoint as ``_open_chosen`` does, and open it without looking at anything in it."""
         catalog = Catalog(self._store, self.path)
-        looks_left = _LOOKS
-        while True:
+        for looks_left in reversed(range(_LOOKS)):
             entry = catalog.newest(None) if step is None else catalog.find(step)
-            if not misnamed:
-                _of_its_name(entry)
             try:
                 return entry, self._store.open(entry.name)
-            except CheckpointNotFound:  # retention took it meanwhile, because a newer one is there
-                looks_left -= 1
+            except CheckpointNotFound:
                 if not looks_left:
                     raise
+        raise AssertionError("unreachable")
 
-    def _restore(self, name: str, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+    def _restore_chosen(self, step: int | None, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+        """Restore the checkpoint of that step, or the newest full one, and no other."""
+        with contextlib.ExitStack() as open_until_restored:
+            with self._stages().stage("find"):
+                found = Catalog(self._store, self.path).find_open(step, "full" if step is None else None)
+                listing = open_until_restored.enter_context(found)
+                entry = _of_its_name(listing.entries[0])
+            return self._restore(listing, entry, state, options)
+
+    def _restore(
+        self, listing: Listing, entry: CheckpointInfo, state: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> RestoreReport:
         from asyncckpt.restore import restore as restoring
 
         stages = self._stages()
-        with stages.stage("open"):
-            opened = self._store.open(name)
-        with contextlib.closing(opened) as reader:
-            report = restoring.restore(reader, state, stages=stages, **options)
+        with contextlib.ExitStack() as open_until_restored:
+            with stages.stage("open"):
+                checkpoint = open_until_restored.enter_context(listing.open(entry))
+            report = restoring.restore(checkpoint, state, stages=stages, **options)
         self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
         return report
 
@@ -208,41 +238,38 @@ class Run:
 
         return Stages()
 
-    def _candidates(self) -> list[CheckpointInfo]:
-        """Return the checkpoints that ``restore`` may choose from, the oldest save first."""
-        return Catalog(self._store, self.path).entries()
+    def _candidates(self) -> Listing:
+        """List the checkpoints that ``restore`` may choose from, and keep the newest full one open."""
+        return Catalog(self._store, self.path).listing(newest_of("full"))
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
         return self._store.identity(entry.name) is None
 
-    def _refuse(self, entry: CheckpointInfo) -> None:
-        with contextlib.closing(self._store.open(entry.name)) as reader:
-            open_manifest(reader)  # a newer format version is no damage, and says so itself
-        raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
-
     def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
         reasons: dict[str, str] = {}
         for looks_left in reversed(range(_LOOKS)):
-            entries = self._candidates()
-            vanished = False
-            own = [entry for entry in entries if not entry.renamed]
-            for entry in reversed([one for one in own if one.kind == "full" and one.name not in reasons]):
-                try:
-                    with self._stages().stage("choose"):
-                        if entry.damage is not None:
-                            self._refuse(entry)
-                    return self._restore(entry.name, state, options)
-                except CheckpointNotFound:
-                    vanished = True
-                except (CheckpointDamaged, OSError) as error:
-                    vanished = self._is_gone(entry)  # in the middle of reading it
-                    if not vanished:
-                        self._quarantine.add(entry.name)
-                        reasons[entry.name] = f"{entry.path}: {error}"
-                        warnings.warn(f"checkpoint {entry.path} cannot be used: {error}", RuntimeWarning, stacklevel=3)
-                        self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))
-                if vanished and looks_left:  # retention took it, because a newer one is there: that is the newest now
-                    break
+            with self._candidates() as listing:
+                entries = listing.entries
+                vanished = False
+                own = [entry for entry in entries if not entry.renamed]
+                for entry in reversed([one for one in own if one.kind == "full" and one.name not in reasons]):
+                    try:
+                        with self._stages().stage("choose"):
+                            if entry.damage is not None:
+                                _refuse(listing, entry)
+                        return self._restore(listing, entry, state, options)
+                    except CheckpointNotFound:
+                        vanished = True
+                    except (CheckpointDamaged, OSError) as error:
+                        vanished = self._is_gone(entry)  # in the middle of reading it
+                        if not vanished:
+                            self._quarantine.add(entry.name)
+                            reasons[entry.name] = f"{entry.path}: {error}"
+                            what = f"checkpoint {entry.path} cannot be used: {error}"
+                            warnings.warn(what, RuntimeWarning, stacklevel=3)
+                            self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))
+                    if vanished and looks_left:  # retention took it, because a newer one is there: that is the newest
+                        break
             if not vanished:
                 break
         if not entries:
@@ -265,6 +292,12 @@ def _of_its_name(entry: CheckpointInfo) -> CheckpointInfo:
     if entry.misnamed:
         raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
     return entry
+
+
+def _refuse(listing: Listing, entry: CheckpointInfo) -> None:
+    """Raise what is wrong with an entry that has ``damage``."""
+    listing.open(entry).close()  # a newer format version is no damage, and says so itself
+    raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
 
 
 def _verified(

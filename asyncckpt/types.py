@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from asyncckpt.errors import InvalidOption
 
@@ -28,6 +28,18 @@ SMALL_SHARD_BYTES = 256 << 10
 MANIFEST_FILE = "manifest.json"
 #: File offsets, extent boundaries and memory handed to O_DIRECT are multiples of this many bytes.
 ALIGNMENT_BYTES = 4096
+
+
+class ContentDigest(NamedTuple):  # a manifest may have millions: a frozen dataclass takes twice as long to make
+    """The digest of a chunk's data is taken over the image that the data was staged as. ``split``: that image had the
+    data's bytes in planes, which gives the same data another digest."""
+
+    hex: str
+    split: bool = False
+
+
+#: The digests of a staged extent: a chunk's one, or of any other extent one for each part between two cuts.
+StagedDigests: TypeAlias = "ContentDigest | tuple[str, ...]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -327,7 +327,7 @@ def test_a_child_holds_no_file_of_a_save_and_no_lock(tmp_path: Path) -> None:
     with from being deleted, and the blocks of deleted files taken."""
     run = Checkpointer(tmp_path / "run", keep=KeepLast(1))
     run.save(1, STATE | {"still": torch.ones(5000)}).result()
-    reader = run.open(1)
+    opened = run.open(1)
     ops, pending = gated_save(run, {"w": STATE["w"] + 1, "still": torch.ones(5000)})
     patience = time.monotonic() + PATIENCE_SECONDS
     while not any(name.endswith(".safetensors") for name in open_below(tmp_path)) and time.monotonic() < patience:
@@ -340,12 +340,12 @@ def test_a_child_holds_no_file_of_a_save_and_no_lock(tmp_path: Path) -> None:
         found = [os.path.relpath(name, tmp_path / "run") for name in open_below(tmp_path)]
         large = [name for name in found if not (name.startswith(".tmp-") and name.endswith(".json"))]
         assert sorted(large) == ["step-00000001", "step-00000001/manifest.json"]
-        assert reader.read_small("manifest.json", 1 << 20), "what the user opened stays open"
+        assert opened.reader.read_small("manifest.json", 1 << 20), "what the user opened stays open"
 
     in_child(child)
     ops.gate.set()
     pending.result(60)
-    reader.close()
+    opened.close()
     run.close()
 
 

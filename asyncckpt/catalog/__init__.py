@@ -1,1 +1,1 @@
-"""The catalog: which checkpoints a run has, what they are called, which to keep."""
+"""The catalog knows which checkpoints a run has, what they are called, and which to keep."""

@@ -1,6 +1,6 @@
-"""The catalog: the checkpoints of one run directory, found by looking, never by a list somebody kept.
+"""The catalog finds the checkpoints of one run directory by looking, never in a list that somebody kept.
 
-``latest`` and directory names are hints; what counts is a directory whose manifest holds.
+The file ``latest`` and the directories' names are hints. What counts is a directory with a manifest that holds.
 """
 
 from __future__ import annotations
@@ -9,71 +9,54 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of, of_step
 from asyncckpt.catalog.retention import age
-from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, RunPathError, StepExists
+from asyncckpt.errors import (
+    AsyncCkptError,
+    CheckpointDamaged,
+    CheckpointNotFound,
+    ManifestInvalid,
+    RunPathError,
+    StepExists,
+)
 from asyncckpt.manifest import json as manifests
-from asyncckpt.protocols import FileInfo, Store, renaming
+from asyncckpt.protocols import Store, renaming
 from asyncckpt.read.damage import check_files
+from asyncckpt.read.opening import OpenCheckpoint
 
 log = logging.getLogger("asyncckpt")
 
 PINS = ".pins"
-#: The text file that names the newest full checkpoint: a hint, never truth.
+#: This text file names the newest full checkpoint. It is a hint, never truth.
 LATEST = "latest"
-#: How often a listing is repeated while another process publishes and deletes.
-_LOOKS = 20
+#: A listing is repeated so often while another process publishes and deletes.
+_LIST_RETRIES = 20
 _STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointInfo:
-    """One checkpoint as ``ls`` sees it. ``damage`` says why it cannot be used, or is None: manifest, names and sizes
-    are right (``verify`` reads the bytes). ``nbytes`` is its size on disk. ``kind`` is ``full`` or ``weights``.
-
-    ``sequence`` rises from save to save of a run: the largest was acknowledged last, whatever its step. ``attempt`` is
-    the save's uuid. ``renamed``: somebody has given the directory another name than its manifest has, or copied it. It
-    is theirs: listed and readable, never deleted, and neither resumed from nor counted by retention. ``misnamed``: the
-    name is one that the run would give to another step. That is damage: it may be a copy, or a fault of the storage."""
-
-    step: int
-    name: str
-    path: str
-    kind: str = "full"
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    nbytes: int = 0
-    created_unix_seconds: float = 0.0
-    pinned: bool = False
-    damage: str | None = None
-    sequence: int = 0
-    attempt: str = ""
-    renamed: bool = False
-    misnamed: bool = False
-
-
 class Catalog:
-    """Reads a run directory. Remembers what it has read by name: published checkpoints do not change. Thread-safe
-    where one thread refreshes at a time."""
+    """Reads a run directory. It remembers by name what it has read, as published checkpoints do not change. Thread-safe
+    as long as only one thread calls ``entries`` at a time. Every method blocks on the disk."""
 
     def __init__(self, store: Store, path: str) -> None:
         self._store = store
         self.path = path
         self._known: dict[str, CheckpointInfo] = {}
 
-    def entries(self, *, fresh: bool = True) -> list[CheckpointInfo]:
-        """All checkpoints, damaged and renamed ones included, the oldest save first. ``fresh=False`` re-reads only new
-        names, and what looked damaged: one error of reading, of a moment ago, must not keep retention from it for
-        ever."""
+    def entries(self, *, fresh: bool = True, listing: Listing | None = None) -> list[CheckpointInfo]:
+        """List all checkpoints, damaged and renamed ones included, the oldest save first. With ``fresh=False`` only new
+        names are read, and those that looked damaged: a read error of a moment ago must not keep retention from a
+        checkpoint for ever. ``listing`` keeps the one open that it prefers."""
         known = {name: entry for name, entry in self._known.items() if entry.damage is None}
-        for _ in range(_LOOKS):
+        for _ in range(_LIST_RETRIES):
             names = set(self._store.names())
             known = {} if fresh else {name: entry for name, entry in known.items() if name in names}
-            looked = {name: self.look(name) for name in names - set(known)}
-            known.update((name, entry) for name, entry in looked.items() if entry is not None)
-            # what vanished under our eyes was deleted because something newer is there: look for that too
-            vanished = any(entry is None and self._store.identity(name) is None for name, entry in looked.items())
+            inspected = {name: self.inspect(name, listing) for name in names - set(known)}
+            known.update((name, entry) for name, entry in inspected.items() if entry is not None)
+            # one that vanished meanwhile was deleted because something newer is there: that has to be found, too
+            vanished = any(entry is None and self._store.identity(name) is None for name, entry in inspected.items())
             hinted = not known and self._store.identity(LATEST) is not None
             if not vanished and not hinted:
                 break
@@ -82,45 +65,68 @@ class Catalog:
         found = [replace(entry, pinned=entry.name in pins) for entry in known.values()]
         return _oldest_first(found)
 
-    def find(self, step: int, kind: str | None = None) -> CheckpointInfo:
-        """The checkpoint of that step, the full one where there are two kinds, and the run's own where somebody has
-        copied it. Raises ``CheckpointNotFound``, naming the steps there are."""
+    def listing(self, prefer: Preference | None = None) -> Listing:
+        """List all checkpoints as ``entries`` does, and keep the one open that is preferred."""
+        listing = Listing(self._store, prefer)
+        try:
+            listing.entries = self.entries(listing=listing)
+        except BaseException:
+            listing.close()
+            raise
+        return listing
+
+    def find_open(self, step: int | None, kind: str | None = None) -> Listing:
+        """Find the checkpoint of a step as ``find`` does, or the newest as ``newest`` does, and keep it open: it is the
+        only entry of the listing. Raises ``CheckpointNotFound``."""
+        listing = Listing(self._store, newest_of(kind) if step is None else of_step(step, kind))
+        try:
+            listing.entries = [self.newest(kind, listing) if step is None else self.find(step, kind, listing)]
+        except BaseException:
+            listing.close()
+            raise
+        return listing
+
+    def find(self, step: int, kind: str | None = None, listing: Listing | None = None) -> CheckpointInfo:
+        """Find the checkpoint of that step: the full one where there are two kinds, and the run's own where somebody
+        has copied it. ``listing`` keeps the one open that it prefers. Raises ``CheckpointNotFound``, naming the steps
+        there are."""
 
         def choice(entry: CheckpointInfo) -> tuple[bool, bool, bool, int]:
             return entry.renamed, entry.damage is not None, entry.kind != "full", -entry.sequence
 
-        near = [self.look(name) for name in self._store.names() if _step_in(name) == step]
+        near = [self.inspect(name, listing) for name in self._store.names() if _step_in(name) == step]
         here = [entry for entry in near if entry is not None and entry.step == step and kind in (None, entry.kind)]
         good = [entry for entry in here if entry.damage is None and not entry.renamed]
-        if good:  # the manifests of all others may be long
+        if good:  # then the manifests of all others, which may be long, need not be read
             found = min(good, key=choice)
             return replace(found, pinned=found.name in self.pins())
-        entries = self.entries()
+        entries = self.entries(listing=listing)
         matches = [entry for entry in entries if entry.step == step and kind in (None, entry.kind)]
         if not matches:
             have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
             raise CheckpointNotFound(f"{self.path}: no checkpoint of step {step}; the newest steps there: {have}")
         return min(matches, key=choice)
 
-    def newest(self, kind: str | None = "full") -> CheckpointInfo:
-        """The checkpoint of the run's own that was saved last and looks whole. Raises ``CheckpointNotFound``."""
-        own = [entry for entry in self.entries() if not entry.renamed]
+    def newest(self, kind: str | None = "full", listing: Listing | None = None) -> CheckpointInfo:
+        """Find the checkpoint of the run's own that was saved last and looks whole. ``listing`` keeps the one open that
+        it prefers. Raises ``CheckpointNotFound``."""
+        own = [entry for entry in self.entries(listing=listing) if not entry.renamed]
         usable = [entry for entry in own if entry.damage is None and kind in (None, entry.kind)]
         if not usable:
             raise CheckpointNotFound(f"{self.path}: no checkpoint here")
         return usable[-1]
 
     def forget(self, name: str) -> None:
-        """Read this one anew next time."""
+        """Read the checkpoint of this name anew next time."""
         self._known.pop(name, None)
 
     def must_be_kept(self, name: str) -> bool:
-        """Whether what bears a name that is to be overwritten is a damaged checkpoint, which is evidence and is set
-        aside. Raises ``StepExists`` where it is not this run's."""
+        """Whether the directory that a save is to overwrite is a damaged checkpoint: that is evidence, and is set
+        aside. Raises ``StepExists`` where it is no checkpoint of this run."""
         if self._store.identity(name) is None:
             return False
         if name in self._store.names():
-            entry = self.look(name)
+            entry = self.inspect(name)
             if not self._store.listing(name):
                 return False
             if entry is not None and not entry.renamed:
@@ -131,9 +137,9 @@ class Catalog:
         )
 
     def settle_replaced(self) -> None:
-        """Finish what a run that is gone had begun: a checkpoint that had made way for a later save of its step goes
-        where that save was published, and gets its name back where it was not. For whoever holds the run's lease, after
-        ``Store.reclaim``."""
+        """Finish what a run that is gone has begun. A checkpoint had made way for a later save of its step: it is
+        deleted if that save was published, and gets its name back if it was not. Only the holder of the run's lease may
+        call this, after ``Store.reclaim``."""
         store = renaming(self._store)
         waiting = store.replaced() if store is not None else []
         if store is None or not waiting:
@@ -149,12 +155,12 @@ class Catalog:
                 log.error("%s is kept, because %s, which was to replace it, is damaged", one.hidden, successor.path)
 
     def pins(self) -> set[str]:
-        """Names of pinned checkpoints."""
+        """Return the names of pinned checkpoints."""
         return set(self._store.listing(PINS))
 
     def pin(self, step: int, *, pinned: bool = True) -> CheckpointInfo:
-        """Protect a checkpoint from retention (or stop doing so). Atomic; safe while another process prunes. Raises
-        ``RunPathError`` where the pins lead out of the run directory."""
+        """Protect a checkpoint from retention, or with ``pinned=False`` stop doing so, and return its row. Atomic, and
+        safe while another process prunes. Raises ``RunPathError`` where the pins lead out of the run directory."""
         entry = self.find(step)
         key = f"{PINS}/{entry.name}"
         try:
@@ -168,13 +174,13 @@ class Catalog:
             raise RunPathError(f"{where}: cannot change the pin of {entry.name} ({error}); repair the path") from error
         return replace(entry, pinned=pinned)
 
-    def look(self, name: str) -> CheckpointInfo | None:
-        """What is there under this name, None where nothing is. Damage only counts in a directory that stayed: one
-        that is deleted or replaced while it is read looks damaged, and is not."""
+    def inspect(self, name: str, listing: Listing | None = None) -> CheckpointInfo | None:
+        """Describe the checkpoint of this name; None where there is none. Damage only counts in a directory that
+        stayed: one that is deleted or replaced while it is read looks damaged, and is not."""
         entry: CheckpointInfo | None = None
-        for _ in range(_LOOKS):
+        for _ in range(_LIST_RETRIES):
             before = self._store.identity(name)
-            entry = self._look_once(name)
+            entry = self._inspect_once(name, listing)
             if entry is None or entry.damage is None:
                 return entry
             after = self._store.identity(name)
@@ -184,26 +190,24 @@ class Catalog:
                 break
         return entry
 
-    def _look_once(self, name: str) -> CheckpointInfo | None:
+    def _inspect_once(self, name: str, listing: Listing | None) -> CheckpointInfo | None:
         path = os.path.join(self.path, name)
         step = _step_in(name)
         try:
             reader = self._store.open(name)
         except CheckpointNotFound:
-            return None  # deleted meanwhile
+            return None  # it was deleted meanwhile
         except (CheckpointDamaged, OSError) as error:
             return CheckpointInfo(step=step, name=name, path=path, damage=str(error)) if step >= 0 else None
+        handed_on = False
         try:
-            listing = self._store.listing(name)
-            if manifests.FILE_NAME not in listing and not _looks_ours(listing):
-                return None
             manifest = manifests.load(reader)
             renamed = name != manifest.name
             if renamed and step != manifest.step and _digits_aside(name) == _digits_aside(manifest.name):
                 problem = f"its manifest is that of {manifest.name}; a copy wants a name that says no other step"
                 return CheckpointInfo(step=step, name=name, path=path, damage=problem, misnamed=True)
             damage = check_files(reader, manifest)
-            return CheckpointInfo(
+            entry = CheckpointInfo(
                 step=manifest.step,
                 name=name,
                 path=path,
@@ -216,15 +220,33 @@ class Catalog:
                 attempt=manifest.attempt,
                 renamed=renamed,
             )
+            if listing is not None and not damage:
+                handed_on = listing.keep(entry, OpenCheckpoint(reader, manifest))
+            return entry
         except (AsyncCkptError, OSError) as error:
-            return CheckpointInfo(step=step, name=name, path=path, damage=str(error))
+            problem = str(error)
+            try:
+                if isinstance(error, ManifestInvalid) and not self._looks_ours(name):
+                    return None
+            except OSError as worse:
+                problem = str(worse)
+            return CheckpointInfo(step=step, name=name, path=path, damage=problem)
         finally:
-            reader.close()
+            if not handed_on:
+                reader.close()
+
+    def _looks_ours(self, name: str) -> bool:
+        """Whether a directory is or was a checkpoint: it has a manifest, or shards, or ``state.json``."""
+        listing = self._store.listing(name)
+        return manifests.FILE_NAME in listing or any(
+            info.kind == "file" and (file == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", file) is not None)
+            for file, info in listing.items()
+        )
 
 
 def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
-    """In the order they were saved in. Where a manifest cannot be read nobody knows when that was: such a one comes
-    after the newest of the steps up to its own."""
+    """Sort checkpoints in the order they were saved in. Nobody knows when one was saved whose manifest cannot be read:
+    it comes after the newest of the steps up to its own."""
     known = [entry for entry in entries if entry.attempt and not entry.renamed]
 
     def key(entry: CheckpointInfo) -> tuple[int, int, str, str]:
@@ -236,19 +258,12 @@ def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
     return sorted(entries, key=key)
 
 
-def _looks_ours(listing: Mapping[str, FileInfo]) -> bool:
-    """A directory without a manifest that holds shards or ``state.json`` was a checkpoint once."""
-    return any(
-        info.kind == "file" and (name == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", name) is not None)
-        for name, info in listing.items()
-    )
-
-
 def _digits_aside(name: str) -> str:
+    """Return a name with its numbers replaced, so that names of one template are equal."""
     return re.sub(r"\d+", "#", name)
 
 
 def _step_in(name: str) -> int:
-    """The step that a directory's name says, -1 where it says none."""
+    """Return the step in a directory's name, -1 where it has none."""
     match = _STEP_IN_NAME.search(name)
     return int(match.group(1) or match.group(2)) if match else -1

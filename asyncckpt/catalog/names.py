@@ -1,4 +1,4 @@
-"""Directory names of checkpoints: from a template, checked, never one that hides or escapes."""
+"""Checkpoints' directories get their names from a template; no such name hides the directory or leads elsewhere."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}\Z")
 
 
 class NameTemplate:
-    """A template such as ``checkpoint_step_{step}_loss_{loss:.4f}``: ``{step}`` and any metric by name.
+    """Makes names from a template such as ``checkpoint_step_{step}_loss_{loss:.4f}``, with ``{step}`` and any metrics.
 
-    Raises ``InvalidOption`` for a template without ``{step}`` or one that gives no plain directory name.
+    Raises ``InvalidOption`` for a template without ``{step}``, and for one that makes no plain directory name.
     """
 
     def __init__(self, template: str) -> None:
@@ -29,10 +29,10 @@ class NameTemplate:
             )
         self._template = template
         self._metrics = [name for name in fields if name != "step"]
-        self.name(0, "full", dict.fromkeys(self._metrics, 0.0))  # a name that cannot be used is refused now
+        self.name(0, "full", dict.fromkeys(self._metrics, 0.0))  # refuses now a template that makes no usable name
 
     def name(self, step: int, kind: str, metrics: Mapping[str, float]) -> str:
-        """The directory's name. Raises ``InvalidOption`` naming a metric that is needed and was not given."""
+        """Return the directory's name. Raises ``InvalidOption`` where it needs a metric that was not given."""
         lacking = [name for name in self._metrics if name not in metrics]
         if lacking:
             raise InvalidOption(

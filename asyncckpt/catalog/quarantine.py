@@ -1,4 +1,4 @@
-"""Checkpoints of a run that were found damaged."""
+"""The quarantine remembers which checkpoints of a run were found damaged."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import threading
 
 
 class Quarantine:
-    """Names of damaged checkpoints: never counted by retention, never taken over from, and set aside when their step is
-    saved again. Thread-safe."""
+    """Holds the names of damaged checkpoints. Retention never counts them, no file is taken over from them, and they
+    are set aside when their step is saved again. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -18,11 +18,11 @@ class Quarantine:
             return name in self._names
 
     def add(self, name: str) -> None:
-        """This one was found damaged."""
+        """Note that the checkpoint of this name was found damaged."""
         with self._lock:
             self._names.add(name)
 
     def discard(self, name: str) -> None:
-        """Nothing damaged bears this name any more."""
+        """Note that nothing damaged has this name any more."""
         with self._lock:
             self._names.discard(name)

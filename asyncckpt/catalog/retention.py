@@ -1,4 +1,4 @@
-"""Which checkpoints to keep: pure policies that compose by union, and ``plan``, which says what may be deleted.
+"""Retention policies say which checkpoints to keep, and ``plan`` what may be deleted: what no policy keeps.
 
 Nothing here touches a disk. Whatever the policies say, a pinned or protected checkpoint and the newest full one stay.
 """
@@ -14,8 +14,9 @@ from asyncckpt.errors import InvalidOption
 
 
 class Candidate(Protocol):
-    """What a policy may know of a checkpoint. ``kind`` is ``full`` or ``weights``. ``sequence`` rises from save to save
-    of a run, also where training went back to an earlier step; it is 0 where nobody knows it, and the step decides."""
+    """Says what a policy may know of a checkpoint. ``kind`` is ``full`` or ``weights``. ``sequence`` rises from save to
+    save of a run, also where training went back to an earlier step. Where nobody knows it, it is 0, and the step
+    decides."""
 
     @property
     def step(self) -> int: ...
@@ -35,14 +36,15 @@ class Candidate(Protocol):
 
 @runtime_checkable
 class Policy(Protocol):
-    """A retention policy. Must be pure: the same candidates give the same answer, on every rank."""
+    """Decides which checkpoints stay. A policy must be pure: it answers the same for the same candidates, on each
+    rank."""
 
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
-        """The steps to keep. ``candidates`` are of one kind, the oldest save first."""
+        """Return the steps to keep. ``candidates`` are of one kind, the oldest save first."""
         ...
 
     def describe(self) -> str:
-        """One line for the manifest's record of the configuration."""
+        """Return one line for the configuration that manifests record."""
         ...
 
 
@@ -141,16 +143,16 @@ C = TypeVar("C", bound=Candidate)
 
 
 def age(candidate: Candidate) -> tuple[int, int]:
-    """What checkpoints of one kind are sorted by, the oldest save first."""
+    """Return the key that sorts checkpoints of one kind, the oldest save first."""
     return getattr(candidate, "sequence", 0), candidate.step
 
 
 def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collection[int] = ()) -> list[C]:
-    """The candidates to delete, the oldest save first: those that no policy keeps. Pure.
+    """Return the candidates to delete, the oldest save first: those that no policy keeps. Pure.
 
     Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, and the
-    newest full checkpoint are never among them; without policies nothing is. Raises ``InvalidOption`` for a policy that
-    is none.
+    newest full checkpoint are never among them; without policies nothing is. Raises ``InvalidOption`` for an object
+    that is no policy.
     """
     for policy in policies:
         if isinstance(policy, type) or not isinstance(policy, Policy):
@@ -160,13 +162,13 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     groups: dict[str, list[C]] = {}
     for candidate in sorted(candidates, key=age):
         groups.setdefault(candidate.kind, []).append(candidate)
-    doomed: list[C] = []
+    to_delete: list[C] = []
     for kind, group in groups.items():
         kept = set(protected).union(*(policy.keep(tuple(group)) for policy in policies))
         if kind == "full":
             kept.add(group[-1].step)
-        doomed += [candidate for candidate in group if candidate.step not in kept and not candidate.pinned]
-    return sorted(doomed, key=age)
+        to_delete += [candidate for candidate in group if candidate.step not in kept and not candidate.pinned]
+    return sorted(to_delete, key=age)
 
 
 def _check_count(what: str, value: object) -> None:

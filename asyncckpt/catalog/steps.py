@@ -1,4 +1,4 @@
-"""Which steps of a run are saved or being saved, which is the newest, and what a new save may be called."""
+"""Keeps account of a run's steps: which are saved or being saved, which is the newest, and which may be saved next."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from asyncckpt.errors import InvalidOption, InvalidStep, StepExists
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """One step that is saved, or being saved, under ``name``. ``sequence`` is what its manifest says. ``given_up``: it
-    belongs to a branch that training has left, so that the step may be saved again. ``replaces``: the one of such a
-    branch that this one takes the place of, once it is durable."""
+    """Stands for one step that is saved, or being saved, under ``name``. ``sequence``: the one in its manifest.
+    ``given_up``: the step belongs to a branch that training has left, so it may be saved again. ``replaces``: the claim
+    of such a branch whose place this one takes once it is durable."""
 
     name: str
     sequence: int
@@ -24,9 +24,9 @@ class Claim:
 
 
 class Ledger:
-    """Kept in memory, so that a save asks no disk on the training thread whether its step is free. Thread-safe.
+    """Knows in memory which steps are taken, so that no save has to ask the disk on the training thread. Thread-safe.
 
-    ``damaged`` are names that cannot be used: their steps may be saved again. A ``Quarantine``.
+    ``damaged``: the names of checkpoints that cannot be used; their steps may be saved again.
     """
 
     def __init__(self, path: str, template: NameTemplate, damaged: Container[str], *, overwrite: bool) -> None:
@@ -36,31 +36,31 @@ class Ledger:
         self._overwrite = overwrite
         self._lock = threading.Lock()
         self._claims: dict[tuple[int, str], Claim] = {}
-        #: By kind: the step that training has reached.
+        #: The step that training has reached, by kind.
         self._reached: dict[str, int] = {}
         self._sequence = 0
-        #: Directories that somebody else has named, and the step that each holds.
+        #: The step that each directory holds to which somebody else has given its name.
         self._foreign: dict[str, int] = {}
         self._opened = False
         self._went_to: int | None = None
 
     def learn(self, step: int, kind: str, name: str, sequence: int) -> None:
-        """Take note of what the directory holds already; to be called with the oldest save first."""
+        """Note a checkpoint that the directory holds already. Call this with the oldest save first."""
         with self._lock:
             self._claims[step, kind] = Claim(name, sequence)
             self._reached[kind] = step
             self._sequence = max(self._sequence, sequence)
 
     def learn_foreign(self, step: int, name: str) -> None:
-        """Take note of a checkpoint that somebody copied or renamed: its name is taken, its step is not."""
+        """Note a checkpoint that somebody has copied or renamed: its name is taken, its step is not."""
         with self._lock:
             self._foreign[name] = step
 
     def opened(self) -> None:
-        """The directory's checkpoints have all been learnt."""
+        """Note that ``learn`` has been called with all of the directory's checkpoints."""
         with self._lock:
             self._opened = True
-            if self._overwrite:  # whoever says so and restores nothing starts anew
+            if self._overwrite:  # a run that may overwrite, and restores nothing, starts anew
                 for kind in self._reached:
                     self._give_up_after(-1, kind)
                 self._reached.clear()
@@ -72,9 +72,9 @@ class Ledger:
     def claim(self, step: int, kind: str, metrics: Mapping[str, float]) -> Claim:
         """Claim a step for a new save.
 
-        Raises ``InvalidStep`` for no whole number >= 0 or a step before the one that training has reached,
-        ``StepExists`` for one that is saved or in flight, or whose name somebody else has given to a directory, and
-        ``InvalidOption`` where the name template lacks a metric.
+        Raises ``InvalidStep`` where the step is no whole number >= 0, or lies before the one that training has reached;
+        ``StepExists`` where it is saved or in flight, or somebody else has given its name to a directory; and
+        ``InvalidOption`` where the name template needs a metric that is not there.
         """
         if type(step) is not int or step < 0:
             raise InvalidStep(f"step must be a whole number >= 0, not {step!r}")
@@ -105,7 +105,7 @@ class Ledger:
                     f"{self._path}: step {step} is already saved as {existing.name}; overwriting needs the same name, "
                     f"and this one would be {name}"
                 )
-            if step < reached:  # overwriting: what was saved of later steps is not training's any more
+            if step < reached:  # an overwriting run has gone back: later steps belong to a branch it has left
                 self._go_to(step) if kind == "full" else self._give_up_after(step, kind)
             self._sequence += 1
             claim = Claim(name, self._sequence, replaces=existing if given_up else None)
@@ -114,7 +114,8 @@ class Ledger:
         return claim
 
     def release(self, step: int, kind: str, claim: Claim) -> None:
-        """The save failed: the step is free again, or what it was to replace has it still."""
+        """Give a claim back whose save has failed: its step is free again, or belongs again to what it would have
+        replaced."""
         with self._lock:
             known = self._claims.get((step, kind))
             if known is None or known.sequence != claim.sequence:
@@ -125,14 +126,14 @@ class Ledger:
                 self._claims[step, kind] = known.replaces
 
     def durable(self, step: int, kind: str, sequence: int) -> None:
-        """The save with this number is durable: what it took the place of is nobody's any more."""
+        """Note that the save with this sequence is durable: it has replaced what it was to replace."""
         with self._lock:
             known = self._claims.get((step, kind))
             if known is not None and known.sequence == sequence:
                 self._claims[step, kind] = replace(known, replaces=None)
 
     def replaced_by(self, step: int, kind: str, sequence: int) -> list[str]:
-        """The directory that has to make way for the save with this number, if there is one."""
+        """Return the name of the directory that has to make way for the save with this sequence, if there is one."""
         with self._lock:
             known = self._claims.get((step, kind))
             if known is None or known.sequence != sequence or known.replaces is None:
@@ -140,15 +141,15 @@ class Ledger:
             return [known.replaces.name]
 
     def deleted(self, step: int, kind: str, name: str) -> None:
-        """Retention has deleted a checkpoint: its step is free."""
+        """Note that retention has deleted a checkpoint: its step is free."""
         with self._lock:
             known = self._claims.get((step, kind))
             if known is not None and known.name == name and known.replaces is None:
                 del self._claims[step, kind]
 
     def go_to(self, step: int) -> None:
-        """Training continues from this full checkpoint: what was saved of later steps belongs to a branch that is given
-        up. Where the directory's checkpoints have not been learnt yet, this holds as soon as they are."""
+        """Note that training continues from this full checkpoint: later steps belong to a branch that it has given up.
+        Where the directory's checkpoints are not known yet, this takes effect once they are."""
         with self._lock:
             self._went_to = step
             if self._opened:
@@ -165,7 +166,7 @@ class Ledger:
                 self._claims[key] = replace(claim, given_up=key[0] > step)
 
     def last(self) -> int | None:
-        """The newest full step, saved, in flight or resumed from."""
+        """Return the newest full step that was saved, is in flight, or was resumed from."""
         return self._reached.get("full")
 
     def holds(self, step: int) -> bool:
@@ -175,7 +176,7 @@ class Ledger:
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    """Metrics as floats (a 0-d tensor is read, which waits for its device). Raises ``InvalidOption``."""
+    """Return metrics as floats. A 0-d tensor is read, which waits for its device. Raises ``InvalidOption``."""
     found: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:

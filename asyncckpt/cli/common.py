@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.listing import CheckpointInfo, Preference, of_step
+from asyncckpt.catalog.retention import age as saved_at
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointDamaged,
@@ -26,8 +27,8 @@ from asyncckpt.errors import (
     RunLocked,
     UnknownName,
 )
-from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import Damage
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.run import Run
 
 # Names of checkpoints, metrics and tensors are other people's text, so they are never taken for markup. Without a
@@ -82,7 +83,12 @@ def open_run(path: str) -> Run:
 
 def checkpoints(run: Run) -> list[CheckpointInfo]:
     """List a run's checkpoints, without those that retention was deleting meanwhile, which only look damaged."""
-    return [entry for entry in run.ls() if entry.damage is None or os.path.lexists(entry.path)]
+    return _settled(run.ls())
+
+
+def _settled(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
+    """Leave out what was deleted while it was read, which only looks damaged."""
+    return [entry for entry in entries if entry.damage is None or os.path.lexists(entry.path)]
 
 
 class _Refused(CheckpointDamaged):
@@ -107,7 +113,10 @@ def find_all(run: Run, step: str) -> list[CheckpointInfo]:
 
     Raises ``CheckpointNotFound`` and ``InvalidOption``.
     """
-    entries = checkpoints(run)
+    return _choose(run, step, checkpoints(run))
+
+
+def _choose(run: Run, step: str, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
     if step == LATEST:
         newest = _newest(entries)
         if newest is None:
@@ -120,6 +129,13 @@ def find_all(run: Run, step: str) -> list[CheckpointInfo]:
         have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
         raise CheckpointNotFound(f"{run.path}: no checkpoint of step {step}; the newest steps there: {have}")
     return sorted(matches, key=lambda entry: (entry.renamed, entry.damage is not None, entry.kind != "full"))
+
+
+def _preferred(step: str) -> Preference:
+    """Keep the checkpoint open that ``_choose`` puts first, as long as it is usable."""
+    if step != LATEST:
+        return of_step(int(step) if step.isdecimal() else -1)
+    return lambda entry: None if entry.renamed else (entry.kind == "full", *saved_at(entry))
 
 
 def _newest(entries: list[CheckpointInfo]) -> CheckpointInfo | None:
@@ -144,29 +160,30 @@ def _is_of(error: Exception, entry: CheckpointInfo) -> bool:
     return isinstance(error, CheckpointDamaged) and str(error).startswith((f"{entry.path}:", f"{entry.path}{os.sep}"))
 
 
-def read(run: Run, step: str, use: Callable[[CheckpointInfo, Reader], T]) -> T:
+def read(run: Run, step: str, use: Callable[[CheckpointInfo, OpenCheckpoint], T]) -> T:
     """Open the checkpoint that a user named, and return what ``use`` makes of it.
 
     A live run may delete or replace it between the listing and the reading, which looks like damage; then it is looked
     for again. Raises as ``find`` and ``use`` do.
     """
     for attempt in range(_ATTEMPTS):
-        entry = find_all(run, step)[0]
-        before = _identity(entry.path)
-        try:
-            with contextlib.closing(run.open_entry(entry)) as reader:
-                if step == LATEST and entry.misnamed:
-                    raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
-                return use(entry, reader)
-        except _Refused:  # ``use`` reads a second checkpoint, and the error is about that one
-            raise
-        except (CheckpointDamaged, FileNotFoundError) as error:
-            stayed = before is not None and _identity(entry.path) == before
-            if attempt < _ATTEMPTS - 1 and not stayed:
-                continue
-            if step == LATEST and _is_of(error, entry):
-                raise _refusal(run, entry, error) from error
-            raise
+        with run.listing(_preferred(step)) as listing:
+            entry = _choose(run, step, _settled(listing.entries))[0]
+            before = _identity(entry.path)
+            try:
+                with listing.open(entry) as checkpoint:
+                    if step == LATEST and entry.misnamed:
+                        raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
+                    return use(entry, checkpoint)
+            except _Refused:  # ``use`` reads a second checkpoint, and the error is about that one
+                raise
+            except (CheckpointDamaged, FileNotFoundError) as error:
+                stayed = before is not None and _identity(entry.path) == before
+                if attempt < _ATTEMPTS - 1 and not stayed:
+                    continue
+                if step == LATEST and _is_of(error, entry):
+                    raise _refusal(run, entry, error) from error
+                raise
     raise AssertionError("unreachable")
 
 

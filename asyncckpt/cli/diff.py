@@ -20,10 +20,9 @@ from asyncckpt.cli.common import (
     print_json,
     read,
 )
-from asyncckpt.manifest.records import Manifest, StoredTensor
-from asyncckpt.protocols import Reader
+from asyncckpt.manifest.records import StoredTensor
 from asyncckpt.read.fill import fill
-from asyncckpt.read.opening import open_manifest, read_trees
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window
 from asyncckpt.types import JsonValue
 
@@ -65,13 +64,14 @@ def diff(
             raise typer.Exit(int(Exit.DAMAGED_OR_DIFFERENT))
 
 
-def compare(a: Reader, b: Reader) -> dict[str, Any]:
+def compare(a: OpenCheckpoint, b: OpenCheckpoint) -> dict[str, Any]:
     """Return all differences as plain data. This takes the memory of the largest tensor twice, or of two batches.
     Raises ``CheckpointDamaged``."""
     from asyncckpt.restore.plan import qualified_records
 
-    manifest_a, manifest_b = open_manifest(a), open_manifest(b)
-    in_a, in_b = (dict(qualified_records(manifest.components)) for manifest in (manifest_a, manifest_b))
+    a.check_small_files()
+    b.check_small_files()
+    in_a, in_b = (dict(qualified_records(checkpoint.manifest.components)) for checkpoint in (a, b))
     common = [name for name in in_a if name in in_b]
     reshaped = {
         name: [f"{record.dtype}{list(record.shape)}" for record in (in_a[name], in_b[name])]
@@ -80,7 +80,7 @@ def compare(a: Reader, b: Reader) -> dict[str, Any]:
     }
     changed: dict[str, dict[str, float | int | None]] = {}
     for batch in _batches([name for name in common if name not in reshaped], in_a):
-        old, new = _load(a, manifest_a, batch, in_a), _load(b, manifest_b, batch, in_b)
+        old, new = _load(a, batch, in_a), _load(b, batch, in_b)
         for name in batch:
             change = change_of(old.pop(name), new.pop(name))
             if change is not None:
@@ -91,7 +91,7 @@ def compare(a: Reader, b: Reader) -> dict[str, Any]:
         "reshaped": reshaped,
         "changed": {name: changed[name] for name in common if name in changed},
         "unchanged": len(common) - len(reshaped) - len(changed),
-        "plain": plain_changes(read_trees(a, manifest_a), read_trees(b, manifest_b)),
+        "plain": plain_changes(a.trees, b.trees),
     }
 
 
@@ -146,15 +146,13 @@ def _batches(names: list[str], records: Mapping[str, StoredTensor]) -> Iterator[
         yield batch
 
 
-def _load(
-    reader: Reader, manifest: Manifest, names: list[str], records: Mapping[str, StoredTensor]
-) -> dict[str, torch.Tensor]:
+def _load(checkpoint: OpenCheckpoint, names: list[str], records: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     import torch
 
     from asyncckpt.state.dtypes import DTYPES
 
     tensors = {name: torch.empty(records[name].shape, dtype=DTYPES[records[name].dtype]) for name in names}
-    fill(reader, manifest, [(records[name], [Window(tensor)]) for name, tensor in tensors.items()])
+    fill(checkpoint, [(records[name], [Window(tensor)]) for name, tensor in tensors.items()])
     return tensors
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.cli.common import (
     STEP_HELP,
     JsonOption,
@@ -22,7 +22,7 @@ from asyncckpt.cli.common import (
     size,
 )
 from asyncckpt.errors import InvalidOption
-from asyncckpt.protocols import Reader
+from asyncckpt.read.opening import OpenCheckpoint
 
 
 class DType(enum.StrEnum):
@@ -55,8 +55,8 @@ def export(
         dtypes = {DType.BF16: torch.bfloat16, DType.FP16: torch.float16, DType.FP32: torch.float32}
         target = dtypes[dtype] if dtype is not None else None
 
-        def write(entry: CheckpointInfo, reader: Reader) -> tuple[int, int]:
-            return entry.step, exporting(reader, out, what=what, dtype=target, overwrite=force)
+        def write(entry: CheckpointInfo, checkpoint: OpenCheckpoint) -> tuple[int, int]:
+            return entry.step, exporting(checkpoint, out, what=what, dtype=target, overwrite=force)
 
         number, nbytes = read(open_run(run), step, write)
         if json:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from asyncckpt.catalog import retention
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.cli.common import (
     JsonOption,
     RunArgument,

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.cli.common import (
     LATEST,
     JsonOption,
@@ -27,7 +27,7 @@ from asyncckpt.cli.common import (
     size,
 )
 from asyncckpt.manifest.records import ComponentRecord, Manifest
-from asyncckpt.read.opening import open_manifest
+from asyncckpt.read.opening import OpenCheckpoint
 
 #: Only so many are shown, because a zarr checkpoint has two files a tensor.
 _FILES_SHOWN = 40
@@ -41,7 +41,7 @@ def show(
 ) -> None:
     """Show what one checkpoint holds and what it was made with."""
     with exits():
-        entry, manifest = read(open_run(run), step, lambda entry, reader: (entry, open_manifest(reader)))
+        entry, manifest = read(open_run(run), step, _checked)
         if json:
             print_json(_as_json(entry, manifest, tensors))
             return
@@ -49,6 +49,11 @@ def show(
         _print_components(manifest)
         if tensors:
             _print_tensors(manifest)
+
+
+def _checked(entry: CheckpointInfo, checkpoint: OpenCheckpoint) -> tuple[CheckpointInfo, Manifest]:
+    checkpoint.check_small_files()
+    return entry, checkpoint.manifest
 
 
 def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.cli.common import (
     LATEST,
     Exit,

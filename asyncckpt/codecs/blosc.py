@@ -19,8 +19,6 @@ from asyncckpt.errors import CheckpointDamaged
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-#: The content digest of a chunk that was staged split into planes begins so: the same data has another image then.
-SPLIT_MARK: Final = "planes:"
 #: A frame adds at most so many bytes to its data: Blosc's header, block start and one length a plane, or zstd's
 #: headers.
 FRAME_OVERHEAD_BYTES: Final = 512

@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from asyncckpt.catalog.catalog import LATEST, Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import LATEST, Catalog
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.catalog.retention import Policy, plan
 from asyncckpt.catalog.steps import Ledger

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, RunPathError
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.protocols import Reader
-from asyncckpt.read.opening import open_manifest, read_trees
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.restore import load_tensors
 from asyncckpt.storage.posix import PosixOps
 
@@ -27,7 +26,7 @@ What = Literal["weights", "all"]
 
 
 def export(
-    reader: Reader,
+    checkpoint: OpenCheckpoint,
     out: str | os.PathLike[str],
     *,
     what: What | str = "weights",
@@ -55,19 +54,20 @@ def export(
         raise RunPathError(f"{target}: the directory {target.parent} does not exist; create it, or choose another path")
     if target.is_dir() or (os.path.lexists(target) and not overwrite):
         raise _exists(target)
-    manifest = open_manifest(reader)
-    components = _components(manifest, what, reader.path)
+    checkpoint.check_small_files()
+    manifest = checkpoint.manifest
+    components = _components(manifest, what, checkpoint.path)
     if target.suffix == ".pt":
-        content: Any = _objects(reader, manifest, components, what, dtype)
+        content: Any = _objects(checkpoint, components, what, dtype)
     else:
-        tensors = _tensors(reader, manifest, components, dtype)
+        tensors = _tensors(checkpoint, components, dtype)
         content = _flat(manifest, components, tensors, drop_aliases=True)
         if not content:
-            raise InvalidOption(f"{reader.path}: {what!r} has no tensors; export it to a .pt")
+            raise InvalidOption(f"{checkpoint.path}: {what!r} has no tensors; export it to a .pt")
         for name in content:
             if name == "__metadata__" or any("\ud800" <= char <= "\udfff" for char in name):
                 raise InvalidOption(
-                    f"{reader.path}: safetensors has no room for the name {name!r:.80}; export to a .pt"
+                    f"{checkpoint.path}: safetensors has no room for the name {name!r:.80}; export to a .pt"
                 )
     return _write(target, content, overwrite)
 
@@ -84,11 +84,9 @@ def _components(manifest: Manifest, what: str, path: str) -> list[str]:
     return found
 
 
-def _tensors(
-    reader: Reader, manifest: Manifest, components: list[str], dtype: torch.dtype | None
-) -> dict[str, torch.Tensor]:
-    wanted = [name for name in components if manifest.components[name].tensors]
-    return load_tensors(reader, wanted, dtype=dtype) if wanted else {}
+def _tensors(checkpoint: OpenCheckpoint, components: list[str], dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    wanted = [name for name in components if checkpoint.manifest.components[name].tensors]
+    return load_tensors(checkpoint, wanted, dtype=dtype) if wanted else {}
 
 
 def _flat(
@@ -105,16 +103,17 @@ def _flat(
     return flat
 
 
-def _objects(reader: Reader, manifest: Manifest, components: list[str], what: str, dtype: torch.dtype | None) -> Any:
-    tensors = _tensors(reader, manifest, components, dtype)
+def _objects(checkpoint: OpenCheckpoint, components: list[str], what: str, dtype: torch.dtype | None) -> Any:
+    manifest = checkpoint.manifest
+    tensors = _tensors(checkpoint, components, dtype)
     kinds = {manifest.components[component].kind for component in components}
     if what != "all" and kinds == {"module"}:
         return _flat(manifest, components, tensors, drop_aliases=False)
-    trees = read_trees(reader, manifest)
+    trees = checkpoint.trees
 
     @functools.cache
     def exact() -> dict[str, torch.Tensor]:  # numpy lacks some dtypes, and its arrays are data, not weights
-        return tensors if dtype is None else _tensors(reader, manifest, components, None)
+        return tensors if dtype is None else _tensors(checkpoint, components, None)
 
     def state(component: str) -> Any:
         record = manifest.components[component]
@@ -125,13 +124,13 @@ def _objects(reader: Reader, manifest: Manifest, components: list[str], what: st
             def get(name: str) -> torch.Tensor:
                 found = loaded().get(f"{component}.{name}")
                 if found is None:
-                    raise CheckpointDamaged(f"{reader.path}: state.json refers to {name!r:.80}, which is not there")
+                    raise CheckpointDamaged(f"{checkpoint.path}: state.json refers to {name!r:.80}, which is not there")
                 return found
 
             return get
 
         if component not in trees:
-            raise CheckpointDamaged(f"{reader.path}: state.json lacks the component {component!r}")
+            raise CheckpointDamaged(f"{checkpoint.path}: state.json lacks the component {component!r}")
         return jsontree.decode(trees[component], of(lambda: tensors), of(exact))
 
     if what != "all":

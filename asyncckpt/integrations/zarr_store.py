@@ -14,12 +14,10 @@ from typing import NoReturn
 from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, MissingExtra
 from asyncckpt.formats.zarr import METADATA_FILE
-from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import FileRecord
 from asyncckpt.memory.buffers import aligned_buffer
-from asyncckpt.protocols import Reader
-from asyncckpt.read.damage import check_files
 from asyncckpt.read.extents import extents_of
+from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.storage import open_store
 
 try:
@@ -32,7 +30,7 @@ except ImportError as error:
     raise MissingExtra("reading with zarr needs zarr 3.1 or newer: pip install 'asyncckpt[zarr]'") from error
 
 
-def open_group(checkpoint: str | os.PathLike[str] | Reader) -> zarr.Group:
+def open_group(checkpoint: str | os.PathLike[str] | OpenCheckpoint) -> zarr.Group:
     """Open the checkpoint's root group (``group["model"]["blocks.0.weight"][:]``), read-only; every byte is verified as
     it is read.
 
@@ -47,24 +45,16 @@ def open_group(checkpoint: str | os.PathLike[str] | Reader) -> zarr.Group:
 class CheckpointStore(Store):
     """Presents a published checkpoint as zarr's ``Store``. Reads block a thread of asyncio's pool. Thread-safe."""
 
-    def __init__(self, checkpoint: str | os.PathLike[str] | Reader) -> None:
+    def __init__(self, checkpoint: str | os.PathLike[str] | OpenCheckpoint) -> None:
         super().__init__(read_only=True)
         self._owned = isinstance(checkpoint, str | os.PathLike)
         if isinstance(checkpoint, str | os.PathLike):
             parent, name = os.path.split(os.path.abspath(os.fspath(checkpoint)))
-            self._reader: Reader = open_store(parent).open(name)
-        else:
-            self._reader = checkpoint
-        try:
-            self._manifest = manifests.load(self._reader)
-            if self._manifest.shard_format != "zarr":
-                raise InvalidOption(f"{self._reader.path} is a checkpoint of format {self._manifest.shard_format}")
-            damage = check_files(self._reader, self._manifest)
-            if damage:
-                raise CheckpointDamaged(f"{self._reader.path}: {damage[0]}")
-        except BaseException:
+            checkpoint = open_checkpoint(open_store(parent).open(name))
+        self._reader, self._manifest = checkpoint.reader, checkpoint.manifest
+        if self._manifest.shard_format != "zarr":
             self.close()
-            raise
+            raise InvalidOption(f"{self._reader.path} is a checkpoint of format {self._manifest.shard_format}")
         self._digest = digests.get(self._manifest.digest)
         self._files = {record.name: record for record in self._manifest.files}
         self._arrays = {

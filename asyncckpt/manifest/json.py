@@ -25,7 +25,7 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.jsontree import loads
-from asyncckpt.manifest.parse import Body, is_number, parse_components, parse_files
+from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
 from asyncckpt.manifest.records import (
     BoxedRecord,
     ChunkedRecord,
@@ -39,7 +39,7 @@ from asyncckpt.manifest.records import (
 )
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
-from asyncckpt.types import MANIFEST_FILE, Chunking, JsonValue, Layout
+from asyncckpt.types import MANIFEST_FILE, Chunking, ContentDigest, JsonValue, Layout
 
 log = logging.getLogger("asyncckpt")
 
@@ -136,7 +136,9 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
 def file_to_json(record: FileRecord) -> dict[str, Any]:
     """Return the row of ``files`` for this record, as values for JSON."""
     rows = [
-        [e.offset, e.nbytes, e.digest, e.content, e.stored] if e.content or e.stored else [e.offset, e.nbytes, e.digest]
+        [e.offset, e.nbytes, e.digest]
+        if e.content is None and not e.stored
+        else [e.offset, e.nbytes, e.digest, _content_text(e.content), e.stored]
         for e in record.extents
     ]
     body: dict[str, Any] = {"name": record.name, "nbytes": record.nbytes, "extents": rows}
@@ -147,6 +149,12 @@ def file_to_json(record: FileRecord) -> dict[str, Any]:
     if record.order:
         body["order"] = list(record.order)
     return body
+
+
+def _content_text(content: ContentDigest | None) -> str:
+    if content is None:
+        return ""
+    return SPLIT_MARK + content.hex if content.split else content.hex
 
 
 def seal(body: bytes) -> bytes:
@@ -224,6 +232,30 @@ def check_expected(expect_digest: str | None) -> str | None:
     return f"sha256:{digits}"
 
 
+def check_digest(manifest: Manifest, expect_digest: str | None, path: str) -> None:
+    """Refuse a manifest that is not the one expected; ``path`` is the checkpoint's. Raises ``DigestMismatch``, and
+    ``InvalidOption`` for what is no SHA-256."""
+    expected = check_expected(expect_digest)
+    if expected is None:
+        return
+    if manifest.file_digest != expected:
+        raise _mismatch(path, manifest.file_digest, expected)
+    if not digests.is_cryptographic(manifest.digest):
+        log.warning(
+            "%s: the manifest is the one expected, but its %s digests do not bind the data against forgery; save with "
+            "digest='blake3' or 'sha256'",
+            path,
+            manifest.digest,
+        )
+
+
+def _mismatch(path: str, found: str, expected: str) -> DigestMismatch:
+    return DigestMismatch(
+        f"{path}/{FILE_NAME}: its digest is {found}, and {expected} was expected: this is another checkpoint, or it "
+        f"was changed"
+    )
+
+
 def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
     """Return the manifest of an open checkpoint. Blocks on the disk. Raises ``DigestMismatch``, before it looks at the
     content, where the file's digest is not ``expect_digest``; ``ManifestInvalid`` where the file is missing or is not a
@@ -234,26 +266,17 @@ def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
     except CheckpointDamaged as error:
         raise ManifestInvalid(f"{error}; this directory is no complete checkpoint") from error
     if expected is not None and file_digest(data) != expected:
-        raise DigestMismatch(
-            f"{reader.path}/{FILE_NAME}: its digest is {file_digest(data)}, and {expected} was expected: this is "
-            f"another checkpoint, or it was changed"
-        )
+        raise _mismatch(reader.path, file_digest(data), expected)
     where = f"{reader.path}/{FILE_NAME}"
     manifest = _remembered(data, where) if len(data) <= _REMEMBERED_BYTES else decode(data, where)
-    if expected is not None and not digests.is_cryptographic(manifest.digest):
-        log.warning(
-            "%s: the manifest is the one expected, but its %s digests do not bind the data against forgery; save with "
-            "digest='blake3' or 'sha256'",
-            reader.path,
-            manifest.digest,
-        )
+    check_digest(manifest, expected, reader.path)
     return manifest
 
 
 @functools.lru_cache(maxsize=1)
 def _remembered(data: bytes, where: str) -> Manifest:
-    """Return what ``decode`` returns, and remember the last manifest: to choose a checkpoint and to open it takes the
-    same one twice."""
+    """Return what ``decode`` returns, and remember the last manifest: whoever lists a run often reads what is newest in
+    it right away, as the first save after a resume does."""
     return decode(data, where)
 
 

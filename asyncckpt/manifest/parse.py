@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
 from asyncckpt.codecs import digests
-from asyncckpt.codecs.blosc import SPLIT_MARK
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import ManifestInvalid
 from asyncckpt.manifest.records import (
@@ -25,8 +24,10 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.types import MANIFEST_FILE
+from asyncckpt.types import MANIFEST_FILE, ContentDigest
 
+#: In the manifest's text, a content digest whose image was split into planes begins so.
+SPLIT_MARK: Final = "planes:"
 #: A chunk is decoded into memory as a whole, and an extent is read as a whole, so their sizes are limited.
 MAX_CHUNK_BYTES: Final = 1 << 30
 MAX_EXTENT_BYTES: Final = 1 << 30
@@ -107,6 +108,7 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
     extents, without gap or overlap."""
     records: list[FileRecord] = []
     hex_digits = re.compile(rf"[0-9a-f]{{{digests.hex_length(digest)}}}\Z")
+    content_digest = re.compile(rf"({SPLIT_MARK})?({hex_digits.pattern})")
     for entry in body.take("files", list):
         item = Body(entry, body.where)
         name = item.file_name(item.take("name", str))
@@ -123,9 +125,11 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
                 body.fail(f"has an extent of {name!r} of {length} bytes, over the limit of {MAX_EXTENT_BYTES}")
             if not isinstance(row[2], str) or not hex_digits.match(row[2]):
                 body.fail(f"has a malformed digest of {name!r}")
-            content, stored = row[3:] or ("", 0)
-            if not isinstance(content, str) or (content and not hex_digits.match(content.removeprefix(SPLIT_MARK))):
+            text, stored = row[3:] or ("", 0)
+            match = content_digest.match(text) if isinstance(text, str) else None
+            if match is None and text != "":
                 body.fail(f"has a malformed content digest of {name!r}")
+            content = None if match is None else ContentDigest(match[2], match[1] is not None)
             if body.size("stored", stored) > length:
                 body.fail(f"has an extent of {name!r} that holds more than its bytes")
             extents.append(ExtentRecord(offset, length, row[2], content, stored))
@@ -152,6 +156,15 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
     if not folders.isdisjoint(folded):
         body.fail("lists a name as a file and as a directory")
     return tuple(records)
+
+
+def extent_of(row: Sequence[Any]) -> ExtentRecord:
+    """Return the extent that a row of another rank's report describes; it looks as in the manifest."""
+    if len(row) == 3:
+        return ExtentRecord(*row)
+    offset, nbytes, digest, text, stored = row
+    content = ContentDigest(text.removeprefix(SPLIT_MARK), text.startswith(SPLIT_MARK)) if text else None
+    return ExtentRecord(offset, nbytes, digest, content, stored)
 
 
 def _check_bases(body: Body, records: Sequence[FileRecord]) -> None:

@@ -7,41 +7,58 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from asyncckpt.types import Extent, JsonValue
-
-#: An extent with cuts has several digests; while it is one record they are one string, with this between them.
-DIGEST_SEPARATOR = ","
+from asyncckpt.types import ContentDigest, Extent, JsonValue, StagedDigests
 
 
 @dataclass(frozen=True, slots=True)
 class ExtentRecord:
     """``ExtentRecord`` is a byte range of a file with the ``digest`` of its bytes. Where it is an encoded chunk,
-    ``content`` is the digest of what was encoded; otherwise it is empty. ``stored`` counts its bytes without padding,
-    and is 0 where it has no padding."""
+    ``content`` is the digest of what was encoded, else None. ``stored`` counts its bytes without padding, and is 0
+    where it has no padding."""
 
     offset: int
     nbytes: int
     digest: str
-    content: str = ""
+    content: ContentDigest | None = None
     stored: int = 0
 
 
-def split_record(record: ExtentRecord, cuts: Sequence[int]) -> list[ExtentRecord]:
-    """Return one record for each part of an extent between its ``cuts``, as the manifest lists them."""
-    if not cuts:
-        return [record]
-    edges = itertools.pairwise((0, *cuts, record.nbytes))
-    found = record.digest.split(DIGEST_SEPARATOR)
-    return [
-        ExtentRecord(record.offset + begin, end - begin, digest)
-        for (begin, end), digest in zip(edges, found, strict=True)
-    ]
+@dataclass(frozen=True, slots=True)
+class WrittenExtent:
+    """An extent of a layout as it lies in a file. ``digests`` has one for each part between two cuts; see
+    ``ExtentRecord`` for the rest."""
+
+    offset: int
+    nbytes: int
+    digests: tuple[str, ...]
+    content: ContentDigest | None = None
+    stored: int = 0
+
+    @property
+    def staged_digests(self) -> StagedDigests:
+        """The digests that the extent had when it was staged."""
+        return self.content or self.digests
+
+    def records(self, cuts: Sequence[int]) -> list[ExtentRecord]:
+        """Make one record for each part between two cuts: that is what the manifest lists."""
+        if not cuts:
+            return [ExtentRecord(self.offset, self.nbytes, self.digests[0], self.content, self.stored)]
+        edges = itertools.pairwise((0, *cuts, self.nbytes))
+        return [
+            ExtentRecord(self.offset + begin, end - begin, digest)
+            for (begin, end), digest in zip(edges, self.digests, strict=True)
+        ]
 
 
-def join_records(records: Sequence[ExtentRecord], extents: Sequence[Extent]) -> tuple[ExtentRecord, ...] | None:
-    """Return one record for each of a file's ``extents``, made of the ``records`` of their parts: this undoes
-    ``split_record``. Returns None where the extents were cut otherwise."""
-    found: list[ExtentRecord] = []
+def written_extent(record: ExtentRecord) -> WrittenExtent:
+    """Make an extent of a record that is one part."""
+    return WrittenExtent(record.offset, record.nbytes, (record.digest,), record.content, record.stored)
+
+
+def join_records(records: Sequence[WrittenExtent], extents: Sequence[Extent]) -> tuple[WrittenExtent, ...] | None:
+    """Join the parts that lie between two cuts again: one for each of a layout's extents. None where the extents were
+    cut differently."""
+    found: list[WrittenExtent] = []
     at = 0
     for extent in extents:
         size = len(extent.cuts) + 1
@@ -52,8 +69,8 @@ def join_records(records: Sequence[ExtentRecord], extents: Sequence[Extent]) -> 
         if size == 1:
             found += parts
         else:
-            joined = DIGEST_SEPARATOR.join(part.digest for part in parts)
-            found.append(ExtentRecord(extent.offset, extent.nbytes, joined))
+            digests = tuple(digest for part in parts for digest in part.digests)
+            found.append(WrittenExtent(extent.offset, extent.nbytes, digests))
     return tuple(found) if at == len(records) else None
 
 

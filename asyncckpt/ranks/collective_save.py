@@ -16,7 +16,8 @@ from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
+from asyncckpt.manifest.parse import extent_of
+from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.protocols import Attempt
 from asyncckpt.ranks.store import Ranks, retold, told
 from asyncckpt.types import JsonValue, Layout
@@ -289,7 +290,7 @@ def _files(reports: Sequence[Mapping[str, Any]], step: int) -> list[FileRecord]:
                 known["extents"] += row["extents"]
     records: list[FileRecord] = []
     for name, row in found.items():
-        extents = tuple(ExtentRecord(*extent) for extent in sorted(row["extents"]))
+        extents = tuple(extent_of(extent) for extent in sorted(row["extents"]))
         position = 0
         for extent in extents:
             if extent.offset != position:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.codecs import digests
 from asyncckpt.errors import AsyncCkptError, RunPathError
 from asyncckpt.protocols import Store

@@ -1,1 +1,1 @@
-"""Reading: verified bytes of a checkpoint, and where they go."""
+"""Reading: a checkpoint is opened, and its verified bytes go to where they are wanted."""

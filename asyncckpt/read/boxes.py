@@ -1,4 +1,8 @@
-"""Boxes: parts of a tensor that are ranges in every dimension; how a run of a box's bytes gives to parts of others."""
+"""A box is the part of a tensor that is one range in each dimension; this module cuts runs of bytes into boxes.
+
+Stored bytes come as runs: a contiguous part of a tensor's, or of a box's, row-major elements. Such a run is cut into
+boxes, and each box is copied into the part that it shares with a box of live memory.
+"""
 
 from __future__ import annotations
 
@@ -17,81 +21,81 @@ Index = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """A live tensor that takes the box of a stored one that begins at ``offsets`` and has the live one's shape."""
+class TargetBox:
+    """A live tensor takes the box of a stored one that begins at ``offsets`` and has the live tensor's shape."""
 
     tensor: torch.Tensor
     offsets: Index
 
 
-Target = Window | Region
+Target = Window | TargetBox
 
 
-class Place(NamedTuple):
-    """A box and where its first element lies in the run of elements it was cut out of."""
+class SourceBox(NamedTuple):
+    """A box was cut out of a run of elements, in which its own first element has the position ``first``."""
 
     offsets: Index
     shape: Index
     first: int
 
 
-def flat_boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[Place]:
-    """The elements ``[begin, end)`` of a tensor of this shape, in row-major order, as at most ``2 * dims - 1`` boxes.
-    Pure."""
+def flat_boxes(shape: Sequence[int], begin: int, end: int) -> Iterator[SourceBox]:
+    """Cut the elements ``[begin, end)`` of a tensor of this shape, in row-major order, into at most ``2 * dims - 1``
+    boxes. Pure."""
     if begin >= end:
         return
     if len(shape) <= 1:
-        yield Place((begin,) if shape else (), (end - begin,) if shape else (), 0)
+        yield SourceBox((begin,) if shape else (), (end - begin,) if shape else (), 0)
         return
     inner = tuple(shape[1:])
     row = math.prod(inner)
     (first, head), (last, tail) = divmod(begin, row), divmod(end, row)
     if first == last:
-        yield from _in_row(inner, first, head, tail, 0)
+        yield from _boxes_in_row(inner, first, head, tail, 0)
         return
     if head:
-        yield from _in_row(inner, first, head, row, 0)
+        yield from _boxes_in_row(inner, first, head, row, 0)
         first += 1
     if first < last:
-        yield Place((first, *(0 for _ in inner)), (last - first, *inner), first * row - begin)
+        yield SourceBox((first, *(0 for _ in inner)), (last - first, *inner), first * row - begin)
     if tail:
-        yield from _in_row(inner, last, 0, tail, last * row - begin)
+        yield from _boxes_in_row(inner, last, 0, tail, last * row - begin)
 
 
-def _in_row(inner: Index, index: int, begin: int, end: int, first: int) -> Iterator[Place]:
-    for place in flat_boxes(inner, begin, end):
-        yield Place((index, *place.offsets), (1, *place.shape), first + place.first)
+def _boxes_in_row(inner: Index, index: int, begin: int, end: int, first: int) -> Iterator[SourceBox]:
+    for box in flat_boxes(inner, begin, end):
+        yield SourceBox((index, *box.offsets), (1, *box.shape), first + box.first)
 
 
-def regions(target: Target, shape: Sequence[int]) -> list[Region]:
-    """A target that takes a part of a tensor of this shape, as boxes of live memory."""
-    if isinstance(target, Region):
+def target_boxes(target: Target, shape: Sequence[int]) -> list[TargetBox]:
+    """Return the boxes of live memory that together are ``target``, which takes a part of a tensor of this shape."""
+    if isinstance(target, TargetBox):
         return [target]
     live = target.tensor.detach()
     row = math.prod(shape[1:])
     if len(shape) == live.dim() and tuple(live.shape[1:]) == tuple(shape[1:]) and (not row or target.first % row == 0):
         offsets = (target.first // row if row else 0, *(0 for _ in shape[1:])) if shape else ()
-        return [Region(live, offsets)]
+        return [TargetBox(live, offsets)]
     flat = live.view(-1)
     return [
-        Region(flat[place.first : place.first + math.prod(place.shape)].view(place.shape), place.offsets)
-        for place in flat_boxes(shape, target.first, target.first + flat.numel())
+        TargetBox(flat[box.first : box.first + math.prod(box.shape)].view(box.shape), box.offsets)
+        for box in flat_boxes(shape, target.first, target.first + flat.numel())
     ]
 
 
-def overlap(offsets: Sequence[int], shape: Sequence[int], region: Region) -> list[tuple[int, int]] | None:
-    """``(begin, end)`` in every dimension of what a box and a region share; None where that is nothing."""
+def overlap(offsets: Sequence[int], shape: Sequence[int], target: TargetBox) -> list[tuple[int, int]] | None:
+    """Return ``(begin, end)`` in each dimension of what a box and a target share; None where they share nothing."""
     common = [
         (max(mine, theirs), min(mine + size, theirs + other))
-        for mine, size, theirs, other in zip(offsets, shape, region.offsets, region.tensor.shape, strict=True)
+        for mine, size, theirs, other in zip(offsets, shape, target.offsets, target.tensor.shape, strict=True)
     ]
     return None if any(begin >= end for begin, end in common) else common
 
 
-def span(offsets: Sequence[int], shape: Sequence[int], region: Region) -> tuple[int, int]:
-    """The elements of the box, in row-major order, from the first to the last that the region takes; ``(0, 0)`` where
-    it takes none."""
-    common = overlap(offsets, shape, region)
+def overlap_range(offsets: Sequence[int], shape: Sequence[int], target: TargetBox) -> tuple[int, int]:
+    """Return the range of the box's elements, in row-major order, from the first to the last that the target takes;
+    ``(0, 0)`` where it takes none."""
+    common = overlap(offsets, shape, target)
     if common is None:
         return 0, 0
     first = last = 0
@@ -101,22 +105,24 @@ def span(offsets: Sequence[int], shape: Sequence[int], region: Region) -> tuple[
 
 
 def scatter_box(
-    region: Region, offsets: Sequence[int], shape: Sequence[int], first: int, data: torch.Tensor, dtype: torch.dtype
+    target: TargetBox, offsets: Sequence[int], shape: Sequence[int], first: int, data: torch.Tensor, dtype: torch.dtype
 ) -> None:
-    """Put bytes (``data``, uint8 on the CPU) that begin at element ``first`` of a box into the region, converting from
-    ``dtype`` and moving to its device. Blocks; threads may work on different parts of one region. Raises
-    ``CheckpointDamaged`` where the bytes are no whole elements."""
+    """Copy bytes of a box into the target, converted from ``dtype`` and moved to its device.
+
+    ``offsets`` and ``shape`` are the box's; ``data`` (uint8, on the CPU) begins at its element ``first``. Blocks.
+    Threads may work on different parts of one target. Raises ``CheckpointDamaged`` where the bytes end within an
+    element."""
     if data.numel() % dtype.itemsize:
         raise CheckpointDamaged("an extent ends in the middle of an element")
     if data.storage_offset() % dtype.itemsize:
         data = data.clone()
     values = data.view(dtype)
-    for place in flat_boxes(shape, first, first + values.numel()):
-        where = tuple(outer + inner for outer, inner in zip(offsets, place.offsets, strict=True))
-        common = overlap(where, place.shape, region)
+    for box in flat_boxes(shape, first, first + values.numel()):
+        begins = tuple(outer + inner for outer, inner in zip(offsets, box.offsets, strict=True))
+        common = overlap(begins, box.shape, target)
         if common is None:
             continue
-        source = values[place.first : place.first + math.prod(place.shape)].view(place.shape)
-        taken = tuple(slice(begin - at, end - at) for (begin, end), at in zip(common, where, strict=True))
-        given = tuple(slice(begin - at, end - at) for (begin, end), at in zip(common, region.offsets, strict=True))
-        region.tensor.detach()[given].copy_(source[taken])
+        source = values[box.first : box.first + math.prod(box.shape)].view(box.shape)
+        taken = tuple(slice(begin - at, end - at) for (begin, end), at in zip(common, begins, strict=True))
+        filled = tuple(slice(begin - at, end - at) for (begin, end), at in zip(common, target.offsets, strict=True))
+        target.tensor.detach()[filled].copy_(source[taken])

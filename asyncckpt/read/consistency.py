@@ -1,5 +1,5 @@
-"""The views of a checkpoint that other tools read (shard headers, zarr metadata, ``state.json``): do they say what the
-manifest says?"""
+"""Other tools read a checkpoint through its shard headers, zarr metadata and ``state.json``: these views are compared
+with the manifest, which this library reads."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
-from asyncckpt.read import delta as layers
 from asyncckpt.read.damage import Damage
+from asyncckpt.read.delta import is_layer
 from asyncckpt.read.extents import read_record
 from asyncckpt.types import JsonValue
 
 #: Plain values are small; a larger file is not one this library wrote.
 MAX_STATE_BYTES = 1 << 30
-#: ``zarr.json`` of one array.
+#: The ``zarr.json`` of one array is far smaller.
 _MAX_METADATA_BYTES = 16 << 20
-#: A shard index of sixteen million chunks.
+#: A shard index of sixteen million chunks has so many bytes.
 _MAX_INDEX_BYTES = 256 << 20
 
 
 def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
-    """What differs. The files' bytes have been verified before. Blocks; reads headers and small files."""
+    """Return where the views differ from the manifest. The files' bytes must have been verified before. Blocks: headers
+    and small files are read."""
     damage: list[Damage] = []
     files = {record.name: record for record in manifest.files}
     headers = _headers(manifest, files)
@@ -37,8 +38,8 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
             if record.name == STATE_FILE:
                 jsontree.loads(read_record(reader, manifest, record, MAX_STATE_BYTES), STATE_FILE)
             elif record.name.endswith(".safetensors"):
-                # of a file of an earlier checkpoint, what is in it concerns only those that build on it
-                expected = None if layers.is_layer(record.name) else headers.get(record.name, _Header())
+                # what an earlier checkpoint's file holds concerns only the files that build on it
+                expected = None if is_layer(record.name) else headers.get(record.name, _Header())
                 problem = _safetensors_problem(reader, record, expected)
                 damage += [Damage(record.name, 0, 0, problem)] if problem else []
         except ValueError as error:
@@ -54,14 +55,15 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
 
 @dataclass(slots=True)
 class _Header:
-    """What a shard's header should say: its entries, and the frames of each tensor that is cut into chunks."""
+    """Holds what a shard's header should say: its entries, and the frames' sizes of each tensor that is cut into
+    chunks."""
 
     entries: set[tuple[str, str, tuple[int, ...], int, int]] = field(default_factory=set)
     frames: dict[str, list[int]] = field(default_factory=dict)
 
 
 def _headers(manifest: Manifest, files: Mapping[str, FileRecord]) -> dict[str, _Header]:
-    """Of every shard, in one walk over the manifest."""
+    """Make the header that each shard should have, by file name, in one walk over the manifest."""
     found: defaultdict[str, _Header] = defaultdict(_Header)
     for component_name, component in manifest.components.items():
         for name, tensor in component.tensors.items():
@@ -87,6 +89,8 @@ def _headers(manifest: Manifest, files: Mapping[str, FileRecord]) -> dict[str, _
 
 
 def _safetensors_problem(reader: Reader, record: FileRecord, expected: _Header | None) -> str | None:
+    """Say how a shard's header differs from the expected one, or None. Where nothing is expected, it only has to be a
+    header."""
     head = _head(reader, record)
     placements = safetensors.parse_header(head, record.nbytes, record.name)
     if expected is None:
@@ -99,7 +103,8 @@ def _safetensors_problem(reader: Reader, record: FileRecord, expected: _Header |
 
 
 def _described_frames(head: bytes, what: str) -> dict[str, JsonValue] | None:
-    """``frames`` of every tensor of an encoded shard, as its header says. Raises ``CheckpointDamaged``."""
+    """Return the frames' sizes of each tensor as an encoded shard's own header gives them; None where it gives none.
+    Raises ``CheckpointDamaged``."""
     entries = jsontree.loads(head[8:].rstrip(b" "), what)
     metadata = entries.get("__metadata__") if isinstance(entries, dict) else None
     text = metadata.get("asyncckpt") if isinstance(metadata, dict) else None
@@ -113,6 +118,7 @@ def _described_frames(head: bytes, what: str) -> dict[str, JsonValue] | None:
 def _zarr_damage(
     reader: Reader, manifest: Manifest, files: Mapping[str, FileRecord], name: str, tensor: ChunkedRecord
 ) -> Iterator[Damage]:
+    """Compare a tensor's ``zarr.json`` and its shards' indexes with the manifest."""
     folders = {file.rpartition("/")[0] for file in tensor.files}
     for folder in folders:
         metadata = files.get(f"{folder}/{zarr.METADATA_FILE}")
@@ -131,6 +137,7 @@ def _zarr_damage(
 
 
 def _index_says(reader: Reader, record: FileRecord, places: list[tuple[int, int]]) -> bool:
+    """Whether the index at a shard's end lists these chunks, each with offset and size."""
     last = record.extents[-1]
     if last.nbytes > _MAX_INDEX_BYTES or last.content:
         raise CheckpointDamaged(f"{record.name}: there is no shard index where it should be")
@@ -140,6 +147,7 @@ def _index_says(reader: Reader, record: FileRecord, places: list[tuple[int, int]
 
 
 def _chunked(manifest: Manifest) -> Iterator[tuple[str, str, ChunkedRecord]]:
+    """Yield each tensor that is cut into chunks, with its component's name and its own."""
     for component, record in manifest.components.items():
         for name, tensor in record.tensors.items():
             if isinstance(tensor, ChunkedRecord):
@@ -147,6 +155,7 @@ def _chunked(manifest: Manifest) -> Iterator[tuple[str, str, ChunkedRecord]]:
 
 
 def _head(reader: Reader, record: FileRecord) -> bytes:
+    """Read a safetensors file up to the end of its header."""
     first = aligned_buffer(4096)
     reader.read_into(record.name, first, min(4096, record.nbytes), 0)
     length = 8 + safetensors.header_length(bytes(first[:8]), record.nbytes, record.name)

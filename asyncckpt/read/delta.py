@@ -1,4 +1,7 @@
-"""Chunks that are stored as layers: a base, and on it the differences (XOR) of later checkpoints to the one before."""
+"""A chunk may be stored as a chain of differences: a base, and for each later checkpoint the XOR to the one before.
+
+The files of earlier checkpoints that a checkpoint builds on are linked into its own directory, so it stands alone.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,16 @@ import numpy as np
 
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.manifest.records import ExtentRecord, FileRecord
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Codec, Digest, Reader
 
-#: Where a checkpoint has the files of others that it builds on.
+#: A checkpoint has the files of earlier ones that it builds on in this directory.
 _FOLDER: Final = "base"
 
 
 def xor(target: Array, other: Array) -> None:
-    """``target ^= other``, with the GIL released."""
+    """Compute ``target ^= other`` in place, with the GIL released."""
     whole = target.nbytes // 8 * 8
     words = target[:whole].view(np.uint64)
     np.bitwise_xor(words, other[:whole].view(np.uint64), out=words)
@@ -27,7 +30,7 @@ def xor(target: Array, other: Array) -> None:
 
 
 class LayerReader:
-    """Reads and decodes single chunks, verified. Thread-safe: each thread has buffers of its own."""
+    """Reads, verifies and decodes single chunks of a delta chain. Thread-safe: each thread has buffers of its own."""
 
     def __init__(self, reader: Reader, codec: Codec, digest: Digest) -> None:
         self._reader = reader
@@ -36,7 +39,7 @@ class LayerReader:
         self._local = threading.local()
 
     def add(self, files: Sequence[FileRecord], number: int, out: Array) -> None:
-        """XOR chunk ``number`` of each file, decoded, into ``out``. Blocks. Raises ``CheckpointDamaged``."""
+        """Decode chunk ``number`` of each file and XOR it into ``out``. Blocks. Raises ``CheckpointDamaged``."""
         for record in files:
             extent = record.chunk(number)
             where = f"{self._reader.path}/{record.name} [{extent.offset}:{extent.offset + extent.nbytes}]"
@@ -59,18 +62,19 @@ class LayerReader:
         return kept
 
 
-def order_of(extents: Sequence[ExtentRecord], chunks: Sequence[ExtentRecord]) -> tuple[int, ...]:
-    """``FileRecord.order`` of a file with these extents and, in the layout's order, these chunks."""
+def order_of(extents: Sequence[ExtentRecord], chunks: Sequence[WrittenExtent]) -> tuple[int, ...]:
+    """Return ``FileRecord.order`` of a file that has these extents and, in the layout's order, these chunks."""
     at = {extent.offset: number for number, extent in enumerate(extents)}
     order = tuple(at[chunk.offset] for chunk in chunks)
     return () if order == tuple(range(1, len(order) + 1)) else order
 
 
 def layer_name(record: FileRecord, reader: Reader) -> str:
-    """What a file of an open checkpoint is called in the checkpoints that build on it; a layer keeps its name."""
+    """Return the name that a file of an open checkpoint has in the checkpoints that build on it. A file that is itself
+    one of an earlier checkpoint keeps its name."""
     return record.name if is_layer(record.name) else f"{_FOLDER}/{reader.name}/{record.name}"
 
 
 def is_layer(file: str) -> bool:
-    """Whether a checkpoint's file is one of an earlier checkpoint, there for others to build on."""
+    """Whether this file of a checkpoint comes from an earlier one, and is there because others build on it."""
     return file.startswith(f"{_FOLDER}/")

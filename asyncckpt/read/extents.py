@@ -1,6 +1,6 @@
-"""Verified reading: extents come off the disk, are checked against the manifest, and only then handed on.
+"""Reads extents, compares them with the manifest's digests, and only then hands them on.
 
-Several threads read ahead, each into an aligned buffer of its own; reading, hashing and copying release the GIL.
+Several threads read ahead, each into an aligned buffer of its own. Reading, hashing and copying release the GIL.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from asyncckpt.protocols import Digest, Reader
 from asyncckpt.read.damage import Damage
 from asyncckpt.types import ALIGNMENT_BYTES
 
-#: Enough to keep the device busy while others hash and copy. More than there are cores only costs buffers, which are
-#: fresh memory (docs/design/004-reading.md).
+#: These are enough to keep the device busy while others hash and copy. More threads than cores only cost buffers, which
+#: are fresh memory (docs/design/004-reading.md).
 READ_THREADS = min(8, max(2, os.cpu_count() or 2))
 #: Small extents that lie side by side are read together, up to this many bytes.
 _READ_BYTES = 8 << 20
-#: All readers' buffers together: with large extents, fewer threads read.
+#: All threads' buffers together take at most this many bytes: where extents are large, fewer threads read.
 _BUFFERS_BYTES = 1 << 30
 
 Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
 
 
 def read_small_file(reader: Reader, manifest: Manifest, name: str, limit_bytes: int) -> bytes:
-    """A listed small file's verified content. Raises ``CheckpointDamaged``."""
+    """Return the verified content of a small file that the manifest lists. Blocks. Raises ``CheckpointDamaged``."""
     record = next((record for record in manifest.files if record.name == name), None)
     if record is None:
         raise CheckpointDamaged(f"{reader.path}: the manifest does not list {name}")
@@ -39,7 +39,7 @@ def read_small_file(reader: Reader, manifest: Manifest, name: str, limit_bytes: 
 
 
 def read_record(reader: Reader, manifest: Manifest, record: FileRecord, limit_bytes: int) -> bytes:
-    """As ``read_small_file``, for a file whose record is at hand."""
+    """Return the verified content of the small file with this record. Blocks. Raises ``CheckpointDamaged``."""
     data = reader.read_small(record.name, limit_bytes)
     digest = digests.get(manifest.digest)
     if len(data) != record.nbytes or any(
@@ -58,21 +58,22 @@ def read_extents(
     threads: int = READ_THREADS,
     stop_at_damage: bool = True,
 ) -> list[Damage]:
-    """Read and verify extents, handing each good one to ``consume(file, extent, view)`` on a reader thread.
+    """Read and verify extents, and call ``consume(file, extent, view)`` with each good one on a reader thread. Return
+    the damage.
 
-    Bytes are handed on from the very buffer that was verified. Blocks until done. With ``stop_at_damage`` the first
-    damage ends the reading; otherwise all damage is collected. What ``consume`` raises is raised here, and
-    ``MemoryError`` where there is none for the buffers (1 GiB in all, or the largest extent): the checkpoint may be
-    fine.
+    Bytes are handed on from the very buffer that was verified. Blocks until all is done. With ``stop_at_damage`` the
+    first damage ends the reading; otherwise all damage is collected. Raises what ``consume`` raises, and
+    ``MemoryError`` where there is no memory for the buffers (1 GiB in all, or the largest extent): the checkpoint may
+    be fine.
     """
-    jobs = deque(_together(wanted))
-    if not jobs:
+    reads = deque(_merged(wanted))
+    if not reads:
         return []
-    largest = max(1, *(job.end - job.begin for job in jobs))
-    run = _Run(reader, digests.get(algorithm), jobs, consume, stop_at_damage)
+    largest = max(1, *(read.end - read.begin for read in reads))
+    run = _ParallelRead(reader, digests.get(algorithm), reads, consume, stop_at_damage)
     workers = [
         threading.Thread(target=run.work, args=(largest,), name=f"asyncckpt-reader-{number}", daemon=True)
-        for number in range(max(1, min(threads, len(jobs), _BUFFERS_BYTES // largest)))
+        for number in range(max(1, min(threads, len(reads), _BUFFERS_BYTES // largest)))
     ]
     for worker in workers:
         worker.start()
@@ -84,8 +85,8 @@ def read_extents(
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """Extents of a file that lie side by side: one read. ``begin`` is aligned."""
+class _Read:
+    """One read takes extents of a file that lie side by side. ``begin`` is aligned."""
 
     file: FileRecord
     begin: int
@@ -93,8 +94,8 @@ class _Job:
     extents: list[ExtentRecord]
 
 
-def _together(wanted: Iterable[tuple[FileRecord, ExtentRecord]]) -> Iterator[_Job]:
-    """Neighbours that were asked for one after the other, as long as they make no read larger than a usual one."""
+def _merged(wanted: Iterable[tuple[FileRecord, ExtentRecord]]) -> Iterator[_Read]:
+    """Merge neighbours that were asked for one after the other, as long as that makes no read too large."""
     group: list[ExtentRecord] = []
     file: FileRecord | None = None
     for record, extent in wanted:
@@ -103,25 +104,27 @@ def _together(wanted: Iterable[tuple[FileRecord, ExtentRecord]]) -> Iterator[_Jo
             or extent.offset != group[-1].offset + group[-1].nbytes
             or extent.offset + extent.nbytes - group[0].offset > _READ_BYTES
         ):
-            yield _job(file or record, group)
+            yield _read_of(file or record, group)
             group = []
         file = record
         group.append(extent)
     if group and file is not None:
-        yield _job(file, group)
+        yield _read_of(file, group)
 
 
-def _job(file: FileRecord, extents: list[ExtentRecord]) -> _Job:
+def _read_of(file: FileRecord, extents: list[ExtentRecord]) -> _Read:
     begin = extents[0].offset // ALIGNMENT_BYTES * ALIGNMENT_BYTES
-    return _Job(file, begin, extents[-1].offset + extents[-1].nbytes, extents)
+    return _Read(file, begin, extents[-1].offset + extents[-1].nbytes, extents)
 
 
-class _Run:
+class _ParallelRead:
+    """Holds what the reader threads share: the reads that are left, the damage found, and the first error."""
+
     def __init__(
         self,
         reader: Reader,
         digest: Digest,
-        jobs: deque[_Job],
+        reads: deque[_Read],
         consume: Consume,
         stop_at_damage: bool,
     ) -> None:
@@ -129,11 +132,12 @@ class _Run:
         self.error: BaseException | None = None
         self._reader = reader
         self._digest = digest
-        self._jobs = jobs
+        self._reads = reads
         self._consume = consume
         self._stop_at_damage = stop_at_damage
 
     def work(self, largest: int) -> None:
+        """Take one read after the other until none is left; ``largest`` is the longest of them in bytes."""
         try:
             buffer = memoryview(aligned_buffer(largest))
         except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
@@ -141,47 +145,50 @@ class _Run:
             return
         while self.error is None and not (self.damage and self._stop_at_damage):
             try:
-                job = self._jobs.popleft()
+                read = self._reads.popleft()
             except IndexError:
                 return
             try:
-                got: int | OSError = self._reader.read_into(job.file.name, buffer, job.end - job.begin, job.begin)
+                got: int | OSError = self._reader.read_into(read.file.name, buffer, read.end - read.begin, read.begin)
             except OSError as error:
                 got = error
-                if len(job.extents) > 1:  # it may be only one of them that cannot be read
-                    self._jobs.extendleft(_job(job.file, [extent]) for extent in reversed(job.extents))
+                if len(read.extents) > 1:  # it may be only one of them that cannot be read
+                    self._reads.extendleft(_read_of(read.file, [extent]) for extent in reversed(read.extents))
                     continue
             except CheckpointDamaged as error:
-                self.damage += [Damage(job.file.name, e.offset, e.nbytes, str(error)) for e in job.extents]
+                self.damage += [Damage(read.file.name, e.offset, e.nbytes, str(error)) for e in read.extents]
                 continue
-            for extent in job.extents:
+            for extent in read.extents:
                 try:
-                    problem = self._one(job, extent, buffer, got)
+                    problem = self._hand_on(read, extent, buffer, got)
                 except CheckpointDamaged as error:
                     problem = str(error)
                 except BaseException as error:
                     self.error = error
                     return
                 if problem:
-                    self.damage.append(Damage(job.file.name, extent.offset, extent.nbytes, problem))
+                    self.damage.append(Damage(read.file.name, extent.offset, extent.nbytes, problem))
 
-    def _one(self, job: _Job, extent: ExtentRecord, buffer: memoryview, got: int | OSError) -> str | None:
+    def _hand_on(self, read: _Read, extent: ExtentRecord, buffer: memoryview, got: int | OSError) -> str | None:
+        """Verify one extent of a read that gave ``got`` bytes, and hand it on. Return what is wrong with it, if
+        anything."""
         if isinstance(got, OSError):
             return f"reading failed: {got.strerror or got}"
-        place = extent.offset - job.begin
+        place = extent.offset - read.begin
         if place + extent.nbytes > got:
-            return f"the file ends after {job.begin + got} bytes"
+            return f"the file ends after {read.begin + got} bytes"
         data = buffer[place : place + extent.nbytes]
         if self._digest(data) != extent.digest:
             return "the bytes do not match their digest"
-        self._consume(job.file, extent, data)
+        self._consume(read.file, extent, data)
         return None
 
 
 def extents_of(
     manifest: Manifest, ranges: Mapping[str, list[tuple[int, int]]]
 ) -> list[tuple[FileRecord, ExtentRecord]]:
-    """The extents that cover the given byte ranges of files, each once, in file order."""
+    """Return the extents that cover byte ranges of files, each once, in file order. ``ranges``: ``(begin, end)`` by
+    file name."""
     chosen: list[tuple[FileRecord, ExtentRecord]] = []
     for record in manifest.files:
         spans = sorted(span for span in ranges.get(record.name, ()) if span[0] < span[1])

@@ -1,4 +1,8 @@
-"""Stored bytes → tensors: which extents are needed, and what each verified one gives to which targets."""
+"""Fills live tensors with stored bytes: it finds the extents that are needed, and who takes bytes from each of them.
+
+A tensor that lies whole in a file, or in boxes, is copied from the extents that cover it. A tensor that is cut into
+chunks is decoded chunk by chunk. Only verified bytes are copied.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from asyncckpt.codecs import blosc as frames
-from asyncckpt.codecs import codecs, digests
+from asyncckpt.codecs import blosc, codecs, digests
 from asyncckpt.codecs.dtypes import ITEM_BYTES, NAMES, PLANE_BYTES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import zarr
@@ -29,25 +32,28 @@ from asyncckpt.manifest.records import (
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
-from asyncckpt.read.boxes import Region, Target, regions, scatter_box, span
+from asyncckpt.read.boxes import Target, TargetBox, overlap_range, scatter_box, target_boxes
 from asyncckpt.read.damage import raise_damage
 from asyncckpt.read.delta import LayerReader
 from asyncckpt.read.extents import extents_of, read_extents
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window, scatter
-from asyncckpt.types import Buffer
+from asyncckpt.types import Buffer, ContentDigest
 
 if TYPE_CHECKING:
     import torch
 
-Fill = Sequence[tuple[StoredTensor, Sequence[Target]]]
-#: Takes an extent's verified bytes.
-Use = Callable[[memoryview], None]
-_Plain = list["_Wanted | _WantedOfBox"]
+#: Stored tensors, each with the targets that take its values.
+Wanted = Sequence[tuple[StoredTensor, Sequence[Target]]]
+#: A consumer is called with an extent's verified bytes.
+Consumer = Callable[[memoryview], None]
+_ReadRequests = list["_ReadRequest | _BoxReadRequest"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Bytes ``[begin, end)`` of a file that one live tensor takes; ``origin`` is where that tensor would begin."""
+class _ReadRequest:
+    """A live tensor wants the bytes ``[begin, end)`` of a file. ``origin``: the file offset at which the tensor's own
+    first byte would lie."""
 
     begin: int
     end: int
@@ -55,70 +61,76 @@ class _Wanted:
     dtype: torch.dtype
     target: torch.Tensor
 
-    def give(self, begin: int, data: torch.Tensor) -> None:
+    def copy_in(self, begin: int, data: torch.Tensor) -> None:
+        """Copy bytes that begin at file offset ``begin`` into the target."""
         scatter(self.target, begin - self.origin, data, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
-class _WantedOfBox:
-    """Bytes ``[begin, end)`` of a file some of which a live region takes; ``box`` is what lies there, from ``origin``
-    on."""
+class _BoxReadRequest:
+    """A box of live memory wants some of the bytes ``[begin, end)`` of a file, in which a stored box of these
+    ``offsets`` and this ``shape`` begins at ``origin``."""
 
     begin: int
     end: int
     origin: int
     dtype: torch.dtype
-    target: Region
+    target: TargetBox
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
-    def give(self, begin: int, data: torch.Tensor) -> None:
+    def copy_in(self, begin: int, data: torch.Tensor) -> None:
+        """Copy those of the bytes into the target that it shares with the box. Raises ``CheckpointDamaged``."""
         first, within = divmod(begin - self.origin, self.dtype.itemsize)
         if within:
             raise CheckpointDamaged("an extent begins in the middle of an element")
         scatter_box(self.target, self.offsets, self.shape, first, data, self.dtype)
 
 
-def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
-    """Read what ``wanted`` needs, verify it, and put it into the targets; bytes read.
+def fill(checkpoint: OpenCheckpoint, wanted: Wanted) -> int:
+    """Read what ``wanted`` needs, verify it, and put it into the targets. Return how many bytes were read.
 
-    Raises ``CheckpointDamaged``; targets may then hold a mix of old and new values, which the message says.
+    Blocks. Raises ``CheckpointDamaged``; targets may then hold a mix of old and new values, which the message says.
     """
+    reader, manifest = checkpoint.reader, checkpoint.manifest
     files = {record.name: record for record in manifest.files}
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    plain: dict[str, _Plain] = defaultdict(list)
-    uses: dict[tuple[str, int], list[Use]] = defaultdict(list)
+    requests: dict[str, _ReadRequests] = defaultdict(list)
+    consumers: dict[tuple[str, int], list[Consumer]] = defaultdict(list)
     decoder = _Decoder(reader, manifest)
-    layers = functools.cache(lambda file: [files[base] for base in files[file].bases])
-    numbers = functools.cache(lambda file: files[file].chunk_numbers())
-    for tensor, windows in wanted:
-        spans = [_span(tensor, window) for window in windows]
+    base_files = functools.cache(lambda file: [files[base] for base in files[file].bases])
+    chunk_numbers = functools.cache(lambda file: files[file].chunk_numbers())
+    for tensor, targets in wanted:
         if isinstance(tensor, ChunkedRecord):
+            spans = [_byte_range(tensor, target) for target in targets]
             for file, number, chunk in _chunks(tensor):
                 first, nbytes = tensor.span(chunk)
-                targets = [
-                    window
-                    for window, (begin, end) in zip(windows, spans, strict=True)
+                taking = [
+                    target
+                    for target, (begin, end) in zip(targets, spans, strict=True)
                     if begin < first + nbytes and first < end
                 ]
-                if not targets:
+                if not taking:
                     continue
                 extent = files[file].extents[number]
                 ranges[file].append((extent.offset, extent.offset + extent.nbytes))
-                below = layers(file), numbers(file)[number] if files[file].bases else 0
-                uses[file, extent.offset].append(functools.partial(decoder.give, tensor, chunk, extent, below, targets))
+                base_chunks = base_files(file), chunk_numbers(file)[number] if files[file].bases else 0
+                consumers[file, extent.offset].append(
+                    functools.partial(decoder.decode_into, tensor, chunk, extent, base_chunks, taking)
+                )
             continue
-        for file, entry in _whole(tensor, windows) if isinstance(tensor, TensorRecord) else _boxed(tensor, windows):
-            ranges[file].append((entry.begin, entry.end))
-            plain[file].append(entry)
-    _want_whole_files(manifest, wanted, ranges)
+        found = _requests_of_whole(tensor, targets) if isinstance(tensor, TensorRecord) else _boxed(tensor, targets)
+        for file, request in found:
+            ranges[file].append((request.begin, request.end))
+            requests[file].append(request)
+    _add_whole_files(manifest, wanted, ranges)
     chosen = extents_of(manifest, ranges)
-    for place, entries in _parts(chosen, plain).items():
-        uses[place].append(functools.partial(_give_plain, entries, place[1]))
+    for extent_key, entries in _requests_by_extent(chosen, requests).items():
+        consumers[extent_key].append(functools.partial(_copy_in, entries, extent_key[1]))
 
     def consume(file: FileRecord, extent: ExtentRecord, view: memoryview) -> None:
-        for use in uses.get((file.name, extent.offset), ()):
-            use(view)
+        for consumer in consumers.get((file.name, extent.offset), ()):
+            consumer(view)
 
     damage = read_extents(reader, manifest.digest, chosen, consume)
     if manifest.shard_format == "zarr":
@@ -127,46 +139,55 @@ def fill(reader: Reader, manifest: Manifest, wanted: Fill) -> int:
     return sum(extent.nbytes for _, extent in chosen)
 
 
-def _whole(tensor: TensorRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _Wanted | _WantedOfBox]]:
+def _requests_of_whole(
+    tensor: TensorRecord, targets: Sequence[Target]
+) -> Iterable[tuple[str, _ReadRequest | _BoxReadRequest]]:
+    """Yield what each target wants of a tensor that lies in one piece, with the file's name."""
     dtype = _dtype(tensor)
     for target in targets:
-        begin, end = _span(tensor, target)
+        begin, end = _byte_range(tensor, target)
         low, high = tensor.begin + begin, tensor.begin + end
         if begin >= end:
             continue
-        if isinstance(target, Region):
+        if isinstance(target, TargetBox):
             offsets = tuple(0 for _ in tensor.shape)
-            yield tensor.file, _WantedOfBox(low, high, tensor.begin, dtype, target, offsets, tensor.shape)
+            yield tensor.file, _BoxReadRequest(low, high, tensor.begin, dtype, target, offsets, tensor.shape)
         else:
-            yield tensor.file, _Wanted(low, high, low, dtype, target.tensor)
+            yield tensor.file, _ReadRequest(low, high, low, dtype, target.tensor)
 
 
-def _boxed(tensor: BoxedRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _WantedOfBox]]:
+def _boxed(tensor: BoxedRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _BoxReadRequest]]:
+    """Yield what each target wants of a tensor that lies in boxes, with the file's name."""
     dtype = _dtype(tensor)
-    live = [region for target in targets for region in regions(target, tensor.shape)]
+    live = [box for target in targets for box in target_boxes(target, tensor.shape)]
     for box in tensor.boxes:
-        for region in live:
-            first, last = span(box.offsets, box.shape, region)
+        for target in live:
+            first, last = overlap_range(box.offsets, box.shape, target)
             if first < last:
                 low, high = box.begin + first * dtype.itemsize, box.begin + last * dtype.itemsize
-                yield box.file, _WantedOfBox(low, high, box.begin, dtype, region, box.offsets, box.shape)
+                yield box.file, _BoxReadRequest(low, high, box.begin, dtype, target, box.offsets, box.shape)
 
 
-def _span(tensor: StoredTensor, window: Target) -> tuple[int, int]:
-    """The bytes of a stored tensor from the first to the last that a target takes."""
+def _byte_range(tensor: StoredTensor, target: Target) -> tuple[int, int]:
+    """Return the range of a stored tensor's bytes from the first to the last that a target takes."""
     item = ITEM_BYTES[tensor.dtype]
-    if isinstance(window, Region):
-        first, last = span([0] * len(tensor.shape), tensor.shape, window)
+    if isinstance(target, TargetBox):
+        first, last = overlap_range([0] * len(tensor.shape), tensor.shape, target)
         return first * item, last * item
-    return window.first * item, (window.first + window.tensor.numel()) * item
+    return target.first * item, (target.first + target.tensor.numel()) * item
 
 
-def _want_whole_files(manifest: Manifest, wanted: Fill, ranges: dict[str, list[tuple[int, int]]]) -> None:
-    """Where every tensor of a shard is wanted, what is in it beside them (its header) is checked along with them."""
+def _add_whole_files(manifest: Manifest, wanted: Wanted, ranges: dict[str, list[tuple[int, int]]]) -> None:
+    """Where every tensor of a shard is wanted, want the whole shard: what else is in it, its header, is then verified
+    along with the tensors."""
     all_tensors = (tensor for component in manifest.components.values() for tensor in component.tensors.values())
     there = Counter(file for tensor in all_tensors if tensor.nbytes for file in tensor.files)
     # by identity: hashing a record walks over all of its chunks
-    whole = {id(tensor): tensor for tensor, ws in wanted if any(_span(tensor, w) == (0, tensor.nbytes) for w in ws)}
+    whole = {
+        id(tensor): tensor
+        for tensor, targets in wanted
+        if any(_byte_range(tensor, target) == (0, tensor.nbytes) for target in targets)
+    }
     mine = Counter(file for tensor in whole.values() if tensor.nbytes for file in tensor.files)
     for file, count in mine.items():
         if count == there[file]:
@@ -174,7 +195,7 @@ def _want_whole_files(manifest: Manifest, wanted: Fill, ranges: dict[str, list[t
 
 
 def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
-    """``(file, number of the extent, number of the chunk)`` of every chunk."""
+    """Yield ``(file, number of the extent, number of the chunk)`` of every chunk."""
     chunk = 0
     for part in tensor.parts:
         for number in part.extents:
@@ -182,78 +203,83 @@ def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
             chunk += 1
 
 
-def _give_plain(entries: _Plain, offset: int, view: memoryview) -> None:
+def _copy_in(requests: _ReadRequests, offset: int, view: memoryview) -> None:
+    """Copy to each request what it wants of an extent that lies at ``offset``."""
     data = _as_tensor(view)
-    for entry in entries:
-        begin, end = max(entry.begin, offset), min(entry.end, offset + len(view))
-        entry.give(begin, data[begin - offset : end - offset])
+    for request in requests:
+        begin, end = max(request.begin, offset), min(request.end, offset + len(view))
+        request.copy_in(begin, data[begin - offset : end - offset])
 
 
 class _Decoder:
-    """Chunks → targets. Thread-safe: each reader thread has a buffer of its own."""
+    """Decodes chunks into targets. Thread-safe: each reader thread has a buffer of its own."""
 
     def __init__(self, reader: Reader, manifest: Manifest) -> None:
         self._codec: Codec = codecs.get(manifest.codec, manifest.codec_options)
         self._digest: Digest = digests.get(manifest.digest)
-        self._layers = LayerReader(reader, self._codec, self._digest)
+        self._bases = LayerReader(reader, self._codec, self._digest)
         self._local = threading.local()
 
-    def give(
+    def decode_into(
         self,
         tensor: ChunkedRecord,
         chunk: int,
         extent: ExtentRecord,
-        below: tuple[Sequence[FileRecord], int],
-        windows: Sequence[Target],
+        base_chunks: tuple[Sequence[FileRecord], int],
+        targets: Sequence[Target],
         view: memoryview,
     ) -> None:
-        """Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
+        """Decode a tensor's chunk number ``chunk``, whose extent's bytes are in ``view``, and copy it into the targets.
+        ``base_chunks``: the files that the chunk is a difference to, and the chunk's number in them. Raises
+        ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
         begin, nbytes = tensor.span(chunk)
         decoded = tensor.chunk_bytes if tensor.padded else nbytes
         dtype = _dtype(tensor)
-        if not extent.content:
+        if extent.content is None:
             data = _as_tensor(view)[:nbytes]
         else:
-            low, high = _span(tensor, windows[0])
-            whole = len(windows) == 1 and decoded == nbytes and low <= begin and begin + nbytes <= high
-            direct = whole and isinstance(windows[0], Window) and _takes_bytes(windows[0].tensor, dtype)
+            low, high = _byte_range(tensor, targets[0])
+            whole = len(targets) == 1 and decoded == nbytes and low <= begin and begin + nbytes <= high
+            direct = whole and isinstance(targets[0], Window) and _takes_bytes(targets[0].tensor, dtype)
             if direct:
-                flat = windows[0].tensor.detach().reshape(-1).view(loaded_torch().uint8)
+                flat = targets[0].tensor.detach().reshape(-1).view(loaded_torch().uint8)
                 out = flat[begin - low : begin - low + nbytes]
             else:
                 out = self._buffer(decoded)
             self._codec.decode(np.frombuffer(view, np.uint8)[: extent.stored], out.numpy())
-            self._layers.add(*below, out.numpy())
+            self._bases.add(*base_chunks, out.numpy())
             if not self._is_what_was_saved(out.numpy(), PLANE_BYTES[tensor.dtype], extent.content):
                 raise CheckpointDamaged("the chunk decodes to other bytes than were saved")
             if direct:
                 return
             data = out[:nbytes]
-        for window in windows:
-            if isinstance(window, Region):
+        for target in targets:
+            if isinstance(target, TargetBox):
                 offsets = [0] * len(tensor.shape)
-                scatter_box(window, offsets, tensor.shape, begin // dtype.itemsize, data, dtype)
+                scatter_box(target, offsets, tensor.shape, begin // dtype.itemsize, data, dtype)
                 continue
-            low, high = _span(tensor, window)
+            low, high = _byte_range(tensor, target)
             first, last = max(begin, low), min(begin + nbytes, high)
-            scatter(window.tensor, first - low, data[first - begin : last - begin], dtype)
+            scatter(target.tensor, first - low, data[first - begin : last - begin], dtype)
 
-    def _is_what_was_saved(self, data: frames.Array, item_bytes: int, expected: str) -> bool:
-        """Whether decoded data has this content digest. The first code with codecs took the digest of the data itself
-        instead; its checkpoints stay readable."""
-        return self._content(data, item_bytes, expected) == expected or self._digest(data.data) == expected
+    def _is_what_was_saved(self, data: blosc.Array, item_bytes: int, expected: ContentDigest) -> bool:
+        """Whether decoded data has this content digest. The first code with codecs recorded the digest of the data
+        itself instead; its checkpoints stay readable."""
+        if self._content(data, item_bytes, expected.split) == expected.hex:
+            return True
+        return not expected.split and self._digest(data.data) == expected.hex
 
-    def _content(self, data: frames.Array, item_bytes: int, expected: str) -> str:
-        """The content digest of decoded data: that of the image it was staged as (docs/format.md)."""
-        if expected.startswith(frames.SPLIT_MARK):
-            places = frames.split_places(data.nbytes, item_bytes)
+    def _content(self, data: blosc.Array, item_bytes: int, split: bool) -> str:
+        """Digest the image that the decoded data was staged as (docs/format.md). ``split``: as planes."""
+        if split:
+            places = blosc.split_places(data.nbytes, item_bytes)
             image = np.zeros(padded(places[-1] + data.nbytes // item_bytes), np.uint8)
             for plane, place in enumerate(places):
                 np.copyto(image[place : place + data.nbytes // item_bytes], data.reshape(-1, item_bytes)[:, plane])
-            frames.split_frame(image, data.nbytes, item_bytes)
-            return f"{frames.SPLIT_MARK}{self._digest(image.data)}"
-        header = np.empty(frames.BLOSC_HEADER_BYTES, np.uint8)
-        frames.stored_frame(header, data.nbytes, item_bytes)
+            blosc.split_frame(image, data.nbytes, item_bytes)
+            return self._digest(image.data)
+        header = np.empty(blosc.BLOSC_HEADER_BYTES, np.uint8)
+        blosc.stored_frame(header, data.nbytes, item_bytes)
         return self._digest(
             header.data, data.data, bytes(padded(len(header) + data.nbytes) - len(header) - data.nbytes)
         )
@@ -280,25 +306,26 @@ def _takes_bytes(target: torch.Tensor, dtype: torch.dtype) -> bool:
     return target.dtype == dtype and target.device.type == "cpu" and is_plain(target)
 
 
-def _parts(
-    chosen: Sequence[tuple[FileRecord, ExtentRecord]], by_file: Mapping[str, _Plain]
-) -> dict[tuple[str, int], _Plain]:
-    """Which targets take bytes from which extent; one sweep over both in file order."""
+def _requests_by_extent(
+    chosen: Sequence[tuple[FileRecord, ExtentRecord]], by_file: Mapping[str, _ReadRequests]
+) -> dict[tuple[str, int], _ReadRequests]:
+    """Find the requests that want bytes of each extent, in one sweep over both in file order. The keys are the extents'
+    file names and offsets."""
     extents: dict[str, list[ExtentRecord]] = defaultdict(list)
     for file, extent in chosen:
         extents[file.name].append(extent)
-    parts: dict[tuple[str, int], _Plain] = {}
-    for name, entries in by_file.items():
-        entries = sorted(entries, key=lambda entry: entry.begin)
+    found: dict[tuple[str, int], _ReadRequests] = {}
+    for name, requests in by_file.items():
+        requests = sorted(requests, key=lambda request: request.begin)
         first = 0
         for extent in extents[name]:
-            while first < len(entries) and entries[first].end <= extent.offset:
+            while first < len(requests) and requests[first].end <= extent.offset:
                 first += 1
             at = first
-            mine: _Plain = []
-            while at < len(entries) and entries[at].begin < extent.offset + extent.nbytes:
-                if entries[at].end > extent.offset:
-                    mine.append(entries[at])
+            mine: _ReadRequests = []
+            while at < len(requests) and requests[at].begin < extent.offset + extent.nbytes:
+                if requests[at].end > extent.offset:
+                    mine.append(requests[at])
                 at += 1
-            parts[name, extent.offset] = mine
-    return parts
+            found[name, extent.offset] = mine
+    return found

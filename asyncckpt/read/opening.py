@@ -1,6 +1,10 @@
-"""Opening a checkpoint to use it: its manifest and its plain values, verified."""
+"""A checkpoint is opened, parsed and checked once, then handed on to whoever reads from it."""
 
 from __future__ import annotations
+
+import functools
+from types import TracebackType
+from typing import Self
 
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged
@@ -14,23 +18,84 @@ from asyncckpt.read.extents import read_record, read_small_file
 from asyncckpt.types import JsonValue
 
 
-def open_manifest(reader: Reader, expect_digest: str | None = None) -> Manifest:
-    """The checkpoint's manifest, its files present and of the right size, the small ones (those without tensors)
-    verified. Raises ``CheckpointDamaged``."""
-    manifest = manifests.load(reader, expect_digest)
-    raise_damage(reader.path, check_files(reader, manifest))
-    shards = {f for component in manifest.components.values() for t in component.tensors.values() for f in t.files}
-    for record in manifest.files:
-        if record.name not in shards:
-            read_record(reader, manifest, record, MAX_STATE_BYTES)
-    return manifest
+class OpenCheckpoint:
+    """A checkpoint whose manifest has been parsed, and whose files have the names and sizes that it lists.
+
+    Whoever finds a checkpoint makes one of these, and everything on the way back takes it. Nothing is opened, parsed or
+    checked a second time, so nothing can change in between. Retention spares the checkpoint until ``close``.
+    ``reader`` is thread-safe; the rest is for one thread.
+    """
+
+    def __init__(self, reader: Reader, manifest: Manifest) -> None:
+        self.reader = reader
+        self.manifest = manifest
+        self._small_files_are_checked = False
+        self._state: bytes | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the directory's name."""
+        return self.reader.name
+
+    @property
+    def path(self) -> str:
+        """Return the directory's path, which messages begin with."""
+        return self.reader.path
+
+    def require_digest(self, expect_digest: str | None) -> None:
+        """Refuse a manifest that is not the one expected. Raises ``DigestMismatch``, and ``InvalidOption`` for what is
+        no SHA-256."""
+        manifests.check_digest(self.manifest, expect_digest, self.path)
+
+    def check_small_files(self) -> None:
+        """Verify the files that hold no tensors; the second call does nothing. Blocks. Raises ``CheckpointDamaged``."""
+        if self._small_files_are_checked:
+            return
+        components = self.manifest.components.values()
+        shards = {file for component in components for tensor in component.tensors.values() for file in tensor.files}
+        for record in self.manifest.files:
+            if record.name not in shards:
+                data = read_record(self.reader, self.manifest, record, MAX_STATE_BYTES)
+                if record.name == STATE_FILE:
+                    self._state = data
+        self._small_files_are_checked = True
+
+    @functools.cached_property
+    def trees(self) -> dict[str, JsonValue]:
+        """Return the plain values of every component. Blocks the first time, when they are verified and parsed. Raises
+        ``CheckpointDamaged``."""
+        self.check_small_files()
+        data, self._state = self._state, None
+        if data is None:
+            data = read_small_file(self.reader, self.manifest, STATE_FILE, MAX_STATE_BYTES)
+        trees = jsontree.loads(data, f"{self.path}/{STATE_FILE}")
+        if not isinstance(trees, dict):
+            raise CheckpointDamaged(f"{self.path}/{STATE_FILE} is no JSON object")
+        return trees
+
+    def close(self) -> None:
+        """Let retention have the checkpoint again. Idempotent."""
+        self.reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
 
-def read_trees(reader: Reader, manifest: Manifest) -> dict[str, JsonValue]:
-    """The plain values of every component, verified."""
-    trees = jsontree.loads(
-        read_small_file(reader, manifest, STATE_FILE, MAX_STATE_BYTES), f"{reader.path}/{STATE_FILE}"
-    )
-    if not isinstance(trees, dict):
-        raise CheckpointDamaged(f"{reader.path}/{STATE_FILE} is no JSON object")
-    return trees
+def open_checkpoint(reader: Reader, expect_digest: str | None = None) -> OpenCheckpoint:
+    """Parse the manifest of what ``reader`` has open, and compare the names and sizes of its files with it.
+
+    Blocks. Raises ``CheckpointDamaged``, ``VersionUnsupported`` and, before anything in another manifest is looked at,
+    ``DigestMismatch``; it closes the reader then.
+    """
+    try:
+        manifest = manifests.load(reader, expect_digest)
+        raise_damage(reader.path, check_files(reader, manifest))
+    except BaseException:
+        reader.close()
+        raise
+    return OpenCheckpoint(reader, manifest)

@@ -1,4 +1,4 @@
-"""Stored bytes into live tensors: the only code that touches tensor memory on the way back."""
+"""Copies stored bytes into live tensors: no other code touches tensor memory on the way back."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A live tensor that takes a part of a stored one: its elements from ``first`` on, in row-major order."""
+    """A live tensor takes a part of a stored one: its elements from ``first`` on, in row-major order."""
 
     tensor: torch.Tensor
     first: int = 0
 
 
 def scatter(target: torch.Tensor, first_byte: int, data: torch.Tensor, dtype: torch.dtype) -> None:
-    """The way back: put bytes (``data``, uint8 on the CPU) that begin ``first_byte`` bytes into the stored tensor into
-    ``target``, converting from ``dtype`` and moving to its device. Blocks; releases the GIL; threads may work on
-    different ranges of one target."""
+    """Copy bytes of a stored tensor into ``target``, converted from ``dtype`` and moved to its device.
+
+    ``data`` (uint8, on the CPU) begins ``first_byte`` bytes after the byte that the target's first element has. Blocks,
+    with the GIL released. Threads may work on different ranges of one target."""
     target = target.detach()
     if target.dtype == dtype and target.device.type == "cpu" and is_plain(target):
         _libc.memcpy(target.data_ptr() + first_byte, data.data_ptr(), data.numel())

@@ -1,4 +1,4 @@
-"""Is this checkpoint good? Every byte of every file against the manifest; a list of damage, empty when good."""
+"""Verifies a checkpoint: every byte of every file is compared with the manifest's digests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]
 
 
 def verify(reader: Reader, *, progress: Progress | None = None, expect_digest: str | None = None) -> list[Damage]:
-    """Read every byte past the page cache and check it; empty means good.
+    """Read every byte past the page cache, check it, and return the damage: an empty list means that all is good.
 
     ``progress(done_bytes, total_bytes)`` is called from reader threads. Safe on a hostile directory: nothing is
     executed, links are not followed, and memory stays within 1 GiB and what the manifest's text takes. A manifest that

@@ -1,1 +1,1 @@
-"""Restoring: a checkpoint → live objects, in place."""
+"""Restoring: live objects get the values of a checkpoint, in place."""

@@ -1,6 +1,6 @@
-"""Where stored tensors go in the live state: one adapter a kind of component, the counterpart of ``snapshot.py``.
+"""Adapters say where stored tensors go in the live state: one for each kind of component that ``state`` captures.
 
-An adapter first says what would go where (``Plan``), touching nothing; bytes are then read into the targets, and
+An adapter first makes a plan and touches nothing. Bytes are then read into the plan's targets, and the plan's
 ``finish`` hands over what is not filled in place.
 """
 
@@ -17,7 +17,17 @@ from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord
 from asyncckpt.read.scatter import Window
-from asyncckpt.restore.plan import Options, Plan, Stored, decode, lookup, mismatch, new_tensor, new_tensors, on_host
+from asyncckpt.restore.plan import (
+    Options,
+    RestorePlan,
+    StoredTensors,
+    decode,
+    find_tensor,
+    mismatch,
+    new_tensor,
+    new_tensors,
+    on_host,
+)
 from asyncckpt.state.capture import kind_of
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, job_size, like
 from asyncckpt.state.dtypes import DTYPES
@@ -28,18 +38,24 @@ from asyncckpt.types import JsonValue
 
 
 def plan_component(
-    name: str, state: Mapping[str, Any], record: ComponentRecord | None, stored: Stored, tree: JsonValue, opts: Options
-) -> Plan:
-    """The plan for one live component. ``record`` is the checkpoint's component of that name, if there is one."""
+    name: str,
+    state: Mapping[str, Any],
+    record: ComponentRecord | None,
+    stored: StoredTensors,
+    tree: JsonValue,
+    opts: Options,
+) -> RestorePlan:
+    """Plan the restore of one live component. ``record`` and ``tree``: the checkpoint's component of that name, and its
+    plain values, if there are any."""
     value = state[name]
     kind = kind_of(value)
     if kind == "module":
         extras = tree if record is not None and record.kind == "module" else {}
         return _module(name, value, stored, extras, opts)
     if record is None:
-        return Plan(missing=[name])
+        return RestorePlan(missing=[name])
     if record.kind != kind:
-        return Plan(mismatched=[f"{name}: saved as {record.kind}, live as {kind}"])
+        return RestorePlan(mismatched=[f"{name}: saved as {record.kind}, live as {kind}"])
     if kind == "optimizer":
         return _optimizer(name, value, state, stored, tree, opts)
     if kind == "tensor":
@@ -47,8 +63,8 @@ def plan_component(
     return _tree(name, value, state, stored, tree, opts)
 
 
-def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opts: Options) -> Plan:
-    plan = Plan()
+def _module(name: str, module: nn.Module, stored: StoredTensors, extras: JsonValue, opts: Options) -> RestorePlan:
+    plan = RestorePlan()
     live = module.state_dict()
     fqns = canonical_names(module, live)
     own = {
@@ -56,7 +72,7 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
         for t in (*module.parameters(), *module.buffers())
         if not t.is_meta and not is_distributed(t)
     }
-    extra_fill = Plan()
+    extra_fill = RestorePlan()
     extra_values = decode(name, extras, stored, extra_fill, opts) if extras else {}
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
@@ -80,7 +96,7 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
             continue
         record = stored.get(qualified)
         if record is None:
-            # a tied tensor is there under its twin's name
+            # a tied tensor is stored under the name of the one it is tied to
             if not any(f"{name}.{twin}" in stored for twin in by_memory.get(raw, ())):
                 plan.missing.append(qualified)
             continue
@@ -92,8 +108,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
             if value.device.type == "meta":
                 plan.mismatched.append(f"{qualified}: on the meta device; call to_empty(device=...) on the model first")
             else:
-                plan.take(record, value, qualified)
-                if not is_distributed(parameters.get(raw)):  # FSDP's first version gives copies, and takes them back
+                plan.add(record, value, qualified)
+                if not is_distributed(parameters.get(raw)):  # FSDP1's state_dict gives copies: it must take them back
                     later[raw] = value
             continue
         target = value
@@ -114,7 +130,8 @@ def _module(name: str, module: nn.Module, stored: Stored, extras: JsonValue, opt
 
 
 def _load(name: str, load: Callable[[], object]) -> None:
-    """Hand over what is not filled in place to torch. What a forger wrote may fit the names and be nonsense."""
+    """Hand over to torch what is not filled in place. A forged checkpoint may have all the right names, and hold
+    nonsense that makes torch raise anything."""
     try:
         load()
     except Exception as error:
@@ -127,13 +144,13 @@ def _load(name: str, load: Callable[[], object]) -> None:
 def _aliases(
     live: Mapping[str, Any], fqns: Mapping[str, str], parameters: Mapping[str, torch.Tensor]
 ) -> dict[str, list[str]]:
-    """Raw name → FQNs of live tensors in the same memory."""
+    """Map each raw name to the FQNs of the other live tensors in the same memory."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for raw, value in live.items():
         if not isinstance(value, torch.Tensor):
             continue
         if is_distributed(value) or is_sharded_tensor(value):
-            # this rank's part may be empty: told apart by the parameter it is of
+            # this rank's part may be empty and have no memory: the parameter tells them apart
             groups.setdefault((id(parameters.get(raw)),), []).append(raw)
         elif value.numel() and not value.is_meta:
             groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.device), []).append(raw)
@@ -141,7 +158,8 @@ def _aliases(
 
 
 def _materialize(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Give tensors on the meta device their storage; swapped in place, so ties and optimizers keep their objects."""
+    """Give tensors on the meta device their storage. They are swapped in place: ties and optimizers keep their
+    objects."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     swap: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
@@ -161,11 +179,11 @@ def _optimizer(
     name: str,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-    stored: Stored,
+    stored: StoredTensors,
     tree: JsonValue,
     opts: Options,
-) -> Plan:
-    plan = Plan()
+) -> RestorePlan:
+    plan = RestorePlan()
     if not opts.selected(name):
         return plan
     group_trees = tree.get("param_groups") if isinstance(tree, dict) else None
@@ -192,7 +210,7 @@ def _optimizer(
     for key, subtree in saved_state.items():
         index = index_of.get(key)
         if index is None:
-            if key not in saved_names:  # state an optimizer keeps beside its parameters
+            if key not in saved_names:  # an optimizer may keep state that is no parameter's
                 values[key] = decode(name, subtree, stored, plan, opts)
             continue
         live = optimizer.state.get(parameters[index], {})
@@ -216,6 +234,7 @@ def _optimizer(
 
 
 def _is_group(group: Any) -> bool:
+    """Whether a decoded value has the form of an optimizer's param group."""
     names = group.get("params") if type(group) is dict else None
     return type(names) is list and all(type(name) is str for name in names)
 
@@ -224,7 +243,7 @@ _TORCH_KEYS = frozenset({"state", "param_groups"})
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Parameters in the order of torch's indexes."""
+    """List the parameters in the order of torch's indexes."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -232,20 +251,21 @@ def _state_tensors(
     component: str,
     parameter: torch.Tensor,
     live: Any,
-    stored: Stored,
-    plan: Plan,
+    stored: StoredTensors,
+    plan: RestorePlan,
     opts: Options,
 ) -> Callable[[str], torch.Tensor]:
-    """Live state tensors where they fit, new ones on the parameter's device where there are none yet."""
+    """Return a function that gives, for a key of a parameter's state, the live tensor where it fits, and else a new one
+    on the parameter's device."""
 
     def get(key: str) -> torch.Tensor:
-        record = lookup(component, key, stored, plan)
+        record = find_tensor(component, key, stored, plan)
         found = live.get(key.rpartition(".")[2]) if isinstance(live, dict) else None
         usable = isinstance(found, torch.Tensor) and not mismatch(key, record, found, opts) and not found.is_meta
         if is_distributed(parameter) and record.shape == tuple(parameter.shape):
             fits = usable and is_distributed(found)
             made: torch.Tensor = found if fits and found is not None else like(parameter, DTYPES[record.dtype])
-            plan.take(record, made, f"{component}.{key}")
+            plan.add(record, made, f"{component}.{key}")
             return made
         if not usable or not isinstance(found, torch.Tensor):
             device = parameter.device if record.shape == tuple(parameter.shape) else torch.device("cpu")
@@ -258,25 +278,27 @@ def _state_tensors(
     return get
 
 
-def _tensor(name: str, value: torch.Tensor, stored: Stored, opts: Options) -> Plan:
-    record = lookup(name, "value", stored, Plan())
+def _tensor(name: str, value: torch.Tensor, stored: StoredTensors, opts: Options) -> RestorePlan:
+    record = find_tensor(name, "value", stored, RestorePlan())
     problem = mismatch(name, record, value, opts)
     if problem:
-        return Plan(mismatched=[problem])
-    plan = Plan()
-    plan.take(record, value, name)
+        return RestorePlan(mismatched=[problem])
+    plan = RestorePlan()
+    plan.add(record, value, name)
     return plan
 
 
-def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree: JsonValue, opts: Options) -> Plan:
-    """Stateful objects take what ``load_state_dict`` takes; plain data is replaced in ``state``, and containers are
-    refilled in place, so that whoever else holds them sees the new values."""
-    plan = Plan()
+def _tree(
+    name: str, value: Any, state: Mapping[str, Any], stored: StoredTensors, tree: JsonValue, opts: Options
+) -> RestorePlan:
+    """Plan a component of plain values. A stateful object gets them through ``load_state_dict``. Plain data is replaced
+    in ``state``, and a container is refilled in place, so that whoever else holds it sees the new values."""
+    plan = RestorePlan()
     if not opts.selected(name):
         return plan
     live: dict[str, torch.Tensor] = {}
     shards: dict[int, Shard] = {}
-    # asked for its state only where parts of it may lie on other ranks
+    # an object is asked for its state only where parts of it may lie on other ranks
     holder = value.state_dict() if kind_of(value) == "stateful" and job_size() > 1 else value
     bare = without_shards(holder, shards)
     if kind_of(value) == "plain" or shards or (holder is not value and _has_distributed(holder)):
@@ -290,7 +312,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
             return fresh(key)
         shard = shards.get(id(found))
         if shard is not None:
-            lookup(name, key, stored, plan)
+            find_tensor(name, key, stored, plan)
             shape = tuple(shard.global_shape)
             if shape != record.shape or DTYPES[record.dtype] != shard.tensor.dtype:
                 plan.mismatched.append(f"{name}.{key}: saved as {record.dtype} {list(record.shape)}, live {shard}")
@@ -299,8 +321,8 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
             return shard.tensor
         if found is None or mismatch(key, record, found, opts):
             return fresh(key)
-        lookup(name, key, stored, plan)
-        plan.take(record, found, f"{name}.{key}")
+        find_tensor(name, key, stored, plan)
+        plan.add(record, found, f"{name}.{key}")
         return found
 
     decoded = with_shards(jsontree.decode(tree, tensors, on_host(name, stored, plan)), shards)
@@ -312,6 +334,7 @@ def _tree(name: str, value: Any, state: Mapping[str, Any], stored: Stored, tree:
 
 
 def _has_distributed(value: Any) -> bool:
+    """Whether a DTensor or ShardedTensor lies anywhere in nested containers."""
     if type(value) is dict:
         return any(_has_distributed(item) for item in value.values())
     if type(value) in (list, tuple):
@@ -320,6 +343,7 @@ def _has_distributed(value: Any) -> bool:
 
 
 def _replace_plain(name: str, state: Mapping[str, Any], live: Any, decoded: Any) -> None:
+    """Put decoded plain data in the place of the live data."""
     if type(live) is dict and type(decoded) is dict:
         live.clear()
         live.update(decoded)

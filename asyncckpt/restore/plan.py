@@ -1,4 +1,4 @@
-"""What of a checkpoint would go where in the live state, before anything is touched."""
+"""A plan says what of a checkpoint goes where in the live state, before anything is touched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from asyncckpt.types import JsonValue
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What the caller of ``restore`` chose: ``device`` for tensors not living yet, ``dtype`` for floating ones."""
+    """Holds what the caller of ``restore`` chose. ``device``: where tensors that do not live yet are made. ``dtype``:
+    the floating dtype that takes any other. ``selected``: whether a qualified name is to be restored."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -27,9 +28,10 @@ class Options:
 
 
 @dataclass(slots=True)
-class Plan:
-    """``fill``: stored tensor → live tensors that take its values. ``finish`` runs after they are filled. ``used``:
-    tensors that a tree refers to, each at most once."""
+class RestorePlan:
+    """Says what is read where. ``fill``: each stored tensor with the live tensors that take its values. ``finish``:
+    what runs once they are filled. ``used``: the keys that a tree has referred to, each at most once. ``missing``,
+    ``unexpected``, ``mismatched``: how the checkpoint does not fit the live state."""
 
     fill: list[tuple[StoredTensor, list[Window]]] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
@@ -38,8 +40,9 @@ class Plan:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
 
-    def take(self, record: StoredTensor, value: Any, where: str) -> None:
-        """``value`` takes the stored tensor, or, where ranks hold it together, this rank's part of it."""
+    def add(self, record: StoredTensor, value: Any, where: str) -> None:
+        """Have ``value`` take the stored tensor, or this rank's part of it where ranks hold it together. ``where``: its
+        name, for messages."""
         if not is_distributed(value) and not is_sharded_tensor(value):
             self.fill.append((record, [Window(value)]))
             return
@@ -48,7 +51,8 @@ class Plan:
         if part.finish is not None:
             self.finish.append(part.finish)
 
-    def merge(self, other: Plan) -> None:
+    def merge(self, other: RestorePlan) -> None:
+        """Add all of another component's plan, but for ``used``."""
         self.fill += other.fill
         self.finish += other.finish
         self.missing += other.missing
@@ -56,27 +60,30 @@ class Plan:
         self.mismatched += other.mismatched
 
 
-#: Stored tensors by qualified live name (``model.wte.weight``), after the rename map.
-Stored = Mapping[str, StoredTensor]
+#: Stored tensors by their qualified live names (``model.wte.weight``): what ``rename`` maps the stored names to.
+StoredTensors = Mapping[str, StoredTensor]
 
 
-def decode(component: str, tree: JsonValue, stored: Stored, plan: Plan, opts: Options) -> Any:
-    """A decoded tree with new tensors that ``plan`` fills; arrays lie in host memory, whatever the device."""
+def decode(component: str, tree: JsonValue, stored: StoredTensors, plan: RestorePlan, opts: Options) -> Any:
+    """Decode a tree, with new tensors that ``plan`` fills. NumPy arrays lie in host memory, whatever the device is."""
     return jsontree.decode(tree, new_tensors(component, stored, plan, opts), on_host(component, stored, plan))
 
 
-def on_host(component: str, stored: Stored, plan: Plan) -> Callable[[str], torch.Tensor]:
-    """As ``new_tensors``, in host memory and with the stored dtype, whatever the caller of ``restore`` chose."""
+def on_host(component: str, stored: StoredTensors, plan: RestorePlan) -> Callable[[str], torch.Tensor]:
+    """Do what ``new_tensors`` does, but in host memory and with the stored dtype, whatever the caller of ``restore``
+    chose."""
     host = Options(device=torch.device("cpu"), dtype=None, selected=lambda _name: True)
     return new_tensors(component, stored, plan, host)
 
 
-def new_tensors(component: str, stored: Stored, plan: Plan, opts: Options) -> Callable[[str], torch.Tensor]:
-    """A key in a tree → a new tensor on ``opts.device`` that ``plan`` fills. What it gives raises as ``lookup``
-    and ``new_tensor``."""
+def new_tensors(
+    component: str, stored: StoredTensors, plan: RestorePlan, opts: Options
+) -> Callable[[str], torch.Tensor]:
+    """Return a function that makes, for a key in a component's tree, a new tensor on ``opts.device`` that ``plan``
+    fills. It raises as ``find_tensor`` and ``new_tensor`` do."""
 
     def get(key: str) -> torch.Tensor:
-        record = lookup(component, key, stored, plan)
+        record = find_tensor(component, key, stored, plan)
         tensor = new_tensor(record, DTYPES[record.dtype], opts.device)
         plan.fill.append((record, [Window(tensor)]))
         return tensor
@@ -85,7 +92,8 @@ def new_tensors(component: str, stored: Stored, plan: Plan, opts: Options) -> Ca
 
 
 def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
-    """Memory for a stored tensor. Raises ``CheckpointDamaged`` for a shape that torch cannot have, ``MemoryError``."""
+    """Allocate memory for a stored tensor. Raises ``CheckpointDamaged`` for a shape that torch cannot have, and
+    ``MemoryError``."""
     try:
         return torch.empty(record.shape, dtype=dtype, device=device)
     except torch.OutOfMemoryError:
@@ -98,7 +106,7 @@ def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | 
 
 
 def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options) -> str | None:
-    """Why the stored tensor cannot go into the live one, or None."""
+    """Say why the stored tensor cannot go into the live one, or None where it can."""
     if record.shape != tuple(live.shape):
         return f"{name}: saved with shape {list(record.shape)}, live {list(live.shape)}"
     saved = DTYPES[record.dtype]
@@ -110,19 +118,20 @@ def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options)
     return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
 
 
-def lookup(component: str, key: str, stored: Stored, plan: Plan) -> StoredTensor:
-    """What a tree refers to. Raises ``CheckpointDamaged`` where there is none, or it was referred to before."""
+def find_tensor(component: str, key: str, stored: StoredTensors, plan: RestorePlan) -> StoredTensor:
+    """Find the stored tensor that a component's tree refers to with ``key``. Raises ``CheckpointDamaged`` where there
+    is none, or the tree has referred to it before."""
     record = stored.get(f"{component}.{key}")
     if record is None:
         raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80}, which the manifest does not list")
-    if key in plan.used:  # thirty characters that would cost the tensor's memory each time
+    if key in plan.used:  # a forged reference takes thirty characters, and would cost the tensor's memory each time
         raise CheckpointDamaged(f"state.json refers to tensor {component}.{key:.80} twice")
     plan.used.add(key)
     return record
 
 
 def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tuple[str, StoredTensor]]:
-    """Every stored tensor under each of its names (a tied tensor's aliases too), as ``component.fqn``."""
+    """Yield each stored tensor under each of its names, ``component.fqn``; a tied tensor has several."""
     for component, record in components.items():
         for fqn, tensor in record.tensors.items():
             yield f"{component}.{fqn}", tensor

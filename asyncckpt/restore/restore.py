@@ -1,4 +1,4 @@
-"""The way back: checkpoint → live objects, in place, reading only what is asked for and verifying every byte used."""
+"""Restores live objects in place from an open checkpoint; reads only what is asked for, and verifies what it uses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import torch
 from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import gc_paused
-from asyncckpt.protocols import Reader
 from asyncckpt.read.fill import fill
-from asyncckpt.read.opening import open_manifest, read_trees
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
-from asyncckpt.restore.plan import Options, Plan, new_tensor, qualified_records
+from asyncckpt.restore.plan import Options, RestorePlan, new_tensor, qualified_records
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.rank_names import rank_name
@@ -28,17 +27,17 @@ log = logging.getLogger("asyncckpt")
 
 
 class Stages:
-    """One process restores by itself; see ``job.RestoreStages``."""
+    """The steps of a restore by one process alone; ``ranks.coordinator.RestoreStages`` takes them with all ranks."""
 
     rank = 0
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """The body's errors are every rank's."""
+        """Run the body as one step, named ``what``. An error of it is raised on every rank."""
         yield
 
     def in_all(self, names: list[str]) -> list[str]:
-        """The names that every rank gives."""
+        """Return those of the names that every rank gives."""
         return names
 
 
@@ -47,9 +46,10 @@ Rename = Mapping[str, str] | Callable[[str], str | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoreReport:
-    """What was restored. ``nbytes`` is what was read and verified. The three lists are empty unless
-    ``strict=False``: qualified names (``component.fqn``) that were left as they are. ``whole``: every component and
-    every tensor of a full checkpoint was restored, so that training goes on from its step."""
+    """Says what was restored. ``nbytes``: how much was read and verified. ``missing``, ``unexpected`` and
+    ``mismatched`` are empty unless ``strict=False``: they list what was left as it is, by qualified name
+    (``component.fqn``). ``whole``: every component and every tensor of a full checkpoint was restored, so that training
+    goes on from its step."""
 
     step: int
     path: str
@@ -64,7 +64,7 @@ class RestoreReport:
 
 @gc_paused()
 def restore(
-    reader: Reader,
+    checkpoint: OpenCheckpoint,
     state: Mapping[str, Any],
     *,
     strict: bool = True,
@@ -75,39 +75,39 @@ def restore(
     expect_digest: str | None = None,
     stages: Stages | None = None,
 ) -> RestoreReport:
-    """Restore the components in ``state`` from an open checkpoint, in place; see ``Checkpointer.restore``.
+    """Restore the components in ``state`` from an open checkpoint, in place; see ``Run.restore``.
 
-    ``stages``: the ranks of a job, which all restore this checkpoint and go from stage to stage together.
+    ``stages``: takes each step together with the other ranks of a job, which restore this checkpoint too.
     """
     began = time.perf_counter()
     together = stages or Stages()
     with together.stage("look"):
         check_state(state)
-        manifest = open_manifest(reader, expect_digest)
+        checkpoint.require_digest(expect_digest)
+        manifest, trees = checkpoint.manifest, checkpoint.trees
         if "state" in manifest.components:
-            raise CheckpointDamaged(f"{reader.path}: a component has a reserved name")
-        trees = read_trees(reader, manifest)
+            raise CheckpointDamaged(f"{checkpoint.path}: a component has a reserved name")
         options = Options(device=torch.device(device or "cpu"), dtype=dtype, selected=_selector(include))
         stored = _renamed(dict(qualified_records(manifest.components)), rename)
-        plan = Plan()
+        plan = RestorePlan()
         for name in state:
             if include is None or any(_touches(name, prefix) for prefix in include):
                 source = rank_name(name, together.rank)
-                if source not in manifest.components:  # there were fewer ranks, or it was the same on all
+                if source not in manifest.components:  # fewer ranks saved, or the component was the same on all
                     source = name
                 component = manifest.components.get(source)
                 mine = stored if source == name else _renamed(_under(name, source, manifest), rename)
                 plan.merge(plan_component(name, state, component, mine, trees.get(source), options))
-    # what does not live on this rank may live on another
+    # a tensor that does not live on this rank may live on another
     plan.unexpected = together.in_all(plan.unexpected)
     with together.stage("check"):
         if plan.missing or plan.unexpected or plan.mismatched:
-            problem = describe(f"{reader.path} (step {manifest.step})", plan)
+            problem = describe(f"{checkpoint.path} (step {manifest.step})", plan)
             if strict:
                 raise StateMismatch(problem, plan.missing, plan.unexpected, plan.mismatched)
             log.warning("%s", problem)
     with together.stage("read"):
-        nbytes = fill(reader, manifest, plan.fill)
+        nbytes = fill(checkpoint, plan.fill)
     for step in plan.finish:
         step()
     whole = (
@@ -119,7 +119,7 @@ def restore(
     )
     return RestoreReport(
         step=manifest.step,
-        path=reader.path,
+        path=checkpoint.path,
         nbytes=nbytes,
         seconds=time.perf_counter() - began,
         metrics=manifest.metrics,
@@ -131,35 +131,37 @@ def restore(
 
 
 def _without_rank(component: str) -> str:
-    """What a component is called on every rank; see ``naming.rank_name``."""
+    """Return the name that a component has on every rank; ``rank_name`` makes the opposite."""
     name, _, rank = component.rpartition("+")
     return name if name and rank.isdecimal() else component
 
 
 def load_tensors(
-    reader: Reader,
+    checkpoint: OpenCheckpoint,
     names: Sequence[str] | None,
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     expect_digest: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """New tensors by qualified name; see ``Checkpointer.load_tensors``."""
-    manifest = open_manifest(reader, expect_digest)
+    """Read tensors into new memory, by qualified name; see ``Run.load_tensors``."""
+    checkpoint.require_digest(expect_digest)
+    checkpoint.check_small_files()
+    manifest = checkpoint.manifest
     stored = dict(qualified_records(manifest.components))
     if names is None:
         chosen = stored
     else:
         chosen = {}
         for name in names:
-            component = manifest.components.get(name)  # no dots in such a name: nothing else begins with it
+            component = manifest.components.get(name)  # it has no dots, so no other name begins with it and a dot
             if component is not None:
                 found = dict(qualified_records({name: component}))
             else:
                 found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
             if not found and component is None:
                 raise UnknownName(
-                    f"{reader.path}: no tensor or component {name!r}; components are "
+                    f"{checkpoint.path}: no tensor or component {name!r}; components are "
                     f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"
                 )
             chosen.update(found)
@@ -170,12 +172,12 @@ def load_tensors(
             saved = DTYPES[record.dtype]
             target = dtype if dtype is not None and saved.is_floating_point else saved
             made[id(record)] = record, new_tensor(record, target, device)
-    fill(reader, manifest, [(record, [Window(tensor)]) for record, tensor in made.values()])
+    fill(checkpoint, [(record, [Window(tensor)]) for record, tensor in made.values()])
     return {name: made[id(record)][1] for name, record in chosen.items()}
 
 
-def describe(where: str, plan: Plan) -> str:
-    """All differences in one message."""
+def describe(where: str, plan: RestorePlan) -> str:
+    """Put all differences into one message. ``where``: the checkpoint."""
     lines = [f"{where} does not fit the live state:"]
     for title, names in (
         ("missing from the checkpoint", plan.missing),
@@ -190,11 +192,12 @@ def describe(where: str, plan: Plan) -> str:
 
 
 def _under(name: str, source: str, manifest: Manifest) -> dict[str, StoredTensor]:
-    """The tensors of component ``source``, as if it were called ``name``."""
+    """Return the tensors of component ``source`` by the names they would have if it were called ``name``."""
     return dict(qualified_records({name: manifest.components[source]}))
 
 
 def _renamed(stored: dict[str, StoredTensor], rename: Rename | None) -> dict[str, StoredTensor]:
+    """Return the tensors by the names that ``rename`` gives them, without those that it drops."""
     if rename is None:
         return stored
     renamed: dict[str, StoredTensor] = {}
@@ -214,6 +217,7 @@ def _rename_one(name: str, rename: Rename) -> str | None:
 
 
 def _selector(include: Sequence[str] | None) -> Callable[[str], bool]:
+    """Return a function that says whether a qualified name is to be restored."""
     if include is None:
         return lambda _name: True
     prefixes: Iterable[str] = tuple(include)
@@ -221,4 +225,5 @@ def _selector(include: Sequence[str] | None) -> Callable[[str], bool]:
 
 
 def _touches(component: str, prefix: str) -> bool:
+    """Whether a prefix may select anything of a component."""
     return prefix == component or prefix.startswith(f"{component}.") or component.startswith(prefix)

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, SPLIT_MARK, Array, split_frame, split_places, stored_frame
-from asyncckpt.manifest.records import DIGEST_SEPARATOR
+from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, Array, split_frame, split_places, stored_frame
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import Digest
-from asyncckpt.types import LEAD_BYTES, Extent
+from asyncckpt.types import LEAD_BYTES, ContentDigest, Extent, StagedDigests
 
 
 def slot_bytes(extent: Extent) -> int:
@@ -40,21 +39,20 @@ def finish_image(extent: Extent, slot: Slot) -> None:
         image[stored : padded(stored)] = 0
 
 
-def content_digest(digest: Digest, extent: Extent, slot: Slot) -> str:
+def staged_digests(digest: Digest, extent: Extent, slot: Slot) -> StagedDigests:
     """Digest what is staged: a chunk's image, padding included, which is what its file holds if the chunk is stored as
-    it is. An extent with cuts has several digests, joined."""
+    it is. Any other extent has a digest for each part between two cuts."""
     if not extent.item_bytes:
-        return cut_digest(digest, slot.view[extent.lead : extent.lead + extent.nbytes], extent.cuts)
-    found = digest(slot.view[: padded(image_bytes(extent, slot))])
-    return f"{SPLIT_MARK}{found}" if slot.split else found
+        return cut_digests(digest, slot.view[extent.lead : extent.lead + extent.nbytes], extent.cuts)
+    return ContentDigest(digest(slot.view[: padded(image_bytes(extent, slot))]), slot.split)
 
 
-def cut_digest(digest: Digest, view: memoryview, cuts: Sequence[int]) -> str:
-    """Digest the parts of ``view`` between the cuts, and join the digests; see ``records.split_record``."""
+def cut_digests(digest: Digest, view: memoryview, cuts: Sequence[int]) -> tuple[str, ...]:
+    """Digest each part of ``view`` between two cuts."""
     if not cuts:
-        return digest(view)
+        return (digest(view),)
     edges = (0, *cuts, len(view))
-    return DIGEST_SEPARATOR.join(digest(view[begin:end]) for begin, end in itertools.pairwise(edges))
+    return tuple(digest(view[begin:end]) for begin, end in itertools.pairwise(edges))
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from asyncckpt.memory.arena import Arena, QueuedCopy, Slot
 from asyncckpt.protocols import Digest
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
-from asyncckpt.stage.image import content_digest, finish_image, slot_bytes
+from asyncckpt.stage.image import finish_image, slot_bytes, staged_digests
 from asyncckpt.stage.staged import ExtentSink, StagedExtent
 from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.types import Extent, Piece
@@ -244,7 +244,7 @@ class StagingJob:
             if extent.header:
                 write_header(slot, extent.header)
             finish_image(extent, slot)
-            taken = content_digest(digest, extent, slot) if digest is not None else None
+            taken = staged_digests(digest, extent, slot) if digest is not None else None
         except BaseException:
             self._arena.release(replace(slot, copies=(*slot.copies, *queued)))
             raise

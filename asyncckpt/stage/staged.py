@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from asyncckpt.memory.arena import Slot
+from asyncckpt.types import StagedDigests
 
 
 @dataclass(frozen=True, slots=True)
 class StagedExtent:
     """An extent in staging memory. ``index``: its position in the layout. ``slot``: the memory, which the receiver
     gives back to the arena. ``wait_copied``: blocks until the bytes are there (copies from a device run on a side
-    stream). ``digest``: the content digest where it has been taken already, else None."""
+    stream). ``digests``: those of its bytes where they have been taken already, else None."""
 
     index: int
     slot: Slot
     wait_copied: Callable[[], None]
-    digest: str | None = None
+    digests: StagedDigests | None = None
 
 
 class ExtentSink(Protocol):

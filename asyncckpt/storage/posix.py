@@ -52,8 +52,9 @@ class PosixOps:
         """Close what ``open_to_read`` opened."""
         os.close(fd)
 
-    def read(self, fd: int, nbytes: int) -> bytes:
-        return os.read(fd, nbytes)
+    def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+        """Read a part of a small file; data is read by ``preadv``."""
+        return os.pread(fd, nbytes, offset)
 
     def stat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)

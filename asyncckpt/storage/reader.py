@@ -86,21 +86,26 @@ class LocalReader:
             sizes[f"{prefix}{name}"] = info.st_size
 
     def read_small(self, file: str, limit_bytes: int) -> bytes:
+        if file == MANIFEST_FILE and self._guard >= 0:  # the very file that is locked, whatever bears its name by now
+            return self._read_whole(self._guard, file, limit_bytes)
         fd = self._open_plain(file)
         try:
-            size = self._ops.stat(fd).st_size
-            if size > limit_bytes:
-                raise CheckpointDamaged(f"{self.path}/{file} has {size} bytes, more than the limit of {limit_bytes}")
-            parts: list[bytes] = []
-            total = 0
-            while part := self._ops.read(fd, max(4096, min(size + 1, 1 << 20))):
-                parts.append(part)
-                total += len(part)
-                if total > limit_bytes:
-                    raise CheckpointDamaged(f"{self.path}/{file} grew past {limit_bytes} bytes while it was read")
-            return b"".join(parts)
+            return self._read_whole(fd, file, limit_bytes)
         finally:
             self._shut(fd)
+
+    def _read_whole(self, fd: int, file: str, limit_bytes: int) -> bytes:
+        size = self._ops.stat(fd).st_size
+        if size > limit_bytes:
+            raise CheckpointDamaged(f"{self.path}/{file} has {size} bytes, more than the limit of {limit_bytes}")
+        parts: list[bytes] = []
+        total = 0
+        while part := self._ops.pread(fd, max(4096, min(size + 1, 1 << 20)), total):
+            parts.append(part)
+            total += len(part)
+            if total > limit_bytes:
+                raise CheckpointDamaged(f"{self.path}/{file} grew past {limit_bytes} bytes while it was read")
+        return b"".join(parts)
 
     def read_into(self, file: str, buffer: Buffer, nbytes: int, offset: int) -> int:
         with self._data(file) as entry:

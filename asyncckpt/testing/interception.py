@@ -21,7 +21,7 @@ OPERATIONS: Final = tuple(name for name in vars(PosixOps) if not name.startswith
 
 #: These only look.
 READING: Final = frozenset(
-    {"open_to_read", "close_read", "read", "preadv", "stat", "lstat", "names", "scan", "lock", "free_bytes"}
+    {"open_to_read", "close_read", "pread", "preadv", "stat", "lstat", "names", "scan", "lock", "free_bytes"}
 )
 
 #: The last argument of these is the path that they make.

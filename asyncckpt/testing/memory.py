@@ -29,7 +29,6 @@ class MemoryOps(PosixOps):
         self._numbers = itertools.count(1)
         self._root = _Node(0, None)
         self._open: dict[int, _Node] = {}
-        self._positions: dict[int, int] = {}
         # the kernel never gives out descriptors this high, so one of its own is not mistaken for one of these
         self._fds = itertools.count(1 << 20)
         for path, data in items:
@@ -60,17 +59,14 @@ class MemoryOps(PosixOps):
         if flags & os.O_DIRECTORY and node.data is not None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         fd = next(self._fds)
-        self._open[fd], self._positions[fd] = node, 0
+        self._open[fd] = node
         return fd
 
     def close_read(self, fd: int) -> None:
         del self._open[fd]
 
-    def read(self, fd: int, nbytes: int) -> bytes:
-        begin = self._positions[fd]
-        part = (self._open[fd].data or b"")[begin : begin + nbytes]
-        self._positions[fd] += len(part)
-        return part
+    def pread(self, fd: int, nbytes: int, offset: int) -> bytes:
+        return (self._open[fd].data or b"")[offset : offset + nbytes]
 
     def preadv(self, fd: int, buffer: Buffer, offset: int) -> int:
         data = self._open[fd].data or b""

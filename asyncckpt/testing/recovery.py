@@ -7,17 +7,17 @@ of them; and the next run's clearing up changes nothing that is visible.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from asyncckpt.catalog.catalog import Catalog, CheckpointInfo
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.retention import Policy, plan
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
-from asyncckpt.protocols import Reader
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.run import Run
 from asyncckpt.storage.local import DAMAGED_PREFIX, REPLACED_PREFIX, TRASH_PREFIX, LocalStore
 from asyncckpt.testing.crashes import CrashModel, Tree
@@ -68,7 +68,7 @@ class Recovery:
         self,
         model: CrashModel,
         run_name: str,
-        identify: Callable[[Reader, int], Saved | None],
+        identify: Callable[[OpenCheckpoint, int], Saved | None],
         restore: Callable[[Run], int],
         policies: Sequence[Policy] = (),
     ) -> None:
@@ -135,8 +135,8 @@ class Recovery:
         damage = run.verify_entry(entry)
         if damage:
             return f"listed as whole and does not verify: {damage[0]}"
-        with contextlib.closing(run.open_entry(entry)) as reader:
-            found = self._identify(reader, entry.step)
+        with run.open_entry(entry) as checkpoint:
+            found = self._identify(checkpoint, entry.step)
         return found if found is not None else "verifies and holds something that was never saved"
 
     def _restored(self, run: Run, bad: list[str]) -> int | None:

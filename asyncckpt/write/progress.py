@@ -6,13 +6,13 @@ import threading
 from dataclasses import dataclass, field
 
 from asyncckpt.formats import chunking as chunks
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, split_record
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent, written_extent
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import ShardWriter
 from asyncckpt.read.delta import order_of
 from asyncckpt.stage.image import Frame
-from asyncckpt.types import Layout, Shard, TensorSpec
+from asyncckpt.types import ContentDigest, Layout, Shard, StagedDigests, TensorSpec
 from asyncckpt.write.reuse import KnownFile
 
 
@@ -24,7 +24,7 @@ class Parked:
     number: int
     slot: Slot | None
     frame: Frame
-    content: str
+    content: ContentDigest
 
 
 @dataclass(slots=True)
@@ -48,9 +48,9 @@ class Progress:
     finished: bool = False
     turn: int = 0
     parked: dict[int, Parked] = field(default_factory=dict)
-    records: dict[int, ExtentRecord] = field(default_factory=dict)
+    records: dict[int, WrittenExtent] = field(default_factory=dict)
     edges: list[ExtentRecord] = field(default_factory=list)
-    seconds: dict[int, str] = field(default_factory=dict)
+    seconds: dict[int, StagedDigests] = field(default_factory=dict)
     nbytes: int = 0
 
     @property
@@ -67,19 +67,19 @@ class Progress:
     def known(self) -> KnownFile:
         """Describe the file as the next save compares with it."""
         seconds = tuple(digest for _, digest in sorted(self.seconds.items()))
-        return KnownFile(self.record(), tuple(self.parts()), self.layers or (), seconds)
+        return KnownFile(self.record(), tuple(map(written_extent, self.parts())), self.layers or (), seconds)
 
-    def equal(self, old: KnownFile, number: int, found: str) -> bool:
-        """Whether extent ``number``, whose content digest is ``found``, has the old file's bytes."""
+    def equal(self, old: KnownFile, number: int, found: StagedDigests) -> bool:
+        """Whether extent ``number``, whose digests are ``found``, has the old file's bytes."""
         record, second = old.ordered[number], self.seconds.get(number)
-        return (record.content or record.digest) == found and (second is None or old.seconds[number] == second)
+        return record.staged_digests == found and (second is None or old.seconds[number] == second)
 
     def place(self, item: Parked) -> int:
         """Give a frame its place in the file and return the offset. Where it was the frame's turn, the next one in the
         layout's order has the turn now."""
         offset = self.cursor
         self.cursor += padded(item.frame.stored)
-        self.records[item.number] = ExtentRecord(offset, 0, "")
+        self.records[item.number] = WrittenExtent(offset, 0, ())
         while self.turn in self.records:
             self.turn += 1
         return offset
@@ -93,10 +93,10 @@ class Progress:
         return [
             part
             for number, extent in enumerate(self.shard.extents)
-            for part in split_record(self.records[number], extent.cuts)
+            for part in self.records[number].records(extent.cuts)
         ]
 
-    def ordered(self) -> tuple[ExtentRecord, ...]:
+    def ordered(self) -> tuple[WrittenExtent, ...]:
         """List the layout's extents in its order, one record each."""
         return tuple(self.records[number] for number in range(len(self.shard.extents)))
 

@@ -10,9 +10,17 @@ from dataclasses import dataclass, replace
 from asyncckpt import forks
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.records import ChunkedRecord, ExtentRecord, FileRecord, Manifest, join_records
+from asyncckpt.manifest.records import (
+    ChunkedRecord,
+    ExtentRecord,
+    FileRecord,
+    Manifest,
+    WrittenExtent,
+    join_records,
+    written_extent,
+)
 from asyncckpt.protocols import Reader, Store
-from asyncckpt.types import Shard
+from asyncckpt.types import Shard, StagedDigests
 
 log = logging.getLogger("asyncckpt")
 
@@ -23,14 +31,14 @@ _REMEMBERED = 4
 @dataclass(frozen=True, slots=True)
 class KnownFile:
     """A file of the previous checkpoint. ``ordered``: its extents in the order of the layout that it was made by,
-    without those that the format adds; until ``fitted``, one record for each part between two cuts. ``bases``: the
+    without those that the format adds; until ``fitted``, one for each part between two cuts. ``bases``: the
     files that it builds on. ``seconds``: the extents' second digests (``digests.second``), which only the process that
     wrote the file knows."""
 
     record: FileRecord
-    ordered: tuple[ExtentRecord, ...]
+    ordered: tuple[WrittenExtent, ...]
     bases: tuple[FileRecord, ...] = ()
-    seconds: tuple[str, ...] = ()
+    seconds: tuple[StagedDigests, ...] = ()
 
     @property
     def layers(self) -> tuple[FileRecord, ...]:
@@ -75,7 +83,7 @@ def files_of(manifest: Manifest) -> dict[str, KnownFile]:
         # where places are fixed, what the format adds is an extent of the layout too
         name: KnownFile(
             record,
-            tuple(ordered[name]) if record.plan and name in ordered else record.extents,
+            tuple(map(written_extent, ordered[name] if record.plan and name in ordered else record.extents)),
             tuple(files[base] for base in record.bases),
         )
         for name, record in files.items()

@@ -12,17 +12,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from asyncckpt.codecs.blosc import SPLIT_MARK
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
-from asyncckpt.manifest.records import ExtentRecord, FileRecord
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent
 from asyncckpt.memory.arena import Arena, Slot
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Digest, ShardFormat, ShardWriter
 from asyncckpt.scope import SaveScope
-from asyncckpt.stage.image import Frame, as_it_is, content_digest
+from asyncckpt.stage.image import Frame, as_it_is, staged_digests
 from asyncckpt.stage.staged import StagedExtent
-from asyncckpt.types import Extent, Layout, Placed
+from asyncckpt.types import ContentDigest, Extent, Layout, Placed, StagedDigests
 from asyncckpt.write.directory import AttemptDirectory
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.progress import Parked, Progress
@@ -169,22 +168,22 @@ class ShardPipeline:
                 self._unchanged.begin()
                 staged.wait_copied()
                 # the digest is of the staged bytes, before anything below this line could spoil them
-                found = staged.digest or content_digest(self._digest, extent, slot)
+                found = staged.digests or staged_digests(self._digest, extent, slot)
                 self._unchanged.note(progress, number, extent, slot)
                 if self._matches(progress, number, found):
                     return
-                if progress.shard.floating:
+                if isinstance(found, ContentDigest):
                     owned = False
                     self._store_chunk(progress, number, extent, slot, found)
                 else:
                     stored = extent.stored if extent.stored != extent.nbytes else 0
-                    record = ExtentRecord(extent.offset, extent.nbytes, found, "", stored)
+                    record = WrittenExtent(extent.offset, extent.nbytes, found, None, stored)
                     self._write(progress, slot.view[extent.lead :], record, number)
         finally:
             if owned:
                 self._arena.release(slot)
 
-    def _matches(self, progress: Progress, number: int, found: str) -> bool:
+    def _matches(self, progress: Progress, number: int, found: StagedDigests) -> bool:
         """Whether nothing has to be written for now, because the previous checkpoint has these bytes."""
         verdict = self._unchanged.compare(progress, number, found, self._lock, self._directory)
         if verdict.linked:
@@ -196,7 +195,7 @@ class ShardPipeline:
             self._submit(functools.partial(self._copy, progress, copied), pool)
         return verdict.held
 
-    def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
+    def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: ContentDigest) -> None:
         """Encode a chunk if that pays, and write it. Takes the slot over."""
         if self._unchanged.differs or self._encoder.wanted(extent):
             work = functools.partial(self._encode, progress, number, extent, slot, found)
@@ -206,7 +205,7 @@ class ShardPipeline:
                 progress, self._parking.place(progress, Parked(number, slot, as_it_is(extent, slot), found))
             )
 
-    def _encode(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: str) -> None:
+    def _encode(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: ContentDigest) -> None:
         try:
             if self._scope.error is not None:
                 raise SaveAbandoned(f"step {self._scope.step}: given up before all of it was encoded")
@@ -240,13 +239,13 @@ class ShardPipeline:
             nbytes = frame.stored if progress.alone else padded(frame.stored)
             # a chunk stored as it is has been digested already
             known = frame.unchanged and nbytes == padded(frame.stored)
-            digest = item.content.removeprefix(SPLIT_MARK) if known else self._digest(frame.view[:nbytes])
-            record = ExtentRecord(offset, nbytes, digest, item.content, frame.stored)
+            digest = item.content.hex if known else self._digest(frame.view[:nbytes])
+            record = WrittenExtent(offset, nbytes, (digest,), item.content, frame.stored)
             self._write(progress, frame.view, record, item.number)
         finally:
             self._parking.let_go(item)
 
-    def _write(self, progress: Progress, view: memoryview, record: ExtentRecord, number: int) -> None:
+    def _write(self, progress: Progress, view: memoryview, record: WrittenExtent, number: int) -> None:
         began = time.perf_counter()
         writer = self._writer(progress)
         with self._encoder.balance.writing(record.nbytes):
@@ -267,18 +266,17 @@ class ShardPipeline:
         """Write an extent out of the previous checkpoint, verified: the extent matched, but its shard did not."""
         if self._scope.error is not None or progress.old is None:
             return
-        if self._unchanged.differs and progress.shard.floating:  # decode, then encode against the layers it has now
+        content = progress.old.ordered[number].content
+        if content is None:
+            self._write(progress, *self._unchanged.bytes_of(progress, number), number)
+            return
+        if self._unchanged.differs:  # decode, then encode against the layers it has now
             extent = progress.shard.extents[number]
-            slot = self._unchanged.image_of(progress, number)
-            content = progress.old.ordered[number].content
-            item = Parked(number, None, self._frame(progress, number, extent, slot), content)
+            frame = self._frame(progress, number, extent, self._unchanged.image_of(progress, number))
         else:
             buffer, old = self._unchanged.bytes_of(progress, number)
-            if not progress.shard.floating:
-                self._write(progress, buffer, old, number)
-                return
-            item = Parked(number, None, Frame(buffer, old.stored, None), old.content)
-        self._write_all(progress, self._parking.place(progress, item))
+            frame = Frame(buffer, old.stored, None)
+        self._write_all(progress, self._parking.place(progress, Parked(number, None, frame, content)))
 
     # -- shards ------------------------------------------------------------------------------------------------------
 

@@ -17,14 +17,14 @@ import torch
 
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.manifest.records import ExtentRecord, FileRecord
+from asyncckpt.manifest.records import FileRecord, WrittenExtent
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Attempt, Codec, Digest
 from asyncckpt.read.delta import LayerReader, layer_name
 from asyncckpt.scope import SaveScope
-from asyncckpt.stage.image import content_digest, cut_digest, finish_image, slot_bytes
-from asyncckpt.types import LEAD_BYTES, Extent
+from asyncckpt.stage.image import cut_digests, finish_image, slot_bytes, staged_digests
+from asyncckpt.types import LEAD_BYTES, Extent, StagedDigests
 from asyncckpt.write.progress import Progress
 from asyncckpt.write.reuse import KnownFile, Previous, ReuseSource
 
@@ -113,12 +113,12 @@ class Unchanged:
     def note(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> None:
         """Take the second digest of a staged extent, if one is wanted."""
         if self._second is not None:
-            progress.seconds[number] = content_digest(self._second, extent, slot)
+            progress.seconds[number] = staged_digests(self._second, extent, slot)
 
     def compare(
-        self, progress: Progress, number: int, found: str, lock: threading.Lock, directory: OpensAttempt
+        self, progress: Progress, number: int, found: StagedDigests, lock: threading.Lock, directory: OpensAttempt
     ) -> Verdict:
-        """Say what becomes of extent ``number``, whose content digest is ``found``. ``lock`` guards the shards'
+        """Say what becomes of extent ``number``, whose digests are ``found``. ``lock`` guards the shards'
         progress. Blocks on the disk where the whole file can be linked."""
         old = progress.old
         if old is None:
@@ -163,7 +163,7 @@ class Unchanged:
             progress.missing = 0
         return True
 
-    def bytes_of(self, progress: Progress, number: int) -> tuple[memoryview, ExtentRecord]:
+    def bytes_of(self, progress: Progress, number: int) -> tuple[memoryview, WrittenExtent]:
         """Read an extent's bytes out of the previous checkpoint; return them with their record there. Blocks. Raises
         ``CheckpointDamaged`` where they are not what was written."""
         known, previous = self._known(progress)
@@ -171,7 +171,7 @@ class Unchanged:
         buffer = memoryview(aligned_buffer(old.nbytes))
         got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
         cuts = progress.shard.extents[number].cuts
-        if got != old.nbytes or cut_digest(self._digest, buffer[: old.nbytes], cuts) != old.digest:
+        if got != old.nbytes or cut_digests(self._digest, buffer[: old.nbytes], cuts) != old.digests:
             where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
             raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
         return buffer, old

@@ -6,7 +6,6 @@ of the same files.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from statistics import median
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 
 from asyncckpt import Checkpointer, Run
-from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import ExtentRecord, FileRecord
 from asyncckpt.read.extents import read_extents
 from benchmarks.harness.raw import Ceiling, drop_page_cache
@@ -34,8 +32,8 @@ def test_threads_against_a_raw_read(tmp_path: Path, capsys: pytest.CaptureFixtur
     ceiling = Ceiling(all_tensors(state), str(tmp_path / "raw"))
     target = np.ones(ceiling.nbytes + (64 << 20), np.uint8)
     ratios: dict[int, list[float]] = {threads: [] for threads in THREADS}
-    with contextlib.closing(Run(tmp_path / "run").open()) as reader:
-        manifest = manifests.load(reader)
+    with Run(tmp_path / "run").open() as checkpoint:
+        reader, manifest = checkpoint.reader, checkpoint.manifest
         wanted = [(record, extent) for record in manifest.files for extent in record.extents]
         begins = {record.name: sum(r.nbytes for r in manifest.files[:n]) for n, record in enumerate(manifest.files)}
 

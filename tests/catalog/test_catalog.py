@@ -15,6 +15,7 @@ from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, RunPathError
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.protocols import Reader
 from asyncckpt.storage.local import LocalStore
+from asyncckpt.storage.reader import LocalReader
 from asyncckpt.testing import Fault, InterceptedOps, Site, SiteFaultOps
 
 STATE = {"w": torch.arange(10)}
@@ -75,11 +76,11 @@ def test_a_checkpoint_deleted_while_its_manifest_is_looked_for_is_none(path: Pat
 
 def test_a_checkpoint_whose_manifest_goes_first_is_none(path: Path) -> None:
     class Deleting(LocalStore):
-        def listing(self, name: str) -> dict[str, os.stat_result]:
-            found = dict(super().listing(name))
+        def open(self, name: str) -> LocalReader:
+            reader = super().open(name)
             if name == "step-00000002":
                 os.unlink(os.path.join(self.path, name, "manifest.json"))
-            return found
+            return reader
 
     entries = catalog(Deleting(str(path))).entries()
     assert [entry.step for entry in entries if entry.damage is None] == [1]

@@ -254,7 +254,7 @@ def test_what_is_read_while_it_is_replaced_goes_with_the_next_save(path: Path) -
         run.save(2, state(102)).result()
         run.wait()
         assert len(list(path.glob(".replaced-*"))) == 1
-        assert reader.read_small("state.json", 1 << 20)
+        assert reader.reader.read_small("state.json", 1 << 20)
         reader.close()
         run.save(3, state(103)).result()
         run.wait()

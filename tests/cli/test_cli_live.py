@@ -16,8 +16,10 @@ import torch
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, Run
-from asyncckpt.catalog.catalog import CheckpointInfo
+from asyncckpt import run as reading
+from asyncckpt.catalog.listing import CheckpointInfo, Listing
 from asyncckpt.cli.app import app
+from asyncckpt.protocols import Reader
 
 _HOLD = """
 import sys, torch
@@ -100,15 +102,18 @@ def test_reading_verbs_never_fail_on_a_run_whose_checkpoints_come_and_go(saved: 
 
 
 def _vanishing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Retention takes this checkpoint between the listing and the opening."""
-    open_entry = Run.open_entry
+    """Somebody deletes this checkpoint between the listing and the reading, and asks no lock."""
 
-    def vanish(run: Run, entry: CheckpointInfo) -> Any:
-        if entry.step == step:
-            shutil.rmtree(entry.path, ignore_errors=True)
-        return open_entry(run, entry)
+    def vanishing(original: Any) -> Any:
+        def vanish(listing_or_run: Any, entry: CheckpointInfo, **options: Any) -> Any:
+            if entry.step == step:
+                shutil.rmtree(entry.path, ignore_errors=True)
+            return original(listing_or_run, entry, **options)
 
-    monkeypatch.setattr(Run, "open_entry", vanish)
+        return vanish
+
+    monkeypatch.setattr(Listing, "open", vanishing(Listing.open))
+    monkeypatch.setattr(Run, "verify_entry", vanishing(Run.verify_entry))
 
 
 @pytest.mark.parametrize("verb", ["show", "verify", "export"])
@@ -137,15 +142,14 @@ def test_a_step_that_vanishes_is_not_found_rather_than_damaged_or_good(
 def test_a_checkpoint_deleted_under_an_open_reader_is_not_called_damaged(
     saved: str, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int
 ) -> None:
-    open_entry = Run.open_entry
+    verify = reading.verify
 
-    def lose(run: Run, entry: CheckpointInfo) -> Any:
-        reader = open_entry(run, entry)
-        if entry.step == 10:
-            shutil.rmtree(entry.path)
-        return reader
+    def lose(reader: Reader, **options: Any) -> Any:
+        if reader.name == "step-00000010":
+            shutil.rmtree(reader.path)
+        return verify(reader, **options)
 
-    monkeypatch.setattr(Run, "open_entry", lose)
+    monkeypatch.setattr(reading, "verify", lose)
     result = call("verify", saved, *arguments)
     assert result.exit_code == code, result.output
     assert "damaged" not in result.output

@@ -27,7 +27,7 @@ from asyncckpt.loop import at_exit as leaving
 from asyncckpt.loop import optimizer_hooks as hooks
 from asyncckpt.loop import preemption
 from asyncckpt.manifest import json as manifest
-from asyncckpt.manifest.records import ExtentRecord
+from asyncckpt.manifest.records import ExtentRecord, WrittenExtent
 from asyncckpt.memory.arena import Arena
 from asyncckpt.read import extents as reading
 from asyncckpt.read import verify
@@ -40,6 +40,7 @@ from asyncckpt.storage.pending_dir import LocalAttempt
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps
+from asyncckpt.types import ContentDigest, StagedDigests
 from asyncckpt.write import shards as writing
 from asyncckpt.write.progress import Progress
 from asyncckpt.write.reuse import ReuseSource
@@ -390,13 +391,13 @@ def _(patch: Patch) -> None:
 @mutant("the digest is taken after the write", checks.a_lying_device_is_found_out)
 def _(patch: Patch) -> None:
     def write(
-        original: Any, self: ShardPipeline, progress: Progress, view: memoryview, record: ExtentRecord, n: int
+        original: Any, self: ShardPipeline, progress: Progress, view: memoryview, record: WrittenExtent, n: int
     ) -> None:
         writer = self._writer(progress)
         writer.write_at(view, record.nbytes, record.offset)
         done = types.SimpleNamespace(write_at=lambda *_: None, finish=writer.finish)
         progress.writer = done  # type: ignore[assignment]
-        original(self, progress, view, replace(record, digest=self._digest(view[: record.nbytes])), n)
+        original(self, progress, view, replace(record, digests=(self._digest(view[: record.nbytes]),)), n)
         progress.writer = writer
 
     _around(patch, ShardPipeline, "_write", write)
@@ -404,18 +405,22 @@ def _(patch: Patch) -> None:
 
 @mutant("the digest is of the wrong range", checks.saves_hold_what_was_saved)
 def _(patch: Patch) -> None:
-    patch.setattr(writing, "content_digest", lambda digest, extent, slot: digest(slot.view[: extent.nbytes - 1]))
+    def wrong(digest: Any, extent: Any, slot: Any) -> Any:
+        found = digest(slot.view[: extent.nbytes - 1])
+        return ContentDigest(found, slot.split) if extent.item_bytes else (found,) * (len(extent.cuts) + 1)
+
+    patch.setattr(writing, "staged_digests", wrong)
 
 
 @mutant("an extent's digest is not checked", checks.flipped_bits_are_found)
 def _(patch: Patch) -> None:
-    def one(original: Any, self: Any, job: Any, extent: ExtentRecord, buffer: memoryview, got: Any) -> Any:
-        place = extent.offset - job.begin
+    def hand_on(original: Any, self: Any, read: Any, extent: ExtentRecord, buffer: memoryview, got: Any) -> Any:
+        place = extent.offset - read.begin
         if extent.offset == 0 or isinstance(got, OSError) or place + extent.nbytes > got:
-            return original(self, job, extent, buffer, got)
-        return self._consume(job.file, extent, buffer[place : place + extent.nbytes])
+            return original(self, read, extent, buffer, got)
+        return self._consume(read.file, extent, buffer[place : place + extent.nbytes])
 
-    _around(patch, reading._Run, "_one", one)
+    _around(patch, reading._ParallelRead, "_hand_on", hand_on)
 
 
 @mutant("sizes are trusted for content", checks.flipped_bits_are_found)
@@ -455,11 +460,11 @@ def _(patch: Patch) -> None:
 
 @mutant("a directory's name is not compared with its manifest", checks.foreign_files_and_stale_copies_are_refused)
 def _(patch: Patch) -> None:
-    def look(original: Any, self: Any, name: str) -> Any:
-        entry = original(self, name)
+    def look(original: Any, self: Any, name: str, *args: Any) -> Any:
+        entry = original(self, name, *args)
         return entry if entry is None else replace(entry, renamed=False, misnamed=False, damage=None)
 
-    _around(patch, catalog.Catalog, "_look_once", look)
+    _around(patch, catalog.Catalog, "_inspect_once", look)
 
 
 @mutant("chunks are recorded in the wrong order", checks.saves_hold_what_was_saved)
@@ -480,9 +485,9 @@ def _(patch: Patch) -> None:
 
 @mutant("a file is taken over by its size, whatever it holds", checks.saves_hold_what_was_saved, LINKS)
 def _(patch: Patch) -> None:
-    def matches(original: Any, self: ShardPipeline, progress: Progress, number: int, found: str) -> Any:
+    def matches(original: Any, self: ShardPipeline, progress: Progress, number: int, found: StagedDigests) -> Any:
         if progress.old is not None:
-            found = progress.old.ordered[number].content or progress.old.ordered[number].digest
+            found = progress.old.ordered[number].staged_digests
         return original(self, progress, number, found)
 
     _around(patch, ShardPipeline, "_matches", matches)

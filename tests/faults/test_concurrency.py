@@ -23,7 +23,8 @@ import pytest
 from support.scenarios import SCENARIOS, Scenario, check_visible, count, fork, generation_in, leftovers, state_of
 from typer.testing import CliRunner
 
-from asyncckpt import CheckpointInfo, CheckpointNotFound, KeepLast, Run, RunLocked
+from asyncckpt import CheckpointNotFound, KeepLast, Run, RunLocked
+from asyncckpt.catalog.listing import Listing
 from asyncckpt.cli.app import app
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="fork and SIGKILL as on Linux")
@@ -202,12 +203,12 @@ def test_a_reader_whose_newest_is_deleted_takes_the_newer_one_and_never_an_older
             run.save(generation, state_of(generation)).result()
 
         class Late(Run):
-            def _candidates(self) -> list[CheckpointInfo]:
-                entries = super()._candidates()
-                if [entry.step for entry in entries] == [1, 2]:
+            def _candidates(self) -> Listing:
+                listing = super()._candidates()
+                if [entry.step for entry in listing.entries] == [1, 2]:
                     run.save(3, state_of(3)).result()
-                    shutil.rmtree(entries[-1].path)
-                return entries
+                    shutil.rmtree(listing.entries[-1].path)
+                return listing
 
         assert generation_in(Late(path), None) == 3
 

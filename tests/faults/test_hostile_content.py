@@ -22,6 +22,7 @@ from asyncckpt.formats import zarr
 from asyncckpt.formats.safetensors import image
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ChunkedRecord
+from asyncckpt.read.opening import open_checkpoint
 from asyncckpt.read.verify import verify
 from asyncckpt.restore import restore
 from asyncckpt.storage.lease import LEASE_FILE, parse_holder, read_holder
@@ -93,7 +94,7 @@ def test_a_forged_state_of_the_wrong_form_is_damage_and_changes_nothing(componen
     with torch.no_grad():
         live["model"].weight.zero_()
     with pytest.raises(CheckpointDamaged):
-        restore.restore(source.with_file("state.json", json.dumps(trees).encode()), live)
+        restore.restore(open_checkpoint(source.with_file("state.json", json.dumps(trees).encode())), live)
     assert not live["model"].weight.any()
 
 
@@ -104,7 +105,7 @@ def test_a_tree_cannot_ask_for_one_tensor_over_and_over() -> None:
     trees["plain"] = [{"$": "tensor", "v": "7"}] * 3
     reader = source.with_file("state.json", json.dumps(trees).encode())
     with pytest.raises(CheckpointDamaged, match="twice"):
-        restore.restore(reader, {"plain": {}})
+        restore.restore(open_checkpoint(reader), {"plain": {}})
 
 
 def test_a_shape_that_torch_cannot_have_is_damage() -> None:
@@ -113,7 +114,7 @@ def test_a_shape_that_torch_cannot_have_is_damage() -> None:
     body["components"]["big"]["tensors"] = {"value": ["F32", [0, 1 << 61, 1 << 61], body["files"][0]["name"], 0, 0]}
     reader = source.with_body(json.dumps(body).encode()[:-1])
     with pytest.raises(CheckpointDamaged, match="cannot be made"):
-        restore.load_tensors(reader, ["big"])
+        restore.load_tensors(open_checkpoint(reader), ["big"])
 
 
 @pytest.mark.parametrize("kind", ["set", "frozenset", "dict", "Counter"])
@@ -139,9 +140,9 @@ def test_a_name_that_safetensors_cannot_hold_is_no_traceback_in_export(name: str
     tensors[name] = tensors.pop("weight")
     reader = source.with_body(json.dumps(body).encode()[:-1])
     with pytest.raises(InvalidOption, match="no room for the name"):
-        export(reader, tmp_path / "out.safetensors")
+        export(open_checkpoint(reader), tmp_path / "out.safetensors")
     assert not list(tmp_path.iterdir())
-    assert export(reader, tmp_path / "out.pt") > 0
+    assert export(open_checkpoint(reader), tmp_path / "out.pt") > 0
 
 
 def _many(n: int) -> MemoryReader:
@@ -169,7 +170,7 @@ def test_ten_thousand_shards_are_verified_and_exported_in_time_linear_in_their_n
     reader = _many(10_000)
     began = time.process_time()
     assert verify(reader) == []
-    assert export(reader, tmp_path / "out.safetensors") > 0
+    assert export(open_checkpoint(reader), tmp_path / "out.safetensors") > 0
     assert time.process_time() - began < SECONDS
 
 

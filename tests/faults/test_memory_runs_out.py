@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import threading
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from asyncckpt import Checkpointer, Run
-from asyncckpt.manifest import json as manifests
 from asyncckpt.read import extents as reading
 
 
@@ -49,8 +47,8 @@ def test_readers_of_large_extents_share_one_budget(run: Run, monkeypatch: pytest
         return real(nbytes)
 
     monkeypatch.setattr(reading, "aligned_buffer", count)
-    with contextlib.closing(run.open(1)) as reader:
-        manifest = manifests.load(reader)
+    with run.open(1) as checkpoint:
+        reader, manifest = checkpoint.reader, checkpoint.manifest
         wanted = [(file, extent) for file in manifest.files for extent in file.extents] * 20
         largest = max(extent.nbytes for _, extent in wanted)
         monkeypatch.setattr(reading, "_BUFFERS_BYTES", 2 * largest)

@@ -22,7 +22,6 @@ from torch import nn
 from asyncckpt import Checkpointer, InvalidOption, Run, Safetensors
 from asyncckpt.codecs import codecs
 from asyncckpt.convert.single_file import export
-from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import ChunkedRecord, Manifest
 from asyncckpt.protocols import Codec
 from asyncckpt.state.dtypes import DTYPES
@@ -68,8 +67,8 @@ def _made() -> dict[str, torch.Tensor]:
 
 
 def _manifest(path: Path, step: int = 1) -> Manifest:
-    with contextlib.closing(Run(path.parent).open(step)) as reader:
-        return manifests.load(reader)
+    with Run(path.parent).open(step) as checkpoint:
+        return checkpoint.manifest
 
 
 def _save(path: Path, state: dict[str, Any], codec: str | Codec, **options: Any) -> Path:

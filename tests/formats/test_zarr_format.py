@@ -28,6 +28,7 @@ from asyncckpt import CheckpointDamaged, Checkpointer, Run, Zarr
 from asyncckpt.formats.zarr import node_names
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import Manifest
+from asyncckpt.read.opening import open_checkpoint
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage.local import LocalStore
 
@@ -57,8 +58,8 @@ def _zeros(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _manifest(path: Path, step: int = 1) -> Manifest:
-    with contextlib.closing(Run(path).open(step)) as reader:
-        return manifests.load(reader)
+    with Run(path).open(step) as checkpoint:
+        return checkpoint.manifest
 
 
 def _files(path: Path) -> set[str]:
@@ -359,7 +360,7 @@ def test_damage_is_seen_and_restored_from_never(damage: Callable[[Path], object]
     with pytest.raises(CheckpointDamaged):
         run.load_tensors(1)
     with contextlib.closing(LocalStore(str(path.parent)).open(path.name)) as reader, pytest.raises(CheckpointDamaged):
-        group = open_group(reader)
+        group = open_group(open_checkpoint(reader))
         for name in state:
             group[name]["value"][...]
 

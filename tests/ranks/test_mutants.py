@@ -140,7 +140,8 @@ def _no_wholeness(patch: Patch) -> None:
         try:
             return real(reports, step)
         except asyncckpt.SaveFailed:
-            from asyncckpt.manifest.records import ExtentRecord, FileRecord
+            from asyncckpt.manifest.parse import extent_of
+            from asyncckpt.manifest.records import FileRecord
 
             found: dict[str, list[Any]] = {}
             sizes: dict[str, int] = {}
@@ -149,7 +150,7 @@ def _no_wholeness(patch: Patch) -> None:
                     found.setdefault(row["name"], []).extend(row["extents"])
                     sizes[row["name"]] = row["nbytes"]
             return [
-                FileRecord(name, sizes[name], tuple(ExtentRecord(*one) for one in sorted(map(tuple, extents))))
+                FileRecord(name, sizes[name], tuple(extent_of(one) for one in sorted(map(tuple, extents))))
                 for name, extents in found.items()
             ]
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncckpt import CheckpointDamaged
-from asyncckpt.read.boxes import Region, flat_boxes, regions, scatter_box, span
+from asyncckpt.read.boxes import TargetBox, flat_boxes, overlap_range, scatter_box, target_boxes
 from asyncckpt.read.scatter import Window
 
 SHAPES = st.lists(st.integers(1, 5), max_size=4).map(tuple)
@@ -51,8 +51,8 @@ def test_bytes_of_a_box_reach_exactly_what_a_region_shares_with_it(data: st.Data
     whole = torch.arange(1, math.prod(shape) + 1, dtype=torch.int32).view(shape)
     (box_at, box), (live_at, live) = data.draw(_boxes(shape)), data.draw(_boxes(shape))
     stored = whole[_slices(box_at, box)].contiguous()
-    region = Region(torch.zeros(live, dtype=torch.int32), live_at)
-    first, last = span(box_at, box, region)
+    region = TargetBox(torch.zeros(live, dtype=torch.int32), live_at)
+    first, last = overlap_range(box_at, box, region)
     cut = data.draw(st.integers(first, last))
     flat = stored.view(-1)
     for begin, end in ((first, cut), (cut, last)):  # as extents bring it, in parts
@@ -72,12 +72,12 @@ def test_a_window_is_the_same_elements_as_boxes(run: tuple[tuple[int, ...], int,
     live = torch.zeros(end - begin, dtype=torch.int64)
     window = Window(live if flat or not shape or begin == end else live.view(-1, *shape[1:]), begin)
     whole = torch.arange(math.prod(shape)).view(shape)
-    for region in regions(window, shape):
+    for region in target_boxes(window, shape):
         region.tensor.copy_(whole[_slices(region.offsets, tuple(region.tensor.shape))])
     assert live.tolist() == list(range(begin, end))
 
 
 def test_half_an_element_is_damage() -> None:
-    region = Region(torch.zeros(4), (0,))
+    region = TargetBox(torch.zeros(4), (0,))
     with pytest.raises(CheckpointDamaged, match="middle of an element"):
         scatter_box(region, (0,), (4,), 0, torch.zeros(6, dtype=torch.uint8), torch.float32)

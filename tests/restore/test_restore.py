@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, Run, Safetensors, StateMismatch
 from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.read import opening
 from asyncckpt.storage.reader import LocalReader
 
 
@@ -183,33 +185,72 @@ def test_extra_state_may_hold_tensors(tmp_path: Path) -> None:
         assert fresh[0].amax.tolist() == [1.0, 2.0, 3.0]
 
 
-@pytest.mark.parametrize("use", ["verify", "load_tensors", "open"])
-def test_a_reader_whose_newest_is_deleted_before_it_opens_it_takes_the_newer_one(
-    use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _saved_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Checkpointer, Run]:
+    """A writer that keeps one checkpoint saves step 2 whenever a reader has found step 1 to be the newest."""
     writer = Checkpointer(tmp_path / "run", keep=KeepLast(1))
     writer.save(1, {"w": torch.full((9,), 1)}).result()
     run = Run(tmp_path / "run")
     listed = Catalog.newest
 
-    def newest(catalog: Catalog, kind: str | None = "full") -> Any:
-        found = listed(catalog, kind)
+    def newest(catalog: Catalog, *args: Any) -> Any:
+        found = listed(catalog, *args)
         if found.step == 1:
             writer.save(2, {"w": torch.full((9,), 2)}).result()
             writer.wait()
         return found
 
     monkeypatch.setattr(Catalog, "newest", newest)
-    found = getattr(run, use)()
-    if use == "verify":
-        assert found == []
-    elif use == "load_tensors":
-        assert found["w.value"].tolist() == [2] * 9
-    else:
-        assert found.path.endswith("step-00000002")
-        found.close()
+    return writer, run
+
+
+def test_verify_of_a_newest_that_is_deleted_before_it_is_opened_takes_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, run = _saved_meanwhile(tmp_path, monkeypatch)
+    assert run.verify() == []
     assert [entry.step for entry in run.ls()] == [2]
     writer.close()
+
+
+@pytest.mark.parametrize("use", ["load_tensors", "open"])
+def test_a_newest_that_was_found_is_spared_until_it_has_been_read(
+    use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, run = _saved_meanwhile(tmp_path, monkeypatch)
+    found = getattr(run, use)()
+    if use == "load_tensors":
+        assert found["w.value"].tolist() == [1] * 9
+    else:
+        assert found.path.endswith("step-00000001")
+        assert found.trees
+        found.close()
+    writer.prune()
+    assert [entry.step for entry in run.ls()] == [2]
+    writer.close()
+
+
+@pytest.mark.parametrize("use", ["load_tensors", "restore"])
+def test_without_locks_a_newest_that_is_deleted_while_it_is_read_makes_way_for_the_newer_one(
+    use: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpointer(tmp_path / "run") as writer:
+        for step in (1, 2):
+            writer.save(step, {"w": torch.full((9,), step)}).result()
+    read = opening.OpenCheckpoint.check_small_files
+
+    def deleted(checkpoint: opening.OpenCheckpoint) -> None:
+        if checkpoint.manifest.step == 2:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+        read(checkpoint)
+
+    monkeypatch.setattr(opening.OpenCheckpoint, "check_small_files", deleted)
+    live = {"w": torch.zeros(9, dtype=torch.int64)}
+    run = Run(tmp_path / "run")
+    if use == "load_tensors":
+        live["w"] = run.load_tensors()["w.value"]
+    else:
+        run.restore(live)
+    assert live["w"].tolist() == [1] * 9
 
 
 def test_a_step_is_found_without_reading_the_manifests_of_others(

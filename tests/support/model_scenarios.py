@@ -17,7 +17,7 @@ from asyncckpt import Checkpointer, KeepLast, Run, WriterOptions
 from asyncckpt.catalog.retention import Policy
 from asyncckpt.commit.pending import PendingSave, SaveReport
 from asyncckpt.errors import AsyncCkptError
-from asyncckpt.protocols import Reader
+from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.restore import load_tensors, restore
 from asyncckpt.storage import shard_file
 from asyncckpt.testing import CrashModel, RecordingOps, Recovery, Trace, permitted
@@ -153,13 +153,13 @@ class Scenario:
     def recovery(self, trace: Trace, **model: Any) -> Recovery:
         return Recovery(CrashModel(trace, **model), self.run, self.identify, self.restore, self.policies)
 
-    def identify(self, reader: Reader, step: int) -> Saved | None:
+    def identify(self, checkpoint: OpenCheckpoint, step: int) -> Saved | None:
         """Return which save a checkpoint holds, bit for bit, tensors and plain values; None for anything else."""
-        found = {name.removesuffix(".value"): data for name, data in _bits(load_tensors(reader, None)).items()}
+        found = {name.removesuffix(".value"): data for name, data in _bits(load_tensors(checkpoint, None)).items()}
         for version in range(self.steps.get(step, 0)):
             expected = state_of(step, version, self.shards)
             plain = {"meta": {}}
-            restore(reader, plain)
+            restore(checkpoint, plain)
             if plain["meta"] == expected.pop("meta") and found == _bits(expected):
                 return step, version
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
@@ -21,7 +20,6 @@ from support.options import by_stage
 from asyncckpt import AsyncCkptError, Checkpointer, KeepLast, Run, Safetensors, SaveReport, WriterOptions
 from asyncckpt.codecs import codecs
 from asyncckpt.codecs.codecs import Planes
-from asyncckpt.manifest import json as manifests
 from asyncckpt.storage.posix import PosixOps
 
 KINDS = list(itertools.product(["safetensors", "zarr"], ["none", "planes"]))
@@ -146,8 +144,8 @@ def test_frozen_parameters_are_in_shards_of_their_own_and_stay_there(
     with Checkpointer(tmp_path / "run", **by_stage(format=shard_format, codec=codec)) as run:
         train(model, optimizer)
         first = _save(run, 1, state)
-        with contextlib.closing(run.open(1)) as reader:
-            tensors = manifests.load(reader).components["model"].tensors
+        with run.open(1) as checkpoint:
+            tensors = checkpoint.manifest.components["model"].tensors
         frozen = {file for name, tensor in tensors.items() if name.startswith("frozen.") for file in tensor.files}
         live = {file for name, tensor in tensors.items() if not name.startswith("frozen.") for file in tensor.files}
         assert frozen
@@ -609,8 +607,8 @@ def disordered(
         **by_stage(format=request.param, codec=LateFirst(100), extent_bytes=32 << 10, staging_bytes=1 << 20),
     ) as run:
         path = _save(run, 1, state).path
-    with contextlib.closing(Run(tmp_path / "run").open(1)) as reader:
-        manifest = manifests.load(reader)
+    with Run(tmp_path / "run").open(1) as checkpoint:
+        manifest = checkpoint.manifest
     [tensor] = manifest.components["w"].tensors.values()
     [part] = tensor.parts
     assert part.extents != tuple(sorted(part.extents)), "the chunks lie in order: this tests nothing"

@@ -31,10 +31,9 @@ from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
 from asyncckpt.integrations.dcp.names import Names, names_of
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
-from asyncckpt.protocols import Reader as OpenCheckpoint
-from asyncckpt.read.boxes import Region
+from asyncckpt.read.boxes import TargetBox
 from asyncckpt.read.fill import fill
-from asyncckpt.read.opening import open_manifest, read_trees
+from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage import open_store
 
@@ -52,7 +51,7 @@ class Reader(StorageReader):
     def __init__(self, path: str | os.PathLike[str] | None = None, *, expect_digest: str | None = None) -> None:
         self._path = None if path is None else os.path.abspath(os.fspath(path))
         self._expect_digest = manifests.check_expected(expect_digest)
-        self._open: tuple[OpenCheckpoint, Manifest, Names] | None = None
+        self._open: tuple[OpenCheckpoint, Names] | None = None
         #: The latest load read this many bytes.
         self.read_bytes = 0
 
@@ -62,7 +61,7 @@ class Reader(StorageReader):
             self._path = os.path.abspath(os.fspath(checkpoint_id))
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        _, manifest, names = self._opened()
+        checkpoint, names = self._opened()
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for fqn in names.tensors:
             record = self._record(fqn)
@@ -76,13 +75,13 @@ class Reader(StorageReader):
             entries[fqn] = TensorStorageMetadata(properties, torch.Size(record.shape), chunks)
         for fqn in names.values:
             entries[fqn] = BytesStorageMetadata()
-        return Metadata(entries, planner_data=dict(names.paths), storage_meta=self._meta(manifest))
+        return Metadata(entries, planner_data=dict(names.paths), storage_meta=self._meta(checkpoint.manifest))
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return replace(plan, storage_data=self._opened()[1].attempt)
+        return replace(plan, storage_data=self._opened()[0].manifest.attempt)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         odd = [rank for rank, plan in enumerate(plans) if plan.storage_data != plans[0].storage_data]
@@ -103,8 +102,8 @@ class Reader(StorageReader):
         return future
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
-        reader, manifest, names = self._opened()
-        wanted: dict[str, list[Region]] = {}
+        checkpoint, names = self._opened()
+        wanted: dict[str, list[TargetBox]] = {}
         committed: list[Callable[[], None]] = []
         values = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
         for item in plan.items:
@@ -114,9 +113,9 @@ class Reader(StorageReader):
             target = planner.resolve_tensor(item).detach()
             begin = item.storage_index.offset or torch.Size([0] * len(item.storage_offsets))
             offsets = tuple(a + b for a, b in zip(begin, item.storage_offsets, strict=True))
-            wanted.setdefault(fqn, []).append(Region(target, offsets))
+            wanted.setdefault(fqn, []).append(TargetBox(target, offsets))
             committed.append(lambda item=item, target=target: planner.commit_tensor(item, target))  # type: ignore[misc]
-        self.read_bytes = fill(reader, manifest, [(self._record(fqn), found) for fqn, found in wanted.items()])
+        self.read_bytes = fill(checkpoint, [(self._record(fqn), found) for fqn, found in wanted.items()])
         for commit in committed:
             commit()
         for item in values:
@@ -132,38 +131,45 @@ class Reader(StorageReader):
             self._open[0].close()
             self._open = None
 
-    def _opened(self) -> tuple[OpenCheckpoint, Manifest, Names]:
+    def _opened(self) -> tuple[OpenCheckpoint, Names]:
         if self._open is None:
-            reader = open_checkpoint(self._path)
+            checkpoint = _open(self._path, self._expect_digest)
             try:
-                manifest = open_manifest(reader, self._expect_digest)
-                self._open = reader, manifest, names_of(manifest, read_trees(reader, manifest))
+                self._open = checkpoint, names_of(checkpoint.manifest, checkpoint.trees)
             except BaseException:
-                reader.close()
+                checkpoint.close()
                 raise
         return self._open
 
     def _record(self, fqn: str) -> StoredTensor:
-        _, manifest, names = self._opened()
+        checkpoint, names = self._opened()
         component, name = names.tensors[fqn]
-        record = manifest.components[component]
+        record = checkpoint.manifest.components[component]
         return record.tensors[record.aliases.get(name, name)]
 
     def _meta(self, manifest: Manifest) -> StorageMeta:
         return StorageMeta(checkpoint_id=self._path, load_id=manifest.attempt)
 
 
-def open_checkpoint(path: str | None) -> OpenCheckpoint:
-    """Open a checkpoint by its path, or the newest usable one of a run. Raises ``CheckpointNotFound``."""
+def _open(path: str | None, expect_digest: str | None) -> OpenCheckpoint:
+    """Open a checkpoint by its path, or the newest usable one of a run. Raises ``CheckpointNotFound``,
+    ``CheckpointDamaged`` and ``DigestMismatch``."""
     if path is None:
         raise InvalidOption("say which: Reader('run'), or dcp.load(..., checkpoint_id='run/step-100')")
     if os.path.lexists(os.path.join(path, manifests.FILE_NAME)):
         run, name = os.path.split(path)
-        return open_store(run).open(name)
+        return open_checkpoint(open_store(run).open(name), expect_digest)
     if not os.path.isdir(path):
         raise CheckpointNotFound(f"{path}: no such directory")
     store = open_store(path)
-    return store.open(Catalog(store, store.address).newest().name)
+    with Catalog(store, store.address).find_open(None, "full") as listing:
+        checkpoint = listing.open(listing.entries[0])
+    try:
+        checkpoint.require_digest(expect_digest)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
 
 
 def _pickled(value: Any) -> io.BytesIO:

@@ -22,12 +22,12 @@ from asyncckpt.errors import SaveFailed, StepExists
 from asyncckpt.integrations.dcp.names import Path, components_of
 from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, split_record
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, WrittenExtent
 from asyncckpt.memory.arena import Slot
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Attempt, Digest, Hold, renaming
 from asyncckpt.stage.copy import copy_segments, write_header
-from asyncckpt.stage.image import cut_digest
+from asyncckpt.stage.image import cut_digests
 from asyncckpt.storage import open_store
 from asyncckpt.types import Extent, LayoutOptions, Piece, Shard
 
@@ -131,9 +131,9 @@ class Live:
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
                 view = slot.view[: extent.nbytes]
-                record = ExtentRecord(extent.offset, extent.nbytes, cut_digest(digest, view, extent.cuts))
+                written = WrittenExtent(extent.offset, extent.nbytes, cut_digests(digest, view, extent.cuts))
                 writers[extent.shard].write_at(slot.view, extent.nbytes, extent.offset)
-            return split_record(record, extent.cuts)
+            return written.records(extent.cuts)
 
         with ThreadPoolExecutor(threads, "asyncckpt-dcp") as pool:
             found = list(pool.map(one, (extent for shard in shards for extent in shard.extents)))

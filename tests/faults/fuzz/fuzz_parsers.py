@@ -24,6 +24,7 @@ from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest import json as manifests
 from asyncckpt.read import verify
 from asyncckpt.read.consistency import check_views
+from asyncckpt.read.opening import open_checkpoint
 from asyncckpt.restore import restore
 from asyncckpt.storage.lease import parse_holder
 
@@ -294,7 +295,7 @@ def _view_seeds() -> list[bytes]:
 def _restore(data: bytes) -> object:
     """A forged ``state.json``, restored into live objects."""
     reader = checkpoint("plain").with_file("state.json", data)
-    return restore.restore(reader, _live(), strict=False)
+    return restore.restore(open_checkpoint(reader), _live(), strict=False)
 
 
 def _live() -> dict[str, object]:
@@ -313,7 +314,7 @@ def _checkpoint(data: bytes) -> object:
     body = data[1:]
     reader = source.with_body(body[:-1] if body.endswith(b"}") else body)
     damage = verify.verify(reader)
-    loaded = restore.load_tensors(reader, None)
+    loaded = restore.load_tensors(open_checkpoint(reader), None)
     if damage and _names_data(damage):
         raise AssertionError(f"loaded {list(loaded)} although {damage}")
     return loaded

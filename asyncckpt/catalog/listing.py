@@ -1,0 +1,114 @@
+"""A listing holds what one look at a run directory found, with the checkpoint that is wanted most still open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from asyncckpt.catalog.retention import age
+from asyncckpt.protocols import Store
+from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointInfo:
+    """Describes one checkpoint, as ``ls`` lists it.
+
+    ``damage``: why it cannot be used; None where manifest, names and sizes are right (``verify`` reads the bytes, too).
+    ``nbytes``: its size on disk. ``kind``: ``full`` or ``weights``. ``sequence`` rises from save to save of a run: the
+    largest was acknowledged last, whatever its step is. ``attempt``: the save's uuid. ``renamed``: somebody has copied
+    the directory, or given it another name than its manifest has. It is theirs: it is listed and can be read, but is
+    never deleted, and neither resumed from nor counted by retention. ``misnamed``: the directory has a name that the
+    run would give to another step. That is damage: it may be a copy, or a fault of the storage."""
+
+    step: int
+    name: str
+    path: str
+    kind: str = "full"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    nbytes: int = 0
+    created_unix_seconds: float = 0.0
+    pinned: bool = False
+    damage: str | None = None
+    sequence: int = 0
+    attempt: str = ""
+    renamed: bool = False
+    misnamed: bool = False
+
+
+#: Says how much a usable checkpoint is wanted: of several, the one with the largest answer; None: not at all.
+Preference = Callable[[CheckpointInfo], tuple[int | str, ...] | None]
+
+
+def newest_of(kind: str | None) -> Preference:
+    """Prefer the checkpoint of the run's own that was saved last; ``kind``: full or weights, None for either."""
+
+    def preference(entry: CheckpointInfo) -> tuple[int | str, ...] | None:
+        wanted = not entry.renamed and kind in (None, entry.kind)
+        return (*age(entry), entry.kind, entry.name) if wanted else None
+
+    return preference
+
+
+def of_step(step: int, kind: str | None = None) -> Preference:
+    """Prefer the checkpoint that ``Catalog.find`` chooses."""
+
+    def preference(entry: CheckpointInfo) -> tuple[int | str, ...] | None:
+        wanted = entry.step == step and kind in (None, entry.kind)
+        return (not entry.renamed, entry.kind == "full", entry.sequence) if wanted else None
+
+    return preference
+
+
+class Listing:
+    """Holds the checkpoints that one look at a run found, and keeps the usable one that is wanted most open.
+
+    It stays open from the moment it is found until it is read, so retention spares it, and nothing of it is parsed or
+    checked again. ``entries``: the oldest save first. ``prefer``: which one stays open; None: none does. Close the
+    listing, or use it in a ``with``. For one thread.
+    """
+
+    def __init__(self, store: Store, prefer: Preference | None = None) -> None:
+        self.entries: list[CheckpointInfo] = []
+        self._store = store
+        self._prefer = prefer
+        self._kept: tuple[CheckpointInfo, OpenCheckpoint] | None = None
+
+    def keep(self, entry: CheckpointInfo, opened: OpenCheckpoint) -> bool:
+        """Take over a usable checkpoint if it is wanted more than the one that is kept so far, which is closed then.
+        False where it is not: the caller closes it."""
+        preference = self._prefer(entry) if self._prefer is not None else None
+        if preference is None or self._prefer is None:
+            return False
+        if self._kept is not None:
+            kept = self._kept[0]
+            if kept.name != entry.name and (self._prefer(kept) or ()) >= preference:
+                return False
+            self.close()
+        self._kept = entry, opened
+        return True
+
+    def open(self, entry: CheckpointInfo) -> OpenCheckpoint:
+        """Hand over a checkpoint of the listing: the caller closes it. One that was not kept open is opened now, which
+        blocks and raises ``CheckpointNotFound`` where it has been deleted, ``CheckpointDamaged`` and
+        ``VersionUnsupported``."""
+        if self._kept is not None and (self._kept[0].name, self._kept[0].attempt) == (entry.name, entry.attempt):
+            opened, self._kept = self._kept[1], None
+            return opened
+        return open_checkpoint(self._store.open(entry.name))
+
+    def close(self) -> None:
+        """Close the checkpoint that was kept open, unless it has been handed over. Idempotent."""
+        if self._kept is not None:
+            self._kept[1].close()
+            self._kept = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
