@@ -20,11 +20,7 @@ def _not_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _old_libc(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Libc:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-    monkeypatch.setattr(posix.ctypes, "CDLL", Libc)
+    monkeypatch.setattr(posix, "_libc", object())
 
 
 @pytest.mark.parametrize("system", [_not_linux, _old_libc])
