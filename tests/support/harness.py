@@ -26,8 +26,9 @@ import torch.distributed as dist
 
 Scenario = Callable[..., Any]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+#: Processes are forked from one that has imported what they need, and that has no threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
@@ -35,6 +36,7 @@ _CONTEXT.set_forkserver_preload(
         "asyncckpt.testing",
         "asyncckpt.formats.zarr",
         "zarr",
+        "torch._dynamo",
     ]
 )
 #: Of process group set-up and of training's own collectives. Longer than any save's deadline in these tests.
@@ -128,9 +130,9 @@ class Crew:
         for rank in range(size):
             if store == "rank0" and rank == 1:
                 place["port"] = self._links[0].recv()
-            ours, theirs = _CONTEXT.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             space = spaces[rank] if spaces else None
-            process = _CONTEXT.Process(target=_live, args=(theirs, rank, size, place, space), daemon=True)
+            process = CONTEXT.Process(target=_live, args=(theirs, rank, size, place, space), daemon=True)
             process.start()
             theirs.close()
             self._links.append(ours)
