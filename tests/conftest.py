@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.distribution import pytest_collection_modifyitems as pytest_collection_modifyitems
+from support.distribution import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 from torch import nn
 
 from asyncckpt import Checkpointer

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -145,6 +146,7 @@ def _start(
 def _become(
     script: Path | str, arguments: tuple[str, ...], cwd: str, environment: dict[str, str], streams: list[int]
 ) -> None:
+    gc.freeze()  # as a rank does
     for target, fd in enumerate(streams):
         os.dup2(fd, target)
     for fd in set(streams):
