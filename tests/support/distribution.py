@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 #: Beside those of ranks: files whose processes are forked from the ranks' server.
-_FORKED = {"test_docs.py", "test_examples.py", "test_hooks.py", "test_cli_live.py", "test_golden.py"}
+_FORKED = {"test_docs.py", "test_examples.py", "test_demo.py", "test_hooks.py", "test_cli_live.py", "test_golden.py"}
 #: Folders with files that take long.
-_LONG = {"demo", "faults", "write", "tests"}
+_LONG = {"faults", "write", "tests"}
 
 
 def together(file: str) -> str:
