@@ -22,7 +22,7 @@ from asyncckpt import Run
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_fsdp2.py"
 STEPS, EVERY = 30, 6
 #: Enough for a save to be seen while it is made, little enough for four ranks on two cores.
-OPTIONS = ["--steps", STEPS, "--every", EVERY, "--width", 96, "--layers", 2, "--batch", 8, "--rank-timeout", 3]
+OPTIONS = ["--steps", STEPS, "--every", EVERY, "--width", 132, "--layers", 1, "--batch", 8, "--rank-timeout", 3]
 #: The order in which ranks' gradients are added up differs with their number; what is saved does not.
 ALIKE = 2e-4
 _PATIENCE_SECONDS = 90.0

@@ -34,6 +34,7 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
         "torch.distributed.checkpoint.state_dict",
+        "asyncckpt.checkpointer",
         "asyncckpt.testing",
         "asyncckpt.formats.zarr",
         "zarr",
@@ -42,8 +43,8 @@ CONTEXT.set_forkserver_preload(
 )
 #: Of process group set-up and of training's own collectives. Longer than any save's deadline in these tests.
 _GLOO_SECONDS = 60.0
-#: The most rank processes at one time: a crew of one, of two, of three and of four, or one of eight.
-MAX_RANKS = 10
+#: The most rank processes at one time: a crew of each size from one to four, and one of four that a test has for itself.
+MAX_RANKS = 14
 
 
 @dataclass(frozen=True)
@@ -248,9 +249,15 @@ class Crews:
 # -- in the rank's process -----------------------------------------------------------------------------------------
 
 
+def begin() -> None:
+    """The first thing in a process that was forked from the server."""
+    gc.freeze()  # what was imported before: a look at all of that costs more than a scenario, and copies it
+    CONTEXT.set_forkserver_preload(["torch"])  # of a server of its own, which a data loader has
+    torch.set_num_threads(1)  # with several, tiny layers spend their time waiting for each other
+
+
 def _live(link: Connection, rank: int, size: int, place: dict[str, Any], space: tuple[str, str] | None) -> None:
-    gc.freeze()  # what was imported before the fork: a look at all of that costs more than a scenario, and copies it
-    torch.set_num_threads(1)
+    begin()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if space is not None:
         _enter(space[0])

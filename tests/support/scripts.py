@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
@@ -22,7 +21,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Self
 
-from support.harness import CONTEXT
+from support.harness import CONTEXT, begin
 
 
 class Script:
@@ -146,7 +145,7 @@ def _start(
 def _become(
     script: Path | str, arguments: tuple[str, ...], cwd: str, environment: dict[str, str], streams: list[int]
 ) -> None:
-    gc.freeze()  # as a rank does
+    begin()
     for target, fd in enumerate(streams):
         os.dup2(fd, target)
     for fd in set(streams):
@@ -157,9 +156,6 @@ def _become(
     os.environ.update(environment)
     # the script is no child of multiprocessing's, and may have daemons of its own
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    import torch
-
-    torch.set_num_threads(1)  # with several, tiny layers spend their time waiting for each other
     status = _run(script, arguments)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
