@@ -25,6 +25,7 @@ test: $(STAMP)            ## the fast suite
 
 test-slow: $(STAMP)       ## the long tests
 	$(BIN)/python -m pytest -m 'slow and not nfs'
+	ASYNCCKPT_EXAMPLES=all $(BIN)/python -m pytest -m 'hypothesis and not slow'
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000

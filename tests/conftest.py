@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from support.distribution import pytest_collection_modifyitems as pytest_collection_modifyitems
+from support.distribution import pytest_xdist_make_scheduler as pytest_xdist_make_scheduler
 from torch import nn
 
 from asyncckpt import Checkpointer
@@ -85,6 +87,13 @@ def pytest_configure() -> None:
     """A shell that starts the suite in the background has it, and all processes it starts, ignore SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for among what tests make: in all that was imported that takes a third of a second each time,
+    and in a forked child a copy of the memory, too."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import scripts
 
 import asyncckpt
 from asyncckpt import Run
@@ -55,16 +53,7 @@ def test_the_loop_that_newcomers_copy_runs_and_goes_on(tmp_path: Path) -> None:
         "    return 1.0\n" + loop + "\nprint('began after', start)\n"
     )
     for total, start in ((120, 0), (220, 100)):
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(total)],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert f"began after {start}" in done.stdout
+        assert f"began after {start}" in scripts.run(script, total, cwd=tmp_path)
     assert [entry.step for entry in Run(tmp_path / "gpt-run").ls()] == [100, 200]
 
 
@@ -72,16 +61,7 @@ def test_the_tutorial_tells_what_happens(tmp_path: Path) -> None:
     script = _python(ROOT / "docs" / "tutorial.md")[0].replace("4096", "512")  # a smaller state, to be quick
 
     def train(*arguments: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-c", script, *arguments],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stderr
-        return done.stdout
+        return scripts.run(script, *arguments, cwd=tmp_path, code=code)
 
     train()
     run = tmp_path / "first-run"

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from support.options import by_stage
 
 from asyncckpt import (
@@ -447,7 +448,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(moves=MOVES, k=st.integers(1, 4), old=st.booleans())
 def test_what_was_acknowledged_last_is_the_newest_whatever_training_did(
     tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[str, int]], k: int, old: bool

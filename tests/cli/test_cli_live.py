@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.scripts import Script
 from typer.testing import CliRunner
 
 from asyncckpt import Checkpointer, Run
@@ -62,20 +64,19 @@ def saved(tmp_path: Path) -> str:
 
 @pytest.fixture
 def other_process(saved: str) -> Iterator[Any]:
-    started: list[subprocess.Popen[str]] = []
+    running: list[Script] = []
+    with contextlib.ExitStack() as started:
 
-    def start(script: str) -> int:
-        command = [sys.executable, "-c", script, saved]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        started.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline().strip()
-        return process.pid
+        def start(script: str) -> int:
+            process = started.enter_context(Script(script, saved))
+            assert process.stdout.readline().strip()
+            running.append(process)
+            return process.pid
 
-    yield start
-    for process in started:
-        process.communicate(timeout=60)
-        assert process.returncode == 0
+        yield start
+        for process in running:
+            status, _, errors = process.finish()
+            assert status == 0, errors
 
 
 def test_prune_deletes_nothing_from_a_run_another_process_holds(saved: str, other_process: Any) -> None:

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numcodecs import blosc
+from support.examples import examples
 
 from asyncckpt import CheckpointDamaged, InvalidOption, UnknownName
 from asyncckpt.codecs import blosc as frames
@@ -101,7 +102,7 @@ anything = st.binary(max_size=300) | structured
 
 
 @every_codec
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=anything, item_bytes=st.sampled_from(ITEMS))
 @example(data=b"", item_bytes=4)
 @example(data=b"\1", item_bytes=8)
@@ -125,7 +126,7 @@ def test_every_kind_of_data_comes_back(kind: str, item_bytes: int, codec: Codec)
 
 
 @every_codec
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(data=anything, item_bytes=st.sampled_from(ITEMS))
 def test_an_attempt_that_gives_up_can_be_stored_as_it_lies(codec: Codec, data: bytes, item_bytes: int) -> None:
     """What ``attempt`` answers 0 for is stored with a header before it, and is a frame like any other."""
@@ -151,7 +152,7 @@ def test_frames_do_not_depend_on_what_was_encoded_before_or_on_which_thread() ->
 # -- other decoders ----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=structured, item_bytes=st.sampled_from(ITEMS))
 def test_blosc_itself_reads_our_frames(data: bytes, item_bytes: int) -> None:
     for codec in BLOSC:
@@ -163,7 +164,7 @@ def test_blosc_itself_reads_our_frames(data: bytes, item_bytes: int) -> None:
         assert sizes[6] == len(frame)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=anything, level=st.sampled_from([-3, 1, 5]))
 def test_zstd_frames_are_plain_zstd(data: bytes, level: int) -> None:
     frame = _encode(Zstd(level=level), data, 4)
@@ -172,7 +173,7 @@ def test_zstd_frames_are_plain_zstd(data: bytes, level: int) -> None:
         assert bytes(numcodecs.Zstd().decode(frame)) == data
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=structured.filter(len), item_bytes=st.sampled_from(ITEMS))
 def test_frames_of_other_encoders_are_read(data: bytes, item_bytes: int) -> None:
     for cname in ("lz4", "zstd", "zlib", "blosclz"):
@@ -211,7 +212,7 @@ def test_planes_adds_no_more_than_a_header_to_noise(name: str, item_bytes: int, 
     assert _decode(codecs.get(name), frame, nbytes) == data
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=structured, item_bytes=st.sampled_from(ITEMS))
 def test_planes_never_adds_more_than_a_header(data: bytes, item_bytes: int) -> None:
     assert len(_encode(codecs.get("planes"), data, item_bytes)) <= len(data) + 16
@@ -282,14 +283,14 @@ def test_hostile_numbers_in_a_blosc_frame(codec: Codec) -> None:
 
 
 @every_codec
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(garbage=st.binary(max_size=200), nbytes=st.integers(0, 300) | st.just(1 << 16))
 def test_garbage_is_damage_or_fills_the_output(codec: Codec, garbage: bytes, nbytes: int) -> None:
     _damaged_or_right_size(codec, garbage, nbytes)
 
 
 @pytest.mark.parametrize("codec", BLOSC, ids=_id)
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     flags=st.integers(0, 255),
     typesize=st.integers(0, 255),
@@ -306,7 +307,7 @@ def test_a_consistent_header_before_garbage(
 
 
 @every_codec
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_a_frame_with_random_damage(codec: Codec, data: st.DataObject) -> None:
     content = data.draw(structured)
@@ -374,10 +375,16 @@ def test_a_zstd_window_of_gigabytes_is_not_allocated() -> None:
     assert _memory("VmHWM") - before < MOST_BYTES
 
 
+@pytest.fixture(scope="module")
+def bomb() -> bytes:
+    """A gigabyte in a few megabytes."""
+    packed = bytes(blosc.compress(bytes(1 << 30), b"zstd", 3, 1, 0, 4))
+    assert len(packed) < 4 << 20
+    return packed
+
+
 @pytest.mark.parametrize("codec", BLOSC, ids=_id)
-def test_a_blosc_bomb_is_refused_before_it_is_unpacked(codec: Codec) -> None:
-    bomb = bytes(blosc.compress(bytes(1 << 30), b"zstd", 3, 1, 0, 4))
-    assert len(bomb) < 4 << 20
+def test_a_blosc_bomb_is_refused_before_it_is_unpacked(codec: Codec, bomb: bytes) -> None:
     assert _costs(codec, bomb, 4096) < MOST_BYTES
     lying = bytearray(bomb)
     lying[4:8] = (4096).to_bytes(4, "little")  # the size that is expected; the blocks inside are larger

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
+from support.scripts import Script
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from asyncckpt import Checkpointer, InvalidOption, MissingExtra, Run, RunPathError, demo
+from asyncckpt.demo import child
 from asyncckpt.demo.compare import compare
 from asyncckpt.demo.data import TextLoader, collect
 from asyncckpt.demo.training import Training
@@ -24,7 +27,28 @@ def corpus(tmp_path: Path) -> Path:
     return tmp_path / "corpus.txt"
 
 
-def test_killed_and_resumed_it_ends_bit_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class _Forked(Script):
+    """Stands in for ``subprocess.Popen([python, "-m", module, ...])`` without the interpreter's start."""
+
+    def __init__(self, command: list[str], *, stderr: BinaryIO, **_: int) -> None:
+        module, *arguments = command[command.index("-m") + 1 :]
+        super().__init__(f"import runpy; runpy.run_module({module!r}, run_name='__main__')", *arguments)
+        self._log = stderr
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+        self._log.write(self.errors.encode())
+
+
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["forked", "started"])
+def test_killed_and_resumed_it_ends_bit_equal(
+    forked: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if forked:
+        monkeypatch.setattr(child.subprocess, "Popen", _Forked)
     out = tmp_path / "demo"
     assert demo.run(out, steps=12, rounds=1) == 0
     shown = capsys.readouterr().out

@@ -205,17 +205,17 @@ def _endure(ordeal: Ordeal, faults: Sequence[tuple[Fault, ...]]) -> None:
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=str)
 def test_an_error_at_a_site_loses_nothing(scenario: Scenario, tmp_path: Path) -> None:
-    """One error at each site, and a few pairs; ``make faults`` tries all."""
+    """One error at each of a few sites, and a few pairs; the slow tests try all."""
     rng = random.Random(str(scenario))
     ordeal = Ordeal(tmp_path / "run", scenario)
     sites = ordeal.sites()
-    faults = [(rng.choice(faults_at(site)),) for site in rng.sample(sites, 25)]
+    faults = [(rng.choice(faults_at(site)),) for site in rng.sample(sites, 14)]
     faults += [
-        (rng.choice(faults_at(a)), rng.choice(faults_at(b))) for a, b in [rng.sample(sites, 2) for _ in range(5)]
+        (rng.choice(faults_at(a)), rng.choice(faults_at(b))) for a, b in [rng.sample(sites, 2) for _ in range(3)]
     ]
     _endure(ordeal, faults)
-    assert ordeal.faults > 20
-    assert ordeal.failures > 5
+    assert ordeal.faults > 11
+    assert ordeal.failures > 3
 
 
 @pytest.mark.slow

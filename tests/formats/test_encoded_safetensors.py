@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import bits
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.examples import examples
 from support.options import by_stage
 from torch import nn
 
@@ -142,7 +143,7 @@ def test_every_dtype_comes_back(codec: str, code: str, tmp_path: Path) -> None:
     assert isinstance(tensor, ChunkedRecord)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     shapes=st.lists(
         st.lists(st.sampled_from([1, 3, 64, 257, 1031]), min_size=1, max_size=3).filter(

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import bits
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from support.examples import examples
 from support.options import by_stage
 from torch import nn
 
@@ -95,7 +96,7 @@ tensors = st.builds(
 )
 
 
-@settings(max_examples=70, deadline=None)
+@examples(70)
 @given(
     made=st.lists(tensors, min_size=1, max_size=4),
     codec=st.sampled_from(["none", "planes", "zstd", "lz4"]),

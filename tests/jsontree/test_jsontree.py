@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from support.examples import examples
 
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, UnsupportedValue
@@ -136,7 +137,7 @@ def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@examples(300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.recursive(leaves, lambda inner: st.deferred(lambda: containers(inner)), max_leaves=12))
 def test_any_supported_value_comes_back_to_the_bit(value: Any) -> None:
     assert_same(value, round_trip(value))
@@ -536,7 +537,7 @@ json_trees = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(json_trees)
 def test_a_random_tree_decodes_or_is_damage_and_nothing_else(tree: Any) -> None:
     with contextlib.suppress(CheckpointDamaged):

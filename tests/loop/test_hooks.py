@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import subprocess
-import sys
 import threading
 import weakref
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.scripts import Script
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
@@ -39,15 +38,13 @@ with ckpt:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_leaves_with_its_code(number: signal.Signals, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", TRAINER, str(tmp_path / "run")]
     last = 0
     for _ in range(2):  # killed, resumed, killed again
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        assert child.stdout.readline() == f"training {last}\n"
-        child.send_signal(number)
-        _, errors = child.communicate(timeout=60)
-        assert child.returncode == 128 + number, errors
+        with Script(TRAINER, tmp_path / "run") as child:
+            assert child.stdout.readline() == f"training {last}\n"
+            child.send_signal(number)
+            status, _, errors = child.finish()
+        assert status == 128 + number, errors
         entries = Run(tmp_path / "run").ls()
         assert entries[-1].step > last
         last = entries[-1].step

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from torch import nn
 
 from asyncckpt import Checkpointer, InvalidOption
@@ -302,7 +303,7 @@ def test_parameters_in_one_memory_block_are_deferred_together(tmp_path: Path, mo
         pending.result(PATIENCE_SECONDS)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(data=st.data())
 def test_what_is_deferred_is_owned_to_the_byte_and_alone_with_what_is_owned(data: st.DataObject) -> None:
     """Compared with sets of single bytes."""

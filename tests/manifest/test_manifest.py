@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from asyncckpt import AsyncCkptError, Checkpointer, ManifestInvalid
 from asyncckpt.formats.safetensors import header_length, image, parse_header
@@ -111,7 +112,7 @@ def test_json_that_is_no_manifest_is_refused(body: bytes) -> None:
         manifests.decode(manifests.seal(body), "here")
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.data())
 def test_random_edits_of_any_field_never_raise_anything_untyped(data: st.DataObject, valid: bytes) -> None:
     junk = st.recursive(

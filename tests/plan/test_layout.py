@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from asyncckpt import formats
 from asyncckpt.codecs import codecs
@@ -38,7 +39,7 @@ specs = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(one=specs, two=specs, shard_bytes=st.integers(1, 60_000), extents=st.integers(1, 4))
 def test_every_byte_is_covered_once(
     one: list[TensorSpec], two: list[TensorSpec], shard_bytes: int, extents: int

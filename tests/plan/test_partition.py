@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from asyncckpt import formats
 from asyncckpt.codecs import codecs
@@ -43,7 +44,7 @@ shapes = st.one_of(
 spreads = st.sampled_from(["rows", "rows", "all", "some"])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(shapes, spreads), min_size=1, max_size=12), st.sampled_from([2, 3, 4, 8]), st.integers(1, 2))
 def test_every_byte_is_written_once_by_a_rank_that_has_it(
     tensors: list[tuple[tuple[int, ...], str]], parts: int, copies: int

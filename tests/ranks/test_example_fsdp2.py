@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 from support.harness import Crews
+from support.scripts import Script
 
 from asyncckpt import Run
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_fsdp2.py"
 STEPS, EVERY = 30, 6
 #: Enough for a save to be seen while it is made, little enough for four ranks on two cores.
-OPTIONS = ["--steps", STEPS, "--every", EVERY, "--width", 96, "--layers", 2, "--batch", 8, "--rank-timeout", 3]
+OPTIONS = ["--steps", STEPS, "--every", EVERY, "--width", 132, "--layers", 1, "--batch", 8, "--rank-timeout", 3]
 #: The order in which ranks' gradients are added up differs with their number; what is saved does not.
 ALIKE = 2e-4
 _PATIENCE_SECONDS = 180.0
@@ -31,37 +32,28 @@ def _environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
-def _start(out: Path, ranks: int) -> list[subprocess.Popen[str]]:
+def _start(out: Path, ranks: int) -> list[Script]:
     """The ranks as torchrun starts them, but without it: nobody ends the others when one dies."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *map(str, OPTIONS)]
     return [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        Script(
+            SCRIPT,
+            "--out",
+            out,
+            *OPTIONS,
             env=_environment(**job, RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0"),
+            joined=True,
         )
         for rank in range(ranks)
     ]
 
 
-def _finished(job: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def _finished(job: list[Script]) -> list[tuple[int, str]]:
     """Exit status and output of each rank; it is killed where it does not end."""
-    found = []
-    for process in job:
-        try:
-            shown, _ = process.communicate(timeout=_PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            shown, _ = process.communicate()
-            shown += "\nkilled: it did not end"
-        found.append((process.returncode, shown))
-    return found
+    return [process.finish(_PATIENCE_SECONDS)[:2] for process in job]
 
 
 def _trained(out: Path, ranks: int) -> str:
@@ -83,7 +75,7 @@ def _attempts(out: Path) -> list[str]:
     return [name for name in os.listdir(out) if name.startswith(".tmp-0")] if out.exists() else []
 
 
-def _kill_in_a_save(out: Path, victim: subprocess.Popen[str], after: int) -> int:
+def _kill_in_a_save(out: Path, victim: Script, after: int) -> int:
     """SIGKILL it while a checkpoint later than ``after`` is written; the newest step that was published by then."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < deadline:

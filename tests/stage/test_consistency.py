@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import Tiny, bits, train
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from support.examples import examples
 from torch import nn
 
 from asyncckpt import Checkpointer, RngState, Safetensors, StagingOptions, WriterOptions
@@ -89,7 +90,7 @@ class World:
 ACTIONS = ["update", "backward", "forward_only", "change_frozen", "update_unwatched", "tick", "swap_data", "load"]
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_legal_change_at_every_legal_moment_leaves_the_checkpoint_alone(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 
 from asyncckpt.memory.arena import Arena
 from asyncckpt.read.scatter import scatter
@@ -32,7 +33,7 @@ def _reference(tensor: torch.Tensor) -> bytes:
     return b"".join(one.clone().reshape(1).view(torch.uint8).numpy().tobytes() for one in tensor.detach().reshape(-1))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(data=st.data())
 def test_any_layout_cut_anywhere_arrives_as_row_major_bytes(data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.complex64]))

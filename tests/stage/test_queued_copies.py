@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples
 from support.options import by_stage
 from support.queued_copies import (
     PATIENCE_SECONDS,
@@ -60,7 +61,7 @@ def test_nor_do_they_land_on_what_the_host_itself_writes(tmp_path: Path) -> None
     a_save_after_one_that_failed(tmp_path / "run", [first, first], [large, small])
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_memory_comes_with_every_copy_that_may_still_write_into_it(data: st.DataObject) -> None:
     arena = Arena()

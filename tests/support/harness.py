@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -27,21 +28,24 @@ import torch.distributed as dist
 
 Scenario = Callable[..., Any]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
+#: Processes are forked from one that has imported what they need, and that has no threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
         "torch.distributed.checkpoint.state_dict",
+        "asyncckpt.checkpointer",
         "asyncckpt.testing",
         "asyncckpt.formats.zarr",
         "zarr",
+        "torch._dynamo",
     ]
 )
 #: Process group set-up and training's own collectives wait this long: longer than any save's deadline in these tests.
 _GLOO_SECONDS = 60.0
-#: At most this many rank processes live at one time.
-MAX_RANKS = 8
+#: The most rank processes at one time: a crew of each size from one to four, and one of four that a test has for itself.
+MAX_RANKS = 14
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,9 @@ class Crew:
         for rank in range(size):
             if store == "rank0" and rank == 1:
                 place["port"] = self._links[0].recv()
-            ours, theirs = _CONTEXT.Pipe()
+            ours, theirs = CONTEXT.Pipe()
             space = spaces[rank] if spaces else None
-            process = _CONTEXT.Process(target=_live, args=(theirs, rank, size, place, space), daemon=True)
+            process = CONTEXT.Process(target=_live, args=(theirs, rank, size, place, space), daemon=True)
             process.start()
             theirs.close()
             self._links.append(ours)
@@ -247,8 +251,15 @@ class Crews:
 # -- in the rank's process -----------------------------------------------------------------------------------------
 
 
+def begin() -> None:
+    """The first thing in a process that was forked from the server."""
+    gc.freeze()  # what was imported before: a look at all of that costs more than a scenario, and copies it
+    CONTEXT.set_forkserver_preload(["torch"])  # of a server of its own, which a data loader has
+    torch.set_num_threads(1)  # with several, tiny layers spend their time waiting for each other
+
+
 def _live(link: Connection, rank: int, size: int, place: dict[str, Any], space: tuple[str, str] | None) -> None:
-    torch.set_num_threads(1)
+    begin()
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if space is not None:
         _enter(space[0])

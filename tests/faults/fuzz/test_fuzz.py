@@ -1,6 +1,6 @@
 """Fuzzers of every parser of untrusted bytes: nothing but this library's errors may come out of any of them.
 
-The default suite runs each on its seeds, on attacks and on some thousand mutations. ``pytest -m slow`` runs each in a
+The default suite runs each on its seeds, on attacks and on some hundred mutations. ``pytest -m slow`` runs each in a
 process of its own under atheris, for ``FUZZ_SECONDS`` (30) or until ``FUZZ_RUNS`` executions, whichever is first.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.examples import examples, some
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -26,7 +27,7 @@ sys.path.insert(0, str(HERE))
 import fuzz_engine  # noqa: E402
 from fuzz_parsers import PARSERS, small_body  # noqa: E402
 
-#: A second each, on two cores.
+#: A quarter of them in the fast suite: some tenths of a second each.
 EXECUTIONS = {"views": 1500, "restore": 300, "checkpoint": 600, "codecs": 20_000, "zarr-index": 20_000}
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "30"))
 RUNS = int(os.environ.get("FUZZ_RUNS", "10000000"))
@@ -42,7 +43,7 @@ def test_nothing_but_typed_errors_comes_out(name: str) -> None:
     refused = 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in range(EXECUTIONS.get(name, 4000)):
+        for _ in range(some(EXECUTIONS.get(name, 4000))):
             refused += parser.execute(parser.mutated(rng.choice(corpus), rng)) is not None
     assert refused > 20, "the mutations meet no check at all"
 
@@ -54,7 +55,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(value=json_values, data=st.data())
 def test_any_json_anywhere_in_a_manifest_is_taken_or_refused(value: Any, data: st.DataObject) -> None:
     tree = json.loads(small_body() + b"}")
@@ -68,13 +69,13 @@ def test_any_json_anywhere_in_a_manifest_is_taken_or_refused(value: Any, data: s
     PARSERS["manifest"].execute(json.dumps(tree).encode())
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(value=json_values)
 def test_any_json_is_a_state_or_is_refused(value: Any) -> None:
     PARSERS["state"].execute(json.dumps(value).encode())
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(value=json_values, tag=st.sampled_from(["dict", "set", "deque", "ndarray", "numpy", "Size", "device", "int"]))
 def test_any_json_under_any_tag_is_a_state_or_is_refused(value: Any, tag: str) -> None:
     tree = {"$": tag, "v": value}
@@ -84,7 +85,7 @@ def test_any_json_under_any_tag_is_a_state_or_is_refused(value: Any, tag: str) -
     PARSERS["state"].execute(json.dumps(tree).encode())
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     data=st.binary(max_size=200), name=st.sampled_from(["safetensors", "codecs", "zarr-json", "zarr-index", "lease"])
 )
