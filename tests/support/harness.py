@@ -44,7 +44,8 @@ CONTEXT.set_forkserver_preload(
 )
 #: Process group set-up and training's own collectives wait this long: longer than any save's deadline in these tests.
 _GLOO_SECONDS = 60.0
-#: The most rank processes at one time: a crew of each size from one to four, and one of four that a test has for itself.
+#: At most this many rank processes live at one time: a crew of each size from one to four, and one of four that a test
+#: has for itself.
 MAX_RANKS = 14
 
 
