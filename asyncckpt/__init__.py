@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         CheckpointerClosed,
         CheckpointNotFound,
         DigestMismatch,
+        DurabilityUnknown,
         InvalidOption,
         InvalidStep,
         LeaseLost,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
         RunPathError,
         SaveAbandoned,
         SaveFailed,
-        SaveUndecided,
         StateMismatch,
         StepExists,
         StorageFailed,
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from asyncckpt.restore.restore import RestoreReport
     from asyncckpt.run import Run
     from asyncckpt.stage.options import StagingOptions
-    from asyncckpt.state.markers import Replicated, Shard
+    from asyncckpt.state.markers import LocalShard, Replicated
     from asyncckpt.state.rng import RngState
     from asyncckpt.types import LeaseOptions
     from asyncckpt.write.options import WriterOptions
@@ -71,7 +71,7 @@ __all__ = [
     "Damage",
     "RngState",
     # many ranks
-    "Shard",
+    "LocalShard",
     "Replicated",
     "RankOptions",
     # when to save, what to keep
@@ -114,7 +114,7 @@ __all__ = [
     "RunLocked",
     "RunPathError",
     "SaveAbandoned",
-    "SaveUndecided",
+    "DurabilityUnknown",
     "SaveFailed",
     "StateMismatch",
     "StepExists",
@@ -146,7 +146,7 @@ _HOMES: Final[dict[str, str]] = {
     "RestoreReport": "asyncckpt.restore.restore",
     "Run": "asyncckpt.run",
     "Replicated": "asyncckpt.state.markers",
-    "Shard": "asyncckpt.state.markers",
+    "LocalShard": "asyncckpt.state.markers",
     "RngState": "asyncckpt.state.rng",
     "LeaseOptions": "asyncckpt.types",
     "Delta": "asyncckpt.formats.options",

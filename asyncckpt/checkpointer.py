@@ -15,7 +15,7 @@ from asyncckpt import forks
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.listing import CheckpointInfo
-from asyncckpt.catalog.steps import Ledger
+from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlightSaves
 from asyncckpt.commit.pending import PendingSave, failed
@@ -32,12 +32,12 @@ from asyncckpt.loop import cadence
 from asyncckpt.loop.at_exit import drain_at_exit
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
 from asyncckpt.loop.preemption import Preempted, Preemption, SignalWatch
-from asyncckpt.loop.triggers import Occasions
-from asyncckpt.ownership import RunOptions, Session
+from asyncckpt.loop.triggers import SaveTriggers
+from asyncckpt.ownership import RunOptions, RunOwnership
 from asyncckpt.ranks.coordinator import Known
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
-from asyncckpt.saver import Saves
+from asyncckpt.saver import SaveBuilder
 from asyncckpt.stage.options import StagingOptions
 from asyncckpt.stage.stager import Stager
 from asyncckpt.starter import SaveStarter
@@ -54,7 +54,7 @@ _SAFETENSORS, _STAGING, _WRITER, _RANKS, _RUN = (
 )
 
 
-class Checkpointer(Session):
+class Checkpointer(RunOwnership):
     """Saves and restores the training state of one run in one directory.
 
     ``path``: the run directory, made if only its last part is missing.
@@ -113,7 +113,7 @@ class Checkpointer(Session):
             patience_seconds=staging.stall_timeout_seconds,
         )
         self._staging = staging
-        self._ledger = Ledger(self.path, naming.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
+        self._steps = StepRegistry(self.path, naming.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
         policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
         retention.plan((), policies)  # refuses what is no policy now, not after the first save
         self._reuse = ReuseSource(self._store, self._quarantine)
@@ -126,13 +126,13 @@ class Checkpointer(Session):
             staging,
             self._held,
             self._quarantine,
-            self._ledger,
+            self._steps,
             self._reuse,
             self._in_flight,
         )
         self._watched = WatchedOptimizers(self._in_flight, staging.stall_timeout_seconds)
-        self._occasions = Occasions(every, preemption)
-        self._saves = Saves(
+        self._triggers = SaveTriggers(every, preemption)
+        self._builder = SaveBuilder(
             files=files,
             layout=layout,
             writer=writer,
@@ -145,13 +145,13 @@ class Checkpointer(Session):
             committer=self._committer,
             reuse=self._reuse,
         )
-        self._arena = self._saves.arena
-        self._starter = SaveStarter(self._saves, self._committer, self._ledger, self._watched, staging, self.events)
+        self._arena = self._builder.arena
+        self._starter = SaveStarter(self._builder, self._committer, self._steps, self._watched, staging, self.events)
         self._prepared = False
         self._preparations = 0
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        forks.finalize(self, _end_threads, self._starter.stager, self._saves.pools, self._committer)
+        forks.finalize(self, _end_threads, self._starter.stager, self._builder.pools, self._committer)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -167,10 +167,10 @@ class Checkpointer(Session):
         self._surface()
         if not self._prepared:
             self.prepare(state)
-        signals = self._occasions.leaving(step, self._job)
+        signals = self._triggers.preempted(step, self._coordinator)
         if signals is not None:
             self._leave(step, state, metrics, signals)
-        if not self._occasions.due(step, self._ledger.last(), self._job):
+        if not self._triggers.due(step, self._steps.last(), self._coordinator):
             return None
         try:
             return self._save(step, state, metrics, kind="full", may_skip=True)
@@ -204,9 +204,11 @@ class Checkpointer(Session):
         ``RunPathError``, ``StorageFailed``, ``SaveAbandoned`` (the storage does not answer), ``RankLost``,
         ``RanksDisagree``, ``UnsupportedValue``, ``NotEnoughMemory``."""
         self._open()
-        self._committer.follows = self._job is not None and not self._job.leads
-        planned = self._saves.plan(self._job, state, 0, weights_only=False, call=f"prepare/{self._preparations}")
-        self._saves.grow_arena(planned)
+        self._committer.is_follower = self._coordinator is not None and not self._coordinator.leads
+        planned = self._builder.plan(
+            self._coordinator, state, 0, weights_only=False, call=f"prepare/{self._preparations}"
+        )
+        self._builder.grow_arena(planned)
         self._preparations += 1
         self._prepared = True
 
@@ -259,21 +261,21 @@ class Checkpointer(Session):
             return 0
         finally:
             self._close_found()
-        self._ledger.go_to(report.step)
+        self._steps.rewind_to(report.step)
         self.prepare(state)
         return report.step
 
     def _learn(self, found: list[Known]) -> None:
         for known in found:
             if known.renamed:
-                self._ledger.learn_foreign(known.step, known.name)
+                self._steps.add_foreign(known.step, known.name)
                 continue
             if known.damaged:
                 self._quarantine.add(known.name)
             else:
                 self._reuse.learn(known.kind, known.name)
-            self._ledger.learn(known.step, known.kind, known.name, known.sequence)
-        self._ledger.opened()
+            self._steps.add(known.step, known.kind, known.name, known.sequence)
+        self._steps.opened()
 
     def _before_restore(self) -> None:
         self._watched.before_change("guard")
@@ -281,7 +283,7 @@ class Checkpointer(Session):
 
     def _after_restore(self, report: RestoreReport) -> None:
         if report.whole:  # a part of a state, or weights alone, sends training nowhere
-            self._ledger.go_to(report.step)
+            self._steps.rewind_to(report.step)
 
     def unfinished(self) -> int:
         """Count the saves that have not ended; 0 after ``close`` and in a forked child. Never blocks."""
@@ -300,10 +302,10 @@ class Checkpointer(Session):
             finally:
                 self._closed = True
                 self._watched.close()
-                self._occasions.close()
-                _end_threads(self._starter.stager, self._saves.pools, self._committer)
+                self._triggers.close()
+                _end_threads(self._starter.stager, self._builder.pools, self._committer)
                 self._arena.close()
-                self._leave_directory()
+                self._release()
         error = self._committer.take_error()
         if error is not None:
             raise error
@@ -329,11 +331,11 @@ class Checkpointer(Session):
     ) -> PendingSave:
         began = time.perf_counter()
         self._open()
-        self._committer.follows = self._job is not None and not self._job.leads
-        number = self._job.next_save() if self._job is not None else 0
+        self._committer.is_follower = self._coordinator is not None and not self._coordinator.leads
+        number = self._coordinator.next_save() if self._coordinator is not None else 0
         try:
             pending = self._starter.start(
-                self._job, number, step, state, metrics=metrics, kind=kind, may_skip=may_skip, began=began
+                self._coordinator, number, step, state, metrics=metrics, kind=kind, may_skip=may_skip, began=began
             )
         except Skipped:
             raise
@@ -342,10 +344,10 @@ class Checkpointer(Session):
             self.events.emit(Failed(step=step, error=error))
             return failed(step, error)
         except BaseException as error:
-            if self._job is not None:
-                self._job.give_up(number, error)
+            if self._coordinator is not None:
+                self._coordinator.give_up(number, error)
             raise
-        self._occasions.saved()
+        self._triggers.saved()
         return pending
 
     def _leave(
@@ -354,7 +356,7 @@ class Checkpointer(Session):
         name = signals.received.name if signals.received is not None else "preemption"
         deadline = signals.preemption.deadline_seconds
         self.events.emit(Preempting(step=step, signal=name, deadline_seconds=deadline))
-        if not self._ledger.holds(step):
+        if not self._steps.has(step):
             pending = self._save(step, state, metrics, kind="full", may_skip=False)
             pending.result(signals.remaining_seconds())
         elif not self._committer.wait_below(1, signals.remaining_seconds()):

@@ -14,7 +14,7 @@
     ├── SaveFailed            (OSError)            a background save failed; nothing was published
     │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
     │   │   └── RankLost                           a rank of the job did not answer in time
-    │   ├── SaveUndecided                          complete and visible, but perhaps not durable
+    │   ├── DurabilityUnknown                      complete and visible, but perhaps not durable
     │   └── PlanChanged                            the state changed on some ranks only; the next save plans anew
     ├── RanksDisagree         (RuntimeError)       ranks of one job save different steps, or states that do not fit
     ├── ArenaBusy             (BlockingIOError)    a save was due while an earlier one held the arena
@@ -133,7 +133,7 @@ class RanksDisagree(AsyncCkptError, RuntimeError):
     """The ranks of one job do not save, or read, the same thing. The message names the ranks that differ."""
 
 
-class SaveUndecided(SaveFailed):
+class DurabilityUnknown(SaveFailed):
     """The checkpoint is complete and has its name, but the storage failed both to make the name durable and to take it
     back: after a power loss the checkpoint may be there or not.
 

@@ -1,4 +1,4 @@
-"""``Session`` makes one process, or all ranks of one job, the only writer of a run directory."""
+"""``RunOwnership`` makes one process, or all ranks of one job, the only writer of a run directory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from asyncckpt.errors import CheckpointerClosed, InvalidOption, SaveAbandoned, s
 from asyncckpt.events import EventBus
 from asyncckpt.formats.options import Files
 from asyncckpt.protocols import Capability, Hold, Store
-from asyncckpt.ranks.coordinator import Job, Known, RestoreStages
+from asyncckpt.ranks.coordinator import Coordinator, Known, RestoreStages
 from asyncckpt.ranks.planner import JobPlanner
-from asyncckpt.ranks.store import RankOptions, Ranks
+from asyncckpt.ranks.store import RankOptions, RankStore
 from asyncckpt.restore import restore as restoring
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import HeldLease
@@ -47,7 +47,7 @@ class RunOptions:
         naming.NameTemplate(self.name)
 
 
-class Session(Run):
+class RunOwnership(Run):
     """Opens a run for writing, and gives it back. In a job, rank 0 alone holds the lease. For the training thread."""
 
     def __init__(
@@ -68,11 +68,11 @@ class Session(Run):
         self._files = files
         self._layout_options = layout
         self._patience_seconds = patience_seconds
-        self._taking_over: Future[tuple[Hold, Listing]] | None = None
+        self._acquiring: Future[tuple[Hold, Listing]] | None = None
         #: What the directory held when it was taken, for the restore that follows at once.
         self._found: Listing | None = None
         self._held = HeldLease()
-        self._job: Job | None = None
+        self._coordinator: Coordinator | None = None
         self._opened = False
         self._closed = False
         self._pid = os.getpid()
@@ -86,10 +86,10 @@ class Session(Run):
         self._check_usable()
         self._join()
         try:
-            if self._job is None:
-                found = list(map(Known.of, self._take_over()[1]))
+            if self._coordinator is None:
+                found = list(map(Known.of, self._acquire()[1]))
             else:
-                found = self._job.open(self._store, self._take_over)
+                found = self._coordinator.open(self._store, self._acquire)
             self._learn(found)
             self._opened = True
         except BaseException:
@@ -109,8 +109,8 @@ class Session(Run):
 
     def _join(self) -> None:
         """Find the other ranks of the job, if there are any; once."""
-        if self._job is None and self._rank_options is not None:
-            ranks = Ranks.of_job(self.path, self._rank_options)
+        if self._coordinator is None and self._rank_options is not None:
+            ranks = RankStore.of_job(self.path, self._rank_options)
             if ranks is not None:
                 if Capability.SHARED_FILES not in self._store.capabilities and not self._layout_options.by_rank:
                     raise InvalidOption(
@@ -118,30 +118,30 @@ class Session(Run):
                         f"its own: files=Safetensors(per_rank=True)"
                     )
                 shard_format, codec = formats.get(self._files.format), codecs.get(self._files.codec)
-                self._job = Job(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
+                self._coordinator = Coordinator(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
 
-    def _take_over(self) -> tuple[str, list[CheckpointInfo]]:
+    def _acquire(self) -> tuple[str, list[CheckpointInfo]]:
         """Take the lease and remove leftovers; return the lease's owner and the checkpoints that are there, which
         ``_found`` holds too. Raises ``SaveAbandoned`` where the storage does not answer in time; the next call goes on
         waiting for that answer."""
-        if self._taking_over is None:
-            taking_over = self._taking_over = Future()
+        if self._acquiring is None:
+            acquiring = self._acquiring = Future()
             # a call to hung storage may never come back, and training has to
             threading.Thread(
-                target=self._take_directory, args=(taking_over,), name="asyncckpt-opening", daemon=True
+                target=self._take_directory, args=(acquiring,), name="asyncckpt-opening", daemon=True
             ).start()
-        done, _ = wait([self._taking_over], self._patience_seconds)
+        done, _ = wait([self._acquiring], self._patience_seconds)
         if not done:
             raise SaveAbandoned(
                 f"{self.path}: the storage has not answered for {self._patience_seconds:.0f} s. Check it and save "
                 f"again, or train into another directory"
             )
-        taken, self._taking_over = self._taking_over, None
+        taken, self._acquiring = self._acquiring, None
         hold, self._found = taken.result()
         self._held.hold = hold
         return hold.owner, self._found.entries
 
-    def _take_directory(self, taking_over: Future[tuple[Hold, Listing]]) -> None:
+    def _take_directory(self, acquiring: Future[tuple[Hold, Listing]]) -> None:
         options = self._run_options
         hold: Hold | None = None
         try:
@@ -152,20 +152,20 @@ class Session(Run):
                     takeover=options.takeover,
                     options=options.lease,
                 )
-                taking_over.set_result((hold, Catalog(self._store, self.path).listing(newest_of("full"))))
+                acquiring.set_result((hold, Catalog(self._store, self.path).listing(newest_of("full"))))
         except BaseException as error:
             if hold is not None:
                 hold.release()
-            taking_over.set_exception(error)
+            acquiring.set_exception(error)
 
-    def _leave_directory(self) -> None:
+    def _release(self) -> None:
         """Give the directory back; in a job, after the other ranks have learnt how the last save ended."""
-        if self._opened and self._job is not None:
-            self._job.close()
+        if self._opened and self._coordinator is not None:
+            self._coordinator.close()
         if self._held.hold is not None:
             self._held.hold.release()
-        if self._taking_over is not None:  # nobody waits for it any more
-            self._taking_over.add_done_callback(_give_back)
+        if self._acquiring is not None:  # nobody waits for it any more
+            self._acquiring.add_done_callback(_give_back)
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -183,13 +183,13 @@ class Session(Run):
         self._join()
 
     def _stages(self) -> restoring.Stages:
-        return RestoreStages(self._job) if self._job is not None else super()._stages()
+        return RestoreStages(self._coordinator) if self._coordinator is not None else super()._stages()
 
     def _candidates(self) -> Listing:
         listing, self._found = self._found or super()._candidates(), None
         try:
-            if self._job is not None:
-                listing.entries = self._job.candidates(listing.entries)
+            if self._coordinator is not None:
+                listing.entries = self._coordinator.agree_on_candidates(listing.entries)
         except BaseException:
             listing.close()
             raise
@@ -197,7 +197,7 @@ class Session(Run):
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
         gone = super()._is_gone(entry)
-        return self._job.any_rank("gone", gone) if self._job is not None else gone
+        return self._coordinator.any_rank("gone", gone) if self._coordinator is not None else gone
 
 
 def _give_back(taken: Future[tuple[Hold, Listing]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
-from asyncckpt.types import Buffer, Holder, LayoutOptions, LeaseOptions, Placed, Shard, TensorSpec
+from asyncckpt.types import Buffer, Holder, LayoutOptions, LeaseOptions, ShardFile, TensorSpec, WrittenRange
 
 
 @runtime_checkable
@@ -34,9 +34,9 @@ class Codec(Protocol):
         """Encode a uint8 array of items of ``item_bytes`` into the uint8 array ``out``; return the frame's size, which
         is at most that of the data and ``codecs.blosc.FRAME_OVERHEAD_BYTES``."""
 
-    def attempt(self, data: Any, item_bytes: int, out: Any) -> int:
+    def encode_if_smaller(self, data: Any, item_bytes: int, out: Any) -> int:
         """Do what ``encode`` does where that pays; return 0 where the data had better lie as it is, in the frame that
-        ``codecs.blosc.stored_frame`` makes."""
+        ``codecs.blosc.uncompressed_frame`` makes."""
 
     def decode(self, frame: Any, out: Any) -> None:
         """Decode a whole frame into exactly ``out``. Raises ``CheckpointDamaged``, before anything over ``out``'s
@@ -59,14 +59,15 @@ class ShardFormat(Protocol):
         first_shard: int,
         codec: Codec,
         options: LayoutOptions,
-    ) -> list[Shard]:
+    ) -> list[ShardFile]:
         """Divide one component into shards, numbered from ``first_shard``; ``specs[i]`` describes piece
         ``first_piece + i``. Pure: equal arguments give equal shards on every rank."""
 
-    def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
-        """Return the head (into ``reserved_bytes``) and the tail of a floating shard whose extents are ``placed``."""
+    def seal(self, shard: ShardFile, placed: Sequence[WrittenRange], codec: Codec) -> tuple[bytes, bytes]:
+        """Return the head (into ``header_bytes``) and the tail of a shard that is packed on write whose extents are
+        ``placed``."""
 
-    def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
+    def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
         """Return what readers of the format look for beside the shards, by name: index files, metadata."""
 
 
@@ -84,7 +85,7 @@ class ShardWriter(Protocol):
         """Close the file without making it durable. Idempotent; never raises."""
 
 
-class Attempt(Protocol):
+class PendingDirectory(Protocol):
     """One unpublished checkpoint, which no reader takes for one. Its uuid is never used again. The order of calls is
     that of ``commit.publication``: files, ``sync_directory``, the manifest, ``sync_directory``, ``publish``."""
 
@@ -219,7 +220,7 @@ class Store(Protocol):
         """Return the entries of a checkpoint, of a folder such as ``.pins``, or, for an empty name, of the run; links
         are not followed. Empty where there is nothing of that name."""
 
-    def begin(self, step: int, attempt: str, *, name: str, shared: bool = False) -> Attempt:
+    def begin(self, step: int, attempt: str, *, name: str, shared: bool = False) -> PendingDirectory:
         """Begin an attempt to publish ``name``. ``attempt``: its uuid. ``shared``: another rank may have begun this
         very attempt already. Raises ``StepExists`` where this store could not publish that name: without
         ``Capability.RENAMES``, where it is taken."""

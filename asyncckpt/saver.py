@@ -1,4 +1,5 @@
-"""``Saves`` makes a save: it agrees on the layout with the other ranks, provides memory, and builds the transaction."""
+"""``SaveBuilder`` makes a save: it agrees on the layout with the other ranks, provides memory, and builds the
+transaction."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from asyncckpt.memory.buffers import padded
 from asyncckpt.plan.layout import LayoutCache
 from asyncckpt.plan.planned import Planned, alone
 from asyncckpt.protocols import Store
-from asyncckpt.ranks.collective_save import Follower, Leader, Party
-from asyncckpt.ranks.coordinator import Job
+from asyncckpt.ranks.collective_save import Follower, Leader, RankSave
+from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
@@ -31,7 +32,7 @@ from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import Pools
 
 
-class Saves:
+class SaveBuilder:
     """Holds what the saves of one checkpointer share, and makes each of them. For the training thread.
 
     ``config``: plain values for every manifest. ``replace``: saving a step again replaces it. The options are those of
@@ -79,7 +80,7 @@ class Saves:
 
     def plan(
         self,
-        job: Job | None,
+        coordinator: Coordinator | None,
         state: Mapping[str, Any],
         step: int,
         *,
@@ -91,14 +92,14 @@ class Saves:
         that of the save, None where nothing is saved yet. In a job, blocks where names or shapes are new, until all
         ranks have called. Raises as ``capture`` and ``JobPlanner.plan`` do, ``PlanChanged`` among them."""
         snapshot = capture(state, step, weights_only=weights_only)
-        if job is not None:
-            planner = job.planner
+        if coordinator is not None:
+            planner = coordinator.planner
             if self._committer.plan_changed.is_set():
                 self._committer.plan_changed.clear()
-                planner.forget()
-            ask = number is not None and not planner.known(snapshot)
-            unless = job.replan(number) if ask and number is not None else None
-            return planner.plan(snapshot, call, unless, gather=number is not None)
+                planner.invalidate()
+            ask = number is not None and not planner.is_cached(snapshot)
+            cancel_key = coordinator.replan(number) if ask and number is not None else None
+            return planner.plan(snapshot, call, cancel_key, gather=number is not None)
         components = tuple((one.name, tuple(p.spec for p in one.pieces)) for one in snapshot.components)
         return alone(snapshot, self._layouts.get(components))
 
@@ -116,9 +117,9 @@ class Saves:
         if self.arena.budget_bytes >= (self._budget_bytes or sum(map(padded, sizes))):
             self._fits = key
 
-    def make(
+    def build(
         self,
-        job: Job | None,
+        coordinator: Coordinator | None,
         planned: Planned,
         number: int,
         claim: Claim,
@@ -141,13 +142,13 @@ class Saves:
             digest=self._writer.digest,
             config=self._config,
             replace=self._replace,
-            attempt=job.attempt(number) if job is not None else None,
-            world_size=job.ranks.size if job is not None else 1,
+            attempt=coordinator.attempt(number) if coordinator is not None else None,
+            world_size=coordinator.ranks.size if coordinator is not None else 1,
         )
         return SaveTransaction(
             contents,
             SaveScope(planned.step),
-            self._publisher(job, planned, number),
+            self._publisher(coordinator, planned, number),
             store=self._store,
             space=self._committer,
             source=self._reuse,
@@ -159,9 +160,16 @@ class Saves:
             started_seconds=began,
         )
 
-    def _publisher(self, job: Job | None, planned: Planned, number: int) -> Publisher:
-        if job is None:
+    def _publisher(self, coordinator: Coordinator | None, planned: Planned, number: int) -> Publisher:
+        if coordinator is None:
             return Solo()
-        replicas = job.replica_digests(planned.components) if self._check_replicas else {}
-        party = Party(job.ranks, number, planned.own, planned.leads, replicas, job.replanned(number))
-        return Leader(party) if job.leads else Follower(party)
+        replicas = coordinator.replica_digests(planned.components) if self._check_replicas else {}
+        rank_save = RankSave(
+            coordinator.ranks,
+            number,
+            planned.rank_local_names,
+            planned.sends_values_of,
+            replicas,
+            coordinator.replanned(number),
+        )
+        return Leader(rank_save) if coordinator.leads else Follower(rank_save)

@@ -6,15 +6,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from asyncckpt.catalog.steps import Ledger, numbers
+from asyncckpt.catalog.steps import StepRegistry, numbers
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlight
 from asyncckpt.commit.pending import PendingSave
 from asyncckpt.errors import ArenaBusy
 from asyncckpt.events import EventBus, SaveStarted
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
-from asyncckpt.ranks.coordinator import Job
-from asyncckpt.saver import Saves
+from asyncckpt.ranks.coordinator import Coordinator
+from asyncckpt.saver import SaveBuilder
 from asyncckpt.stage.eager import Division, divide
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.stage.options import OnBusy, StagingOptions
@@ -30,16 +30,16 @@ class SaveStarter:
 
     def __init__(
         self,
-        saves: Saves,
+        saves: SaveBuilder,
         committer: Committer,
-        ledger: Ledger,
+        steps: StepRegistry,
         watched: WatchedOptimizers,
         options: StagingOptions,
         events: EventBus,
     ) -> None:
-        self._saves = saves
+        self._builder = saves
         self._committer = committer
-        self._ledger = ledger
+        self._steps = steps
         self._watched = watched
         self._options = options
         self._events = events
@@ -48,7 +48,7 @@ class SaveStarter:
 
     def start(
         self,
-        job: Job | None,
+        coordinator: Coordinator | None,
         number: int,
         step: int,
         state: Mapping[str, Any],
@@ -64,17 +64,17 @@ class SaveStarter:
         ``began``: when it was asked for, by ``time.perf_counter``. Raises ``Skipped``, and as ``Checkpointer.save``
         does; the step is free again then."""
         values = numbers(metrics)
-        claim = self._ledger.claim(step, kind, values)
+        claim = self._steps.reserve(step, kind, values)
         try:
             weights_only = kind == "weights"
-            planned = self._saves.plan(
-                job, state, step, weights_only=weights_only, call=f"save/{number}", number=number
+            planned = self._builder.plan(
+                coordinator, state, step, weights_only=weights_only, call=f"save/{number}", number=number
             )
             layout, pieces = planned.layout, planned.pieces
-            self._saves.grow_arena(planned)
+            self._builder.grow_arena(planned)
             policy: OnBusy = "wait" if self._options.on_busy == "skip" and not may_skip else self._options.on_busy
-            self._admit(job, step, sum(extent.nbytes for extent in layout.extents()), policy)
-            save = self._saves.make(job, planned, number, claim, kind, values, began)
+            self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy)
+            save = self._builder.build(coordinator, planned, number, claim, kind, values, began)
             deferred = bool(self._watched)
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             owned = self._watched.owned()
@@ -83,16 +83,16 @@ class SaveStarter:
                 save.scope,
                 pieces,
                 layout.extents(),
-                self._saves.arena,
+                self._builder.arena,
                 self._streams,
                 save.shards,
                 self._events,
                 began,
                 save.digest if deferred else None,  # an eager save's copies must not wait for digests
-                self._saves.splits,
+                self._builder.splits,
             )
         except BaseException:
-            self._ledger.release(step, kind, claim)
+            self._steps.release(step, kind, claim)
             raise
         pending = PendingSave(step, staging, self._committer.overdue(save))
         flight = InFlight(save, staging, pending, claim, division.deferred)
@@ -114,10 +114,10 @@ class SaveStarter:
         self._committer.submit(flight)
         self.stager.submit(flight.job)
 
-    def _admit(self, job: Job | None, step: int, nbytes: int, policy: OnBusy) -> None:
+    def _admit(self, coordinator: Coordinator | None, step: int, nbytes: int, policy: OnBusy) -> None:
         """Apply back-pressure. Where the policy is not to wait, a save that one rank cannot begin is begun by none."""
-        arena = self._saves.arena
-        if job is None or policy == "wait":
+        arena = self._builder.arena
+        if coordinator is None or policy == "wait":
             self._committer.admit(step, nbytes, arena, policy)
             return
         busy: BaseException | None = None
@@ -125,5 +125,5 @@ class SaveStarter:
             self._committer.admit(step, nbytes, arena, policy)
         except (Skipped, ArenaBusy) as error:
             busy = error
-        if job.any_rank("busy", busy is not None):
+        if coordinator.any_rank("busy", busy is not None):
             raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))

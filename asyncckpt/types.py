@@ -21,7 +21,7 @@ JsonValue: TypeAlias = "bool | int | float | str | list[JsonValue] | dict[str, J
 
 #: A chunk for a codec is staged behind room for a frame header: stored without compression, it is a frame where it
 #: lies.
-LEAD_BYTES = 16
+FRAME_HEADER_BYTES = 16
 #: A shard of up to this size is written through the page cache at once: more calls would cost more than its bytes.
 SMALL_SHARD_BYTES = 256 << 10
 #: The file that makes a directory a checkpoint. It is written last.
@@ -55,33 +55,34 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """``Rows`` says how the rows of a global tensor are spread over ranks: each rank of ``holders[i]`` holds the rows
-    ``[bounds[i], bounds[i + 1])``. Empty parts are left out; a scalar counts as one row. It is compared by identity,
-    because thousands of tensors share a few of these."""
+class RowOwners:
+    """``RowOwners`` says how the rows of a global tensor are spread over ranks: each rank of ``holders[i]`` holds the
+    rows ``[bounds[i], bounds[i + 1])``. Empty parts are left out; a scalar counts as one row. It is compared by
+    identity, because thousands of tensors share a few of these."""
 
     bounds: tuple[int, ...]
     holders: tuple[tuple[int, ...], ...]
     #: Maps a rank to the index of the part that it holds.
-    part_of: Mapping[int, int] = field(init=False, repr=False)
+    part_of_rank: Mapping[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         held = {rank: part for part, ranks in enumerate(self.holders) for rank in ranks}
-        object.__setattr__(self, "part_of", held)
+        object.__setattr__(self, "part_of_rank", held)
 
 
 @dataclass(slots=True)
-class Piece:
-    """``Piece`` is the contiguous part of a global tensor that this rank holds: ``tensor`` has the row-major bytes of
-    the global one from ``begin`` on. ``rows`` says which ranks hold which rows, and is None where every rank that knows
-    the name holds the whole tensor. ``span`` is the range of rows held here while nobody knows who holds the others.
+class LocalTensor:
+    """``LocalTensor`` is the contiguous part of a global tensor that this rank holds: ``tensor`` has the row-major
+    bytes of the global one from ``begin`` on. ``rows`` says which ranks hold which rows, and is None where every rank
+    that knows the name holds the whole tensor. ``span`` is the range of rows held here while nobody knows who holds the
+    others.
     ``private``: nothing else can change the tensor. ``gather`` returns the whole tensor; every rank that holds a part
     of it must call it."""
 
     spec: TensorSpec
     tensor: torch.Tensor
     begin: int = 0
-    rows: Rows | None = None
+    rows: RowOwners | None = None
     span: tuple[int, int] | None = None
     private: bool = False
     gather: Callable[[], torch.Tensor] | None = None
@@ -96,7 +97,7 @@ class ComponentSnapshot:
 
     name: str
     kind: str
-    pieces: list[Piece]
+    pieces: list[LocalTensor]
     aliases: dict[str, str]
     tree: JsonValue
     shared: bool = True
@@ -110,7 +111,7 @@ class Snapshot:
     step: int
     components: list[ComponentSnapshot]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[LocalTensor]:
         """Return the pieces of all components, in order; a ``Segment`` refers to them by index."""
         return [piece for component in self.components for piece in component.pieces]
 
@@ -131,13 +132,14 @@ class Extent:
     """``Extent`` is a byte range of a shard's file that is staged, hashed and written as a unit.
 
     ``shard`` is the index of the shard in its layout. The extent begins with the format's bytes ``header``; then come
-    the bytes of ``segments``, and zeros after the last of them. They are staged ``lead`` bytes into the slot, so that
-    an extent that begins in the middle of a block can be written past the page cache from the next block on. ``cuts``
-    are the places in it where one digest ends and the next begins, so that whoever needs a part reads only that part.
+    the bytes of ``segments``, and zeros after the last of them. They are staged ``block_offset`` bytes into the slot,
+    so that an extent that begins in the middle of a block can be written past the page cache from the next block on.
+    ``digest_boundaries`` are the places in it where one digest ends and the next begins, so that whoever needs a part
+    reads only that part.
 
     Where ``item_bytes`` is not 0, the extent is a chunk for the codec, made of items of that size, and its data begins
-    ``LEAD_BYTES`` into the staged bytes. ``stored`` counts a chunk's bytes without padding. In a floating shard
-    ``offset`` gives only the order.
+    ``FRAME_HEADER_BYTES`` into the staged bytes. ``payload_bytes`` counts a chunk's bytes without padding. In a shard
+    that is packed on write ``offset`` gives only the order.
     """
 
     shard: int
@@ -146,14 +148,14 @@ class Extent:
     header: bytes
     segments: tuple[Segment, ...]
     item_bytes: int = 0
-    stored: int = 0
-    lead: int = 0
-    cuts: tuple[int, ...] = ()
+    payload_bytes: int = 0
+    block_offset: int = 0
+    digest_boundaries: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """``Placement`` says that a whole tensor lies in the byte range ``[begin, end)`` of the shard's file. Where the
+class TensorRange:
+    """``TensorRange`` says that a whole tensor lies in the byte range ``[begin, end)`` of the shard's file. Where the
     file's tensor is a box of a larger one, ``part_of`` describes that one and ``offsets`` say where the box begins in
     it, one index for each dimension."""
 
@@ -192,36 +194,36 @@ class ChunkRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
-    """``Shard`` is one file of a checkpoint that holds tensors of one component: whole ones (``placements``) or parts
-    of chunked ones (``runs``).
+class ShardFile:
+    """``ShardFile`` is one file of a checkpoint that holds tensors of one component: whole ones (``placements``) or
+    parts of chunked ones (``runs``).
 
-    ``floating``: the extents get their offsets as they are written, after ``reserved_bytes`` for the format's header;
-    ``nbytes`` is then the largest size that the file can have. ``plan`` is a digest of everything but the tensors'
-    values that decides the file's content; it is empty where the file is not floating. ``shared``: several ranks write
-    into the file, and ``extents`` are those of this rank.
+    ``packed_on_write``: the extents get their offsets as they are written, after ``header_bytes`` for the format's
+    header; ``nbytes`` is then the largest size that the file can have. ``content_key`` is a digest of everything but
+    the tensors' values that decides the file's content; it is empty where the file is not packed on write.
+    ``multi_writer``: several ranks write into the file, and ``extents`` are those of this rank.
     """
 
     file: str
     component: str
     nbytes: int
-    placements: tuple[Placement, ...]
+    placements: tuple[TensorRange, ...]
     extents: tuple[Extent, ...]
     runs: tuple[ChunkRun, ...] = ()
-    floating: bool = False
-    reserved_bytes: int = 0
-    plan: str = ""
-    shared: bool = False
+    packed_on_write: bool = False
+    header_bytes: int = 0
+    content_key: str = ""
+    multi_writer: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
-    """``Placed`` says where an extent of a floating shard was put in its file: it has ``stored`` bytes, and ``nbytes``
-    with its padding."""
+class WrittenRange:
+    """``WrittenRange`` says where an extent of a shard that is packed on write was put in its file: it has
+    ``payload_bytes`` bytes, and ``nbytes`` with its padding."""
 
     offset: int
     nbytes: int
-    stored: int
+    payload_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +232,7 @@ class Layout:
     and dtypes of the global tensors and of the options. ``fingerprint`` is a digest of those names, shapes and dtypes.
     ``cache`` keeps what other stages compute from the layout once."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardFile, ...]
     nbytes: int
     fingerprint: str
     cache: dict[str, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)

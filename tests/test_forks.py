@@ -88,7 +88,7 @@ def locks_of(run: Checkpointer) -> list[Any]:
     """Every lock that a thread of a checkpointer may hold while another one forks."""
     lease = run._held.hold
     assert lease is not None
-    pools = run._saves.pools
+    pools = run._builder.pools
     return [
         run._arena._changed,
         run._committer._lock,
@@ -98,10 +98,10 @@ def locks_of(run: Checkpointer) -> list[Any]:
         run._committer._retention_lock,
         *(pool._lock for pool in (pools.writing, pools.small, pools.encoding, run._committer._pool)),
         *(pool._start_lock for pool in (pools.writing, pools.small, pools.encoding, run._committer._pool)),
-        run._saves._encoder._changed,
+        run._builder._encoder._changed,
         lease._stop._cond,
         lease._write_lock,
-        run._ledger._lock,
+        run._steps._lock,
     ]
 
 
@@ -430,13 +430,13 @@ def test_a_child_takes_no_pinned_memory_from_the_driver(tmp_path: Path, monkeypa
 
 def test_a_child_that_ends_a_writer_of_dcp_leaves_its_parents_save_alone(tmp_path: Path) -> None:
     writer = Writer(tmp_path / "run", step=1)
-    attempt = writer._live.begin(str(tmp_path / "run"), "step-00000001", 1, overwrite=False)
+    directory = writer._live.begin(str(tmp_path / "run"), "step-00000001", 1, overwrite=False)
     in_child(writer.close)
-    assert os.path.isdir(attempt.path)
+    assert os.path.isdir(directory.path)
     assert writer._live.hold is not None
     writer._live.hold.check()
     writer.close()
-    assert not os.path.isdir(attempt.path)
+    assert not os.path.isdir(directory.path)
 
 
 def test_a_child_does_not_write_its_parents_trace(tmp_path: Path) -> None:
@@ -519,7 +519,7 @@ def test_a_signal_does_in_a_child_what_it_did_before(checkpointers: int, tmp_pat
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
     in_child(child)
-    watches = [run._occasions.signals for run in runs]
+    watches = [run._triggers.signals for run in runs]
     assert not any(watch.received for watch in watches if watch is not None)
     os.kill(os.getpid(), signal.SIGTERM)
     assert watches[-1] is not None

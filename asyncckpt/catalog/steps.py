@@ -23,16 +23,16 @@ class Claim:
     replaces: Claim | None = None
 
 
-class Ledger:
+class StepRegistry:
     """Knows in memory which steps are taken, so that no save has to ask the disk on the training thread. Thread-safe.
 
     ``damaged``: the names of checkpoints that cannot be used; their steps may be saved again.
     """
 
-    def __init__(self, path: str, template: NameTemplate, damaged: Container[str], *, overwrite: bool) -> None:
+    def __init__(self, path: str, template: NameTemplate, quarantined: Container[str], *, overwrite: bool) -> None:
         self._path = path
         self._template = template
-        self._damaged = damaged
+        self._quarantined = quarantined
         self._overwrite = overwrite
         self._lock = threading.Lock()
         self._claims: dict[tuple[int, str], Claim] = {}
@@ -44,14 +44,14 @@ class Ledger:
         self._opened = False
         self._went_to: int | None = None
 
-    def learn(self, step: int, kind: str, name: str, sequence: int) -> None:
+    def add(self, step: int, kind: str, name: str, sequence: int) -> None:
         """Note a checkpoint that the directory holds already. Call this with the oldest save first."""
         with self._lock:
             self._claims[step, kind] = Claim(name, sequence)
             self._reached[kind] = step
             self._sequence = max(self._sequence, sequence)
 
-    def learn_foreign(self, step: int, name: str) -> None:
+    def add_foreign(self, step: int, name: str) -> None:
         """Note a checkpoint that somebody has copied or renamed: its name is taken, its step is not."""
         with self._lock:
             self._foreign[name] = step
@@ -67,10 +67,10 @@ class Ledger:
             for kind, step in list(self._reached.items()):
                 self._give_up_after(step, kind)
             if self._went_to is not None:
-                self._go_to(self._went_to)
+                self._rewind_to(self._went_to)
 
-    def claim(self, step: int, kind: str, metrics: Mapping[str, float]) -> Claim:
-        """Claim a step for a new save.
+    def reserve(self, step: int, kind: str, metrics: Mapping[str, float]) -> Claim:
+        """Reserve a step for a new save.
 
         Raises ``InvalidStep`` where the step is no whole number >= 0, or lies before the one that training has reached;
         ``StepExists`` where it is saved or in flight, or somebody else has given its name to a directory; and
@@ -89,7 +89,7 @@ class Ledger:
                 )
             given_up = existing is not None and existing.given_up
             if not self._overwrite:
-                if existing is not None and not given_up and existing.name not in self._damaged:
+                if existing is not None and not given_up and existing.name not in self._quarantined:
                     raise StepExists(
                         f"{self._path}: step {step} is already saved as {existing.name}. Save another step, use "
                         f"another directory, or pass run=RunOptions(overwrite=True)"
@@ -106,7 +106,7 @@ class Ledger:
                     f"and this one would be {name}"
                 )
             if step < reached:  # an overwriting run has gone back: later steps belong to a branch it has left
-                self._go_to(step) if kind == "full" else self._give_up_after(step, kind)
+                self._rewind_to(step) if kind == "full" else self._give_up_after(step, kind)
             self._sequence += 1
             claim = Claim(name, self._sequence, replaces=existing if given_up else None)
             self._claims[step, kind] = claim
@@ -147,15 +147,15 @@ class Ledger:
             if known is not None and known.name == name and known.replaces is None:
                 del self._claims[step, kind]
 
-    def go_to(self, step: int) -> None:
+    def rewind_to(self, step: int) -> None:
         """Note that training continues from this full checkpoint: later steps belong to a branch that it has given up.
         Where the directory's checkpoints are not known yet, this takes effect once they are."""
         with self._lock:
             self._went_to = step
             if self._opened:
-                self._go_to(step)
+                self._rewind_to(step)
 
-    def _go_to(self, step: int) -> None:
+    def _rewind_to(self, step: int) -> None:
         self._reached = {kind: min(step, reached) for kind, reached in self._reached.items()} | {"full": step}
         for kind in self._reached:
             self._give_up_after(step, kind)
@@ -169,10 +169,10 @@ class Ledger:
         """Return the newest full step that was saved, is in flight, or was resumed from."""
         return self._reached.get("full")
 
-    def holds(self, step: int) -> bool:
+    def has(self, step: int) -> bool:
         """Whether a full checkpoint of this step is saved or in flight."""
         claim = self._claims.get((step, "full"))
-        return claim is not None and not claim.given_up and claim.name not in self._damaged
+        return claim is not None and not claim.given_up and claim.name not in self._quarantined
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:

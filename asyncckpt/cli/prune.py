@@ -48,25 +48,25 @@ def prune(
         opened = open_run(run)
         entries = [entry for entry in checkpoints(opened) if entry.damage is None and not entry.renamed]
         policies = _policies(keep_last, keep_every, keep_best, keep_step or [], entries)
-        doomed = retention.plan(entries, policies)
+        to_delete = retention.plan(entries, policies)
         in_use: list[CheckpointInfo] = []
-        if doomed:
-            newest = _newest_kept(entries, doomed)
+        if to_delete:
+            newest = _newest_kept(entries, to_delete)
             if not dry_run:
-                planned = doomed
-                doomed = _delete(opened, policies, newest)
-                names = {entry.name for entry in doomed}
+                planned = to_delete
+                to_delete = _delete(opened, policies, newest)
+                names = {entry.name for entry in to_delete}
                 in_use = [entry for entry in planned if entry.name not in names and os.path.lexists(entry.path)]
         if json:
-            lists = {"deleted": doomed, "in_use": in_use}
+            lists = {"deleted": to_delete, "in_use": in_use}
             print_json({"dry_run": dry_run} | {key: [as_json(entry) for entry in rows] for key, rows in lists.items()})
             return
         word = "would delete" if dry_run else "deleted"
-        for entry in doomed:
+        for entry in to_delete:
             console.print(f"{word} {clean(entry.path)}  {size(entry.nbytes)}")
         for entry in in_use:
             console.print(f"kept {clean(entry.path)}: it was pinned, or is being read")
-        console.print(f"{word} {len(doomed)} of {len(entries)}, {size(sum(entry.nbytes for entry in doomed))}")
+        console.print(f"{word} {len(to_delete)} of {len(entries)}, {size(sum(entry.nbytes for entry in to_delete))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,9 @@ class _Verified:
         return f"Verified({self.step}, {self.kind!r})"
 
 
-def _newest_kept(entries: list[CheckpointInfo], doomed: list[CheckpointInfo]) -> CheckpointInfo:
+def _newest_kept(entries: list[CheckpointInfo], to_delete: list[CheckpointInfo]) -> CheckpointInfo:
     """Return the newest full checkpoint that stays, or the newest weights-only one in a run that has no full one."""
-    names = {entry.name for entry in doomed}
+    names = {entry.name for entry in to_delete}
     kept = [entry for entry in entries if entry.name not in names]
     if not kept:
         raise InvalidOption("these policies keep none of the checkpoints; nothing was deleted. Add --keep-last 1")

@@ -43,7 +43,7 @@ def blosc() -> Any:
     return module
 
 
-def stored_frame(header: Array, nbytes: int, item_bytes: int) -> int:
+def uncompressed_frame(header: Array, nbytes: int, item_bytes: int) -> int:
     """Write the header of a Blosc frame that stores its data without compression, and return the frame's size.
     ``header`` is an array of uint8 that begins with room for the 16 bytes; ``nbytes`` of data follow in place."""
     total = nbytes + BLOSC_HEADER_BYTES
@@ -142,7 +142,7 @@ class _Coders(threading.local):
 
     def __init__(self) -> None:
         self.by_level: dict[int, zstandard.ZstdCompressor] = {}
-        self.literals: zstandard.ZstdCompressor | None = None
+        self.entropy_coder: zstandard.ZstdCompressor | None = None
         self.decompressor: zstandard.ZstdDecompressor | None = None
         self.scratch: Array = np.empty(0, np.uint8)
 
@@ -158,14 +158,14 @@ def compressor(level: int) -> zstandard.ZstdCompressor:
     return found
 
 
-def literals() -> zstandard.ZstdCompressor:
+def entropy_coder() -> zstandard.ZstdCompressor:
     """Return this thread's compressor for planes of floats: zstd with little left of it but its Huffman coder.
 
     Exponents are noise of few symbols: to look for matches in it costs more time and bits than matches save. With 64
     hash entries and a long minimum match the compressor finds next to none and skips ahead, which gives 2.7 times the
     speed of level 1 at a better ratio.
     """
-    if _coders.literals is None:
+    if _coders.entropy_coder is None:
         parameters = zstandard.ZstdCompressionParameters(
             strategy=zstandard.STRATEGY_FAST,
             window_log=17,
@@ -176,8 +176,8 @@ def literals() -> zstandard.ZstdCompressor:
             target_length=0,
             write_content_size=True,
         )
-        _coders.literals = zstandard.ZstdCompressor(compression_params=parameters)
-    return _coders.literals
+        _coders.entropy_coder = zstandard.ZstdCompressor(compression_params=parameters)
+    return _coders.entropy_coder
 
 
 def scratch(nbytes: int) -> Array:

@@ -19,12 +19,12 @@ from asyncckpt.codecs.blosc import (
     blosc,
     blosc_into,
     compressor,
-    literals,
+    entropy_coder,
     put,
     put_header,
     put_length,
     scratch,
-    stored_frame,
+    uncompressed_frame,
     wrong_size,
     zstd_into,
 )
@@ -59,7 +59,7 @@ class Raw:
         out[: data.nbytes] = data
         return data.nbytes
 
-    attempt = encode
+    encode_if_smaller = encode
 
     def decode(self, frame: Array, out: Array) -> None:
         if frame.nbytes != out.nbytes:
@@ -87,7 +87,7 @@ class Zstd:
     def encode(self, data: Array, item_bytes: int, out: Array) -> int:
         return put(out, 0, compressor(self.level).compress(as_view(data)))
 
-    attempt = encode
+    encode_if_smaller = encode
 
     def decode(self, frame: Array, out: Array) -> None:
         zstd_into(frame, out)
@@ -129,7 +129,7 @@ class Blosc:
         frame: bytes = blosc().compress(data, self.cname.encode(), self.clevel, shuffle, self.blocksize, item_bytes)
         return put(out, 0, frame)
 
-    attempt = encode
+    encode_if_smaller = encode
 
     def decode(self, frame: Array, out: Array) -> None:
         blosc_into(frame, out)
@@ -150,7 +150,7 @@ class Lz4:
     def encode(self, data: Array, item_bytes: int, out: Array) -> int:
         return _LZ4.encode(data, item_bytes, out)
 
-    attempt = encode
+    encode_if_smaller = encode
 
     def decode(self, frame: Array, out: Array) -> None:
         blosc_into(frame, out)
@@ -178,18 +178,18 @@ class Planes:
         return {}
 
     def encode(self, data: Array, item_bytes: int, out: Array) -> int:
-        return self.attempt(data, item_bytes, out) or _copied(data, item_bytes, out)
+        return self.encode_if_smaller(data, item_bytes, out) or _copied(data, item_bytes, out)
 
-    def attempt(self, data: Array, item_bytes: int, out: Array) -> int:
+    def encode_if_smaller(self, data: Array, item_bytes: int, out: Array) -> int:
         count = data.nbytes // item_bytes
         if data.nbytes < MIN_PLANES_CHUNK_BYTES or count * item_bytes != data.nbytes or count < _MIN_PLANE_BYTES:
             return 0
         items = data.reshape(count, item_bytes)
-        return self.attempt_split([items[:, plane] for plane in range(item_bytes)], out)
+        return self.encode_planes_if_smaller([items[:, plane] for plane in range(item_bytes)], out)
 
-    def attempt_split(self, planes: Sequence[Array], out: Array) -> int:
-        """Do what ``attempt`` does for data that is split into its planes already: encode them into ``out`` and return
-        the frame's size, or 0 where the chunk had better be stored as it is."""
+    def encode_planes_if_smaller(self, planes: Sequence[Array], out: Array) -> int:
+        """Do what ``encode_if_smaller`` does for data that is split into its planes already: encode them into ``out``
+        and return the frame's size, or 0 where the chunk had better be stored as it is."""
         item_bytes, count = len(planes), len(planes[0])
         paying = [number for number, plane in enumerate(planes) if _pays(plane)]
         if not paying:
@@ -197,7 +197,7 @@ class Planes:
         position = BLOSC_HEADER_BYTES + 4  # the header is followed by the offset of the one block
         for number, plane in enumerate(planes):
             if number in paying:
-                packed = literals().compress(as_view(_contiguous(plane)))
+                packed = entropy_coder().compress(as_view(_contiguous(plane)))
                 if len(packed) < count:
                     position = put_length(out, position, len(packed))
                     position = put(out, position, packed)
@@ -230,11 +230,11 @@ class Auto:
     def encode(self, data: Array, item_bytes: int, out: Array) -> int:
         return _PLANES.encode(data, item_bytes, out)
 
-    def attempt(self, data: Array, item_bytes: int, out: Array) -> int:
-        return _PLANES.attempt(data, item_bytes, out)
+    def encode_if_smaller(self, data: Array, item_bytes: int, out: Array) -> int:
+        return _PLANES.encode_if_smaller(data, item_bytes, out)
 
-    def attempt_split(self, planes: Sequence[Array], out: Array) -> int:
-        return _PLANES.attempt_split(planes, out)
+    def encode_planes_if_smaller(self, planes: Sequence[Array], out: Array) -> int:
+        return _PLANES.encode_planes_if_smaller(planes, out)
 
     def decode(self, frame: Array, out: Array) -> None:
         blosc_into(frame, out)
@@ -294,11 +294,11 @@ def _contiguous(plane: Array) -> Array:
 
 def _copied(data: Array, item_bytes: int, out: Array) -> int:
     out[BLOSC_HEADER_BYTES : BLOSC_HEADER_BYTES + data.nbytes] = data
-    return stored_frame(out, data.nbytes, item_bytes)
+    return uncompressed_frame(out, data.nbytes, item_bytes)
 
 
 def _pays(plane: Array) -> bool:
     piece = min(_SAMPLE_BYTES, len(plane) // _SAMPLES)
     starts = [(len(plane) - piece) * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
     sample = np.concatenate([plane[start : start + piece] for start in starts])
-    return len(literals().compress(as_view(sample))) < _PAYS * sample.nbytes
+    return len(entropy_coder().compress(as_view(sample))) < _PAYS * sample.nbytes

@@ -12,21 +12,21 @@ from asyncckpt.catalog.catalog import LATEST, Catalog
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.catalog.retention import Policy, plan
-from asyncckpt.catalog.steps import Ledger
+from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.commit.in_flight import InFlight, InFlightSaves
 from asyncckpt.commit.pending import Overdue, PendingSave, SaveReport
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import (
     ArenaBusy,
     CheckpointDamaged,
+    DurabilityUnknown,
     NotEnoughSpace,
     PlanChanged,
     SaveAbandoned,
-    SaveUndecided,
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
 from asyncckpt.memory.arena import Arena
-from asyncckpt.protocols import Attempt, Replaced, Store, renaming
+from asyncckpt.protocols import PendingDirectory, Replaced, Store, renaming
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import verify
 from asyncckpt.stage.options import OnBusy, StagingOptions
@@ -59,7 +59,7 @@ class Committer:
         staging: StagingOptions,
         lease: HeldLease,
         quarantine: Quarantine,
-        ledger: Ledger,
+        steps: StepRegistry,
         reuse: ReuseSource,
         saves: InFlightSaves,
     ) -> None:
@@ -75,15 +75,15 @@ class Committer:
         self._pool = WriterPool(1, "asyncckpt-committer")
         self._failed: list[PendingSave] = []
         #: Failed saves with a write that hangs. For the committer's thread.
-        self._left: list[SaveTransaction] = []
+        self._abandoned: list[SaveTransaction] = []
         self._lock = threading.Lock()
         self._retention_lock = threading.Lock()
         self._quarantine = quarantine
-        self._ledger = ledger
+        self._steps = steps
         #: Checkpoints that a durable one has replaced, but that somebody still reads.
         self._replaced: list[Replaced] = []
         #: Whether another rank of the job publishes and looks after the directory.
-        self.follows = False
+        self.is_follower = False
         #: Set where the ranks of a job must plan the next save anew.
         self.plan_changed = threading.Event()
 
@@ -154,14 +154,14 @@ class Committer:
 
     def close(self) -> None:
         """End the thread once it has done what was submitted. Does not wait."""
-        if self._left:
+        if self._abandoned:
             self._pool.submit(lambda: self._discard(None, _STUCK_SECONDS))
         self._pool.close()
 
     def make_room(self, nbytes: int, step: int) -> None:
         """Make sure, before anything is written, that ``nbytes`` are free; if they are not, apply retention first.
         Blocks on the disk. Raises ``NotEnoughSpace``."""
-        if self.follows:
+        if self.is_follower:
             return
         reserved = sum(f.save.shards.unwritten_bytes() for f in self._saves.all() if f.save.step != step)
         free = self._store.free_bytes()
@@ -178,19 +178,19 @@ class Committer:
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply the policies now; return what was deleted (or would be). Unusable checkpoints are evidence and stay.
         Raises ``LeaseLost``."""
-        if self.follows:
+        if self.is_follower:
             return []
         with self._retention_lock:
-            doomed = plan(self._own(), self.policies)
+            to_delete = plan(self._own(), self.policies)
             if dry_run:
-                return doomed
+                return to_delete
             deleted: list[CheckpointInfo] = []
-            for entry in doomed:
+            for entry in to_delete:
                 self._lease.check()
                 if self._store.remove(entry.name):
                     deleted.append(entry)
                     self._catalog.forget(entry.name)
-                    self._ledger.deleted(entry.step, entry.kind, entry.name)
+                    self._steps.deleted(entry.step, entry.kind, entry.name)
                 self._events.emit(Pruned(step=entry.step, name=entry.name, deleted=entry in deleted))
             return deleted
 
@@ -239,8 +239,8 @@ class Committer:
         save.close()
         if error is None:
             self._replaced += replaced
-            self._after(save, written.name)
-        elif isinstance(error, SaveUndecided):  # the next run looks which of the two the disk has
+            self._after_commit(save, written.name)
+        elif isinstance(error, DurabilityUnknown):  # the next run looks which of the two the disk has
             self._quarantine.add(save.contents.draft.name)
         else:
             self._put_back(replaced)
@@ -256,8 +256,8 @@ class Committer:
         if failed is not None and not failed.discard(_STUCK_SECONDS):
             log.warning("step %d: a write of it hangs; its files go once it returns, or with the next run", failed.step)
             failed.shards.replace_stuck_threads(_STUCK_SECONDS)
-            self._left.append(failed)
-        self._left = [save for save in self._left if not save.discard(wait_seconds)]
+            self._abandoned.append(failed)
+        self._abandoned = [save for save in self._abandoned if not save.discard(wait_seconds)]
 
     def _before_publish(self, save: SaveTransaction, replaced: list[Replaced]) -> Callable[[], None]:
         draft = save.contents.draft
@@ -265,7 +265,7 @@ class Committer:
         def check() -> None:
             self._lease.check()
             store = renaming(self._store)
-            given_up = self._ledger.replaced_by(draft.step, draft.kind, draft.sequence)
+            given_up = self._steps.replaced_by(draft.step, draft.kind, draft.sequence)
             if store is None:  # where they had this one's name, the attempt could not begin
                 replaced.extend(Replaced(old, old, draft.attempt) for old in given_up)
                 return
@@ -282,13 +282,13 @@ class Committer:
 
         return check
 
-    def _after(self, save: SaveTransaction, name: str) -> None:
+    def _after_commit(self, save: SaveTransaction, name: str) -> None:
         """Tidy up after a durable save. Nothing here can undo the acknowledgement: trouble is logged, and comes up
         again at the next save."""
         try:
             self._catalog.forget(name)
-            self._ledger.durable(save.step, save.contents.draft.kind, save.contents.draft.sequence)
-            if self.follows:
+            self._steps.durable(save.step, save.contents.draft.kind, save.contents.draft.sequence)
+            if self.is_follower:
                 return
             self._remove_replaced()
             if save.contents.draft.kind == "full":
@@ -314,8 +314,8 @@ class Committer:
                     kept.append(one)
         self._replaced = kept
 
-    def _read_back(self, attempt: Attempt) -> None:
-        reader = attempt.open()
+    def _read_back(self, directory: PendingDirectory) -> None:
+        reader = directory.open()
         try:
             damage: list[Damage] = verify(reader)
         finally:
@@ -328,7 +328,7 @@ class Committer:
             flight.job.forget()
             if error is not None:
                 draft = flight.save.contents.draft
-                self._ledger.release(draft.step, draft.kind, flight.claim)  # who is told next may save the step again
+                self._steps.release(draft.step, draft.kind, flight.claim)  # who is told next may save the step again
                 if isinstance(error, PlanChanged):  # nothing is wrong: the next save makes up for it
                     self.plan_changed.set()
                 flight.pending.reject(error)

@@ -13,7 +13,7 @@ from dataclasses import replace as replaced
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.protocols import Attempt, Hold, Store
+from asyncckpt.protocols import Hold, PendingDirectory, Store
 from asyncckpt.types import LeaseOptions
 
 
@@ -34,13 +34,13 @@ def take_over(
 
 
 def publish(
-    attempt: Attempt,
+    directory: PendingDirectory,
     draft: Manifest,
     *,
     components_json: str | None = None,
     replace: bool,
     before: Callable[[], None],
-    read_back: Callable[[Attempt], None] | None = None,
+    read_back: Callable[[PendingDirectory], None] | None = None,
 ) -> Manifest:
     """Write the manifest and give the attempt its name; return the manifest, which is durable then. Blocks on the
     storage.
@@ -48,12 +48,12 @@ def publish(
     ``draft``: lists every file, all of them written and durable. ``components_json``: see ``manifest.json.encode``.
     ``before``: called last before the checkpoint becomes visible; what it raises prevents that. ``read_back``: gets the
     attempt once everything is written, and raises where it is not what it should be."""
-    attempt.sync_directory()
+    directory.sync_directory()
     data = manifests.encode(draft, components_json=components_json)
-    attempt.write_small({manifests.FILE_NAME: data})
-    attempt.sync_directory()
+    directory.write_small({manifests.FILE_NAME: data})
+    directory.sync_directory()
     if read_back is not None:
-        read_back(attempt)
+        read_back(directory)
     before()
-    attempt.publish(draft.name, replace=replace)
+    directory.publish(draft.name, replace=replace)
     return replaced(draft, size_bytes=len(data), file_digest=manifests.file_digest(data))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.protocols import Attempt
+from asyncckpt.protocols import PendingDirectory
 from asyncckpt.types import Layout
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ class Publisher(Protocol):
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         """Return how many bytes of a durable checkpoint this process has written."""
 
-    def prepare(self, save: SaveTransaction, attempt: Attempt) -> dict[str, bytes]:
+    def prepare(self, save: SaveTransaction, directory: PendingDirectory) -> dict[str, bytes]:
         """Write those small files that can be written while the shards still are; return their contents by name."""
 
     def publish(
         self,
         save: SaveTransaction,
-        attempt: Attempt,
+        directory: PendingDirectory,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[Attempt], None] | None,
+        read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
         """Publish the checkpoint, or wait until rank 0 has; return the manifest, which is durable. Blocks on the disk
         and, in a job, for the other ranks. ``small``: what ``prepare`` has written. Raises what keeps the checkpoint
@@ -57,19 +57,19 @@ class Solo:
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         return written.nbytes - save.shards.linked_bytes()
 
-    def prepare(self, save: SaveTransaction, attempt: Attempt) -> dict[str, bytes]:
-        return save.write_small(attempt, save.contents)
+    def prepare(self, save: SaveTransaction, directory: PendingDirectory) -> dict[str, bytes]:
+        return save.write_small(directory, save.contents)
 
     def publish(
         self,
         save: SaveTransaction,
-        attempt: Attempt,
+        directory: PendingDirectory,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[Attempt], None] | None,
+        read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
         records, orders = save.shards.records(), save.shards.orders()
-        return save.publish(attempt, save.contents, records, orders, small, check_lease, read_back)
+        return save.publish(directory, save.contents, records, orders, small, check_lease, read_back)
 
     def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
         return error

@@ -26,9 +26,9 @@ from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents, _components_json
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena
-from asyncckpt.protocols import Attempt, SpaceReserver, Store
+from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store
 from asyncckpt.scope import SaveScope
-from asyncckpt.write.directory import AttemptDirectory
+from asyncckpt.write.directory import SaveDirectory
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.progress import progress_of
 from asyncckpt.write.reuse import ReuseSource
@@ -93,7 +93,7 @@ class SaveTransaction:
             second=second_digest(draft.digest),
             chain=chain,
         )
-        self._directory = AttemptDirectory(
+        self._directory = SaveDirectory(
             store,
             scope,
             space,
@@ -122,22 +122,25 @@ class SaveTransaction:
         return self._publisher.written_bytes(self, written)
 
     def commit(
-        self, check_lease: Callable[[], None], timeout_seconds: float, read_back: Callable[[Attempt], None] | None
+        self,
+        check_lease: Callable[[], None],
+        timeout_seconds: float,
+        read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
         """Wait for the shards, then publish. Blocks; the returned manifest is durable.
 
         Raises what made the save fail, as ``SaveFailed`` or another of this library's errors.
         """
         try:
-            attempt = self._directory.open()
-            early = self._publisher.prepare(self, attempt)
+            directory = self._directory.open()
+            early = self._publisher.prepare(self, directory)
             self._wait_written(timeout_seconds)
             now = self.written_seconds = time.perf_counter()
             nbytes = self.contents.layout.nbytes
             self._events.emit(
                 Written(step=self.step, at_seconds=now, nbytes=nbytes, seconds=now - self.started_seconds)
             )
-            return self._publisher.publish(self, attempt, early, check_lease, read_back)
+            return self._publisher.publish(self, directory, early, check_lease, read_back)
         except BaseException as error:
             self.scope.fail(error)
             typed = self._typed(error)
@@ -149,13 +152,13 @@ class SaveTransaction:
 
     def publish(
         self,
-        attempt: Attempt,
+        directory: PendingDirectory,
         contents: Contents,
         records: Sequence[FileRecord],
         orders: Mapping[str, Sequence[int]],
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[Attempt], None] | None,
+        read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
         """Make a checkpoint of what is written, once all data is on the disk. Called by publishers. Blocks on the disk.
         ``small``: the files beside the shards, which are durable too. ``orders``: by file, which of its extents each
@@ -167,7 +170,7 @@ class SaveTransaction:
 
         beside = [manifest.whole_file(name, data, self.digest) for name, data in small.items()]
         return publish(
-            attempt,
+            directory,
             replaced(contents.draft, files=(*records, *beside)),
             components_json=_components_json(contents, orders),
             replace=contents.replace,
@@ -200,7 +203,7 @@ class SaveTransaction:
                 f"training goes on. Check the storage under {self._directory.path}"
             )
 
-    def write_small(self, attempt: Attempt, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
+    def write_small(self, directory: PendingDirectory, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
         """Write the files beside the shards of these contents, durably; return what is in them, by name. Called by
         publishers. ``state``: write ``state.json`` too."""
         small = {manifest.STATE_FILE: jsontree.dumps(contents.trees)} if state else {}
@@ -208,7 +211,7 @@ class SaveTransaction:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:
                 small |= self._format.small_files(component, shards, self._codec)
-        attempt.write_small(small)
+        directory.write_small(small)
         return small
 
     def discard(self, timeout_seconds: float) -> bool:

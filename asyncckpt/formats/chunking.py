@@ -12,7 +12,7 @@ from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES
 from asyncckpt.codecs.dtypes import ITEM_BYTES, PLANE_BYTES
 from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import Codec
-from asyncckpt.types import LEAD_BYTES, Chunking, Extent, Segment, Shard, TensorSpec
+from asyncckpt.types import FRAME_HEADER_BYTES, Chunking, Extent, Segment, ShardFile, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def chunk_count(tensor: Chunking) -> int:
     return tensor.spec.nbytes // tensor.run_bytes * -(-tensor.run_bytes // tensor.chunk_bytes)
 
 
-def cuts(tensor: Chunking) -> Iterator[ShardCut]:
+def shard_cuts(tensor: Chunking) -> Iterator[ShardCut]:
     """Yield the shards of a grid, in row-major order. Each holds consecutive chunks, which come first in its index."""
     total = chunk_count(tensor)
     shape, shard = tensor.spec.shape, tensor.shard_shape
@@ -91,7 +91,7 @@ def extents(tensor: Chunking, piece: int, shard: int, first: int, last: int, cod
     """Return the chunks ``[first, last)`` as extents of the shard with index ``shard``; their bytes come from the
     snapshot's piece with index ``piece``. With codec ``none`` they are written as they are, at aligned offsets."""
     encoded = codec.name != "none"
-    lead = LEAD_BYTES if encoded else 0
+    lead = FRAME_HEADER_BYTES if encoded else 0
     alone = last - first == 1 and chunk_count(tensor) == 1
     found: list[Extent] = []
     per_run = -(-tensor.run_bytes // tensor.chunk_bytes)
@@ -104,7 +104,9 @@ def extents(tensor: Chunking, piece: int, shard: int, first: int, last: int, cod
         segments = (Segment(piece, run * tensor.run_bytes + begin, lead, nbytes),)
         if encoded:
             item = PLANE_BYTES[tensor.spec.dtype]
-            found.append(Extent(shard, position, LEAD_BYTES + decoded, b"", segments, item, LEAD_BYTES + decoded))
+            found.append(
+                Extent(shard, position, FRAME_HEADER_BYTES + decoded, b"", segments, item, FRAME_HEADER_BYTES + decoded)
+            )
             position += 1
         else:
             room = decoded if alone else padded(decoded)
@@ -115,12 +117,12 @@ def extents(tensor: Chunking, piece: int, shard: int, first: int, last: int, cod
 
 def frame_bound(extent: Extent) -> int:
     """Return the most bytes that an encoded extent can take in its file."""
-    return padded(extent.stored + FRAME_OVERHEAD_BYTES)
+    return padded(extent.payload_bytes + FRAME_OVERHEAD_BYTES)
 
 
-def plan_digest(shard: Shard, codec: Codec) -> str:
-    """Digest everything but the tensors' bytes that decides the content of a floating shard: where the plans and the
-    chunks of two shards are equal, their files are."""
+def content_key(shard: ShardFile, codec: Codec) -> str:
+    """Digest everything but the tensors' bytes that decides the content of a shard that is packed on write: where the
+    plans and the chunks of two shards are equal, their files are."""
     parts = [
         (run.tensor.spec.name, run.tensor.spec.dtype, run.tensor.spec.shape, run.tensor.chunk_bytes, run.count)
         for run in shard.runs

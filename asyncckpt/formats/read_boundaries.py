@@ -13,16 +13,16 @@ READERS = (2, 3, 4, 6, 8)
 MIN_CUT_BYTES = 1 << 20
 
 
-def cuts(spec: TensorSpec) -> tuple[int, ...]:
+def boundaries(spec: TensorSpec) -> tuple[int, ...]:
     """Return the offsets, in bytes and ascending, at which the tensor is cut, its beginning and end included: whoever
     reads its first rows needs nothing of what lies before it. Empty for a tensor that is read whole. Pure."""
     if spec.nbytes < MIN_CUT_BYTES or not spec.shape or spec.shape[0] < 2:
         return ()
-    return _cuts(spec.shape[0], spec.nbytes // spec.shape[0])
+    return _boundaries(spec.shape[0], spec.nbytes // spec.shape[0])
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _cuts(rows: int, row_bytes: int) -> tuple[int, ...]:
+def _boundaries(rows: int, row_bytes: int) -> tuple[int, ...]:
     found: set[int] = set()
     for readers in READERS:
         found.update(range(0, rows, -(-rows // readers)))

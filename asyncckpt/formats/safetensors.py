@@ -23,11 +23,11 @@ from asyncckpt.types import (
     ChunkRun,
     Extent,
     LayoutOptions,
-    Placed,
-    Placement,
     Segment,
-    Shard,
+    ShardFile,
+    TensorRange,
     TensorSpec,
+    WrittenRange,
 )
 
 #: The official reader refuses larger headers, too.
@@ -56,7 +56,7 @@ class SafetensorsFormat:
         first_shard: int,
         codec: Codec,
         options: LayoutOptions,
-    ) -> list[Shard]:
+    ) -> list[ShardFile]:
         """Return the shards of a component: plain ones first, then encoded ones; frozen tensors and trained ones go
         into different shards. Pure.
 
@@ -74,7 +74,7 @@ class SafetensorsFormat:
             for frozen in (True, False):
                 chosen = [i for i in order if encoded(i) == encode and specs[i].frozen == frozen]
                 groups += [(encode, group) for group in _split(chosen, specs, options.shard_bytes)]
-        found: list[Shard] = []
+        found: list[ShardFile] = []
         for number, (encode, group) in enumerate(groups):
             file = f"{component}-{number + 1:05d}-of-{len(groups):05d}.safetensors"
             members = [(first_piece + index, specs[index]) for index in group]
@@ -84,15 +84,15 @@ class SafetensorsFormat:
                 found.append(_plain(first_shard + number, file, component, members, options))
         return found
 
-    def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
+    def seal(self, shard: ShardFile, placed: Sequence[WrittenRange], codec: Codec) -> tuple[bytes, bytes]:
         """Return the header of an encoded shard, which lists the chunks and says how to read them. Nothing follows the
         data."""
         return _encoded_header(shard, placed, codec), b""
 
-    def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
+    def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
         """Return the ``*.safetensors.index.json`` that Hugging Face loaders follow. There is none where tensors are
         encoded or lie in boxes."""
-        if any(shard.floating or any(p.part_of is not None for p in shard.placements) for shard in shards):
+        if any(shard.packed_on_write or any(p.part_of is not None for p in shard.placements) for shard in shards):
             return {}
         weight_map = {placement.spec.name: shard.file for shard in shards for placement in shard.placements}
         total = sum(placement.spec.nbytes for shard in shards for placement in shard.placements)
@@ -138,10 +138,10 @@ def _split(order: Sequence[int], specs: Sequence[TensorSpec], shard_bytes: int) 
 
 def _plain(
     number: int, file: str, component: str, members: Sequence[tuple[int, TensorSpec]], options: LayoutOptions
-) -> Shard:
+) -> ShardFile:
     header, begins, nbytes = image([spec for _, spec in members])
     placements = tuple(
-        Placement(spec, begin, begin + spec.nbytes) for (_, spec), begin in zip(members, begins, strict=True)
+        TensorRange(spec, begin, begin + spec.nbytes) for (_, spec), begin in zip(members, begins, strict=True)
     )
     size = options.extent_bytes
     segments: list[list[Segment]] = [[] for _ in range(-(-nbytes // size))]
@@ -155,7 +155,7 @@ def _plain(
                 Segment(piece, position - placement.begin, position - extent * size, stop - position)
             )
             position = stop
-        for cut in parts.cuts(placement.spec):
+        for cut in parts.boundaries(placement.spec):
             extent, within = divmod(placement.begin + cut, size)
             if within and placement.begin + cut < nbytes and within not in cuts[extent][-1:]:
                 cuts[extent].append(within)
@@ -166,11 +166,11 @@ def _plain(
             min(size, nbytes - i * size),
             header[i * size : (i + 1) * size],
             tuple(segments[i]),
-            cuts=tuple(cuts[i]),
+            digest_boundaries=tuple(cuts[i]),
         )
         for i in range(len(segments))
     )
-    return Shard(file, component, nbytes, placements, extents)
+    return ShardFile(file, component, nbytes, placements, extents)
 
 
 def _encoded(
@@ -180,7 +180,7 @@ def _encoded(
     members: Sequence[tuple[int, TensorSpec]],
     codec: Codec,
     options: LayoutOptions,
-) -> Shard:
+) -> ShardFile:
     names = {spec.name for _, spec in members}
     found: list[Extent] = []
     runs: list[ChunkRun] = []
@@ -193,15 +193,15 @@ def _encoded(
         runs.append(ChunkRun(tensor, len(found), count))
         found += chunks.extents(tensor, piece, number, 0, count, codec)
     most = sum(chunks.frame_bound(extent) for extent in found)
-    shard = Shard(file, component, most, (), tuple(found), tuple(runs), floating=True)
+    shard = ShardFile(file, component, most, (), tuple(found), tuple(runs), packed_on_write=True)
     # a header with the largest numbers that there can be has the most digits: the real one is never longer
-    reserved = len(_encoded_header(shard, [Placed(most, most, most)] * len(found), codec))
-    shard = replace(shard, reserved_bytes=reserved, nbytes=reserved + most)
-    return replace(shard, plan=chunks.plan_digest(shard, codec))
+    reserved = len(_encoded_header(shard, [WrittenRange(most, most, most)] * len(found), codec))
+    shard = replace(shard, header_bytes=reserved, nbytes=reserved + most)
+    return replace(shard, content_key=chunks.content_key(shard, codec))
 
 
-def _encoded_header(shard: Shard, placed: Sequence[Placed], codec: Codec) -> bytes:
-    base = shard.reserved_bytes
+def _encoded_header(shard: ShardFile, placed: Sequence[WrittenRange], codec: Codec) -> bytes:
+    base = shard.header_bytes
     entries: dict[str, Any] = {}
     described: dict[str, Any] = {}
     for run in shard.runs:
@@ -211,7 +211,7 @@ def _encoded_header(shard: Shard, placed: Sequence[Placed], codec: Codec) -> byt
             "dtype": spec.dtype,
             "shape": spec.shape,
             "chunk_bytes": run.tensor.chunk_bytes,
-            "frames": [place.stored for place in mine],
+            "frames": [place.payload_bytes for place in mine],
         }
         for number, place in enumerate(mine):
             entries[entry_name(spec.name, number)] = {
@@ -229,7 +229,7 @@ def entry_name(tensor: str, chunk: int) -> str:
     return f"{tensor}#{chunk}"
 
 
-def parse_header(head: bytes, file_nbytes: int, what: str) -> list[Placement]:
+def parse_header(head: bytes, file_nbytes: int, what: str) -> list[TensorRange]:
     """Return the tensors of a file of ``file_nbytes``, in file order. ``head`` is its beginning: 8 bytes and the whole
     header.
 
@@ -242,14 +242,14 @@ def parse_header(head: bytes, file_nbytes: int, what: str) -> list[Placement]:
     if not isinstance(entries, dict):
         raise CheckpointDamaged(f"{what}: the safetensors header is no JSON object")
     base = 8 + header_nbytes
-    placements: list[Placement] = []
+    placements: list[TensorRange] = []
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise CheckpointDamaged(f"{what}: tensor {name!r} has a malformed header entry")
         spec, begin = _entry(name, entry["dtype"], entry["shape"], entry["data_offsets"], what)
-        placements.append(Placement(spec, base + begin, base + begin + spec.nbytes))
+        placements.append(TensorRange(spec, base + begin, base + begin + spec.nbytes))
     placements.sort(key=lambda placement: (placement.begin, placement.end))
     position = base
     for placement in placements:

@@ -28,7 +28,7 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.jsontree import loads
 from asyncckpt.protocols import Codec
-from asyncckpt.types import Chunking, ChunkRun, Extent, LayoutOptions, Placed, Shard, TensorSpec
+from asyncckpt.types import Chunking, ChunkRun, Extent, LayoutOptions, ShardFile, TensorSpec, WrittenRange
 
 log = logging.getLogger("asyncckpt")
 
@@ -75,18 +75,18 @@ class ZarrFormat:
         first_shard: int,
         codec: Codec,
         options: LayoutOptions,
-    ) -> list[Shard]:
+    ) -> list[ShardFile]:
         """Return one shard for each shard of each array, the tensors sorted by name. Pure."""
         paths = node_names(spec.name for spec in specs)
-        found: list[Shard] = []
+        found: list[ShardFile] = []
         for index in sorted(range(len(specs)), key=lambda i: specs[i].name):
             spec = specs[index]
             tensor = chunks.grid(spec, options.extent_bytes, options.shard_bytes)
             if not spec.nbytes:  # an array without elements has no chunks, and so no file
                 found.append(
-                    Shard(f"{component}/{paths[spec.name]}/c", component, 0, (), (), (ChunkRun(tensor, 0, 0),))
+                    ShardFile(f"{component}/{paths[spec.name]}/c", component, 0, (), (), (ChunkRun(tensor, 0, 0),))
                 )
-            for cut in chunks.cuts(tensor):
+            for cut in chunks.shard_cuts(tensor):
                 number = first_shard + len(found)
                 key = ".".join(["c", *map(str, cut.coordinates)])
                 file = f"{component}/{paths[spec.name]}/{key}"
@@ -95,14 +95,14 @@ class ZarrFormat:
                 found.append(_shard(file, component, run, number, extents, codec))
         return found
 
-    def seal(self, shard: Shard, placed: Sequence[Placed], codec: Codec) -> tuple[bytes, bytes]:
+    def seal(self, shard: ShardFile, placed: Sequence[WrittenRange], codec: Codec) -> tuple[bytes, bytes]:
         """Return nothing to go before the data, and the index to go after it where the array is sharded."""
         tensor = shard.runs[0].tensor
         if chunks.chunk_count(tensor) == 1:
             return b"", b""
-        return b"", encode_index([(place.offset, place.stored) for place in placed], chunks.inner_count(tensor))
+        return b"", encode_index([(place.offset, place.payload_bytes) for place in placed], chunks.inner_count(tensor))
 
-    def small_files(self, component: str, shards: Sequence[Shard], codec: Codec) -> dict[str, bytes]:
+    def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
         """Return the files ``zarr.json`` of the component's group, of its arrays and of the checkpoint's root."""
         announce_dtypes()
         files = {METADATA_FILE: group_metadata(), f"{component}/{METADATA_FILE}": group_metadata()}
@@ -113,18 +113,18 @@ class ZarrFormat:
         return files
 
 
-def _shard(file: str, component: str, run: ChunkRun, number: int, extents: list[Extent], codec: Codec) -> Shard:
+def _shard(file: str, component: str, run: ChunkRun, number: int, extents: list[Extent], codec: Codec) -> ShardFile:
     index_bytes = 16 * chunks.inner_count(run.tensor) + _CRC_BYTES if chunks.chunk_count(run.tensor) > 1 else 0
     if codec.name != "none":
         most = sum(chunks.frame_bound(extent) for extent in extents) + index_bytes
-        shard = Shard(file, component, most, (), tuple(extents), (run,), floating=True)
-        return replace(shard, plan=chunks.plan_digest(shard, codec))
+        shard = ShardFile(file, component, most, (), tuple(extents), (run,), packed_on_write=True)
+        return replace(shard, content_key=chunks.content_key(shard, codec))
     size = extents[-1].offset + extents[-1].nbytes
     if index_bytes:
-        places = [(extent.offset, extent.stored) for extent in extents]
+        places = [(extent.offset, extent.payload_bytes) for extent in extents]
         index = encode_index(places, chunks.inner_count(run.tensor))
         extents.append(Extent(number, size, len(index), index, ()))
-    return Shard(file, component, size + index_bytes, (), tuple(extents), (run,))
+    return ShardFile(file, component, size + index_bytes, (), tuple(extents), (run,))
 
 
 def encode_index(places: Sequence[tuple[int, int]], entries: int) -> bytes:

@@ -55,7 +55,7 @@ class SignalWatch:
         self._previous = {number: signal.signal(number, self._handle) for number in preemption.signals}
         forks.disarm_in_child(self)
 
-    def notice(self) -> None:
+    def mark_received(self) -> None:
         """Act as if this rank had been signalled now: another rank of the job was."""
         if self.received is None:
             self._handle(int(self.preemption.signals[0]), None)

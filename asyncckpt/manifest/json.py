@@ -137,13 +137,13 @@ def file_to_json(record: FileRecord) -> dict[str, Any]:
     """Return the row of ``files`` for this record, as values for JSON."""
     rows = [
         [e.offset, e.nbytes, e.digest]
-        if e.content is None and not e.stored
-        else [e.offset, e.nbytes, e.digest, _content_text(e.content), e.stored]
+        if e.content is None and not e.payload_bytes
+        else [e.offset, e.nbytes, e.digest, _content_text(e.content), e.payload_bytes]
         for e in record.extents
     ]
     body: dict[str, Any] = {"name": record.name, "nbytes": record.nbytes, "extents": rows}
-    if record.plan:
-        body["plan"] = record.plan
+    if record.content_key:
+        body["plan"] = record.content_key
     if record.bases:
         body["bases"] = list(record.bases)
     if record.order:

@@ -174,7 +174,12 @@ def _check_bases(body: Body, records: Sequence[FileRecord]) -> None:
             base = files.get(name)
             if base is None:
                 body.fail(f"has a file {record.name!r} whose base {name!r:.80} it does not list")
-            if base.plan != record.plan or not record.plan or len(base.extents) != len(record.extents) or base.bases:
+            if (
+                base.content_key != record.content_key
+                or not record.content_key
+                or len(base.extents) != len(record.extents)
+                or base.bases
+            ):
                 body.fail(f"has a file {record.name!r} whose base {name!r} does not fit it")
         if len(set(record.bases)) != len(record.bases):
             body.fail(f"has a file {record.name!r} with a base twice")
@@ -251,7 +256,7 @@ def _chunked(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], r
         for extent in part.extents:
             found = files[part.file].extents[extent]
             expected = chunk if record.padded else record.span(number)[1]
-            if not found.content and (found.stored or found.nbytes) != expected:
+            if not found.content and (found.payload_bytes or found.nbytes) != expected:
                 body.fail(f"has a chunk of tensor {name!r:.80} of the wrong size")
             number += 1
     return record

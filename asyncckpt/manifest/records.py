@@ -13,14 +13,14 @@ from asyncckpt.types import ContentDigest, Extent, JsonValue, StagedDigests
 @dataclass(frozen=True, slots=True)
 class ExtentRecord:
     """``ExtentRecord`` is a byte range of a file with the ``digest`` of its bytes. Where it is an encoded chunk,
-    ``content`` is the digest of what was encoded, else None. ``stored`` counts its bytes without padding, and is 0
-    where it has no padding."""
+    ``content`` is the digest of what was encoded, else None. ``payload_bytes`` counts its bytes without padding, and is
+    0 where it has no padding."""
 
     offset: int
     nbytes: int
     digest: str
     content: ContentDigest | None = None
-    stored: int = 0
+    payload_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class WrittenExtent:
 
 def written_extent(record: ExtentRecord) -> WrittenExtent:
     """Make an extent of a record that is one part."""
-    return WrittenExtent(record.offset, record.nbytes, (record.digest,), record.content, record.stored)
+    return WrittenExtent(record.offset, record.nbytes, (record.digest,), record.content, record.payload_bytes)
 
 
 def join_records(records: Sequence[WrittenExtent], extents: Sequence[Extent]) -> tuple[WrittenExtent, ...] | None:
@@ -61,9 +61,13 @@ def join_records(records: Sequence[WrittenExtent], extents: Sequence[Extent]) ->
     found: list[WrittenExtent] = []
     at = 0
     for extent in extents:
-        size = len(extent.cuts) + 1
+        size = len(extent.digest_boundaries) + 1
         parts, at = records[at : at + size], at + size
-        edges = (extent.offset, *(extent.offset + cut for cut in extent.cuts), extent.offset + extent.nbytes)
+        edges = (
+            extent.offset,
+            *(extent.offset + cut for cut in extent.digest_boundaries),
+            extent.offset + extent.nbytes,
+        )
         if [(part.offset, part.offset + part.nbytes) for part in parts] != list(itertools.pairwise(edges)):
             return None
         if size == 1:
@@ -76,15 +80,15 @@ def join_records(records: Sequence[WrittenExtent], extents: Sequence[Extent]) ->
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """``FileRecord`` is a file of the checkpoint, which its extents cover from the first byte to the last. ``plan`` is
-    ``Shard.plan``. ``bases`` lists the files, oldest first, whose chunks must be XORed with this one's to give the
-    data. ``order`` says which extent each chunk is; where it is empty, chunk ``n`` is extent ``n + 1``, as the header
-    is extent 0."""
+    """``FileRecord`` is a file of the checkpoint, which its extents cover from the first byte to the last.
+    ``content_key`` is ``ShardFile.content_key``. ``bases`` lists the files, oldest first, whose chunks must be XORed
+    with this one's to give the data. ``order`` says which extent each chunk is; where it is empty, chunk ``n`` is
+    extent ``n + 1``, as the header is extent 0."""
 
     name: str
     nbytes: int
     extents: tuple[ExtentRecord, ...]
-    plan: str = ""
+    content_key: str = ""
     bases: tuple[str, ...] = ()
     order: tuple[int, ...] = ()
 

@@ -51,7 +51,7 @@ _Free = tuple[int, int, int, tuple[QueuedCopy, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class StagingBuffer:
     """A slot is a part of the arena. ``view`` and ``tensor`` (uint8) are its memory, which begins at ``address``: both
     are writable, aligned to pages and ``nbytes`` long, a multiple of 4096. ``split``: it holds a chunk whose bytes the
     device has split into planes. ``copies`` may still write into it: they belong to the save that had the slot before,
@@ -190,7 +190,7 @@ class Arena:
         deadline: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         if_short: Callable[[], None] = lambda: None,
-    ) -> Slot:
+    ) -> StagingBuffer:
         """Return a slot of at least ``nbytes``. Blocks until one is free. ``if_short``: called once before it waits,
         with ``waiting`` raised already; it must not block.
 
@@ -221,7 +221,7 @@ class Arena:
             finally:
                 self.waiting -= 1
 
-    def _take(self, need: int) -> Slot | None:
+    def _take(self, need: int) -> StagingBuffer | None:
         if self._closed:
             return None
         for position, (region, offset, size, copies) in enumerate(self._free):
@@ -233,7 +233,7 @@ class Arena:
                 return self._slot(region, offset, need, _not_done(copies))
         return None
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: StagingBuffer) -> None:
         """Give a slot back; whatever is still in it may be overwritten at once. Copies into it that have not run yet go
         with the memory to whoever takes it next. Where the arena is closed already, this blocks until they have run."""
         copies = _not_done(slot.copies)
@@ -246,7 +246,7 @@ class Arena:
             with self._changed:
                 self._give_back(slot, ())
 
-    def _give_back(self, slot: Slot, copies: tuple[QueuedCopy, ...]) -> None:
+    def _give_back(self, slot: StagingBuffer, copies: tuple[QueuedCopy, ...]) -> None:
         self._used_bytes[slot.region] -= slot.nbytes
         self._put(slot.region, slot.offset, slot.nbytes, copies)
         if self._closed:
@@ -330,10 +330,10 @@ class Arena:
             self._free.insert(at, (region, offset, nbytes, tuple(dict.fromkeys(copies)) if copies else ()))
             self._changed.notify_all()
 
-    def _slot(self, region: int, offset: int, nbytes: int, copies: tuple[QueuedCopy, ...]) -> Slot:
+    def _slot(self, region: int, offset: int, nbytes: int, copies: tuple[QueuedCopy, ...]) -> StagingBuffer:
         home = self._regions[region]
         self._used_bytes[region] += nbytes
-        return Slot(
+        return StagingBuffer(
             region,
             offset,
             nbytes,

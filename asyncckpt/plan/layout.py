@@ -8,7 +8,7 @@ import hashlib
 from collections import deque
 
 from asyncckpt.protocols import Codec, ShardFormat
-from asyncckpt.types import Layout, LayoutOptions, Shard, TensorSpec
+from asyncckpt.types import Layout, LayoutOptions, ShardFile, TensorSpec
 
 Components = tuple[tuple[str, tuple[TensorSpec, ...]], ...]
 
@@ -19,7 +19,7 @@ def plan(components: Components, shard_format: ShardFormat, codec: Codec, option
     Components without tensors get no shard. Takes about a second for 100,000 tensors; ``LayoutCache`` keeps the
     result for the saves that follow.
     """
-    shards: list[Shard] = []
+    shards: list[ShardFile] = []
     first_piece = 0
     for component, specs in components:
         shards += shard_format.shards(component, specs, first_piece, len(shards), codec, options)

@@ -15,37 +15,37 @@ from dataclasses import dataclass, replace
 
 from asyncckpt.errors import UnsupportedValue
 from asyncckpt.formats import read_boundaries as parts
-from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, Placement, Rows, Segment, Shard
+from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, RowOwners, Segment, ShardFile, TensorRange
 
 #: Shorter stretches that several ranks hold are not divided.
 _MIN_DIVIDED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class RankHolding:
     """Says what this rank holds of one piece of the layout: ``local`` is the index among the rank's own pieces (-1: it
     holds nothing), ``begin`` the byte of the tensor where its part begins. ``rows`` says it for all ranks."""
 
-    rows: Rows
+    rows: RowOwners
     local: int
     begin: int
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """A rank's part of a layout. ``layout`` has all shards, each with the extents of this rank alone. ``whole``: the
+    """A rank's part of a layout. ``layout`` has all shards, each with the extents of this rank alone. ``gathered``: the
     pieces that have to be gathered, by their index in the layout → the ranks that need all rows."""
 
     layout: Layout
-    whole: Mapping[int, frozenset[int]]
+    gathered: Mapping[int, frozenset[int]]
 
 
-def divide(layout: Layout, holdings: Sequence[Holding], rank: int, extent_bytes: int) -> Division:
+def divide(layout: Layout, holdings: Sequence[RankHolding], rank: int, extent_bytes: int) -> Division:
     """Divide a layout, and return the part of ``rank``. ``holdings[i]`` is about piece ``i`` of the layout. Pure; takes
     about a second for 10,000 tensors."""
     load: dict[int, int] = {}
     whole: dict[int, set[int]] = {}
-    shards: list[Shard] = []
+    shards: list[ShardFile] = []
     for number, shard in enumerate(layout.shards):
         pieces = {segment.piece for extent in shard.extents for segment in extent.segments}
         owner = _owner(shard, [holdings[piece].rows for piece in pieces], load)
@@ -63,7 +63,7 @@ def divide(layout: Layout, holdings: Sequence[Holding], rank: int, extent_bytes:
     )
 
 
-def _owner(shard: Shard, rows: Sequence[Rows], load: Mapping[int, int]) -> int | None:
+def _owner(shard: ShardFile, rows: Sequence[RowOwners], load: Mapping[int, int]) -> int | None:
     """Choose the rank that writes all of a shard; None where it is divided. Raises ``UnsupportedValue`` where no rank
     can."""
     frozen = bool(shard.placements) and all(placement.spec.frozen for placement in shard.placements)
@@ -72,7 +72,7 @@ def _owner(shard: Shard, rows: Sequence[Rows], load: Mapping[int, int]) -> int |
         return 0
     if (shard.placements or not shard.runs) and (spread or not frozen):
         return None
-    candidates = set.intersection(*(set(held.part_of) for held in rows))
+    candidates = set.intersection(*(set(held.part_of_rank) for held in rows))
     if not candidates:
         raise UnsupportedValue(
             f"{shard.file}: no rank holds a part of all tensors in it (pipeline stages?), so none can encode it. Use "
@@ -81,7 +81,7 @@ def _owner(shard: Shard, rows: Sequence[Rows], load: Mapping[int, int]) -> int |
     return min(candidates, key=lambda rank: (load.get(rank, 0), rank))
 
 
-def _local(extent: Extent, holdings: Sequence[Holding]) -> Extent:
+def _local(extent: Extent, holdings: Sequence[RankHolding]) -> Extent:
     """Return the extent with its segments numbered by this rank's own pieces."""
     segments = tuple(replace(segment, piece=holdings[segment.piece].local) for segment in extent.segments)
     return replace(extent, segments=segments)
@@ -89,26 +89,26 @@ def _local(extent: Extent, holdings: Sequence[Holding]) -> Extent:
 
 # -- a line of bytes -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
-class _Lying:
+class _PlacedTensor:
     """A tensor in the line of bytes, and who holds it."""
 
-    placement: Placement
-    holding: Holding
+    placement: TensorRange
+    holding: RankHolding
 
 
-def _part(number: int, shard: Shard, holdings: Sequence[Holding], rank: int, extent_bytes: int) -> Shard:
+def _part(number: int, shard: ShardFile, holdings: Sequence[RankHolding], rank: int, extent_bytes: int) -> ShardFile:
     pieces: dict[int, int] = {}  # where a tensor begins in the file → its piece
     for extent in shard.extents:
         for segment in extent.segments:
             pieces[extent.offset + segment.extent_offset - segment.source_offset] = segment.piece
-    lying = [_Lying(p, holdings[pieces[p.begin]]) for p in shard.placements if p.spec.nbytes]
+    lying = [_PlacedTensor(p, holdings[pieces[p.begin]]) for p in shard.placements if p.spec.nbytes]
     header = b"".join(extent.header for extent in shard.extents)
     spans = _joined(_spans(lying, shard.nbytes, rank))
     extents = tuple(_extents(number, spans, header, lying, extent_bytes))
-    return replace(shard, extents=extents, shared=sum(extent.nbytes for extent in extents) != shard.nbytes)
+    return replace(shard, extents=extents, multi_writer=sum(extent.nbytes for extent in extents) != shard.nbytes)
 
 
-def _spans(lying: Sequence[_Lying], nbytes: int, rank: int) -> Iterator[tuple[int, int]]:
+def _spans(lying: Sequence[_PlacedTensor], nbytes: int, rank: int) -> Iterator[tuple[int, int]]:
     """Yield this rank's byte ranges of the file, in order."""
     begin = 0  # of the stretch that ``holders`` hold; the header belongs to the first
     holders: tuple[int, ...] | None = None
@@ -124,7 +124,7 @@ def _spans(lying: Sequence[_Lying], nbytes: int, rank: int) -> Iterator[tuple[in
             continue
         last = yield from _shares(begin, place.begin, holders, last, rank)
         width = place.spec.nbytes // rows.bounds[-1]
-        part = rows.part_of.get(rank)
+        part = rows.part_of_rank.get(rank)
         end = len(rows.holders) - 1
         for chosen in sorted({end if part is None else part, end}):
             low, high = place.begin + rows.bounds[chosen] * width, place.begin + rows.bounds[chosen + 1] * width
@@ -170,7 +170,7 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _extents(
-    number: int, spans: Sequence[tuple[int, int]], header: bytes, lying: Sequence[_Lying], extent_bytes: int
+    number: int, spans: Sequence[tuple[int, int]], header: bytes, lying: Sequence[_PlacedTensor], extent_bytes: int
 ) -> Iterator[Extent]:
     """Cut spans into extents where an undivided file would be cut too, so that none is larger than its extents."""
     ends = [item.placement.end for item in lying]
@@ -178,7 +178,7 @@ def _extents(
         begin = low
         while begin < high:
             end = min(high, (begin // extent_bytes + 1) * extent_bytes)
-            lead = begin % ALIGNMENT_BYTES
+            block_offset = begin % ALIGNMENT_BYTES
             segments: list[Segment] = []
             cuts: set[int] = set()
             at = bisect.bisect_right(ends, begin)
@@ -186,11 +186,17 @@ def _extents(
                 place, holding = lying[at].placement, lying[at].holding
                 start, stop = max(begin, place.begin), min(end, place.end)
                 source = start - place.begin - holding.begin
-                segments.append(Segment(holding.local, source, lead + start - begin, stop - start))
-                offsets = (place.begin + cut for cut in parts.cuts(place.spec))
+                segments.append(Segment(holding.local, source, block_offset + start - begin, stop - start))
+                offsets = (place.begin + cut for cut in parts.boundaries(place.spec))
                 cuts.update(offset - begin for offset in offsets if begin < offset < end)
                 at += 1
             yield Extent(
-                number, begin, end - begin, header[begin:end], tuple(segments), lead=lead, cuts=tuple(sorted(cuts))
+                number,
+                begin,
+                end - begin,
+                header[begin:end],
+                tuple(segments),
+                block_offset=block_offset,
+                digest_boundaries=tuple(sorted(cuts)),
             )
             begin = end

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from asyncckpt.manifest.records import BoxRecord
 from asyncckpt.plan.layout import fingerprint
-from asyncckpt.plan.partition import Division, Holding
+from asyncckpt.plan.partition import Division, RankHolding
 from asyncckpt.protocols import Codec, ShardFormat
-from asyncckpt.types import Layout, LayoutOptions, Segment, Shard, TensorSpec
+from asyncckpt.types import Layout, LayoutOptions, Segment, ShardFile, TensorSpec
 
 #: Components and the tensors of each, as ``layout.plan`` takes them.
 Components = Sequence[tuple[str, Sequence[TensorSpec]]]
@@ -29,12 +29,12 @@ class _Part:
     whole: TensorSpec
     offsets: tuple[int, ...]
     begin: int
-    holding: Holding
+    holding: RankHolding
 
 
 def divide_by_rank(
     components: Components,
-    holdings: Sequence[Holding],
+    holdings: Sequence[RankHolding],
     rank: int,
     ranks: int,
     shard_format: ShardFormat,
@@ -47,7 +47,7 @@ def divide_by_rank(
     A part that several ranks hold is written by the one that has least to write so far. Pure.
     """
     load = [0] * ranks
-    shards: list[Shard] = []
+    shards: list[ShardFile] = []
     first = 0
     for name, specs in components:
         parts: list[list[_Part]] = [[] for _ in range(ranks)]
@@ -67,7 +67,7 @@ def divide_by_rank(
     return Division(layout, {})
 
 
-def _parts(component: str, spec: TensorSpec, holding: Holding) -> list[tuple[_Part, Sequence[int]]]:
+def _parts(component: str, spec: TensorSpec, holding: RankHolding) -> list[tuple[_Part, Sequence[int]]]:
     """List a tensor's parts, each with the ranks that hold it; a tensor without bytes is rank 0's."""
     rows = holding.rows
     if not spec.nbytes or len(rows.holders) == 1:
@@ -84,7 +84,7 @@ def _parts(component: str, spec: TensorSpec, holding: Holding) -> list[tuple[_Pa
     return found
 
 
-def _placed(shard: Shard, component: str, parts: Sequence[_Part], *, mine_here: bool) -> Shard:
+def _placed(shard: ShardFile, component: str, parts: Sequence[_Part], *, mine_here: bool) -> ShardFile:
     """Return a planned shard under its component's name. Its tensors name the tensor and the offsets that they are a
     box of; its extents, kept only with ``mine_here``, are numbered by this rank's own pieces."""
     by_name = {part.spec.name: part for part in parts}

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from asyncckpt.types import ComponentSnapshot, Layout, Piece, Snapshot
+from asyncckpt.types import ComponentSnapshot, Layout, LocalTensor, Snapshot
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """The plan of one save on this rank. ``layout``: all shared shards, with the extents that this rank writes, then
     the shards of its own components. ``pieces``: this rank's. ``components``: all, under the names that they are stored
-    under, those that only other ranks hold empty. ``own``: component → the name that this rank's own is stored under.
-    ``leads``: see ``Agreed``."""
+    under, those that only other ranks hold empty. ``rank_local_names``: component → the name that this rank's own is
+    stored under.
+    ``sends_values_of``: see ``AgreedPlan``."""
 
     step: int
-    pieces: list[Piece]
+    pieces: list[LocalTensor]
     layout: Layout
     components: Sequence[ComponentSnapshot]
-    own: Mapping[str, str]
-    leads: frozenset[str]
+    rank_local_names: Mapping[str, str]
+    sends_values_of: frozenset[str]
 
 
 def alone(snapshot: Snapshot, layout: Layout) -> Planned:

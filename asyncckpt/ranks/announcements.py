@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from asyncckpt.errors import RankLost
-from asyncckpt.ranks.store import Ranks
+from asyncckpt.ranks.store import RankStore
 
 log = logging.getLogger("asyncckpt")
 
@@ -30,7 +30,7 @@ class Announcements:
     taken to announce nothing, and is left alone for half a minute. A rank that missed an announcement that way saves
     at another step than the others, and that save fails with ``RanksDisagree``."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: RankStore) -> None:
         self._leads = ranks.rank == 0
         self._patient = ranks
         self._ranks = self._quick()
@@ -39,7 +39,7 @@ class Announcements:
         self._numbers: dict[str, int] = {}
         self._raised: set[str] = set()
 
-    def _quick(self) -> Ranks:
+    def _quick(self) -> RankStore:
         return self._patient.with_options(replace(self._patient.options, timeout_seconds=LOOK_SECONDS))
 
     def decide_at_step(self, what: str, step: int, here: bool) -> bool:
@@ -53,7 +53,7 @@ class Announcements:
                 if store is not None and self._leads and here:
                     store.post(key, step + LEAD_STEPS)
                     self._announced[what] = step + LEAD_STEPS
-                elif store is not None and not self._leads and store.there(key):
+                elif store is not None and not self._leads and store.exists(key):
                     self._announced[what] = int(store.read(key, LOOK_SECONDS, "rank 0"))
         if step < self._announced.get(what, step + 1):
             return False
@@ -72,11 +72,11 @@ class Announcements:
                     self._raised.add(what)
         if self._leads and not here:
             with self._asking() as store:
-                here = store is not None and store.there(key)
+                here = store is not None and store.exists(key)
         return self._leads and here
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[Ranks | None]:
+    def _asking(self) -> Iterator[RankStore | None]:
         """Yield the job's store, or None while it is left alone. Where it does not answer, the body ends there, and
         nothing is raised."""
         if time.monotonic() < self._silent_until_seconds:

@@ -18,8 +18,8 @@ from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents
 from asyncckpt.manifest.parse import extent_of
 from asyncckpt.manifest.records import FileRecord, Manifest
-from asyncckpt.protocols import Attempt
-from asyncckpt.ranks.store import Ranks, retold, told
+from asyncckpt.protocols import PendingDirectory
+from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.types import JsonValue, Layout
 
 #: The other ranks wait so much longer than rank 0's own deadline before they take it for lost.
@@ -27,16 +27,17 @@ _GRACE_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
-class Party:
-    """One save, as this rank takes part in it. ``number`` counts the calls of ``save``, alike on every rank. ``own``:
-    component → the name that this rank's own is stored under; ``leads``: the shared components whose plain values this
-    rank sends. ``replicas``: digests of the tensors that must be equal on every rank, where that is checked.
+class RankSave:
+    """One save, as this rank takes part in it. ``number`` counts the calls of ``save``, alike on every rank.
+    ``rank_local_names``: component → the name that this rank's own is stored under; ``sends_values_of``: the shared
+    components whose plain values this rank sends. ``replicas``: digests of the tensors that must be equal on every
+    rank, where that is checked.
     ``planned``: all ranks have planned this save together, so one that asked for a plan does not end it."""
 
-    ranks: Ranks
+    ranks: RankStore
     number: int
-    own: Mapping[str, str]
-    leads: frozenset[str]
+    rank_local_names: Mapping[str, str]
+    sends_values_of: frozenset[str]
     replicas: Mapping[str, str] = field(default_factory=dict)
     planned: bool = False
 
@@ -56,8 +57,8 @@ class Party:
 class Follower:
     """Takes the part of a rank other than 0: reports what it has written, and learns whether that was published."""
 
-    def __init__(self, party: Party) -> None:
-        self._party = party
+    def __init__(self, rank_save: RankSave) -> None:
+        self._rank_save = rank_save
         self._reported = self._given_up = False
 
     @property
@@ -71,49 +72,51 @@ class Follower:
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         return save.shards.written_bytes
 
-    def prepare(self, save: SaveTransaction, attempt: Attempt) -> dict[str, bytes]:
-        names = set(self._party.own.values())
+    def prepare(self, save: SaveTransaction, directory: PendingDirectory) -> dict[str, bytes]:
+        names = set(self._rank_save.rank_local_names.values())
         kinds = {name: kind for name, kind in save.contents.kinds.items() if name in names}
-        return save.write_small(attempt, replace(save.contents, kinds=kinds), state=False)
+        return save.write_small(directory, replace(save.contents, kinds=kinds), state=False)
 
     def publish(
         self,
         save: SaveTransaction,
-        attempt: Attempt,
+        directory: PendingDirectory,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[Attempt], None] | None,
+        read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
-        attempt.sync_directory()
+        directory.sync_directory()
         save.scope.raise_if_failed()
-        party = self._party
+        rank_save = self._rank_save
         beside = [manifest.whole_file(name, data, save.digest) for name, data in small.items()]
         files = [*save.shards.records(), *beside]
-        party.ranks.post(f"{party.reports}/{party.ranks.rank}", _report(save, party, files))
+        rank_save.ranks.post(f"{rank_save.reports}/{rank_save.ranks.rank}", _report(save, rank_save, files))
         self._reported = True
-        timeout = 2 * party.ranks.options.timeout_seconds + _GRACE_SECONDS
-        outcome = party.ranks.read(party.outcome, timeout, f"step {save.step}: rank 0")
+        timeout = 2 * rank_save.ranks.options.timeout_seconds + _GRACE_SECONDS
+        outcome = rank_save.ranks.read(rank_save.outcome, timeout, f"step {save.step}: rank 0")
         if outcome["error"] is not None:
             self._given_up = True
-            raise retold(outcome["error"])
+            raise error_from_json(outcome["error"])
         return replace(save.contents.draft, name=outcome["name"], size_bytes=outcome["nbytes"])
 
     def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
         if self._reported:
             return error
         self._reported = True
-        _try_post(self._party, f"{self._party.reports}/{self._party.ranks.rank}", {"error": told(error)})
+        _try_post(
+            self._rank_save, f"{self._rank_save.reports}/{self._rank_save.ranks.rank}", {"error": error_to_json(error)}
+        )
         reason = self._reason() if isinstance(save.scope.error, FileNotFoundError) else None
         return error if reason is None else reason
 
     def _reason(self) -> AsyncCkptError | None:
         """Return why rank 0 gave this save up, if it has: the attempt's directory is gone then."""
-        ranks, key = self._party.ranks, self._party.outcome
+        ranks, key = self._rank_save.ranks, self._rank_save.outcome
         try:
-            outcome = ranks.read(key, 10.0, "rank 0") if ranks.there(key) else {}
+            outcome = ranks.read(key, 10.0, "rank 0") if ranks.exists(key) else {}
         except (RuntimeError, AsyncCkptError):
             return None
-        return retold(outcome["error"]) if outcome.get("error") else None
+        return error_from_json(outcome["error"]) if outcome.get("error") else None
 
 
 class Leader:
@@ -121,8 +124,8 @@ class Leader:
 
     keeps_files = False
 
-    def __init__(self, party: Party) -> None:
-        self._party = party
+    def __init__(self, rank_save: RankSave) -> None:
+        self._rank_save = rank_save
         self._told = False
 
     def least_bytes(self, layout: Layout) -> int:
@@ -131,49 +134,49 @@ class Leader:
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         return save.shards.written_bytes
 
-    def prepare(self, save: SaveTransaction, attempt: Attempt) -> dict[str, bytes]:
+    def prepare(self, save: SaveTransaction, directory: PendingDirectory) -> dict[str, bytes]:
         return {}
 
     def publish(
         self,
         save: SaveTransaction,
-        attempt: Attempt,
+        directory: PendingDirectory,
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
-        read_back: Callable[[Attempt], None] | None,
+        read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
-        party, draft = self._party, save.contents.draft
-        bodies = party.ranks.gather(
-            party.reports,
-            party.ranks.options.timeout_seconds,
+        rank_save, draft = self._rank_save, save.contents.draft
+        bodies = rank_save.ranks.gather(
+            rank_save.reports,
+            rank_save.ranks.options.timeout_seconds,
             f"report its part of step {save.step}",
-            lambda _rank, body: body["error"] is not None or _odd(body, draft) is not None,
-            lambda rank: not party.planned and party.ranks.there(party.replan(rank)),
+            lambda _rank, body: body["error"] is not None or _mismatch(body, draft) is not None,
+            lambda rank: not rank_save.planned and rank_save.ranks.exists(rank_save.replan(rank)),
         )
-        reports = [_report(save, party, save.shards.records()), *bodies[1:]]
+        reports = [_report(save, rank_save, save.shards.records()), *bodies[1:]]
         self._check(reports, draft)
-        contents = _merged(save.contents, party, reports)
-        small = save.write_small(attempt, contents)
+        contents = _merge_reports(save.contents, rank_save, reports)
+        small = save.write_small(directory, contents)
         orders = {file: order for report in reports for file, order in report["orders"].items()}
         files = _files(reports, save.step)
-        written = save.publish(attempt, contents, files, orders, small, check_lease, read_back)
+        written = save.publish(directory, contents, files, orders, small, check_lease, read_back)
         self._told = True
-        _try_post(party, party.outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
-        if party.number > 1:  # a rank that has reported for this save has read the outcome of that one
-            party.ranks.forget(replace(party, number=party.number - 2).outcome)
+        _try_post(rank_save, rank_save.outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
+        if rank_save.number > 1:  # a rank that has reported for this save has read the outcome of that one
+            rank_save.ranks.forget(replace(rank_save, number=rank_save.number - 2).outcome)
         return written
 
     def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
         if not self._told:
             self._told = True
-            _try_post(self._party, self._party.outcome, {"error": told(error)})
+            _try_post(self._rank_save, self._rank_save.outcome, {"error": error_to_json(error)})
         return error
 
     def _check(self, reports: Sequence[Any], draft: Manifest) -> None:
         for rank, body in enumerate(reports):
             if isinstance(body, dict) and body.get("error") is not None:
-                raise retold(body["error"], f"rank {rank}")
-        odd = {rank: found for rank, body in enumerate(reports) if body and (found := _odd(body, draft))}
+                raise error_from_json(body["error"], f"rank {rank}")
+        odd = {rank: found for rank, body in enumerate(reports) if body and (found := _mismatch(body, draft))}
         if odd:
             shown = "; ".join(f"rank {rank} saves {what}" for rank, what in sorted(odd.items())[:8])
             raise RanksDisagree(
@@ -189,7 +192,7 @@ class Leader:
             )
 
     def _check_replicas(self, reports: Sequence[Any], step: int) -> None:
-        mine = self._party.replicas
+        mine = self._rank_save.replicas
         differing: dict[str, list[int]] = {}
         for rank, body in enumerate(reports):
             for name, digest in (body["replicas"] if body else {}).items():
@@ -204,7 +207,7 @@ class Leader:
             )
 
 
-def _odd(body: Mapping[str, Any], draft: Manifest) -> str | None:
+def _mismatch(body: Mapping[str, Any], draft: Manifest) -> str | None:
     """Say in words what another rank's report saves, or return None where it saves the same as this rank."""
     if (body["step"], body["kind"]) != (draft.step, draft.kind):
         return f"step {body['step']} ({body['kind']})"
@@ -213,16 +216,16 @@ def _odd(body: Mapping[str, Any], draft: Manifest) -> str | None:
     return f"into another attempt ({body['attempt']})" if body["attempt"] != draft.attempt else None
 
 
-def _report(save: SaveTransaction, party: Party, files: Sequence[FileRecord]) -> dict[str, Any]:
+def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileRecord]) -> dict[str, Any]:
     """Make the report that tells rank 0 what this rank has written. ``files``: those that it wrote, or a part of."""
     contents = save.contents
-    own = set(party.own.values())
+    own = set(rank_save.rank_local_names.values())
     shards = tuple(shard for shard in contents.layout.shards if shard.component in own)
     orders = save.shards.orders()
     kinds = {name: contents.kinds[name] for name in own}
     entries = manifest.components_of(replace(contents.layout, shards=shards), kinds, contents.aliases, orders)
     written = {record.name for record in files}
-    sent = own | party.leads
+    sent = own | rank_save.sends_values_of
     return {
         "error": None,
         "step": contents.draft.step,
@@ -233,22 +236,22 @@ def _report(save: SaveTransaction, party: Party, files: Sequence[FileRecord]) ->
         "orders": {file: order for file, order in orders.items() if file in written and order},
         "own": entries,
         "trees": {name: tree for name, tree in contents.trees.items() if name in sent},
-        "aliases": {name: dict(found) for name, found in contents.aliases.items() if name in party.leads},
-        "replicas": dict(party.replicas),
+        "aliases": {name: dict(found) for name, found in contents.aliases.items() if name in rank_save.sends_values_of},
+        "replicas": dict(rank_save.replicas),
     }
 
 
-def _merged(contents: Contents, party: Party, reports: Sequence[Mapping[str, Any]]) -> Contents:
+def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Mapping[str, Any]]) -> Contents:
     """Merge all reports into the checkpoint's contents: a shared component's values come from the ranks that lead it,
     and a rank's own component is kept where it differs from rank 0's."""
-    own_of_lead = set(party.own.values())
+    own_of_lead = set(rank_save.rank_local_names.values())
     trees: dict[str, JsonValue] = {}
     aliases: dict[str, dict[str, str]] = {name: {} for name in contents.kinds}
     others: dict[str, JsonValue] = {}
     for rank, report in enumerate(reports):
         for name, tree in report["trees"].items():
             if name not in report["own"]:
-                trees[name] = _joined(trees[name], tree) if name in trees else tree
+                trees[name] = _merge_values(trees[name], tree) if name in trees else tree
             elif rank == 0:
                 trees[name] = tree
             else:
@@ -261,18 +264,20 @@ def _merged(contents: Contents, party: Party, reports: Sequence[Mapping[str, Any
     return replace(contents, trees=trees, aliases=aliases, others=others)
 
 
-def _joined(first: JsonValue, second: JsonValue) -> JsonValue:
+def _merge_values(first: JsonValue, second: JsonValue) -> JsonValue:
     """Join the plain values of a component whose parts different ranks hold (pipeline stages): dicts are united, lists
     of dicts (an optimizer's param groups) are joined entry by entry, lists of names one after the other."""
     if isinstance(first, dict) and isinstance(second, dict):
         return {
-            key: _joined(first[key], second[key]) if key in first and key in second else first.get(key, second.get(key))
+            key: _merge_values(first[key], second[key])
+            if key in first and key in second
+            else first.get(key, second.get(key))
             for key in {**first, **second}
         }
     if isinstance(first, list) and isinstance(second, list):
         if all(isinstance(item, dict) for item in (*first, *second)):
             return [
-                _joined(a, b) if a is not None and b is not None else a if b is None else b
+                _merge_values(a, b) if a is not None and b is not None else a if b is None else b
                 for a, b in itertools.zip_longest(first, second)
             ]
         if all(isinstance(item, str) for item in (*first, *second)):
@@ -303,9 +308,9 @@ def _files(reports: Sequence[Mapping[str, Any]], step: int) -> list[FileRecord]:
     return records
 
 
-def _try_post(party: Party, key: str, body: Any) -> None:
+def _try_post(rank_save: RankSave, key: str, body: Any) -> None:
     """Post a message if the store still answers. Where it is gone, so is the job, and the others' deadlines end it."""
     try:
-        party.ranks.post(key, body)
+        rank_save.ranks.post(key, body)
     except (RuntimeError, AsyncCkptError):
         return

@@ -21,9 +21,9 @@ from asyncckpt.codecs import digests
 from asyncckpt.errors import AsyncCkptError, RunPathError
 from asyncckpt.protocols import Store
 from asyncckpt.ranks.announcements import Announcements
-from asyncckpt.ranks.collective_save import Party
+from asyncckpt.ranks.collective_save import RankSave
 from asyncckpt.ranks.planner import JobPlanner
-from asyncckpt.ranks.store import Ranks, retold, told
+from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.restore.restore import Stages
 from asyncckpt.types import ComponentSnapshot
 
@@ -49,11 +49,11 @@ class Known:
         return cls(entry.step, entry.kind, entry.name, entry.sequence, entry.damage is not None, entry.renamed)
 
 
-class Job:
+class Coordinator:
     """Settles things with the other ranks of the job. For the training thread. Calls that need the others wait for them
     at most ``RankOptions.timeout_seconds``, then raise ``RankLost``."""
 
-    def __init__(self, ranks: Ranks, planner: JobPlanner) -> None:
+    def __init__(self, ranks: RankStore, planner: JobPlanner) -> None:
         self.ranks = ranks
         self.planner = planner
         self._session = ""
@@ -79,12 +79,12 @@ class Job:
                 known = [astuple(Known.of(entry)) for entry in entries]
                 body = {"session": uuid.uuid4().hex, "owner": owner, "known": known}
             except BaseException as error:
-                body, own = {"error": told(error)}, error
+                body, own = {"error": error_to_json(error)}, error
         answer = self.ranks.agree("open", body)[0]
         if own is not None:
             raise own
         if "error" in answer:
-            raise retold(answer["error"], "rank 0")
+            raise error_from_json(answer["error"], "rank 0")
         with self.together("see the run directory"):
             _wait_visible(store, answer["owner"], self.ranks.rank)
         self._session = answer["session"]
@@ -114,10 +114,10 @@ class Job:
     def give_up(self, number: int, error: BaseException) -> None:
         """Tell the others that this rank's call of ``save`` failed before it wrote anything: they need not wait for
         it. Never raises."""
-        party = Party(self.ranks, number, {}, frozenset())
-        key = party.outcome if self.leads else f"{party.reports}/{self.ranks.rank}"
+        rank_save = RankSave(self.ranks, number, {}, frozenset())
+        key = rank_save.outcome if self.leads else f"{rank_save.reports}/{self.ranks.rank}"
         with contextlib.suppress(RuntimeError, AsyncCkptError):
-            self.ranks.post(key, {"error": told(error)})
+            self.ranks.post(key, {"error": error_to_json(error)})
 
     def replica_digests(self, components: Sequence[ComponentSnapshot]) -> dict[str, str]:
         """Digest the tensors that each rank holds whole, by qualified name. Blocks while it reads all of them."""
@@ -133,11 +133,11 @@ class Job:
     def replan(self, number: int) -> str:
         """Tell rank 0 that this rank cannot save without a new plan. Returns the key of the save's outcome: once that
         is there, no plan will come."""
-        party = Party(self.ranks, number, {}, frozenset())
+        rank_save = RankSave(self.ranks, number, {}, frozenset())
         if not self.leads:
-            self.ranks.post(party.replan(self.ranks.rank), True)
+            self.ranks.post(rank_save.replan(self.ranks.rank), True)
         self._replanned = number
-        return party.outcome
+        return rank_save.outcome
 
     def replanned(self, number: int) -> bool:
         """Whether this rank asked the others for a new plan of that save, and so, once it has one, all did."""
@@ -157,14 +157,14 @@ class Job:
             yield
         except BaseException as caught:
             error = caught
-        bodies = self.ranks.agree("stage", None if error is None else told(error))
+        bodies = self.ranks.agree("stage", None if error is None else error_to_json(error))
         if error is not None:
             raise error
         for rank, body in enumerate(bodies):
             if body is not None:
-                raise retold(body, f"rank {rank}")
+                raise error_from_json(body, f"rank {rank}")
 
-    def candidates(self, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
+    def agree_on_candidates(self, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
         """Return rank 0's list of checkpoints, on every rank; one that this rank does not see has ``damage``."""
         rows = [[e.step, e.name, e.kind, e.damage] for e in entries]
         here = {entry.name: entry for entry in entries}
@@ -183,17 +183,17 @@ class Job:
 class RestoreStages(Stages):
     """Makes all ranks restore one checkpoint together, stage by stage."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self.rank = job.ranks.rank
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self.rank = coordinator.ranks.rank
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        with self._job.together(what):
+        with self._coordinator.together(what):
             yield
 
     def in_all(self, names: list[str]) -> list[str]:
-        others = [set(body) for body in self._job.ranks.agree("unexpected", names)]
+        others = [set(body) for body in self._coordinator.ranks.agree("unexpected", names)]
         return [name for name in names if all(name in other for other in others)]
 
 

@@ -16,61 +16,61 @@ from typing import Any
 
 from asyncckpt.errors import RanksDisagree, UnsupportedValue
 from asyncckpt.plan import layout as layouts
-from asyncckpt.plan.partition import Holding, divide
+from asyncckpt.plan.partition import RankHolding, divide
 from asyncckpt.plan.per_rank_files import divide_by_rank
 from asyncckpt.plan.planned import Planned
 from asyncckpt.protocols import Codec, ShardFormat
-from asyncckpt.ranks.store import Ranks
+from asyncckpt.ranks.store import RankStore
 from asyncckpt.state.rank_names import rank_name
-from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, Snapshot, TensorSpec
+from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, LocalTensor, RowOwners, Snapshot, TensorSpec
 
 #: A rank describes a component by its kind and the digest of its table.
 _Digest = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Agreed:
+class AgreedPlan:
     """Holds what all ranks have agreed on, as this rank sees it. ``kinds``: the shared components' kinds, by name.
-    ``leads``: the components whose plain values this rank sends: it is the first of the ranks that hold the same parts
-    of them. ``whole``: the indexes, among this rank's shared pieces, of those to gather, in the same order on all
-    ranks, each with whether this rank keeps the tensor."""
+    ``sends_values_of``: the components whose plain values this rank sends: it is the first of the ranks that hold the
+    same parts of them. ``gathered``: the indexes, among this rank's shared pieces, of those to gather, in the same
+    order on all ranks, each with whether this rank keeps the tensor."""
 
     layout: Layout
     kinds: Mapping[str, str]
-    leads: frozenset[str]
-    whole: Sequence[tuple[int, bool]]
+    sends_values_of: frozenset[str]
+    gathered: Sequence[tuple[int, bool]]
 
 
 class JobPlanner:
     """Plans the saves of one rank. Not thread-safe: for the training thread."""
 
-    def __init__(self, ranks: Ranks, shard_format: ShardFormat, codec: Codec, options: LayoutOptions) -> None:
+    def __init__(self, ranks: RankStore, shard_format: ShardFormat, codec: Codec, options: LayoutOptions) -> None:
         self._ranks = ranks
         self._format = shard_format
         self._codec = codec
         self._options = options
         #: Pairs of ``plan_key`` and what was agreed. Comparing keys is cheap: their parts are the same objects every
         #: time.
-        self._kept: deque[tuple[Any, Agreed]] = deque(maxlen=8)
+        self._kept: deque[tuple[Any, AgreedPlan]] = deque(maxlen=8)
 
-    def plan(self, snapshot: Snapshot, key: str, unless: str | None = None, *, gather: bool = True) -> Planned:
+    def plan(self, snapshot: Snapshot, key: str, cancel_key: str | None = None, *, gather: bool = True) -> Planned:
         """Plan a save. Where this rank's names or shapes are new, blocks until all ranks have called with the same
-        ``key``; ``unless``: see ``Ranks.agree``. Where a shard has to be written whole, and with ``gather``, gathers
-        its tensors: a collective of the training's own communication. Raises ``RanksDisagree``, ``RankLost``,
+        ``key``; ``cancel_key``: see ``RankStore.agree``. Where a shard has to be written whole, and with ``gather``,
+        gathers its tensors: a collective of the training's own communication. Raises ``RanksDisagree``, ``RankLost``,
         ``PlanChanged``, ``UnsupportedValue``."""
         shared = [component for component in snapshot.components if component.shared]
-        agreed = self._agreed(shared, key, unless)
+        agreed = self._agreed(shared, key, cancel_key)
         pieces = [piece for component in shared for piece in component.pieces]
-        for number, keep in agreed.whole if gather else ():
+        for number, keep in agreed.gathered if gather else ():
             collect = pieces[number].gather
             if collect is None:
                 raise UnsupportedValue(
-                    f"tensor {pieces[number].spec.name!r}: a Shard cannot be gathered, which this format and codec "
-                    f"need; use format='safetensors', codec='none'"
+                    f"tensor {pieces[number].spec.name!r}: a LocalShard cannot be gathered, which this format and "
+                    f"codec need; use format='safetensors', codec='none'"
                 )
             tensor = collect()  # a collective: on every rank that holds a part
             if keep:
-                pieces[number] = Piece(pieces[number].spec, tensor, private=True)
+                pieces[number] = LocalTensor(pieces[number].spec, tensor, private=True)
         shards = list(agreed.layout.shards)
         own: dict[str, str] = {}
         components = [ComponentSnapshot(n, kind, [], {}, None) for n, kind in agreed.kinds.items()]
@@ -85,40 +85,40 @@ class JobPlanner:
                 components.append(replace(component, name=name))
         nbytes = sum(shard.nbytes for shard in shards)
         layout = replace(agreed.layout, shards=tuple(shards), nbytes=nbytes)
-        return Planned(snapshot.step, pieces, layout, components, own, agreed.leads)
+        return Planned(snapshot.step, pieces, layout, components, own, agreed.sends_values_of)
 
-    def known(self, snapshot: Snapshot) -> bool:
+    def is_cached(self, snapshot: Snapshot) -> bool:
         """Whether ``plan`` can do without asking the other ranks."""
         return self._find(plan_key([component for component in snapshot.components if component.shared])) is not None
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Forget all plans: the next save asks the other ranks, whatever it holds."""
         self._kept.clear()
 
-    def _agreed(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
+    def _agreed(self, shared: Sequence[ComponentSnapshot], call: str, cancel_key: str | None) -> AgreedPlan:
         key = plan_key(shared)
         found = self._find(key)
         if found is None:
-            found = self._agree(shared, call, unless)
+            found = self._agree(shared, call, cancel_key)
             self._kept.append((key, found))
         return found
 
-    def _find(self, key: Any) -> Agreed | None:
+    def _find(self, key: Any) -> AgreedPlan | None:
         return next((agreed for known, agreed in self._kept if known == key), None)
 
-    def _agree(self, shared: Sequence[ComponentSnapshot], call: str, unless: str | None) -> Agreed:
+    def _agree(self, shared: Sequence[ComponentSnapshot], call: str, cancel_key: str | None) -> AgreedPlan:
         ranks = self._ranks
         tables = {component.name: _table(component) for component in shared}
         mine = {component.name: (component.kind, _digest(tables[component.name])) for component in shared}
         digests: list[dict[str, _Digest]] = [
             {name: (kind, digest) for name, (kind, digest) in body.items()}
-            for body in ranks.agree("plan", mine, key=f"plan/{call}", unless=unless)
+            for body in ranks.agree("plan", mine, key=f"plan/{call}", cancel_key=cancel_key)
         ]
         leaders = _leaders(digests)
         known: dict[str, Any] = {}
         if any(digest != mine for digest in digests) or any(p.span for c in shared for p in c.pieces):
             led = {d: tables[name] for name, (_, d) in mine.items() if leaders[name, d][0] == ranks.rank}
-            for body in ranks.agree("plan", led, key=f"tables/{call}", unless=unless):
+            for body in ranks.agree("plan", led, key=f"tables/{call}", cancel_key=cancel_key):
                 known |= body
         known |= {mine[name][1]: table for name, table in tables.items()}
         leads = {name for name, (_, digest) in mine.items() if leaders[name, digest][0] == ranks.rank}
@@ -126,7 +126,7 @@ class JobPlanner:
 
     def _divide(
         self, shared: Sequence[ComponentSnapshot], components: Mapping[str, _Component], leads: set[str]
-    ) -> Agreed:
+    ) -> AgreedPlan:
         specs = tuple((name, tuple(entry.spec for entry in c.entries)) for name, c in components.items())
         numbers: dict[tuple[str, str], int] = {}
         begins: dict[tuple[str, str], int] = {}
@@ -134,31 +134,31 @@ class JobPlanner:
             for piece in component.pieces:
                 key = component.name, piece.spec.name
                 numbers[key], begins[key] = len(numbers), piece.begin
-        holdings: list[Holding] = []
+        holdings: list[RankHolding] = []
         local: list[int] = []
         for name, merged in components.items():
             for entry in merged.entries:
                 full = name, entry.spec.name
                 local.append(numbers.get(full, -1))
-                holdings.append(Holding(entry.rows, local[-1], begins.get(full, 0)))
+                holdings.append(RankHolding(entry.rows, local[-1], begins.get(full, 0)))
         ranks, how = self._ranks, (self._format, self._codec, self._options)
         if self._options.by_rank:
             division = divide_by_rank(specs, holdings, ranks.rank, ranks.size, *how)
         else:
             division = divide(layouts.plan(specs, *how), holdings, ranks.rank, self._options.extent_bytes)
         whole = [
-            (local[number], self._ranks.rank in division.whole[number])
-            for number in sorted(division.whole)
+            (local[number], self._ranks.rank in division.gathered[number])
+            for number in sorted(division.gathered)
             if local[number] >= 0
         ]
-        return Agreed(division.layout, {n: c.kind for n, c in components.items()}, frozenset(leads), whole)
+        return AgreedPlan(division.layout, {n: c.kind for n, c in components.items()}, frozenset(leads), whole)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class _Entry:
     spec: TensorSpec
-    rows: Rows
+    rows: RowOwners
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ class _Component:
 
 
 def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
-    """Return what two saves must have in common to share a plan. Cheap to compare: ``Rows`` and specs are the same
+    """Return what two saves must have in common to share a plan. Cheap to compare: ``RowOwners`` and specs are the same
     objects at every save of one state."""
     return [
         (c.name, c.kind, [p.spec for p in c.pieces], [p.rows for p in c.pieces], [p.span for p in c.pieces])
@@ -215,14 +215,14 @@ def _merge(
     kinds: dict[str, str] = {}
     wholes: dict[str, dict[str, list[int]]] = {}  # tensors that are held whole → by which ranks
     spans: dict[str, dict[str, dict[tuple[int, int], list[int]]]] = {}
-    specs: dict[str, dict[str, tuple[TensorSpec, Rows | None, int]]] = {}
+    specs: dict[str, dict[str, tuple[TensorSpec, RowOwners | None, int]]] = {}
     united = functools.cache(_united)
     for (name, digest), ranks in leaders.items():
         kind = digests[ranks[0]][name][0]
         if kinds.setdefault(name, kind) != kind:
             raise RanksDisagree(f"component {name!r} is a {kinds[name]} on rank 0 and a {kind} on rank {ranks[0]}")
         table = tables[digest]
-        rows = [Rows(tuple(bounds), tuple(map(tuple, holders))) for bounds, holders in table["rows"]]
+        rows = [RowOwners(tuple(bounds), tuple(map(tuple, holders))) for bounds, holders in table["rows"]]
         known = specs.setdefault(name, {})
         for tensor, dtype, shape, nbytes, frozen, number, span in table["tensors"]:
             spec = TensorSpec(tensor, dtype, tuple(shape), nbytes, frozen)
@@ -240,7 +240,7 @@ def _merge(
                 spans.setdefault(name, {}).setdefault(tensor, {}).setdefault(tuple(span), []).extend(ranks)
             elif number < 0:
                 wholes.setdefault(name, {}).setdefault(tensor, []).extend(ranks)
-    interned: dict[Any, Rows] = {}
+    interned: dict[Any, RowOwners] = {}
     found: dict[str, _Component] = {}
     for name, tensors in specs.items():
         entries: list[_Entry] = []
@@ -250,24 +250,24 @@ def _merge(
                 held = _from_spans(f"{name}.{tensor}", count, spans[name][tensor])
             elif held is None:
                 ranks = tuple(sorted(wholes[name][tensor]))
-                held = interned.setdefault((count, ranks), Rows((0, count), (ranks,)))
+                held = interned.setdefault((count, ranks), RowOwners((0, count), (ranks,)))
             entries.append(_Entry(spec, held))
         found[name] = _Component(kinds[name], tuple(entries))
     return found
 
 
-def _united(first: Rows, second: Rows) -> Rows:
+def _united(first: RowOwners, second: RowOwners) -> RowOwners:
     """Unite what two groups of ranks hold, each of which holds the whole tensor (fully_shard on one dimension of a
     mesh, say). Where they have cut it differently, the first group's parts are written."""
     if first.bounds != second.bounds or first.holders == second.holders:
         return first
     pairs = zip(first.holders, second.holders, strict=True)
-    return Rows(first.bounds, tuple(tuple(sorted({*one, *other})) for one, other in pairs))
+    return RowOwners(first.bounds, tuple(tuple(sorted({*one, *other})) for one, other in pairs))
 
 
-def _from_spans(where: str, count: int, spans: Mapping[tuple[int, int], Sequence[int]]) -> Rows:
+def _from_spans(where: str, count: int, spans: Mapping[tuple[int, int], Sequence[int]]) -> RowOwners:
     chosen = sorted(span for span in spans if span[0] < span[1])
     bounds = (*(begin for begin, _ in chosen), count)
     if any(end != bounds[i + 1] for i, (_, end) in enumerate(chosen)) or bounds[0] != 0:
-        raise RanksDisagree(f"the Shards of {where} do not cover its {count} rows exactly: {chosen}")
-    return Rows(bounds, tuple(tuple(sorted(spans[span])) for span in chosen))
+        raise RanksDisagree(f"the LocalShards of {where} do not cover its {count} rows exactly: {chosen}")
+    return RowOwners(bounds, tuple(tuple(sorted(spans[span])) for span in chosen))

@@ -2,7 +2,7 @@
 
 torchrun's store outlives its workers: after a restart their messages are still there, under the same keys, and every
 rank counts from the beginning. So a rank believes only answers to something that this process made up: each rank posts
-a random word, rank 0 posts the list of them, and a rank believes a list that has its own word in it.
+a random nonce, rank 0 posts the list of them, and a rank believes a list that has its own nonce in it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Messages(Protocol):
     def delete_key(self, key: str) -> None: ...
 
 
-def meet(messages: Messages, rank: int, size: int, timeout_seconds: float) -> str:
+def rendezvous(messages: Messages, rank: int, size: int, timeout_seconds: float) -> str:
     """Agree on a name for this group of processes: the same on all of them, and never used by earlier ones.
 
     Blocks until all ranks have called. After the timeout, raises ``RankLost`` naming those that have not.
@@ -43,14 +43,14 @@ def meet(messages: Messages, rank: int, size: int, timeout_seconds: float) -> st
 
 
 def _follow(messages: Messages, rank: int, timeout_seconds: float) -> str:
-    word = uuid.uuid4().hex
-    messages.set(f"here/{rank}", word.encode())
+    nonce = uuid.uuid4().hex
+    messages.set(f"here/{rank}", nonce.encode())
 
     def listed() -> dict[str, str] | None:
         if not messages.check(["all"]):
             return None
         found = json.loads(messages.get("all"))
-        return found if found["words"].get(str(rank)) == word else None
+        return found if found["nonces"].get(str(rank)) == nonce else None
 
     answer = _until(listed, timeout_seconds + _GRACE_SECONDS)
     if answer is None:
@@ -58,32 +58,32 @@ def _follow(messages: Messages, rank: int, timeout_seconds: float) -> str:
     if "lost" in answer:
         raise RankLost(answer["lost"])
     session = answer["session"]
-    messages.set(f"met/{rank}", f"{session}/{word}".encode())
+    messages.set(f"met/{rank}", f"{session}/{nonce}".encode())
     return session
 
 
 def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
     session = uuid.uuid4().hex
     others = set(range(1, size))
-    words: dict[int, str] = {}
+    nonces: dict[int, str] = {}
     missing = set(others)
 
     def all_met() -> bool | None:
-        absent = _absent(messages, "here", others)
+        absent = _missing(messages, "here", others)
         if absent:
             missing.clear()
             missing.update(absent)
             return None
-        before = dict(words)
-        for rank in missing or others:  # the word of a rank that has not answered may be an earlier process's
-            words[rank] = messages.get(f"here/{rank}").decode()
-        if words != before:
-            body = {"session": session, "words": {str(rank): word for rank, word in words.items()}}
+        before = dict(nonces)
+        for rank in missing or others:  # the nonce of a rank that has not answered may be an earlier process's
+            nonces[rank] = messages.get(f"here/{rank}").decode()
+        if nonces != before:
+            body = {"session": session, "nonces": {str(rank): nonce for rank, nonce in nonces.items()}}
             messages.set("all", json.dumps(body).encode())
         missing.clear()
-        missing.update(_absent(messages, "met", others))
+        missing.update(_missing(messages, "met", others))
         for rank in others - missing:
-            if messages.get(f"met/{rank}") != f"{session}/{words[rank]}".encode():
+            if messages.get(f"met/{rank}") != f"{session}/{nonces[rank]}".encode():
                 missing.add(rank)
         return None if missing else True
 
@@ -95,7 +95,7 @@ def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
         )
         here = {rank for rank in others if messages.check([f"here/{rank}"])}
         known = {str(rank): messages.get(f"here/{rank}").decode() for rank in here}
-        messages.set("all", json.dumps({"lost": lost, "words": known}).encode())
+        messages.set("all", json.dumps({"lost": lost, "nonces": known}).encode())
         raise RankLost(lost)
     for rank in others:
         messages.delete_key(f"here/{rank}")
@@ -104,7 +104,7 @@ def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
     return session
 
 
-def _absent(messages: Messages, kind: str, ranks: Collection[int]) -> set[int]:
+def _missing(messages: Messages, kind: str, ranks: Collection[int]) -> set[int]:
     """Return the ranks that have posted no such message. Costs one round trip where all have."""
     if messages.check([f"{kind}/{rank}" for rank in ranks]):
         return set()

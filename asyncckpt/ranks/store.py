@@ -23,7 +23,7 @@ import zstandard
 
 from asyncckpt import errors, forks
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
-from asyncckpt.ranks.rendezvous import meet
+from asyncckpt.ranks.rendezvous import rendezvous
 from asyncckpt.state.dtensor import job_size
 
 _SHORTEST_PAUSE_SECONDS: Final = 0.001
@@ -60,7 +60,7 @@ _instances: dict[str, int] = {}
 _instances_lock = threading.Lock()
 
 
-class Ranks:
+class RankStore:
     """Reaches all ranks of the job, for one ``Checkpointer``. Thread-safe; each thread has a connection of its own.
 
     Every rank has to make its checkpointers for one path in the same order.
@@ -76,7 +76,7 @@ class Ranks:
         self._pid = os.getpid()
 
     @classmethod
-    def of_job(cls, path: str, options: RankOptions) -> Ranks | None:
+    def of_job(cls, path: str, options: RankOptions) -> RankStore | None:
         """Find the ranks of this process's job; None where it is alone. Blocks until all of them have called. Raises
         ``RankLost`` after the timeout."""
         if job_size() == 1:
@@ -88,12 +88,12 @@ class Ranks:
             number = _instances[where] = _instances.get(where, -1) + 1
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         store = PrefixStore(f"asyncckpt/{where}/{number}", _get_default_store())
-        session = meet(_Connection(store, options.timeout_seconds), rank, size, options.timeout_seconds)
+        session = rendezvous(_Connection(store, options.timeout_seconds), rank, size, options.timeout_seconds)
         return cls(PrefixStore(session, store), rank, size, options)
 
-    def with_options(self, options: RankOptions) -> Ranks:
+    def with_options(self, options: RankOptions) -> RankStore:
         """Return the same ranks with other options, over connections of their own."""
-        return Ranks(self._store, self.rank, self.size, options)
+        return RankStore(self._store, self.rank, self.size, options)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -102,25 +102,25 @@ class Ranks:
         ``RankLost`` where the store does not answer."""
         self._connection().set(key, _packed(body))
 
-    def there(self, key: str) -> bool:
+    def exists(self, key: str) -> bool:
         """Whether there is a message under ``key``. Blocks for one round trip. Raises ``RankLost`` where the store does
         not answer."""
         return bool(self._connection().check([key]))
 
-    def read(self, key: str, timeout_seconds: float, whose: str, unless: str | None = None) -> Any:
-        """Block until there is a message under ``key``, and return it. Raises ``RankLost``, naming ``whose`` message it
-        is, after the timeout or where the store is gone (with the process that ran it), and ``PlanChanged`` once there
-        is a message under ``unless`` and still none under ``key``."""
+    def read(self, key: str, timeout_seconds: float, peer: str, cancel_key: str | None = None) -> Any:
+        """Block until there is a message under ``key``, and return it. Raises ``RankLost``, naming the ``peer`` whose
+        message it is, after the timeout or where the store is gone (with the process that ran it), and ``PlanChanged``
+        once there is a message under ``cancel_key`` and still none under ``key``."""
         store = self._connection()
         began = time.monotonic()
-        while not _checked(store, [key], whose):
-            if unless is not None and _checked(store, [unless], whose):
-                if _checked(store, [key], whose):  # it came between the two looks, and what came after it was seen
+        while not _checked(store, [key], peer):
+            if cancel_key is not None and _checked(store, [cancel_key], peer):
+                if _checked(store, [key], peer):  # it came between the two looks, and what came after it was seen
                     break
                 raise PlanChanged("names or shapes changed on this rank alone; the next save is planned anew")
             waited = time.monotonic() - began
             if waited >= timeout_seconds:
-                raise RankLost(f"{whose} did not answer within {timeout_seconds:.0f} s: it died, hangs, or was stopped")
+                raise RankLost(f"{peer} did not answer within {timeout_seconds:.0f} s: it died, hangs, or was stopped")
             self._pause(waited)
         return _unpacked(store.get(key))
 
@@ -128,16 +128,16 @@ class Ranks:
         self,
         key: str,
         timeout_seconds: float,
-        what: str,
-        given_up: Callable[[int, Any], bool] = lambda _rank, _body: False,
-        excused: Callable[[int], bool] = lambda _rank: False,
+        operation: str,
+        stop_when: Callable[[int, Any], bool] = lambda _rank, _body: False,
+        skip_missing: Callable[[int], bool] = lambda _rank: False,
     ) -> list[Any]:
         """Block until every other rank has posted under ``key/<rank>``, and return the messages by rank (None for rank
         0). For rank 0.
 
-        Returns early, with None for ranks that are missing, as soon as ``given_up(rank, body)`` is true for a message,
-        or, after a while, ``excused(rank)`` for a rank that has posted none. Raises ``RankLost`` naming the missing
-        ranks, and ``what`` they did not do, after the timeout.
+        Returns early, with None for ranks that are missing, as soon as ``stop_when(rank, body)`` is true for a message,
+        or, after a while, ``skip_missing(rank)`` for a rank that has posted none. Raises ``RankLost`` naming the
+        missing ranks, and the ``operation`` that they did not do, after the timeout.
         """
         store = self._connection()
         found: list[Any] = [None] * self.size
@@ -153,15 +153,15 @@ class Ranks:
             for rank in sorted(ready):
                 found[rank] = _unpacked(store.get(f"{key}/{rank}"))
                 store.delete_key(f"{key}/{rank}")
-                if given_up(rank, found[rank]):
+                if stop_when(rank, found[rank]):
                     return found
             missing = missing - ready
-            if not missing or (late and any(excused(rank) for rank in missing)):
+            if not missing or (late and any(skip_missing(rank) for rank in missing)):
                 break
             if waited >= timeout_seconds:
                 raise RankLost(
-                    f"{_names(missing)} did not {what} within {timeout_seconds:.0f} s. Every rank has to make the same "
-                    f"calls; one that died or hangs has to be restarted with the job"
+                    f"{_names(missing)} did not {operation} within {timeout_seconds:.0f} s. Every rank has to make the "
+                    f"same calls; one that died or hangs has to be restarted with the job"
                 )
             self._pause(waited)
         return found
@@ -178,33 +178,33 @@ class Ranks:
             for key in keys:
                 store.delete_key(key)
 
-    def agree(self, what: str, body: Any, *, key: str | None = None, unless: str | None = None) -> list[Any]:
+    def agree(self, operation: str, body: Any, *, key: str | None = None, cancel_key: str | None = None) -> list[Any]:
         """Exchange ``body`` among all ranks: blocks until all have called, and returns everyone's, by rank, on every
         rank. Raises ``RankLost``.
 
         For what happens now and then on the training thread: opening, planning, restoring. ``key`` names this call
-        among others for the same ``what`` (default: a count of them). Once there is a message under ``unless``, ranks
-        other than 0 wait no longer and raise ``PlanChanged``.
+        among others for the same ``operation`` (default: a count of them). Once there is a message under
+        ``cancel_key``, ranks other than 0 wait no longer and raise ``PlanChanged``.
         """
         number = -1
         if key is None:
-            number = self._counts[what] = self._counts.get(what, -1) + 1
-            key = f"{what}/{number}"
+            number = self._counts[operation] = self._counts.get(operation, -1) + 1
+            key = f"{operation}/{number}"
         timeout = self.options.timeout_seconds
         if self.rank:
             self.post(f"{key}/{self.rank}", body)
-            answer = self.read(f"{key}/all", timeout + 10, "rank 0", unless)
+            answer = self.read(f"{key}/all", timeout + 10, "rank 0", cancel_key)
             if "lost" in answer:
                 raise RankLost(answer["lost"])
             return list(answer["bodies"])
         try:
-            bodies = [body, *self.gather(key, timeout, f"call {what}")[1:]]
+            bodies = [body, *self.gather(key, timeout, f"call {operation}")[1:]]
         except RankLost as error:
             self.post(f"{key}/all", {"lost": str(error)})
             raise
         self.post(f"{key}/all", {"bodies": bodies})
         if number > 0:
-            self.forget(f"{what}/{number - 1}/all")
+            self.forget(f"{operation}/{number - 1}/all")
         return bodies
 
     def _connection(self) -> _Connection:
@@ -272,11 +272,11 @@ def _serve(store: Any, calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Futu
         del call, args, future
 
 
-def _checked(store: _Connection, keys: Sequence[str], whose: str) -> bool:
+def _checked(store: _Connection, keys: Sequence[str], peer: str) -> bool:
     try:
         return store.check(keys)
     except RankLost as error:
-        raise RankLost(f"{whose}: {error}") from error
+        raise RankLost(f"{peer}: {error}") from error
 
 
 def _names(ranks: Collection[int]) -> str:
@@ -294,12 +294,12 @@ def _unpacked(data: bytes) -> Any:
     return json.loads(text.decode("utf-8", "surrogatepass"))
 
 
-def told(error: BaseException) -> dict[str, str]:
-    """Return an error as a message; ``retold`` is the inverse."""
+def error_to_json(error: BaseException) -> dict[str, str]:
+    """Return an error as a message; ``error_from_json`` is the inverse."""
     return {"type": type(error).__name__, "message": str(error)}
 
 
-def retold(body: Mapping[str, str], who: str = "") -> AsyncCkptError:
+def error_from_json(body: Mapping[str, str], who: str = "") -> AsyncCkptError:
     """Make the error that this rank raises of another rank's message: of the same type where that is one of this
     library's, else ``SaveFailed``."""
     message = f"{who}: {body['message']}" if who else body["message"]

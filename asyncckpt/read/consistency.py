@@ -83,7 +83,7 @@ def _headers(manifest: Manifest, files: Mapping[str, FileRecord]) -> dict[str, _
                     entry = safetensors.entry_name(name, chunk)
                     end = extent.offset + extent.nbytes
                     header.entries.add((entry, "U8", (extent.nbytes,), extent.offset, end))
-                    header.frames.setdefault(name, []).append(extent.stored)
+                    header.frames.setdefault(name, []).append(extent.payload_bytes)
                     chunk += 1
     return found
 
@@ -131,7 +131,7 @@ def _zarr_damage(
     if sum(len(part.extents) for part in tensor.parts) > 1:
         for part in tensor.parts:
             record = files[part.file]
-            places = [(e.offset, e.stored or e.nbytes) for e in (record.extents[i] for i in part.extents)]
+            places = [(e.offset, e.payload_bytes or e.nbytes) for e in (record.extents[i] for i in part.extents)]
             if not _index_says(reader, record, places):
                 yield Damage(part.file, record.extents[-1].offset, 0, "its index lists other chunks than the manifest")
 

@@ -29,7 +29,7 @@ def xor(target: Array, other: Array) -> None:
     np.bitwise_xor(target[whole:], other[whole:], out=target[whole:])
 
 
-class LayerReader:
+class DeltaReader:
     """Reads, verifies and decodes single chunks of a delta chain. Thread-safe: each thread has buffers of its own."""
 
     def __init__(self, reader: Reader, codec: Codec, digest: Digest) -> None:
@@ -49,7 +49,7 @@ class LayerReader:
                 raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
             layer: Array = np.frombuffer(self._buffer("decoded", out.nbytes), np.uint8)[: out.nbytes]
             try:
-                self._codec.decode(np.frombuffer(buffer, np.uint8)[: extent.stored], layer)
+                self._codec.decode(np.frombuffer(buffer, np.uint8)[: extent.payload_bytes], layer)
             except CheckpointDamaged as error:
                 raise CheckpointDamaged(f"{where}: {error}") from error
             xor(out, layer)

@@ -34,7 +34,7 @@ from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.read.boxes import Target, TargetBox, overlap_range, scatter_box, target_boxes
 from asyncckpt.read.damage import raise_damage
-from asyncckpt.read.delta import LayerReader
+from asyncckpt.read.delta import DeltaReader
 from asyncckpt.read.extents import extents_of, read_extents
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window, scatter
@@ -217,7 +217,7 @@ class _Decoder:
     def __init__(self, reader: Reader, manifest: Manifest) -> None:
         self._codec: Codec = codecs.get(manifest.codec, manifest.codec_options)
         self._digest: Digest = digests.get(manifest.digest)
-        self._bases = LayerReader(reader, self._codec, self._digest)
+        self._bases = DeltaReader(reader, self._codec, self._digest)
         self._local = threading.local()
 
     def decode_into(
@@ -246,7 +246,7 @@ class _Decoder:
                 out = flat[begin - low : begin - low + nbytes]
             else:
                 out = self._buffer(decoded)
-            self._codec.decode(np.frombuffer(view, np.uint8)[: extent.stored], out.numpy())
+            self._codec.decode(np.frombuffer(view, np.uint8)[: extent.payload_bytes], out.numpy())
             self._bases.add(*base_chunks, out.numpy())
             if not self._is_what_was_saved(out.numpy(), PLANE_BYTES[tensor.dtype], extent.content):
                 raise CheckpointDamaged("the chunk decodes to other bytes than were saved")
@@ -279,7 +279,7 @@ class _Decoder:
             blosc.split_frame(image, data.nbytes, item_bytes)
             return self._digest(image.data)
         header = np.empty(blosc.BLOSC_HEADER_BYTES, np.uint8)
-        blosc.stored_frame(header, data.nbytes, item_bytes)
+        blosc.uncompressed_frame(header, data.nbytes, item_bytes)
         return self._digest(
             header.data, data.data, bytes(padded(len(header) + data.nbytes) - len(header) - data.nbytes)
         )

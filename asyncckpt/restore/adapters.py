@@ -32,7 +32,7 @@ from asyncckpt.state.capture import kind_of
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, job_size, like
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names, parameter_names
-from asyncckpt.state.markers import Shard, with_shards, without_shards
+from asyncckpt.state.markers import LocalShard, with_shards, without_shards
 from asyncckpt.state.optimizer import optimizer_names
 from asyncckpt.types import JsonValue
 
@@ -297,7 +297,7 @@ def _tree(
     if not opts.selected(name):
         return plan
     live: dict[str, torch.Tensor] = {}
-    shards: dict[int, Shard] = {}
+    shards: dict[int, LocalShard] = {}
     # an object is asked for its state only where parts of it may lie on other ranks
     holder = value.state_dict() if kind_of(value) == "stateful" and job_size() > 1 else value
     bare = without_shards(holder, shards)

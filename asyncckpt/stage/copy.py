@@ -8,16 +8,16 @@ import torch
 
 from asyncckpt.codecs.blosc import split_places
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES
-from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.tensor_bytes import _copy_strided, _libc, is_plain
-from asyncckpt.types import LEAD_BYTES, Extent, Piece, Segment
+from asyncckpt.types import FRAME_HEADER_BYTES, Extent, LocalTensor, Segment
 
 #: Smaller neighbours are copied in one call: a call that gives the GIL up may have to wait for it afterwards, and
 #: twenty thousand such waits would cost more than the copies.
 _BATCH_BELOW_BYTES = 256 << 10
 
 
-def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Slot) -> None:
+def copy_segments(pieces: Sequence[LocalTensor], segments: Sequence[Segment], slot: StagingBuffer) -> None:
     """Copy every segment to its place in the slot. CPU tensors: done on return; CUDA tensors: enqueued on the current
     stream. Blocks; releases the GIL while bytes move. The tensors must stay unchanged meanwhile."""
     batch: list[torch.Tensor] = []
@@ -49,18 +49,18 @@ def copy_segments(pieces: Sequence[Piece], segments: Sequence[Segment], slot: Sl
     _flush(batch, slot, start, end)
 
 
-def host_writes(pieces: Sequence[Piece], extent: Extent) -> bool:
+def host_writes(pieces: Sequence[LocalTensor], extent: Extent) -> bool:
     """Whether the host itself writes into the slot while this extent is staged: a header, padding, or CPU tensors."""
     if extent.header or extent.item_bytes or not extent.segments:
         return True
     last = extent.segments[-1]
-    ends_short = last.extent_offset + last.nbytes < extent.lead + extent.nbytes
+    ends_short = last.extent_offset + last.nbytes < extent.block_offset + extent.nbytes
     return ends_short or any(pieces[segment.piece].tensor.device.type == "cpu" for segment in extent.segments)
 
 
-def can_split(pieces: Sequence[Piece], extent: Extent) -> bool:
+def can_split(pieces: Sequence[LocalTensor], extent: Extent) -> bool:
     """Whether a chunk can be split into byte planes on its tensor's device."""
-    nbytes = extent.nbytes - LEAD_BYTES
+    nbytes = extent.nbytes - FRAME_HEADER_BYTES
     if extent.item_bytes < 2 or nbytes < MIN_PLANES_CHUNK_BYTES or nbytes % extent.item_bytes:
         return False
     if len(extent.segments) != 1:
@@ -68,34 +68,34 @@ def can_split(pieces: Sequence[Piece], extent: Extent) -> bool:
     return is_plain(pieces[extent.segments[0].piece].tensor)
 
 
-def copy_planes(pieces: Sequence[Piece], extent: Extent, slot: Slot) -> None:
+def copy_planes(pieces: Sequence[LocalTensor], extent: Extent, slot: StagingBuffer) -> None:
     """Split a chunk into its byte planes on its device, and copy each to its place in the frame; see
     ``copy_segments``."""
     segment, item = extent.segments[0], extent.item_bytes
     flat = _flat_bytes(pieces[segment.piece].tensor.detach())
     planes = flat[segment.source_offset : segment.source_offset + segment.nbytes].view(-1, item).t().contiguous()
-    nbytes = extent.nbytes - LEAD_BYTES
+    nbytes = extent.nbytes - FRAME_HEADER_BYTES
     for plane, place in zip(planes, split_places(nbytes, item), strict=True):
         slot.tensor[place : place + len(plane)].copy_(plane, non_blocking=True)
         slot.tensor[place + len(plane) : place + nbytes // item].zero_()  # an array's edge
 
 
-def fill_rest(slot: Slot, extent: Extent) -> None:
+def fill_rest(slot: StagingBuffer, extent: Extent) -> None:
     """Write zeros after an extent's last segment, which pad a chunk at an array's edge. Done on return."""
     if extent.segments:
         last = extent.segments[-1]
         end = last.extent_offset + last.nbytes
-        stop = extent.lead + extent.nbytes
+        stop = extent.block_offset + extent.nbytes
         if end < stop:
             slot.tensor[end:stop].zero_()
 
 
-def write_header(slot: Slot, header: bytes) -> None:
+def write_header(slot: StagingBuffer, header: bytes) -> None:
     """Put the format's leading bytes at the slot's beginning."""
     slot.view[: len(header)] = header
 
 
-def _flush(batch: list[torch.Tensor], slot: Slot, start: int, end: int) -> None:
+def _flush(batch: list[torch.Tensor], slot: StagingBuffer, start: int, end: int) -> None:
     if batch:
         torch.cat(batch, out=slot.tensor[start:end])
         batch.clear()

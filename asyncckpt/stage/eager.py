@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from asyncckpt.types import Piece
+from asyncckpt.types import LocalTensor
 
 #: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
 #: would otherwise make ``save`` wait for the whole arena.
@@ -60,7 +60,7 @@ class OwnedMemory:
             elif _is_dense(here):  # what lies in the gaps of others belongs to somebody else
                 self._others.append(_span(here))
 
-    def not_covered(self, pieces: Sequence[Piece]) -> list[torch.Tensor]:
+    def not_covered(self, pieces: Sequence[LocalTensor]) -> list[torch.Tensor]:
         """Return the tensors of those pieces that do not lie wholly in owned ranges."""
         size_at = self._sizes.get
         doubtful = [
@@ -109,7 +109,7 @@ class Division:
     deferred: list[torch.Tensor]
 
 
-def divide(pieces: Sequence[Piece], owned: OwnedMemory) -> Division:
+def divide(pieces: Sequence[LocalTensor], owned: OwnedMemory) -> Division:
     """Decide which pieces are copied when. Small pieces that would have to be staged at once are cloned, in ``pieces``
     itself.
 

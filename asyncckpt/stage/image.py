@@ -8,42 +8,44 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, Array, split_frame, split_places, stored_frame
-from asyncckpt.memory.arena import Slot
+from asyncckpt.codecs.blosc import FRAME_OVERHEAD_BYTES, Array, split_frame, split_places, uncompressed_frame
+from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import Digest
-from asyncckpt.types import LEAD_BYTES, ContentDigest, Extent, StagedDigests
+from asyncckpt.types import FRAME_HEADER_BYTES, ContentDigest, Extent, StagedDigests
 
 
 def slot_bytes(extent: Extent) -> int:
     """Return how many bytes of the arena an extent needs: those of its frame if it is a chunk, else its own."""
-    return extent.nbytes + FRAME_OVERHEAD_BYTES if extent.item_bytes else extent.lead + extent.nbytes
+    return extent.nbytes + FRAME_OVERHEAD_BYTES if extent.item_bytes else extent.block_offset + extent.nbytes
 
 
-def image_bytes(extent: Extent, slot: Slot) -> int:
+def image_bytes(extent: Extent, slot: StagingBuffer) -> int:
     """Return the bytes of a chunk's image, its header included."""
     if not slot.split:
         return extent.nbytes
-    nbytes = extent.nbytes - LEAD_BYTES
+    nbytes = extent.nbytes - FRAME_HEADER_BYTES
     return split_places(nbytes, extent.item_bytes)[-1] + nbytes // extent.item_bytes
 
 
-def finish_image(extent: Extent, slot: Slot) -> None:
+def finish_image(extent: Extent, slot: StagingBuffer) -> None:
     """Write the frame header before a staged chunk, and what else a frame needs around it, so that the slot holds the
     frame of the chunk stored without compression. Does nothing to an extent that is no chunk."""
     if extent.item_bytes:
         image: Array = np.frombuffer(slot.view, np.uint8)
-        nbytes = extent.nbytes - LEAD_BYTES
-        make = split_frame if slot.split else stored_frame
+        nbytes = extent.nbytes - FRAME_HEADER_BYTES
+        make = split_frame if slot.split else uncompressed_frame
         stored = make(image, nbytes, extent.item_bytes)
         image[stored : padded(stored)] = 0
 
 
-def staged_digests(digest: Digest, extent: Extent, slot: Slot) -> StagedDigests:
+def staged_digests(digest: Digest, extent: Extent, slot: StagingBuffer) -> StagedDigests:
     """Digest what is staged: a chunk's image, padding included, which is what its file holds if the chunk is stored as
     it is. Any other extent has a digest for each part between two cuts."""
     if not extent.item_bytes:
-        return cut_digests(digest, slot.view[extent.lead : extent.lead + extent.nbytes], extent.cuts)
+        return cut_digests(
+            digest, slot.view[extent.block_offset : extent.block_offset + extent.nbytes], extent.digest_boundaries
+        )
     return ContentDigest(digest(slot.view[: padded(image_bytes(extent, slot))]), slot.split)
 
 
@@ -57,16 +59,16 @@ def cut_digests(digest: Digest, view: memoryview, cuts: Sequence[int]) -> tuple[
 
 @dataclass(slots=True)
 class Frame:
-    """An encoded chunk: the first ``stored`` bytes of ``view``, followed by zeros up to a multiple of 4096. ``buffer``:
-    the encoder's buffer that it lies in, None where it lies in the staging slot or in memory of its own.
+    """An encoded chunk: the first ``payload_bytes`` of ``view``, followed by zeros up to a multiple of 4096.
+    ``buffer``: the encoder's buffer that it lies in, None where it lies in the staging slot or in memory of its own.
     ``unchanged``: it is the staged image."""
 
     view: memoryview
-    stored: int
+    payload_bytes: int
     buffer: memoryview | None
     unchanged: bool = False
 
 
-def as_it_is(extent: Extent, slot: Slot) -> Frame:
+def as_it_is(extent: Extent, slot: StagingBuffer) -> Frame:
     """Return a staged chunk as the frame that its slot already holds: no codec, no copy."""
     return Frame(slot.view, image_bytes(extent, slot), None, unchanged=True)

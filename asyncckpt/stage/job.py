@@ -18,14 +18,14 @@ import torch
 
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged, Stalled
-from asyncckpt.memory.arena import Arena, QueuedCopy, Slot
+from asyncckpt.memory.arena import Arena, QueuedCopy, StagingBuffer
 from asyncckpt.protocols import Digest
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
 from asyncckpt.stage.image import finish_image, slot_bytes, staged_digests
 from asyncckpt.stage.staged import ExtentSink, StagedExtent
 from asyncckpt.stage.streams import CopyStreams
-from asyncckpt.types import Extent, Piece
+from asyncckpt.types import Extent, LocalTensor
 
 log = logging.getLogger("asyncckpt")
 
@@ -52,7 +52,7 @@ class StagingJob:
     def __init__(
         self,
         scope: SaveScope,
-        pieces: Sequence[Piece],
+        pieces: Sequence[LocalTensor],
         extents: Sequence[Extent],
         arena: Arena,
         streams: CopyStreams,
@@ -67,7 +67,7 @@ class StagingJob:
         self.step = scope.step
         self.stall_seconds = 0.0
         self.staged_seconds = 0.0
-        self._pieces: Sequence[Piece] = pieces
+        self._pieces: Sequence[LocalTensor] = pieces
         self._arena = arena
         self._sink = sink
         self._scope = scope
@@ -275,7 +275,7 @@ class StagingJob:
             self._events.emit(Staged(step=self.step, at_seconds=now, nbytes=self._nbytes, seconds=self.staged_seconds))
 
 
-def _copy(pieces: Sequence[Piece], extent: Extent, slot: Slot) -> None:
+def _copy(pieces: Sequence[LocalTensor], extent: Extent, slot: StagingBuffer) -> None:
     if slot.split:
         copy_planes(pieces, extent, slot)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.types import StagedDigests
 
 
@@ -17,7 +17,7 @@ class StagedExtent:
     stream). ``digests``: those of its bytes where they have been taken already, else None."""
 
     index: int
-    slot: Slot
+    slot: StagingBuffer
     wait_copied: Callable[[], None]
     digests: StagedDigests | None = None
 

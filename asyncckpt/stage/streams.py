@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from asyncckpt.memory.arena import QueuedCopy
-from asyncckpt.types import Piece
+from asyncckpt.types import LocalTensor
 
 
 class Copies(Protocol):
@@ -40,7 +40,7 @@ class CopyStreams:
         self._lock = threading.Lock()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def of(self, pieces: Iterable[Piece]) -> Copies:
+    def of(self, pieces: Iterable[LocalTensor]) -> Copies:
         """Return the object that makes the copies of one snapshot. They see its tensors as training has left them at
         this call."""
         devices = {piece.tensor.device for piece in pieces if piece.tensor.device.type == "cuda"}

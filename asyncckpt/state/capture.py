@@ -22,9 +22,9 @@ from asyncckpt.protocols import Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
-from asyncckpt.state.markers import Replicated, Shard, without_shards
+from asyncckpt.state.markers import LocalShard, Replicated, without_shards
 from asyncckpt.state.optimizer import named_optimizer_state
-from asyncckpt.types import ComponentSnapshot, JsonValue, Piece, Snapshot, TensorSpec
+from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
 #: A name has no dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must differ from ``a`` + ``b.c``.
@@ -87,14 +87,14 @@ def _component(
     kind = kind_of(value)
     if kind == "module":
         return _module(name, value)
-    pieces: list[Piece] = []
+    pieces: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     shared = kind in ("optimizer", "tensor") or isinstance(value, Replicated)
     if kind == "optimizer":
         value, _ = named_optimizer_state(name, value, owners, state)
     elif kind == "stateful":
         value = value.state_dict()
-    shards: dict[int, Shard] = {}
+    shards: dict[int, LocalShard] = {}
     value = without_shards(value, shards) if kind != "optimizer" else value
     tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
@@ -102,7 +102,7 @@ def _component(
 
 
 def _module(name: str, module: nn.Module) -> ComponentSnapshot:
-    pieces: list[Piece] = []
+    pieces: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     extras: dict[str, Any] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -161,7 +161,7 @@ def _frozen(parameters: Mapping[str, nn.Parameter]) -> set[int]:
     return {parameter.data_ptr() for parameter in here} - trained
 
 
-def _sink(component: str, pieces: list[Piece], shards: Mapping[int, Shard] = MappingProxyType({})) -> Sink:
+def _sink(component: str, pieces: list[LocalTensor], shards: Mapping[int, LocalShard] = MappingProxyType({})) -> Sink:
     def add(name: str, tensor: torch.Tensor) -> None:
         shard = shards.get(id(tensor))
         pieces.append(piece_of(component, name, tensor) if shard is None else _shard_piece(component, name, shard))
@@ -169,17 +169,17 @@ def _sink(component: str, pieces: list[Piece], shards: Mapping[int, Shard] = Map
     return add
 
 
-def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = False) -> Piece:
+def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = False) -> LocalTensor:
     """Return the tensor, or this rank's rows of it, as one piece. ``frozen``: training does not change it. Raises
     ``UnsupportedValue`` for a tensor that cannot be stored as dense bytes."""
     if is_distributed(tensor) or is_sharded_tensor(tensor):
         return _distributed_piece(component, name, tensor, frozen)
     if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
         _check_storable(f"state[{component!r}][{name!r}]", tensor)
-    return Piece(_spec(component, name, tensor.dtype, tensor.shape, frozen), tensor)
+    return LocalTensor(_spec(component, name, tensor.dtype, tensor.shape, frozen), tensor)
 
 
-def _distributed_piece(component: str, name: str, tensor: Any, frozen: bool) -> Piece:
+def _distributed_piece(component: str, name: str, tensor: Any, frozen: bool) -> LocalTensor:
     where = f"state[{component!r}][{name!r}]"
     split = local_rows if is_distributed(tensor) else sharded_tensor_rows
     local = split(tensor, where)
@@ -187,14 +187,14 @@ def _distributed_piece(component: str, name: str, tensor: Any, frozen: bool) -> 
     spec = _spec(component, name, local.tensor.dtype, shape, frozen)
     begin = local.first * local.tensor.dtype.itemsize
     gather = tensor.full_tensor if is_distributed(tensor) else None
-    return Piece(spec, local.tensor, begin, local.rows, private=local.private, gather=gather)
+    return LocalTensor(spec, local.tensor, begin, local.rows, private=local.private, gather=gather)
 
 
-def _shard_piece(component: str, name: str, shard: Shard) -> Piece:
+def _shard_piece(component: str, name: str, shard: LocalShard) -> LocalTensor:
     spec = _spec(component, name, shard.tensor.dtype, torch.Size(shard.global_shape), False)
     rows = shard.global_shape[0]
     first, count = shard.offsets[0], shard.tensor.shape[0] if shard.tensor.numel() else 0
-    return Piece(spec, shard.tensor, spec.nbytes // rows * first if rows else 0, span=(first, first + count))
+    return LocalTensor(spec, shard.tensor, spec.nbytes // rows * first if rows else 0, span=(first, first + count))
 
 
 @functools.lru_cache(maxsize=1 << 20)

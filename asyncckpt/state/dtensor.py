@@ -20,18 +20,18 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from asyncckpt.errors import UnsupportedValue
-from asyncckpt.types import Rows
+from asyncckpt.types import RowOwners
 
 
 @dataclass(frozen=True, slots=True)
-class Local:
-    """``Local`` is this rank's part of a global tensor. ``tensor`` holds the row-major elements of the global one from
-    element ``first`` on; ``rows`` says which ranks hold which rows. ``private``: the tensor was made for the snapshot,
-    so nobody else can change it."""
+class LocalRows:
+    """``LocalRows`` is this rank's part of a global tensor. ``tensor`` holds the row-major elements of the global one
+    from element ``first`` on; ``rows`` says which ranks hold which rows. ``private``: the tensor was made for the
+    snapshot, so nobody else can change it."""
 
     tensor: torch.Tensor
     first: int
-    rows: Rows
+    rows: RowOwners
     private: bool
 
 
@@ -49,13 +49,13 @@ def is_sharded_tensor(value: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """``_Place`` says what this rank holds of every tensor of one shape, mesh and placements. ``wanted`` lists the
-    placements that such a tensor must be redistributed to first, or is None. ``rows`` is None where some rank's part is
-    not one run of rows. ``first`` is the row-major index of this rank's first element."""
+class _RowPlacement:
+    """``_RowPlacement`` says what this rank holds of every tensor of one shape, mesh and placements. ``wanted`` lists
+    the placements that such a tensor must be redistributed to first, or is None. ``rows`` is None where some rank's
+    part is not one run of rows. ``first`` is the row-major index of this rank's first element."""
 
     wanted: list[Any] | None
-    rows: Rows | None
+    rows: RowOwners | None
     first: int
 
 
@@ -63,9 +63,9 @@ class _Place:
 _MOST_PLACEMENTS = 1 << 16
 
 
-class _Places:
-    """Remembers the ``_Place`` of every mesh, placements and shape, because a training state asks for the same ones at
-    every save, on the training thread.
+class _RowPlacements:
+    """Remembers the ``_RowPlacement`` of every mesh, placements and shape, because a training state asks for the same
+    ones at every save, on the training thread.
 
     Meshes are told apart by identity: a process makes new ones when it becomes another rank. Placements are looked up
     by identity first, because to hash them calls Python for every dimension of the mesh, and a tensor's placements are
@@ -73,13 +73,13 @@ class _Places:
     """
 
     def __init__(self) -> None:
-        self._known: MutableMapping[Any, dict[Any, _Place]] = WeakIdKeyDictionary()
-        self._latest: tuple[Callable[[], Any], dict[Any, _Place]] = (lambda: None, {})
+        self._known: MutableMapping[Any, dict[Any, _RowPlacement]] = WeakIdKeyDictionary()
+        self._latest: tuple[Callable[[], Any], dict[Any, _RowPlacement]] = (lambda: None, {})
         #: Maps ``id(placements)`` to the placements, which keeps them alive, and to the number of all equal ones.
         self._by_id: dict[int, tuple[Any, int]] = {}
         self._equal: dict[Any, int] = {}
 
-    def of(self, value: Any, where: str) -> _Place:
+    def of(self, value: Any, where: str) -> _RowPlacement:
         """Return the place of the ``DTensor`` ``value``. Raises ``UnsupportedValue``, which names ``where``, on a rank
         outside its mesh."""
         mesh = value.device_mesh
@@ -102,7 +102,7 @@ class _Places:
         self._by_id[id(placements)] = placements, number
         return number
 
-    def _of_mesh(self, mesh: Any, where: str) -> dict[Any, _Place]:
+    def _of_mesh(self, mesh: Any, where: str) -> dict[Any, _RowPlacement]:
         if mesh.get_coordinate() is None:
             raise UnsupportedValue(
                 f"{where}: this rank is not part of the tensor's device mesh {mesh}; leave it out here"
@@ -112,19 +112,19 @@ class _Places:
         return known
 
 
-def _place(value: Any) -> _Place:
+def _place(value: Any) -> _RowPlacement:
     wanted, shape = row_placements(value), tuple(value.shape)
     placements = tuple(value.placements if wanted is None else wanted)
     rows = _spread(value.device_mesh, placements, shape[0] if shape else 1)
-    part = rows.part_of.get(torch.distributed.get_rank()) if rows is not None else None
+    part = rows.part_of_rank.get(torch.distributed.get_rank()) if rows is not None else None
     first = rows.bounds[part] * _width(shape) if rows is not None and part is not None else 0
-    return _Place(wanted, rows, first)
+    return _RowPlacement(wanted, rows, first)
 
 
-_places = _Places()
+_places = _RowPlacements()
 
 
-def local_rows(value: Any, where: str) -> Local:
+def local_rows(value: Any, where: str) -> LocalRows:
     """Return the rows of the ``DTensor`` ``value`` that this rank holds.
 
     Where the tensor is split along another dimension than the first, or is a pending sum, this communicates on the
@@ -138,14 +138,14 @@ def local_rows(value: Any, where: str) -> Local:
         value = value.redistribute(placements=place.wanted)
     local = value.to_local()
     wait = getattr(local, "wait", None)  # the values may still be on their way in an asynchronous collective
-    return Local(wait() if wait is not None else local, place.first, place.rows, private=place.wanted is not None)
+    return LocalRows(wait() if wait is not None else local, place.first, place.rows, private=place.wanted is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Receiver:
-    """``Receiver`` takes the stored values of a tensor that several ranks hold. ``tensor`` is filled with the row-major
-    elements of the global one from element ``first`` on. Where the live tensor is split otherwise, ``finish`` brings
-    them there: it communicates, so every rank of the mesh must call it."""
+class RestoreTarget:
+    """``RestoreTarget`` takes the stored values of a tensor that several ranks hold. ``tensor`` is filled with the
+    row-major elements of the global one from element ``first`` on. Where the live tensor is split otherwise, ``finish``
+    brings them there: it communicates, so every rank of the mesh must call it."""
 
     tensor: torch.Tensor
     first: int
@@ -153,21 +153,21 @@ class Receiver:
 
 
 @torch.no_grad()
-def receiver(value: Any, where: str) -> Receiver:
+def receiver(value: Any, where: str) -> RestoreTarget:
     """Return where the stored values of a live ``DTensor`` or ``ShardedTensor`` go on this rank. Raises
     ``UnsupportedValue`` as ``local_rows`` and ``sharded_tensor_rows`` do."""
     if is_sharded_tensor(value):
         local = sharded_tensor_rows(value, where)
-        return Receiver(local.tensor, local.first)
+        return RestoreTarget(local.tensor, local.first)
     from torch.distributed.tensor import DTensor
 
     wanted = row_placements(value)
     if wanted is None:
         local = local_rows(value, where)
-        return Receiver(local.tensor, local.first)
+        return RestoreTarget(local.tensor, local.first)
     mesh, shape = value.device_mesh, tuple(value.shape)
     rows = _spread(mesh, tuple(wanted), shape[0])
-    part = rows.part_of.get(torch.distributed.get_rank()) if rows is not None else None
+    part = rows.part_of_rank.get(torch.distributed.get_rank()) if rows is not None else None
     begin, end = (rows.bounds[part], rows.bounds[part + 1]) if rows is not None and part is not None else (0, 0)
     mine = torch.empty((end - begin, *shape[1:]), dtype=value.dtype, device=value.to_local().device)
 
@@ -177,7 +177,7 @@ def receiver(value: Any, where: str) -> Receiver:
         with torch.no_grad():
             value.to_local().copy_(whole.redistribute(placements=value.placements).to_local())
 
-    return Receiver(mine, begin * _width(shape), finish)
+    return RestoreTarget(mine, begin * _width(shape), finish)
 
 
 def like(parameter: Any, dtype: torch.dtype) -> Any:
@@ -211,7 +211,7 @@ def _row_placements(mesh: Any, placements: tuple[Any, ...], rows: int) -> list[A
     return [p if isinstance(p, Replicate) else Split(0) for p in placements]
 
 
-def sharded_tensor_rows(value: Any, where: str) -> Local:
+def sharded_tensor_rows(value: Any, where: str) -> LocalRows:
     """Return the rows of the ``ShardedTensor`` ``value`` that this rank holds. Raises ``UnsupportedValue``, which names
     ``where``, if this rank has several parts or if any part is not made of whole rows."""
     parts = sorted(value.metadata().shards_metadata, key=lambda part: tuple(part.shard_offsets))
@@ -219,11 +219,11 @@ def sharded_tensor_rows(value: Any, where: str) -> Local:
     if len(value.local_shards()) > 1 or any(tuple(p.shard_sizes[1:]) != shape[1:] for p in parts):
         raise UnsupportedValue(f"{where}: only a ShardedTensor of whole rows, one part a rank, is stored; use FSDP2")
     spans = [(p.shard_offsets[0], p.shard_sizes[0], (p.placement.rank(),)) for p in parts if p.shard_sizes[0]]
-    rows = Rows((*(begin for begin, _, _ in spans), shape[0]), tuple(holders for _, _, holders in spans))
+    rows = RowOwners((*(begin for begin, _, _ in spans), shape[0]), tuple(holders for _, _, holders in spans))
     mine = value.local_shards()
     if not mine:
-        return Local(torch.empty((0, *shape[1:]), dtype=value.dtype), 0, rows, private=True)
-    return Local(mine[0].tensor, mine[0].metadata.shard_offsets[0] * _width(shape), rows, private=False)
+        return LocalRows(torch.empty((0, *shape[1:]), dtype=value.dtype), 0, rows, private=True)
+    return LocalRows(mine[0].tensor, mine[0].metadata.shard_offsets[0] * _width(shape), rows, private=False)
 
 
 def _splits(placement: Any) -> bool:
@@ -242,7 +242,7 @@ def _width(shape: tuple[int, ...]) -> int:
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _spread(mesh: Any, placements: tuple[Any, ...], rows: int) -> Rows | None:
+def _spread(mesh: Any, placements: tuple[Any, ...], rows: int) -> RowOwners | None:
     """Return which ranks hold which of the ``rows`` rows; every rank computes the same. It is cached so that tensors
     spread alike share one object. Returns None where a part is not one run of rows (an uneven strided split)."""
     holders: dict[tuple[int, int], list[int]] = {}
@@ -254,7 +254,7 @@ def _spread(mesh: Any, placements: tuple[Any, ...], rows: int) -> Rows | None:
     bounds = (*(begin for begin, _ in spans), rows)
     if any(span != (begin, end) for span, begin, end in zip(spans, bounds, bounds[1:], strict=False)):
         return None
-    return Rows(bounds, tuple(tuple(sorted(holders[span])) for span in spans))
+    return RowOwners(bounds, tuple(tuple(sorted(holders[span])) for span in spans))
 
 
 def _part(shape: tuple[int, ...], mesh: Any, coordinate: Any, placements: Any) -> tuple[int, int]:

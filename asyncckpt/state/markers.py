@@ -1,5 +1,5 @@
-"""Markers are what users put around values of a state: ``Shard`` for a part of a tensor, ``Replicated`` for a value
-that is the same on every rank."""
+"""Markers are what users put around values of a state: ``LocalShard`` for a part of a tensor, ``Replicated`` for a
+value that is the same on every rank."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Replicated:
         return None
 
 
-def without_shards(value: Any, found: dict[int, Shard]) -> Any:
-    """Return ``value`` with each ``Shard`` in its dicts, lists and tuples replaced by the tensor it holds. Each one is
-    added to ``found`` under the ``id`` of that tensor."""
-    if isinstance(value, Shard):
+def without_shards(value: Any, found: dict[int, LocalShard]) -> Any:
+    """Return ``value`` with each ``LocalShard`` in its dicts, lists and tuples replaced by the tensor it holds. Each
+    one is added to ``found`` under the ``id`` of that tensor."""
+    if isinstance(value, LocalShard):
         found[id(value.tensor)] = value
         return value.tensor
     if type(value) is dict:
@@ -49,7 +49,7 @@ def without_shards(value: Any, found: dict[int, Shard]) -> Any:
     return value
 
 
-class Shard:
+class LocalShard:
     """Marks a plain tensor as this rank's part of a global one, for sharding that is not DTensor's (Megatron's layers,
     say). Put it where the tensor would stand in the state.
 
@@ -65,15 +65,15 @@ class Shard:
         shape = tuple(tensor.shape)
         if len(shape) != len(global_shape) or len(shape) != len(offsets) or not shape:
             raise InvalidOption(
-                f"Shard: tensor {list(shape)}, global_shape {list(global_shape)} and offsets {list(offsets)} must have "
-                f"the same number of dimensions, at least one"
+                f"LocalShard: tensor {list(shape)}, global_shape {list(global_shape)} and offsets {list(offsets)} must "
+                f"have the same number of dimensions, at least one"
             )
         ends = zip(offsets, shape, global_shape, strict=True)
         if any(begin < 0 or begin + size > whole for begin, size, whole in ends):
-            raise InvalidOption(f"Shard: {list(shape)} at {list(offsets)} does not lie in {list(global_shape)}")
+            raise InvalidOption(f"LocalShard: {list(shape)} at {list(offsets)} does not lie in {list(global_shape)}")
         if tensor.numel() and shape[1:] != tuple(global_shape[1:]):
             raise InvalidOption(
-                f"Shard: a part {list(shape)} of {list(global_shape)} is split along another dimension than the "
+                f"LocalShard: a part {list(shape)} of {list(global_shape)} is split along another dimension than the "
                 f"first. Give whole rows: pass the transposed tensor, or use a DTensor, which is redistributed"
             )
         self.tensor = tensor
@@ -81,11 +81,11 @@ class Shard:
         self.offsets = tuple(offsets)
 
     def __repr__(self) -> str:
-        return f"Shard({list(self.tensor.shape)} of {list(self.global_shape)} at {list(self.offsets)})"
+        return f"LocalShard({list(self.tensor.shape)} of {list(self.global_shape)} at {list(self.offsets)})"
 
 
-def with_shards(value: Any, shards: Mapping[int, Shard]) -> Any:
-    """Return ``value`` with each tensor whose ``id`` is in ``shards`` replaced by its ``Shard``. Undoes
+def with_shards(value: Any, shards: Mapping[int, LocalShard]) -> Any:
+    """Return ``value`` with each tensor whose ``id`` is in ``shards`` replaced by its ``LocalShard``. Undoes
     ``without_shards``."""
     if isinstance(value, torch.Tensor):
         return shards.get(id(value), value)

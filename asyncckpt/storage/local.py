@@ -18,9 +18,9 @@ import uuid
 from collections.abc import Mapping
 
 from asyncckpt.errors import RunPathError
-from asyncckpt.protocols import Attempt, Capability, FileInfo, Replaced
+from asyncckpt.protocols import Capability, FileInfo, PendingDirectory, Replaced
 from asyncckpt.storage.lease import Lease, read_holder
-from asyncckpt.storage.pending_dir import LocalAttempt
+from asyncckpt.storage.pending_dir import LocalPendingDirectory
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.reader import LocalReader
 from asyncckpt.types import MANIFEST_FILE, Holder, LeaseOptions
@@ -112,7 +112,7 @@ class LocalStore:
     def holder(self) -> Holder | None:
         return read_holder(self.path)
 
-    def begin(self, step: int, attempt: str, *, name: str = "", shared: bool = False) -> Attempt:
+    def begin(self, step: int, attempt: str, *, name: str = "", shared: bool = False) -> PendingDirectory:
         path = os.path.join(self.path, f"{TEMP_PREFIX}{step:08d}-{attempt}")
         try:
             self.ops.mkdir(path)
@@ -123,7 +123,7 @@ class LocalStore:
             with contextlib.suppress(OSError):  # made all the same, and only the answer was lost?
                 self.ops.rmdir(path)
             raise
-        return LocalAttempt(self, path, step, attempt)
+        return LocalPendingDirectory(self, path, step, attempt)
 
     def free_bytes(self) -> int:
         return self.ops.free_bytes(self.path)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, SaveFailed, StepExists
-from asyncckpt.protocols import Attempt, Capability, FileInfo, Reader, ShardWriter
+from asyncckpt.protocols import Capability, FileInfo, PendingDirectory, Reader, ShardWriter
 from asyncckpt.storage.object_lease import ObjectLease, read_record
 from asyncckpt.types import MANIFEST_FILE, Buffer, Holder, LeaseOptions
 
@@ -122,7 +122,7 @@ class ObjectStore:
             found[entry] = FileInfo(0, "folder") if slash else FileInfo(nbytes, "file")
         return found
 
-    def begin(self, step: int, attempt: str, *, name: str, shared: bool = False) -> Attempt:
+    def begin(self, step: int, attempt: str, *, name: str, shared: bool = False) -> PendingDirectory:
         marker = _PENDING + attempt
         taken = bool(self._bucket.listing(f"{name}/"))
         begun = marker in self._bucket.listing(marker)
@@ -135,7 +135,7 @@ class ObjectStore:
             )
         with contextlib.suppress(FileExistsError):  # another rank came first
             self._bucket.create(marker, name.encode())
-        return _ObjectAttempt(self._bucket, name, attempt, shared=shared)
+        return _PendingPrefix(self._bucket, name, attempt, shared=shared)
 
     def open(self, name: str) -> Reader:
         return _ObjectReader(self._bucket, name)
@@ -161,7 +161,7 @@ class ObjectStore:
         return found
 
 
-class _ObjectAttempt:
+class _PendingPrefix:
     """Objects on their way to be a checkpoint. The manifest is kept until ``publish``: it makes one of them."""
 
     def __init__(self, bucket: Bucket, name: str, attempt: str, *, shared: bool) -> None:

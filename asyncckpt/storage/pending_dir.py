@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from asyncckpt.errors import CheckpointDamaged, SaveFailed, SaveUndecided, StepExists
+from asyncckpt.errors import CheckpointDamaged, DurabilityUnknown, SaveFailed, StepExists
 from asyncckpt.protocols import Reader, ShardWriter
 from asyncckpt.storage.posix import NO_FLAGS, NO_LINK, NO_REFLINK
 from asyncckpt.storage.reader import LocalReader
@@ -31,7 +31,7 @@ _SYNCS_AT_ONCE = 8
 _SYNCS_A_THREAD = 16
 
 
-class LocalAttempt:
+class LocalPendingDirectory:
     """Writes one ``.tmp-…`` directory and gives it its name. Thread-safe. See ``protocols`` for what its methods
     promise."""
 
@@ -194,7 +194,7 @@ class LocalAttempt:
 
     def _withdraw(self, target: str, ours: int, error: OSError, *, exchanged: bool) -> bool:
         """Take the name back after an error, and return whether there was one to take back. A checkpoint that may not
-        outlive a power cut must be neither seen nor counted by retention. Raises ``SaveUndecided`` where that fails
+        outlive a power cut must be neither seen nor counted by retention. Raises ``DurabilityUnknown`` where that fails
         too."""
         ops = self._store.ops
         try:
@@ -208,7 +208,7 @@ class LocalAttempt:
             return False
         except OSError as second:
             self._done = True  # our directory's name may hold what was there before: not for ``discard``
-            raise SaveUndecided(
+            raise DurabilityUnknown(
                 f"step {self._step}: {target} is complete and has its name, but making that durable failed ({error}), "
                 f"and so did taking it back ({second}): it may be gone after a power cut. Check the storage, save again"
             ) from error

@@ -115,8 +115,8 @@ class Recovery:
             else:
                 good.add(found)
                 usable.append(entry)
-        doomed = plan([entry for entry in usable if entry.kind == "full"], self._policies)
-        if usable and usable[-1] in doomed:
+        to_delete = plan([entry for entry in usable if entry.kind == "full"], self._policies)
+        if usable and usable[-1] in to_delete:
             bad.append(f"{usable[-1].name}: retention would take the newest")
         restored = self._restored(run, bad)
         if not any(path == self._run_name for path, _ in tree):

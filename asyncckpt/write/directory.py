@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from asyncckpt.protocols import Attempt, SpaceReserver, Store
+from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store
 from asyncckpt.scope import SaveScope
 from asyncckpt.write.unchanged import Unchanged
 
@@ -12,7 +12,7 @@ from asyncckpt.write.unchanged import Unchanged
 _SMALL_FILES_BYTES = 4 << 20
 
 
-class AttemptDirectory:
+class SaveDirectory:
     """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
     ``name``: the checkpoint's. ``attempt``: the attempt's uuid. ``shared``: several ranks write into it.
@@ -40,23 +40,23 @@ class AttemptDirectory:
         self._shared = shared
         self._least_bytes = least_bytes
         self._lock = threading.Lock()
-        self._attempt: Attempt | None = None
+        self._made: PendingDirectory | None = None
 
     @property
     def path(self) -> str:
         """The directory's path; before it is made, that of the run."""
-        return self._attempt.path if self._attempt is not None else self._store.address
+        return self._made.path if self._made is not None else self._store.address
 
-    def open(self) -> Attempt:
+    def open(self) -> PendingDirectory:
         """Return the directory, and make it the first time. Blocks on the disk. Raises ``NotEnoughSpace``, and what
         made the save fail."""
         with self._lock:
-            if self._attempt is None:
+            if self._made is None:
                 self._scope.raise_if_failed()
                 needed = max(self._unchanged.expected_bytes(), self._least_bytes)
                 self._space.make_room(needed + _SMALL_FILES_BYTES, self._scope.step)
-                self._attempt = self._store.begin(self._scope.step, self._uuid, name=self._name, shared=self._shared)
-            return self._attempt
+                self._made = self._store.begin(self._scope.step, self._uuid, name=self._name, shared=self._shared)
+            return self._made
 
     def discard(self, timeout_seconds: float, *, keep: bool) -> bool:
         """Remove the directory with all that is in it, or, with ``keep``, only close its files. Call it only for a save
@@ -64,10 +64,10 @@ class AttemptDirectory:
         directory after ``timeout_seconds``."""
         if not self._lock.acquire(timeout=max(0.0, timeout_seconds)):
             return False
-        attempt = self._attempt  # nobody can create files from here on: the save has failed
+        directory = self._made  # nobody can create files from here on: the save has failed
         self._lock.release()
-        if attempt is not None and keep:
-            attempt.close()
-        elif attempt is not None:
-            attempt.discard()
+        if directory is not None and keep:
+            directory.close()
+        elif directory is not None:
+            directory.discard()
         return True

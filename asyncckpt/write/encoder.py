@@ -9,12 +9,12 @@ import numpy as np
 
 from asyncckpt.codecs.blosc import Array, blosc, split_places
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES, Auto, Blosc, Lz4, Planes
-from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Codec
 from asyncckpt.stage.image import Frame, as_it_is, slot_bytes
-from asyncckpt.types import LEAD_BYTES, Extent
-from asyncckpt.write.throttle import Balance
+from asyncckpt.types import FRAME_HEADER_BYTES, Extent
+from asyncckpt.write.throttle import AutoCompression
 
 
 class Encoder:
@@ -24,7 +24,7 @@ class Encoder:
         self.codec = codec
         if isinstance(codec, Blosc | Lz4):
             blosc()  # imported now, not in the first save
-        self.balance = Balance(threads)
+        self.auto_compression = AutoCompression(threads)
         self._changed = threading.Condition()
         self._buffers: list[memoryview] = []
         #: How many more buffers may be made: one for each encoding thread, and some for frames that wait for the disk.
@@ -39,13 +39,13 @@ class Encoder:
         """Whether this chunk should be encoded; ask once a chunk, as ``auto`` counts the calls."""
         if isinstance(self.codec, Auto | Planes) and extent.nbytes < MIN_PLANES_CHUNK_BYTES:
             return False
-        return not isinstance(self.codec, Auto) or self.balance.worth()
+        return not isinstance(self.codec, Auto) or self.auto_compression.should_encode()
 
-    def encode(self, extent: Extent, slot: Slot) -> Frame:
+    def encode(self, extent: Extent, slot: StagingBuffer) -> Frame:
         """Encode a staged chunk and return its frame. Blocks while no buffer is free. Give the frame's buffer back with
         ``release`` once it is written."""
         image: Array = np.frombuffer(slot.view, np.uint8)
-        nbytes = extent.nbytes - LEAD_BYTES
+        nbytes = extent.nbytes - FRAME_HEADER_BYTES
         buffer = self._acquire(padded(slot_bytes(extent)))
         out: Array = np.frombuffer(buffer, np.uint8)
         try:
@@ -53,10 +53,10 @@ class Encoder:
             if slot.split and isinstance(self.codec, Auto | Planes):
                 count = nbytes // extent.item_bytes
                 places = split_places(nbytes, extent.item_bytes)
-                stored = self.codec.attempt_split([image[place : place + count] for place in places], out)
+                stored = self.codec.encode_planes_if_smaller([image[place : place + count] for place in places], out)
             else:
-                stored = self.codec.attempt(image[LEAD_BYTES : extent.nbytes], extent.item_bytes, out)
-            self.balance.encoded(nbytes, stored or nbytes, time.perf_counter() - began)
+                stored = self.codec.encode_if_smaller(image[FRAME_HEADER_BYTES : extent.nbytes], extent.item_bytes, out)
+            self.auto_compression.record_encode(nbytes, stored or nbytes, time.perf_counter() - began)
         except BaseException:
             self.release(buffer)
             raise
@@ -66,10 +66,10 @@ class Encoder:
         buffer[stored : padded(stored)] = bytes(padded(stored) - stored)
         return Frame(buffer, stored, buffer)
 
-    def park(self, frame: Frame, slot: Slot) -> None:
+    def move_to_slot(self, frame: Frame, slot: StagingBuffer) -> None:
         """Move a frame into the slot its data came from, so that buffers never run out however long it waits."""
         if frame.buffer is not None:
-            nbytes = padded(frame.stored)
+            nbytes = padded(frame.payload_bytes)
             slot.view[:nbytes] = frame.buffer[:nbytes]
             self.release(frame.buffer)
             frame.view, frame.buffer = slot.view, None

@@ -9,18 +9,18 @@ from asyncckpt.memory.arena import Arena
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.stage.image import Frame
 from asyncckpt.write.encoder import Encoder
-from asyncckpt.write.progress import Parked, Progress
+from asyncckpt.write.progress import EncodedChunk, ShardProgress
 
 #: The most bytes of frames that wait for their turn outside the arena.
-_MAX_SET_ASIDE_BYTES = 256 << 20
+_MAX_COPIED_BYTES = 256 << 20
 
 
-class Parking:
+class ReorderBuffer:
     """Gives frames their places in the layout's order, so that equal states give equal files, whichever thread is
-    first. A frame whose turn has not come is parked in its slot.
+    first. A frame whose turn has not come is held in its slot.
 
-    Parked slots must never keep other extents from being staged. So once they hold a quarter of the arena, frames are
-    parked in memory of their own, and once that is full too, frames are placed out of order: the manifest says where
+    Held slots must never keep other extents from being staged. So once they hold a quarter of the arena, frames are
+    held in memory of their own, and once that is full too, frames are placed out of order: the manifest says where
     everything is. ``lock`` guards the progress of the shards. Thread-safe, except that an item is released once.
     """
 
@@ -28,62 +28,62 @@ class Parking:
         self._lock = lock
         self._encoder = encoder
         self._arena = arena
-        self._parked_bytes = self._set_aside_bytes = 0
+        self._held_bytes = self._copied_bytes = 0
         self._abandoned = False
 
-    def place(self, progress: Progress, item: Parked) -> list[tuple[Parked, int]]:
-        """Park the frame, or return the frames that can be written now, each with its offset in the file."""
+    def place(self, progress: ShardProgress, item: EncodedChunk) -> list[tuple[EncodedChunk, int]]:
+        """Hold the frame, or return the frames that can be written now, each with its offset in the file."""
         with self._lock:
             slot = item.slot
             if self._abandoned:
-                self.let_go(item)
+                self.release(item)
                 return []
-            room = slot is not None and self._parked_bytes + slot.nbytes <= self._arena.budget_bytes // 4
-            if slot is not None and item.number != progress.turn:
+            room = slot is not None and self._held_bytes + slot.nbytes <= self._arena.budget_bytes // 4
+            if slot is not None and item.number != progress.next_in_order:
                 if room:
-                    self._encoder.park(item.frame, slot)
-                    progress.parked[item.number] = item
-                    self._parked_bytes += slot.nbytes
+                    self._encoder.move_to_slot(item.frame, slot)
+                    progress.held[item.number] = item
+                    self._held_bytes += slot.nbytes
                     return []
-                if self._set_aside_bytes + padded(item.frame.stored) <= _MAX_SET_ASIDE_BYTES:
-                    progress.parked[item.number] = self._set_aside(item)
+                if self._copied_bytes + padded(item.frame.payload_bytes) <= _MAX_COPIED_BYTES:
+                    progress.held[item.number] = self._copy_out(item)
                     return []
             placed = [(item, progress.place(item))]
-            while (after := progress.parked.pop(progress.turn, None)) is not None:
+            while (after := progress.held.pop(progress.next_in_order, None)) is not None:
                 if after.slot is not None:
-                    self._parked_bytes -= after.slot.nbytes
+                    self._held_bytes -= after.slot.nbytes
                 else:
-                    self._set_aside_bytes -= padded(after.frame.stored)
+                    self._copied_bytes -= padded(after.frame.payload_bytes)
                 placed.append((after, progress.place(after)))
         if item.frame.buffer is not None and slot is not None:  # what was staged is in the buffer now
             item.slot = None
             self._arena.release(slot)
         return placed
 
-    def _set_aside(self, item: Parked) -> Parked:
+    def _copy_out(self, item: EncodedChunk) -> EncodedChunk:
         """Copy the frame into memory of its own, and release its slot."""
         frame = item.frame
-        nbytes = padded(frame.stored)
+        nbytes = padded(frame.payload_bytes)
         buffer = memoryview(aligned_buffer(nbytes))
         buffer[:nbytes] = frame.view[:nbytes]
-        self.let_go(item)
-        self._set_aside_bytes += nbytes
-        return Parked(item.number, None, Frame(buffer, frame.stored, None, frame.unchanged), item.content)
+        self.release(item)
+        self._copied_bytes += nbytes
+        return EncodedChunk(item.number, None, Frame(buffer, frame.payload_bytes, None, frame.unchanged), item.content)
 
-    def let_go(self, item: Parked) -> None:
+    def release(self, item: EncodedChunk) -> None:
         """Give back the memory that a frame lies in. Call it once an item."""
         self._encoder.release(item.frame.buffer)
         if item.slot is not None:
             self._arena.release(item.slot)
 
-    def abandon(self, shards: Sequence[Progress]) -> None:
+    def abandon(self, shards: Sequence[ShardProgress]) -> None:
         """Give back the memory of all frames that wait for these shards, and of every frame placed later.
         Idempotent."""
         with self._lock:
             self._abandoned = True
-            waiting = [item for progress in shards for item in progress.parked.values()]
+            waiting = [item for progress in shards for item in progress.held.values()]
             for progress in shards:
-                progress.parked.clear()
-            self._parked_bytes = self._set_aside_bytes = 0
+                progress.held.clear()
+            self._held_bytes = self._copied_bytes = 0
         for item in waiting:
-            self.let_go(item)
+            self.release(item)

@@ -20,7 +20,7 @@ from asyncckpt.manifest.records import (
     written_extent,
 )
 from asyncckpt.protocols import Reader, Store
-from asyncckpt.types import Shard, StagedDigests
+from asyncckpt.types import ShardFile, StagedDigests
 
 log = logging.getLogger("asyncckpt")
 
@@ -29,11 +29,11 @@ _REMEMBERED = 4
 
 
 @dataclass(frozen=True, slots=True)
-class KnownFile:
+class ReusableFile:
     """A file of the previous checkpoint. ``ordered``: its extents in the order of the layout that it was made by,
-    without those that the format adds; until ``fitted``, one for each part between two cuts. ``bases``: the
-    files that it builds on. ``seconds``: the extents' second digests (``digests.second``), which only the process that
-    wrote the file knows."""
+    without those that the format adds; until ``matching_layout``, one for each part between two digest boundaries.
+    ``bases``: the files that it builds on. ``seconds``: the extents' second digests (``digests.second``), which only
+    the process that wrote the file knows."""
 
     record: FileRecord
     ordered: tuple[WrittenExtent, ...]
@@ -45,11 +45,11 @@ class KnownFile:
         """The files whose chunks, XORed, give its data; the file itself is the last."""
         return (*self.bases, self.record)
 
-    def fitted(self, shard: Shard) -> KnownFile | None:
+    def matching_layout(self, shard: ShardFile) -> ReusableFile | None:
         """Return this file with its extents as the shard has them; None where the two differ in more than contents."""
-        if self.record.plan != shard.plan or shard.shared:
+        if self.record.content_key != shard.content_key or shard.multi_writer:
             return None
-        if shard.floating:
+        if shard.packed_on_write:
             equal = len(self.ordered) == len(shard.extents) and all(extent.content for extent in self.ordered)
             return self if equal else None
         # placed by a format that may add to it (zarr), the record has more extents than the layout
@@ -62,15 +62,15 @@ class Previous:
     """An open, published checkpoint. Retention spares it until the reader is closed."""
 
     reader: Reader
-    files: Mapping[str, KnownFile]
+    files: Mapping[str, ReusableFile]
 
-    def candidate(self, shard: Shard) -> KnownFile | None:
+    def find(self, shard: ShardFile) -> ReusableFile | None:
         """Return the file that could be equal to this shard, or None."""
         known = self.files.get(shard.file)
-        return known.fitted(shard) if known is not None else None
+        return known.matching_layout(shard) if known is not None else None
 
 
-def files_of(manifest: Manifest) -> dict[str, KnownFile]:
+def files_of(manifest: Manifest) -> dict[str, ReusableFile]:
     """List the files of a checkpoint that another process wrote, by name."""
     ordered: dict[str, list[ExtentRecord]] = {}
     files = {record.name: record for record in manifest.files}
@@ -81,9 +81,9 @@ def files_of(manifest: Manifest) -> dict[str, KnownFile]:
                 ordered.setdefault(part.file, []).extend(extents[i] for i in part.extents)
     return {
         # where places are fixed, what the format adds is an extent of the layout too
-        name: KnownFile(
+        name: ReusableFile(
             record,
-            tuple(map(written_extent, ordered[name] if record.plan and name in ordered else record.extents)),
+            tuple(map(written_extent, ordered[name] if record.content_key and name in ordered else record.extents)),
             tuple(files[base] for base in record.bases),
         )
         for name, record in files.items()
@@ -101,9 +101,9 @@ class ReuseSource:
         self._quarantined = quarantined
         self._lock = threading.Lock()
         #: By kind: names, the newest last, each with the files where this process has written them.
-        self._known: dict[str, list[tuple[str, Mapping[str, KnownFile] | None]]] = {}
+        self._known: dict[str, list[tuple[str, Mapping[str, ReusableFile] | None]]] = {}
 
-    def learn(self, kind: str, name: str, files: Mapping[str, KnownFile] | None = None) -> None:
+    def learn(self, kind: str, name: str, files: Mapping[str, ReusableFile] | None = None) -> None:
         """Remember a checkpoint as the newest of its kind. ``files``: its files, where they are known already."""
         with self._lock:
             others = [one for one in self._known.get(kind, ()) if one[0] != name]
@@ -131,7 +131,7 @@ class ReuseSource:
                 return None
         return None
 
-    def _opened(self, name: str, files: Mapping[str, KnownFile] | None) -> Previous:
+    def _opened(self, name: str, files: Mapping[str, ReusableFile] | None) -> Previous:
         reader = self._store.open(name)
         try:
             forks.disarm_in_child(reader)  # a forked child does not have it open

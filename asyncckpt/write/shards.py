@@ -15,19 +15,19 @@ from collections.abc import Callable, Mapping, Sequence
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent
-from asyncckpt.memory.arena import Arena, Slot
+from asyncckpt.memory.arena import Arena, StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Digest, ShardFormat, ShardWriter
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import Frame, as_it_is, staged_digests
 from asyncckpt.stage.staged import StagedExtent
-from asyncckpt.types import ContentDigest, Extent, Layout, Placed, StagedDigests
-from asyncckpt.write.directory import AttemptDirectory
+from asyncckpt.types import ContentDigest, Extent, Layout, StagedDigests, WrittenRange
+from asyncckpt.write.directory import SaveDirectory
 from asyncckpt.write.encoder import Encoder
-from asyncckpt.write.progress import Parked, Progress
-from asyncckpt.write.reorder_buffer import Parking
-from asyncckpt.write.reuse import KnownFile
-from asyncckpt.write.small_file_queue import SmallShards
+from asyncckpt.write.progress import EncodedChunk, ShardProgress
+from asyncckpt.write.reorder_buffer import ReorderBuffer
+from asyncckpt.write.reuse import ReusableFile
+from asyncckpt.write.small_file_queue import SmallFileQueue
 from asyncckpt.write.threads import Pools, WriterPool
 from asyncckpt.write.unchanged import Unchanged
 
@@ -44,9 +44,9 @@ class ShardPipeline:
         layout: Layout,
         *,
         scope: SaveScope,
-        shards: Sequence[Progress],
+        shards: Sequence[ShardProgress],
         unchanged: Unchanged,
-        directory: AttemptDirectory,
+        directory: SaveDirectory,
         shard_format: ShardFormat,
         digest: Digest,
         encoder: Encoder,
@@ -67,12 +67,12 @@ class ShardPipeline:
         self._lock = threading.Lock()
         self._open_lock = threading.Lock()
         self._in_flight = 0
-        self._parking = Parking(self._lock, encoder, arena)
+        self._reorder_buffer = ReorderBuffer(self._lock, encoder, arena)
         self.written_bytes = 0
         #: Shards that are not durable yet.
         self.unfinished = sum(bool(shard.extents) for shard in layout.shards)
         self._shards = shards
-        self._small = SmallShards(layout, pools, arena)
+        self._small_files = SmallFileQueue(layout, pools, arena)
         scope.when_failed(self._abandon)
 
     # -- what the save asks ------------------------------------------------------------------------------------------
@@ -93,8 +93,8 @@ class ShardPipeline:
 
     def _abandon(self) -> None:
         """The save has failed: give back what waits for its turn."""
-        self._parking.abandon(self._shards)
-        self._small.hold_no_longer()
+        self._reorder_buffer.abandon(self._shards)
+        self._small_files.flush()
 
     def replace_stuck_threads(self, stuck_seconds: float) -> None:
         """Replace writer threads that have been inside one system call for longer than that, and give the encoder as
@@ -108,7 +108,7 @@ class ShardPipeline:
             written + [layer for progress in self._shards for layer in progress.layers or ()] + self._unchanged.unused
         )
 
-    def files(self) -> dict[str, KnownFile]:
+    def files(self) -> dict[str, ReusableFile]:
         """List the files by name, as the next save compares with them."""
         return {progress.shard.file: progress.known() for progress in self._shards if progress.shard.extents}
 
@@ -133,7 +133,7 @@ class ShardPipeline:
         with self._lock:
             self._in_flight += 1
         shard = self._shards[self._extents[extent.index].shard].shard
-        self._small.submit(shard, extent.slot.nbytes, lambda: self._run(lambda: self._handle(extent)))
+        self._small_files.submit(shard, extent.slot.nbytes, lambda: self._run(lambda: self._handle(extent)))
 
     def give_memory_back(self) -> None:
         """Start what waits of any save: whoever waits for memory may wait for the memory of another. Never blocks."""
@@ -176,36 +176,41 @@ class ShardPipeline:
                     owned = False
                     self._store_chunk(progress, number, extent, slot, found)
                 else:
-                    stored = extent.stored if extent.stored != extent.nbytes else 0
+                    stored = extent.payload_bytes if extent.payload_bytes != extent.nbytes else 0
                     record = WrittenExtent(extent.offset, extent.nbytes, found, None, stored)
-                    self._write(progress, slot.view[extent.lead :], record, number)
+                    self._write(progress, slot.view[extent.block_offset :], record, number)
         finally:
             if owned:
                 self._arena.release(slot)
 
-    def _matches(self, progress: Progress, number: int, found: StagedDigests) -> bool:
+    def _matches(self, progress: ShardProgress, number: int, found: StagedDigests) -> bool:
         """Whether nothing has to be written for now, because the previous checkpoint has these bytes."""
         verdict = self._unchanged.compare(progress, number, found, self._lock, self._directory)
         if verdict.linked:
             self._done(progress)
         # encoding waits for a buffer, and only writing threads give buffers back: they must not wait there themselves
-        encodes = self._unchanged.differs and progress.shard.floating
-        pool = self._pools.encoding if encodes else self._small.pool(progress.shard)
+        encodes = self._unchanged.differs and progress.shard.packed_on_write
+        pool = self._pools.encoding if encodes else self._small_files.pool(progress.shard)
         for copied in verdict.copies:
             self._submit(functools.partial(self._copy, progress, copied), pool)
         return verdict.held
 
-    def _store_chunk(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: ContentDigest) -> None:
+    def _store_chunk(
+        self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer, found: ContentDigest
+    ) -> None:
         """Encode a chunk if that pays, and write it. Takes the slot over."""
         if self._unchanged.differs or self._encoder.wanted(extent):
             work = functools.partial(self._encode, progress, number, extent, slot, found)
             self._submit(work, self._pools.encoding)
         else:
             self._write_all(
-                progress, self._parking.place(progress, Parked(number, slot, as_it_is(extent, slot), found))
+                progress,
+                self._reorder_buffer.place(progress, EncodedChunk(number, slot, as_it_is(extent, slot), found)),
             )
 
-    def _encode(self, progress: Progress, number: int, extent: Extent, slot: Slot, found: ContentDigest) -> None:
+    def _encode(
+        self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer, found: ContentDigest
+    ) -> None:
         try:
             if self._scope.error is not None:
                 raise SaveAbandoned(f"step {self._scope.step}: given up before all of it was encoded")
@@ -213,10 +218,12 @@ class ShardPipeline:
         except BaseException:
             self._arena.release(slot)
             raise
-        for placed in self._parking.place(progress, Parked(number, slot, frame, found)):
-            self._submit(functools.partial(self._write_placed, progress, *placed), self._small.pool(progress.shard))
+        for placed in self._reorder_buffer.place(progress, EncodedChunk(number, slot, frame, found)):
+            self._submit(
+                functools.partial(self._write_placed, progress, *placed), self._small_files.pool(progress.shard)
+            )
 
-    def _frame(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> Frame:
+    def _frame(self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer) -> Frame:
         layers = self._unchanged.layers_of(progress, self._directory)
         if layers:
             self._unchanged.subtract(progress, number, extent, slot)
@@ -224,31 +231,33 @@ class ShardPipeline:
         frame.unchanged = frame.unchanged and not layers
         return frame
 
-    def _write_all(self, progress: Progress, placed: Sequence[tuple[Parked, int]]) -> None:
+    def _write_all(self, progress: ShardProgress, placed: Sequence[tuple[EncodedChunk, int]]) -> None:
         """Write the first frame on this thread, and submit the others to the pool."""
         for later in placed[1:]:
-            self._submit(functools.partial(self._write_placed, progress, *later), self._small.pool(progress.shard))
+            self._submit(
+                functools.partial(self._write_placed, progress, *later), self._small_files.pool(progress.shard)
+            )
         for item, offset in placed[:1]:
             self._write_placed(progress, item, offset)
 
-    def _write_placed(self, progress: Progress, item: Parked, offset: int) -> None:
+    def _write_placed(self, progress: ShardProgress, item: EncodedChunk, offset: int) -> None:
         frame = item.frame
         try:
             if self._scope.error is not None:
                 return
-            nbytes = frame.stored if progress.alone else padded(frame.stored)
+            nbytes = frame.payload_bytes if progress.alone else padded(frame.payload_bytes)
             # a chunk stored as it is has been digested already
-            known = frame.unchanged and nbytes == padded(frame.stored)
+            known = frame.unchanged and nbytes == padded(frame.payload_bytes)
             digest = item.content.hex if known else self._digest(frame.view[:nbytes])
-            record = WrittenExtent(offset, nbytes, (digest,), item.content, frame.stored)
+            record = WrittenExtent(offset, nbytes, (digest,), item.content, frame.payload_bytes)
             self._write(progress, frame.view, record, item.number)
         finally:
-            self._parking.let_go(item)
+            self._reorder_buffer.release(item)
 
-    def _write(self, progress: Progress, view: memoryview, record: WrittenExtent, number: int) -> None:
+    def _write(self, progress: ShardProgress, view: memoryview, record: WrittenExtent, number: int) -> None:
         began = time.perf_counter()
         writer = self._writer(progress)
-        with self._encoder.balance.writing(record.nbytes):
+        with self._encoder.auto_compression.timing_write(record.nbytes):
             writer.write_at(view, record.nbytes, record.offset)
         now = time.perf_counter()
         self._events.emit(
@@ -262,7 +271,7 @@ class ShardPipeline:
         if complete and self._scope.error is None:
             self._finish(progress)
 
-    def _copy(self, progress: Progress, number: int) -> None:
+    def _copy(self, progress: ShardProgress, number: int) -> None:
         """Write an extent out of the previous checkpoint, verified: the extent matched, but its shard did not."""
         if self._scope.error is not None or progress.old is None:
             return
@@ -276,40 +285,40 @@ class ShardPipeline:
         else:
             buffer, old = self._unchanged.bytes_of(progress, number)
             frame = Frame(buffer, old.stored, None)
-        self._write_all(progress, self._parking.place(progress, Parked(number, None, frame, content)))
+        self._write_all(progress, self._reorder_buffer.place(progress, EncodedChunk(number, None, frame, content)))
 
     # -- shards ------------------------------------------------------------------------------------------------------
 
-    def _writer(self, progress: Progress) -> ShardWriter:
-        attempt = self._directory.open()
+    def _writer(self, progress: ShardProgress) -> ShardWriter:
+        directory = self._directory.open()
         with self._open_lock:
             if progress.writer is None:
-                progress.writer = attempt.create_shard(
-                    progress.shard.file, progress.shard.nbytes, shared=progress.shard.shared
+                progress.writer = directory.create_shard(
+                    progress.shard.file, progress.shard.nbytes, shared=progress.shard.multi_writer
                 )
             return progress.writer
 
-    def _finish(self, progress: Progress) -> None:
+    def _finish(self, progress: ShardProgress) -> None:
         """Write the shard's head and tail, and make the file durable."""
         writer = self._writer(progress)
         end = progress.shard.nbytes
-        if progress.shard.floating:
-            placed = [Placed(record.offset, record.nbytes, record.stored) for record in progress.ordered()]
+        if progress.shard.packed_on_write:
+            placed = [WrittenRange(record.offset, record.nbytes, record.stored) for record in progress.ordered()]
             head, tail = self._format.seal(progress.shard, placed, self._encoder.codec)
             end = max(place.offset + place.nbytes for place in placed)
             for offset, data in ((0, head), (end, tail)):
                 if data:
                     view = memoryview(aligned_buffer(len(data)))
                     view[: len(data)] = data
-                    progress.edges.append(ExtentRecord(offset, len(data), self._digest(view[: len(data)])))
+                    progress.format_extents.append(ExtentRecord(offset, len(data), self._digest(view[: len(data)])))
                     writer.write_at(view, len(data), offset)
             end += len(tail)
         writer.finish(end)
         progress.nbytes = end
         self._done(progress)
 
-    def _done(self, progress: Progress) -> None:
+    def _done(self, progress: ShardProgress) -> None:
         with self._lock:
             progress.finished = True
             self.unfinished -= 1
-        self._small.done(progress.shard)
+        self._small_files.done(progress.shard)

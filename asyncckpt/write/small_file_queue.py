@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from asyncckpt.memory.arena import Arena
-from asyncckpt.types import SMALL_SHARD_BYTES, Layout, Shard
+from asyncckpt.types import SMALL_SHARD_BYTES, Layout, ShardFile
 from asyncckpt.write.threads import Pools, WriterPool
 
 #: So few small shards or fewer do not wait: the threads that write everything else write them as they come.
@@ -16,7 +16,7 @@ _FEW = 16
 _SHARE = 8
 
 
-class SmallShards:
+class SmallFileQueue:
     """Decides on which threads, and when, the extents of one save's shards are worked on. Thread-safe; never blocks."""
 
     def __init__(self, layout: Layout, pools: Pools, arena: Arena) -> None:
@@ -27,26 +27,26 @@ class SmallShards:
         self._large = sum(not _is_small(shard) for shard in shards)
         self._few = len(shards) - self._large <= _FEW
         self._room = arena.budget_bytes // _SHARE
-        self._held: list[Callable[[], None]] | None = None
+        self._waiting: list[Callable[[], None]] | None = None
         if not self._few and self._large:
-            self._held = []
+            self._waiting = []
             pools.add_holding(self)
 
-    def pool(self, shard: Shard) -> WriterPool:
+    def pool(self, shard: ShardFile) -> WriterPool:
         """Return the pool whose threads write this shard."""
         return self._pools.small if _is_small(shard) and not self._few else self._pools.writing
 
-    def submit(self, shard: Shard, nbytes: int, task: Callable[[], None]) -> None:
+    def submit(self, shard: ShardFile, nbytes: int, task: Callable[[], None]) -> None:
         """Submit ``task``, which holds ``nbytes`` of the arena: now, or, for a small shard, once the large ones are
         written."""
         with self._lock:
-            if self._held is not None and _is_small(shard) and nbytes <= self._room and not self._arena.waiting:
+            if self._waiting is not None and _is_small(shard) and nbytes <= self._room and not self._arena.waiting:
                 self._room -= nbytes
-                self._held.append(task)
+                self._waiting.append(task)
                 return
         self.pool(shard).submit(task)
 
-    def done(self, shard: Shard) -> None:
+    def done(self, shard: ShardFile) -> None:
         """Count a shard that is durable; after the last large one, start what waits."""
         if _is_small(shard):
             return
@@ -54,18 +54,18 @@ class SmallShards:
             self._large -= 1
             if self._large:
                 return
-        self.hold_no_longer()
+        self.flush()
 
-    def hold_no_longer(self) -> None:
+    def flush(self) -> None:
         """Start all tasks that wait. Called when the large shards are written, when any save waits for memory (it would
         wait for the memory held here), or when this save has failed. Idempotent."""
         with self._lock:
-            held, self._held = self._held, None
+            held, self._waiting = self._waiting, None
         for task in held or ():
             self._pools.small.submit(task)
         if held is not None:
             self._pools.remove_holding(self)
 
 
-def _is_small(shard: Shard) -> bool:
+def _is_small(shard: ShardFile) -> bool:
     return shard.nbytes <= SMALL_SHARD_BYTES

@@ -96,7 +96,7 @@ _ENCODING_NICENESS = 10
 class Holding(Protocol):
     """Holds tasks back."""
 
-    def hold_no_longer(self) -> None:
+    def flush(self) -> None:
         """Start all of them. Idempotent; never blocks."""
 
 
@@ -127,7 +127,7 @@ class Pools:
         with self._lock:
             holding = list(self._holding)
         for one in holding:
-            one.hold_no_longer()
+            one.flush()
 
     def replace_stuck(self, stuck_seconds: float) -> int:
         """Replace threads that have been inside one task for longer than ``stuck_seconds``; return how many."""

@@ -18,7 +18,7 @@ _PROBE_EVERY = 64
 _MARGIN = 1.1
 
 
-class Balance:
+class AutoCompression:
     """Compares the speeds of disk and codec in one run. Thread-safe; never blocks.
 
     Saving raw takes ``1 / disk`` seconds a byte, saving encoded ``max(1 / (threads x codec), 1 / (ratio x disk))``: so
@@ -38,7 +38,7 @@ class Balance:
         self._bytes = 0
         self._count = 0
 
-    def worth(self) -> bool:
+    def should_encode(self) -> bool:
         """Whether the next chunk should be encoded. Call it once a chunk."""
         with self._lock:
             self._count += 1
@@ -49,7 +49,7 @@ class Balance:
             gains = self._ratio > 1.01 and self._threads * self._codec_rate > _MARGIN * self._disk_rate
             return gains or self._count % _PROBE_EVERY == 0
 
-    def encoded(self, nbytes: int, stored: int, seconds: float) -> None:
+    def record_encode(self, nbytes: int, stored: int, seconds: float) -> None:
         """Record that one thread encoded ``nbytes`` into ``stored`` bytes in so many seconds."""
         with self._lock:
             rate = nbytes / max(seconds, 1e-9)
@@ -58,7 +58,7 @@ class Balance:
             self._ratio = nbytes / stored if first else 0.9 * self._ratio + 0.1 * nbytes / stored
 
     @contextmanager
-    def writing(self, nbytes: int) -> Iterator[None]:
+    def timing_write(self, nbytes: int) -> Iterator[None]:
         """Measure the write of ``nbytes`` in the body. Wrap every write in it."""
         self._move(+1)
         try:

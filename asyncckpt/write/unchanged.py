@@ -18,21 +18,21 @@ import torch
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import FileRecord, WrittenExtent
-from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
-from asyncckpt.protocols import Attempt, Codec, Digest
-from asyncckpt.read.delta import LayerReader, layer_name
+from asyncckpt.protocols import Codec, Digest, PendingDirectory
+from asyncckpt.read.delta import DeltaReader, layer_name
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import cut_digests, finish_image, slot_bytes, staged_digests
-from asyncckpt.types import LEAD_BYTES, Extent, StagedDigests
-from asyncckpt.write.progress import Progress
-from asyncckpt.write.reuse import KnownFile, Previous, ReuseSource
+from asyncckpt.types import FRAME_HEADER_BYTES, Extent, StagedDigests
+from asyncckpt.write.progress import ShardProgress
+from asyncckpt.write.reuse import Previous, ReusableFile, ReuseSource
 
 
-class OpensAttempt(Protocol):
+class OpensDirectory(Protocol):
     """Opens the directory that the save is written to; whichever thread comes first makes it."""
 
-    def open(self) -> Attempt: ...
+    def open(self) -> PendingDirectory: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Unchanged:
 
     def __init__(
         self,
-        shards: Sequence[Progress],
+        shards: Sequence[ShardProgress],
         *,
         scope: SaveScope,
         source: ReuseSource | None,
@@ -75,7 +75,7 @@ class Unchanged:
         self._lock = threading.Lock()
         self._begun = False
         self._previous: Previous | None = None
-        self._layer_reader: LayerReader | None = None
+        self._layer_reader: DeltaReader | None = None
         #: Files that were linked as layers to build on, and then were not needed.
         self.unused: list[FileRecord] = []
 
@@ -96,9 +96,9 @@ class Unchanged:
             if previous is None:
                 return
             self._previous = previous
-            self._layer_reader = LayerReader(previous.reader, self._codec, self._digest)
+            self._layer_reader = DeltaReader(previous.reader, self._codec, self._digest)
             for progress in self._shards:
-                old = previous.candidate(progress.shard) if progress.shard.extents else None
+                old = previous.find(progress.shard) if progress.shard.extents else None
                 if old is not None and self._second is not None and len(old.seconds) != len(progress.shard.extents):
                     old = None  # another process wrote it
                 progress.old = old
@@ -110,13 +110,18 @@ class Unchanged:
         self.begin()
         return sum(progress.shard.nbytes for progress in self._shards if progress.old is None or not progress.frozen)
 
-    def note(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> None:
+    def note(self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer) -> None:
         """Take the second digest of a staged extent, if one is wanted."""
         if self._second is not None:
             progress.seconds[number] = staged_digests(self._second, extent, slot)
 
     def compare(
-        self, progress: Progress, number: int, found: StagedDigests, lock: threading.Lock, directory: OpensAttempt
+        self,
+        progress: ShardProgress,
+        number: int,
+        found: StagedDigests,
+        lock: threading.Lock,
+        directory: OpensDirectory,
     ) -> Verdict:
         """Say what becomes of extent ``number``, whose digests are ``found``. ``lock`` guards the shards'
         progress. Blocks on the disk where the whole file can be linked."""
@@ -139,7 +144,9 @@ class Unchanged:
         progress.matching = False
         return Verdict(held=False, copies=copies)
 
-    def _link(self, progress: Progress, old: KnownFile, lock: threading.Lock, directory: OpensAttempt) -> bool:
+    def _link(
+        self, progress: ShardProgress, old: ReusableFile, lock: threading.Lock, directory: OpensDirectory
+    ) -> bool:
         """Link the whole file and those it builds on; return False where the file system cannot (its extents are then
         copied)."""
         previous = self._previous
@@ -156,45 +163,45 @@ class Unchanged:
         with lock:
             progress.records = dict(enumerate(old.ordered))
             known = {record.offset for record in progress.parts()}
-            progress.edges = [extent for extent in old.record.extents if extent.offset not in known]
+            progress.format_extents = [extent for extent in old.record.extents if extent.offset not in known]
             progress.layers = old.bases
             progress.nbytes = old.record.nbytes
             progress.linked = True
             progress.missing = 0
         return True
 
-    def bytes_of(self, progress: Progress, number: int) -> tuple[memoryview, WrittenExtent]:
+    def bytes_of(self, progress: ShardProgress, number: int) -> tuple[memoryview, WrittenExtent]:
         """Read an extent's bytes out of the previous checkpoint; return them with their record there. Blocks. Raises
         ``CheckpointDamaged`` where they are not what was written."""
         known, previous = self._known(progress)
         old = known.ordered[number]
         buffer = memoryview(aligned_buffer(old.nbytes))
         got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
-        cuts = progress.shard.extents[number].cuts
+        cuts = progress.shard.extents[number].digest_boundaries
         if got != old.nbytes or cut_digests(self._digest, buffer[: old.nbytes], cuts) != old.digests:
             where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
             raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
         return buffer, old
 
-    def image_of(self, progress: Progress, number: int) -> Slot:
+    def image_of(self, progress: ShardProgress, number: int) -> StagingBuffer:
         """Read a chunk out of the previous checkpoint, decode it through the files that it builds on, and return it as
         if it had been staged. Blocks. Raises ``CheckpointDamaged``."""
         known, _ = self._known(progress)
         extent = progress.shard.extents[number]
         buffer = memoryview(aligned_buffer(slot_bytes(extent)))
-        slot = Slot(-1, 0, len(buffer), 0, buffer, torch.frombuffer(buffer, dtype=torch.uint8))
+        slot = StagingBuffer(-1, 0, len(buffer), 0, buffer, torch.frombuffer(buffer, dtype=torch.uint8))
         if self._layer_reader is not None:
-            data: Array = np.frombuffer(buffer, np.uint8)[LEAD_BYTES : extent.nbytes]
+            data: Array = np.frombuffer(buffer, np.uint8)[FRAME_HEADER_BYTES : extent.nbytes]
             self._layer_reader.add(known.layers, number, data)
         finish_image(extent, slot)
         return slot
 
-    def _known(self, progress: Progress) -> tuple[KnownFile, Previous]:
+    def _known(self, progress: ShardProgress) -> tuple[ReusableFile, Previous]:
         assert progress.old is not None
         assert self._previous is not None
         return progress.old, self._previous
 
-    def layers_of(self, progress: Progress, directory: OpensAttempt) -> tuple[FileRecord, ...]:
+    def layers_of(self, progress: ShardProgress, directory: OpensDirectory) -> tuple[FileRecord, ...]:
         """Link the files that this shard's chunks are saved as differences to, the first time, and return them; empty
         where chunks are stored whole."""
         if not self._chain:
@@ -217,10 +224,10 @@ class Unchanged:
                 self.unused += [layer for layer, there in zip(layers, linked, strict=True) if there]
             return progress.layers
 
-    def subtract(self, progress: Progress, number: int, extent: Extent, slot: Slot) -> None:
+    def subtract(self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer) -> None:
         """Turn a staged chunk, in place, into its difference (XOR) to the previous checkpoint's. Blocks."""
         if self._layer_reader is not None and progress.old is not None:
-            data: Array = np.frombuffer(slot.view, np.uint8)[LEAD_BYTES : extent.nbytes]
+            data: Array = np.frombuffer(slot.view, np.uint8)[FRAME_HEADER_BYTES : extent.nbytes]
             self._layer_reader.add(progress.old.layers, number, data)
 
     def close(self) -> None:

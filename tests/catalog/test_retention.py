@@ -107,14 +107,14 @@ def test_a_newer_weights_only_checkpoint_does_not_expose_the_newest_full_one() -
 
 def test_weights_only_checkpoints_do_not_push_out_full_ones() -> None:
     full, weights = entries(10, 20), entries(11, 12, 13, kind="weights")
-    doomed = plan([*full, *weights], [KeepLast(2)])
-    assert [(entry.step, entry.kind) for entry in doomed] == [(11, "weights")]
+    to_delete = plan([*full, *weights], [KeepLast(2)])
+    assert [(entry.step, entry.kind) for entry in to_delete] == [(11, "weights")]
 
 
 def test_kinds_of_the_same_step_are_judged_apart() -> None:
     full, weights = entries(1, 2, 3), entries(1, 2, kind="weights")
-    doomed = plan([*full, *weights], [KeepLast(1)])
-    assert [(entry.step, entry.kind) for entry in doomed] == [(1, "full"), (1, "weights"), (2, "full")]
+    to_delete = plan([*full, *weights], [KeepLast(1)])
+    assert [(entry.step, entry.kind) for entry in to_delete] == [(1, "full"), (1, "weights"), (2, "full")]
 
 
 @pytest.mark.parametrize(

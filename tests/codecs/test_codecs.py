@@ -129,14 +129,14 @@ def test_every_kind_of_data_comes_back(kind: str, item_bytes: int, codec: Codec)
 @examples(25)
 @given(data=anything, item_bytes=st.sampled_from(ITEMS))
 def test_an_attempt_that_gives_up_can_be_stored_as_it_lies(codec: Codec, data: bytes, item_bytes: int) -> None:
-    """What ``attempt`` answers 0 for is stored with a header before it, and is a frame like any other."""
+    """What ``encode_if_smaller`` answers 0 for is stored with a header before it, and is a frame like any other."""
     out = np.empty(len(data) + FRAME_OVERHEAD_BYTES, np.uint8)
-    stored = codec.attempt(np.frombuffer(data, np.uint8), item_bytes, out)
+    stored = codec.encode_if_smaller(np.frombuffer(data, np.uint8), item_bytes, out)
     if stored or codec.name not in ("planes", "auto"):
         assert _decode(codec, bytes(out[:stored]), len(data)) == data
         return
     image = np.concatenate([np.empty(16, np.uint8), np.frombuffer(data, np.uint8)])
-    assert frames.stored_frame(image, len(data), item_bytes) == len(data) + 16
+    assert frames.uncompressed_frame(image, len(data), item_bytes) == len(data) + 16
     assert _decode(codec, image.tobytes(), len(data)) == data
 
 

@@ -38,7 +38,7 @@ from asyncckpt.stage import job as staging
 from asyncckpt.stage.eager import OwnedMemory, divide
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import FaultyOps, check_trace
-from asyncckpt.types import Piece, TensorSpec
+from asyncckpt.types import LocalTensor, TensorSpec
 
 Check = Callable[[Path], None]
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
@@ -287,13 +287,13 @@ def nothing_is_ever_overwritten(root: Path) -> None:
 def a_live_run_keeps_its_attempts(root: Path) -> None:
     with Checkpointer(root / "run") as run:
         run.save(1, _state(1)).result()
-        attempt = run._store.begin(2, "0" * 32)
+        directory = run._store.begin(2, "0" * 32)
         second = Checkpointer(root / "run")
         with contextlib.suppress(RunLocked):
             second.save(3, _state(3)).result()
         with contextlib.suppress(AsyncCkptError):
             second.close()
-        assert os.path.isdir(attempt.path), "another process deleted a live attempt"
+        assert os.path.isdir(directory.path), "another process deleted a live attempt"
 
 
 def a_run_that_was_cut_off_publishes_nothing(root: Path) -> None:
@@ -429,7 +429,7 @@ def buffers_beside_parameters_are_not_deferred(root: Path) -> None:
     model.register_buffer("mean", flat[1])
     memory = OwnedMemory()
     memory.add([model.w])
-    pieces = [Piece(TensorSpec(name, "F32", (1 << 19,), 2 << 20), t) for name, t in model.state_dict().items()]
+    pieces = [LocalTensor(TensorSpec(name, "F32", (1 << 19,), 2 << 20), t) for name, t in model.state_dict().items()]
     assert divide(pieces, memory).eager == {0, 1}, (
         "a buffer in the parameters' memory is copied while forward changes it"
     )

@@ -36,13 +36,13 @@ from asyncckpt.stage import job as staging
 from asyncckpt.stage.eager import OwnedMemory
 from asyncckpt.storage import lease, local
 from asyncckpt.storage.local import LocalStore
-from asyncckpt.storage.pending_dir import LocalAttempt
+from asyncckpt.storage.pending_dir import LocalPendingDirectory
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.testing import RecordingOps
 from asyncckpt.types import ContentDigest, StagedDigests
 from asyncckpt.write import shards as writing
-from asyncckpt.write.progress import Progress
+from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.shards import ShardPipeline
 from faults import beside_saves
@@ -163,30 +163,30 @@ mutant("a reflink is not synced", REFLINKS)(_unsynced_file(lambda path: "still-"
 
 @mutant("the attempt's directories are not synced", ONE, ZARR)
 def _(patch: Patch) -> None:
-    patch.setattr(LocalAttempt, "sync_directory", lambda self: None)
+    patch.setattr(LocalPendingDirectory, "sync_directory", lambda self: None)
 
 
 @mutant("nested directories are not synced", ZARR)
 def _(patch: Patch) -> None:
-    patch.setattr(LocalAttempt, "sync_directory", lambda self: self._store.ops.fsync_directory(self.path))
+    patch.setattr(LocalPendingDirectory, "sync_directory", lambda self: self._store.ops.fsync_directory(self.path))
 
 
 @mutant("the directory is not synced after the manifest", ONE)
 def _(patch: Patch) -> None:
-    def sync(original: Any, self: LocalAttempt) -> None:
+    def sync(original: Any, self: LocalPendingDirectory) -> None:
         if not os.path.exists(os.path.join(self.path, "manifest.json")):
             original(self)
 
-    _around(patch, LocalAttempt, "sync_directory", sync)
+    _around(patch, LocalPendingDirectory, "sync_directory", sync)
 
 
 @mutant("the parent is not synced after the rename", ONE, TWO)
 def _(patch: Patch) -> None:
-    def publish(original: Any, self: LocalAttempt, name: str, *, replace: bool) -> None:
+    def publish(original: Any, self: LocalPendingDirectory, name: str, *, replace: bool) -> None:
         with _deaf(self._store, "fsync_directory"):
             original(self, name, replace=replace)
 
-    _around(patch, LocalAttempt, "publish", publish)
+    _around(patch, LocalPendingDirectory, "publish", publish)
 
 
 @mutant("parents that were made are not synced", PARENTS)
@@ -272,22 +272,22 @@ def _(patch: Patch) -> None:
 
 @mutant("retention runs before the commit", TWO)
 def _(patch: Patch) -> None:
-    def publish(original: Any, self: LocalAttempt, name: str, *, replace: bool) -> None:
+    def publish(original: Any, self: LocalPendingDirectory, name: str, *, replace: bool) -> None:
         for old in self._store.names():
             _remove(self._store, old)
         original(self, name, replace=replace)
 
-    _around(patch, LocalAttempt, "publish", publish)
+    _around(patch, LocalPendingDirectory, "publish", publish)
 
 
 @mutant("a step that is saved again is deleted first", AGAIN)
 def _(patch: Patch) -> None:
-    def publish(original: Any, self: LocalAttempt, name: str, *, replace: bool) -> None:
+    def publish(original: Any, self: LocalPendingDirectory, name: str, *, replace: bool) -> None:
         if replace and self._store.identity(name) is not None:
             _remove(self._store, name)
         original(self, name, replace=False)
 
-    _around(patch, LocalAttempt, "publish", publish)
+    _around(patch, LocalPendingDirectory, "publish", publish)
 
 
 @mutant("a checkpoint is deleted where it is, not in the trash", TWO)
@@ -352,25 +352,25 @@ def _(patch: Patch) -> None:
 
 @mutant("an error of a directory's sync is swallowed", checks.failing_directory_sync)
 def _(patch: Patch) -> None:
-    def sync(original: Any, self: LocalAttempt) -> None:
+    def sync(original: Any, self: LocalPendingDirectory) -> None:
         with contextlib.suppress(OSError):
             original(self)
 
-    _around(patch, LocalAttempt, "sync_directory", sync)
+    _around(patch, LocalPendingDirectory, "sync_directory", sync)
 
 
 @mutant("an error of a small file is swallowed", checks.failing_small_file)
 def _(patch: Patch) -> None:
-    def write_small(original: Any, self: LocalAttempt, files: Any) -> None:
+    def write_small(original: Any, self: LocalPendingDirectory, files: Any) -> None:
         with contextlib.suppress(OSError):
             original(self, files)
 
-    _around(patch, LocalAttempt, "write_small", write_small)
+    _around(patch, LocalPendingDirectory, "write_small", write_small)
 
 
 @mutant("a poisoned attempt is published", checks.failing_truncate, checks.failing_fsync)
 def _(patch: Patch) -> None:
-    def finish(original: Any, self: ShardPipeline, progress: Progress) -> None:
+    def finish(original: Any, self: ShardPipeline, progress: ShardProgress) -> None:
         try:
             original(self, progress)
         except OSError:
@@ -391,7 +391,7 @@ def _(patch: Patch) -> None:
 @mutant("the digest is taken after the write", checks.a_lying_device_is_found_out)
 def _(patch: Patch) -> None:
     def write(
-        original: Any, self: ShardPipeline, progress: Progress, view: memoryview, record: WrittenExtent, n: int
+        original: Any, self: ShardPipeline, progress: ShardProgress, view: memoryview, record: WrittenExtent, n: int
     ) -> None:
         writer = self._writer(progress)
         writer.write_at(view, record.nbytes, record.offset)
@@ -485,7 +485,7 @@ def _(patch: Patch) -> None:
 
 @mutant("a file is taken over by its size, whatever it holds", checks.saves_hold_what_was_saved, LINKS)
 def _(patch: Patch) -> None:
-    def matches(original: Any, self: ShardPipeline, progress: Progress, number: int, found: StagedDigests) -> Any:
+    def matches(original: Any, self: ShardPipeline, progress: ShardProgress, number: int, found: StagedDigests) -> Any:
         if progress.old is not None:
             found = progress.old.ordered[number].staged_digests
         return original(self, progress, number, found)

@@ -16,7 +16,7 @@ import pytest
 from conftest import assert_all_memory_came_back
 from support.scenarios import SCENARIOS, Scenario, check_visible, count, leftovers, open_files, state_of
 
-from asyncckpt import AsyncCkptError, SaveUndecided
+from asyncckpt import AsyncCkptError, DurabilityUnknown
 from asyncckpt.testing import READING, Fault, Site, SiteFaultOps
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EINTR, errno.EMLINK, errno.EINVAL)
@@ -92,7 +92,7 @@ class Ordeal:
         self._drain()
         if error is None:
             self.durable[step] = self.generation
-        elif isinstance(error, SaveUndecided):
+        elif isinstance(error, DurabilityUnknown):
             self.undecided[step] = self.generation
         return error
 
@@ -123,7 +123,7 @@ class Ordeal:
         try:
             assert error is None or isinstance(error, AsyncCkptError), f"an untyped error: {error!r}"
             left = set(leftovers(self.path)) - before
-            excused = isinstance(error, SaveUndecided) or _spoils_tidying(hits, saved=error is None)
+            excused = isinstance(error, DurabilityUnknown) or _spoils_tidying(hits, saved=error is None)
             assert not left or excused, f"not reclaimed: {left}"
             self.check()
             assert self.save() is None, "the next save fails too, though the fault is gone"

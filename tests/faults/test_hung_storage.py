@@ -18,7 +18,7 @@ from asyncckpt.commit import committer
 from asyncckpt.storage import lease
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import READING, InterceptedOps
-from asyncckpt.testing.lazyfs import LazyFS, reason_unavailable
+from asyncckpt.testing.forgetful_fs import ForgetfulFS, reason_unavailable
 
 pytestmark = [
     pytest.mark.skipif(reason_unavailable() is not None, reason=str(reason_unavailable())),
@@ -32,8 +32,8 @@ _SLACK = 3.0
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[LazyFS]:
-    with LazyFS(tmp_path / "disk") as disk:
+def disk(tmp_path: Path) -> Iterator[ForgetfulFS]:
+    with ForgetfulFS(tmp_path / "disk") as disk:
         try:
             yield disk
         finally:
@@ -43,7 +43,7 @@ def disk(tmp_path: Path) -> Iterator[LazyFS]:
 class _Hangs(InterceptedOps):
     """The storage hangs from the ``number``-th operation of this kind on."""
 
-    def __init__(self, disk: LazyFS, operation: str, number: int = 1) -> None:
+    def __init__(self, disk: ForgetfulFS, operation: str, number: int = 1) -> None:
         self.disk = disk
         self.operation = operation
         self.number = number
@@ -93,7 +93,7 @@ _FAST = [("open", 1), ("pwrite", 1), ("write_file", 1), ("rename_noreplace", 1)]
     ids=lambda place: f"{place[0]}-{place[1]}",
 )
 def test_training_goes_on_while_the_storage_hangs(
-    place: tuple[str, int], disk: LazyFS, monkeypatch: pytest.MonkeyPatch
+    place: tuple[str, int], disk: ForgetfulFS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(committer, "_GRACE_SECONDS", _GRACE)
     path = Path(disk.path, "run")
@@ -145,7 +145,7 @@ def _next_save(run: Checkpointer) -> BaseException | None:
         return raised
 
 
-def test_closing_does_not_wait_for_storage_that_hangs(disk: LazyFS, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_does_not_wait_for_storage_that_hangs(disk: ForgetfulFS, monkeypatch: pytest.MonkeyPatch) -> None:
     """It read the lease a last time, past every deadline: a job that was told to leave did not."""
     monkeypatch.setattr(committer, "_GRACE_SECONDS", _GRACE)
     monkeypatch.setattr(lease, "_RELEASE_SECONDS", 0.3)
@@ -177,7 +177,7 @@ def test_closing_does_not_wait_for_storage_that_hangs(disk: LazyFS, monkeypatch:
 
 
 @pytest.mark.parametrize("scenario", [SCENARIOS["safetensors"], SCENARIOS["zarr"]], ids=str)
-def test_storage_that_comes_back_in_time_costs_nothing(scenario: Scenario, disk: LazyFS) -> None:
+def test_storage_that_comes_back_in_time_costs_nothing(scenario: Scenario, disk: ForgetfulFS) -> None:
     path = Path(disk.path, "run")
     run = scenario.checkpointer(path, keep=())
     run.prepare(state_of(0))
@@ -199,7 +199,7 @@ def test_storage_that_comes_back_in_time_costs_nothing(scenario: Scenario, disk:
     assert check_visible(path) == {1: 1, 2: 2}
 
 
-def test_a_run_that_begins_on_hung_storage_is_given_up_and_begins_when_it_is_back(disk: LazyFS) -> None:
+def test_a_run_that_begins_on_hung_storage_is_given_up_and_begins_when_it_is_back(disk: ForgetfulFS) -> None:
     path = Path(disk.path, "run")
     os.mkdir(path)
     disk.stop()
@@ -223,7 +223,7 @@ def test_a_run_that_begins_on_hung_storage_is_given_up_and_begins_when_it_is_bac
     assert check_visible(path) == {1: 1}
 
 
-def test_a_run_that_gave_up_and_closed_leaves_the_directory_to_others(disk: LazyFS) -> None:
+def test_a_run_that_gave_up_and_closed_leaves_the_directory_to_others(disk: ForgetfulFS) -> None:
     path = Path(disk.path, "run")
     os.mkdir(path)
     disk.stop()

@@ -16,7 +16,7 @@ from support.scenarios import SCENARIOS, Scenario, acknowledge, acknowledged, ch
 
 from asyncckpt import Run
 from asyncckpt.storage.posix import PosixOps
-from asyncckpt.testing.lazyfs import LazyFS, reason_unavailable
+from asyncckpt.testing.forgetful_fs import ForgetfulFS, reason_unavailable
 
 pytestmark = pytest.mark.skipif(reason_unavailable() is not None, reason=str(reason_unavailable()))
 
@@ -25,8 +25,8 @@ TRIED = [SCENARIOS[name] for name in ("safetensors", "links", "delta", "zarr", "
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[LazyFS]:
-    with LazyFS(tmp_path / "disk") as disk:
+def disk(tmp_path: Path) -> Iterator[ForgetfulFS]:
+    with ForgetfulFS(tmp_path / "disk") as disk:
         yield disk
 
 
@@ -37,7 +37,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
         run.save(1, state_of(1)).result()
 
 
-def _lost_after_each(disk: LazyFS, tmp_path: Path, scenario: Scenario, saves: int, ops: PosixOps) -> list[int]:
+def _lost_after_each(disk: ForgetfulFS, tmp_path: Path, scenario: Scenario, saves: int, ops: PosixOps) -> list[int]:
     """The generations that a power cut right after their acknowledgement takes, or damages."""
     lost: list[int] = []
     with scenario.checkpointer(Path(disk.path, "run")) as run:
@@ -56,7 +56,9 @@ def _lost_after_each(disk: LazyFS, tmp_path: Path, scenario: Scenario, saves: in
 
 
 @pytest.mark.parametrize("scenario", TRIED, ids=str)
-def test_a_power_cut_after_an_acknowledgement_takes_nothing(scenario: Scenario, disk: LazyFS, tmp_path: Path) -> None:
+def test_a_power_cut_after_an_acknowledgement_takes_nothing(
+    scenario: Scenario, disk: ForgetfulFS, tmp_path: Path
+) -> None:
     assert _lost_after_each(disk, tmp_path, scenario, 5, PosixOps()) == []
 
 
@@ -97,7 +99,7 @@ class _NoFsyncOfTheAttempt(PosixOps):
 @pytest.mark.parametrize(
     "bug", [_NoFsync, _NoFsyncOfData, _NoFsyncOfDirectories, _NoFsyncOfTheRun, _NoFsyncOfTheAttempt]
 )
-def test_a_planted_bug_is_caught(bug: type[PosixOps], disk: LazyFS, tmp_path: Path) -> None:
+def test_a_planted_bug_is_caught(bug: type[PosixOps], disk: ForgetfulFS, tmp_path: Path) -> None:
     assert 2 in _lost_after_each(disk, tmp_path, SCENARIOS["safetensors"], 2, bug())
 
 
@@ -110,7 +112,7 @@ def _train(path: Path, scenario: Scenario, pipe: int) -> None:
             acknowledge(pipe, generation)
 
 
-def _cut_at_random(disk: LazyFS, scenario: Scenario, cuts: int) -> tuple[int, int]:
+def _cut_at_random(disk: ForgetfulFS, scenario: Scenario, cuts: int) -> tuple[int, int]:
     """Trainers that lose power one after the other, each going on from what the last one left."""
     rng = random.Random(f"{scenario}")
     path = Path(disk.path, "run")
@@ -135,7 +137,7 @@ def _cut_at_random(disk: LazyFS, scenario: Scenario, cuts: int) -> tuple[int, in
 
 
 @pytest.mark.parametrize("scenario", [SCENARIOS["safetensors"], SCENARIOS["zarr"]], ids=str)
-def test_power_cuts_at_random_lose_nothing(scenario: Scenario, disk: LazyFS) -> None:
+def test_power_cuts_at_random_lose_nothing(scenario: Scenario, disk: ForgetfulFS) -> None:
     durable, torn = _cut_at_random(disk, scenario, 6)
     assert durable > 2, "hardly anything was saved: the test shows nothing"
     assert torn > 0, "no cut hit a save in flight"
@@ -144,7 +146,7 @@ def test_power_cuts_at_random_lose_nothing(scenario: Scenario, disk: LazyFS) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scenario", TRIED, ids=str)
-def test_many_power_cuts_at_random_lose_nothing(scenario: Scenario, disk: LazyFS) -> None:
+def test_many_power_cuts_at_random_lose_nothing(scenario: Scenario, disk: ForgetfulFS) -> None:
     cuts = count("POWER_CUTS", 200)
     durable, torn = _cut_at_random(disk, scenario, cuts)
     assert durable > cuts // 4
@@ -152,7 +154,7 @@ def test_many_power_cuts_at_random_lose_nothing(scenario: Scenario, disk: LazyFS
     print(f"{scenario}: {cuts} power cuts at random, {torn} of them in a save; generation {durable}, none lost")
 
 
-def test_what_was_never_synced_is_forgotten(disk: LazyFS) -> None:
+def test_what_was_never_synced_is_forgotten(disk: ForgetfulFS) -> None:
     """The double itself: bytes and names, each on its own."""
     ops, root = PosixOps(), Path(disk.path)
     for name in ("both", "bytes", "name", "neither"):

@@ -19,6 +19,7 @@ from support.options import by_stage
 
 from asyncckpt import (
     Checkpointer,
+    DurabilityUnknown,
     KeepLast,
     NotEnoughSpace,
     RunLocked,
@@ -26,10 +27,9 @@ from asyncckpt import (
     RunPathError,
     Safetensors,
     SaveFailed,
-    SaveUndecided,
     StepExists,
 )
-from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import Fault, FaultyOps, InterceptedOps, Site, SiteFaultOps
@@ -337,7 +337,7 @@ def test_a_name_that_can_be_neither_made_durable_nor_taken_back_counts_for_nothi
     ops = _sites(run)
     back = Site("rename_noreplace", ".tmp-*", 1)
     ops.arm(Fault(RUN_FSYNC, "before", errno.EIO), Fault(back, "before", errno.EIO))
-    with pytest.raises(SaveUndecided, match="may be gone after a power cut"):
+    with pytest.raises(DurabilityUnknown, match="may be gone after a power cut"):
         run.save(2, STATE).result()
     assert len(ops.hits) == 2
     ops.arm()
@@ -421,7 +421,7 @@ def test_an_extent_that_is_being_staged_while_its_save_fails_gives_its_memory_ba
         arena = run._arena
         acquire = arena.acquire
 
-        def fail_meanwhile(*args: Any) -> Slot:
+        def fail_meanwhile(*args: Any) -> StagingBuffer:
             slot = acquire(*args)
             for flight in run._in_flight.all():
                 flight.save.scope.fail(OSError(errno.EIO, "late"))
@@ -448,11 +448,11 @@ def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(
         run._store.ops = ops
         acquire = run._arena.acquire
 
-        slots: list[Slot] = []
+        slots: list[StagingBuffer] = []
 
         def all_but_the_first_once_the_disk_has_failed(
             nbytes: int, deadline: float | None, cancelled: Callable[[], bool]
-        ) -> Slot:
+        ) -> StagingBuffer:
             patience = time.monotonic() + 10
             while slots and not cancelled() and time.monotonic() < patience:
                 time.sleep(0.001)

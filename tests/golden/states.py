@@ -1,7 +1,7 @@
 """The training states of the golden corpus, and what their bits are, in words that need no code of this library.
 
 Every value is a formula over integers (``filled``), so that a state can be built again, anywhere, without reading it.
-This module uses nothing of ``asyncckpt`` but ``RngState`` and ``Shard``: users put these two into their states.
+This module uses nothing of ``asyncckpt`` but ``RngState`` and ``LocalShard``: users put these two into their states.
 """
 
 from __future__ import annotations
@@ -209,11 +209,13 @@ def _ranks(seed: int, rank: int, size: int) -> dict[str, Any]:
     """Of ``size`` ranks: a model that all hold, rows of a table that each has some of, and what is each rank's own."""
     import asyncckpt
 
+    # ``make.py`` runs this with the code of each format's day, too, which called it Shard
+    local_shard = getattr(asyncckpt, "LocalShard", None) or asyncckpt.Shard
     model = Net(seed)
     table = filled((50, 60), torch.float32, seed, 30)
     begin, end = (0, 50) if size == 1 else ((0, 19) if rank == 0 else (19, 50))
     rows = table[begin:end].clone()
-    part = rows if size == 1 else asyncckpt.Shard(rows, (50, 60), (begin, 0))
+    part = rows if size == 1 else local_shard(rows, (50, 60), (begin, 0))
     return {
         "model": model,
         "optimizer": optimizer_of(model, seed),

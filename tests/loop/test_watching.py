@@ -20,7 +20,7 @@ from asyncckpt import Checkpointer, InvalidOption
 from asyncckpt.events import SaveStarted
 from asyncckpt.stage import job as staging
 from asyncckpt.stage.eager import OwnedMemory, divide
-from asyncckpt.types import Piece, TensorSpec
+from asyncckpt.types import LocalTensor, TensorSpec
 
 PATIENCE_SECONDS = 20.0
 
@@ -326,7 +326,7 @@ def test_what_is_deferred_is_owned_to_the_byte_and_alone_with_what_is_owned(data
     owned, tensors = views(0), views(1)
     memory = OwnedMemory()
     memory.add(owned)
-    pieces = [Piece(TensorSpec(str(n), "U8", tuple(t.shape), 2 << 20), t) for n, t in enumerate(tensors)]
+    pieces = [LocalTensor(TensorSpec(str(n), "U8", tuple(t.shape), 2 << 20), t) for n, t in enumerate(tensors)]
     division = divide(pieces, memory)
     # a parameter that leaves gaps does not own what lies in them
     bytes_owned = (

@@ -12,7 +12,7 @@ import weakref
 import pytest
 
 from asyncckpt.errors import ArenaBusy, InvalidOption
-from asyncckpt.memory.arena import Arena, Slot
+from asyncckpt.memory.arena import Arena, StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
 
 
@@ -23,7 +23,7 @@ def test_slots_never_overlap_and_all_memory_comes_back() -> None:
     assert arena.wait_prepared(10)
     whole = arena.free_bytes()
     rng = random.Random(7)
-    held: list[Slot] = []
+    held: list[StagingBuffer] = []
     for _ in range(500):
         if held and rng.random() < 0.5:
             slot = held.pop(rng.randrange(len(held)))

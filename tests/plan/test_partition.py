@@ -13,7 +13,7 @@ from asyncckpt.codecs import codecs
 from asyncckpt.plan import layout
 from asyncckpt.plan.partition import Division, divide
 from asyncckpt.ranks import planner as planning
-from asyncckpt.types import ALIGNMENT_BYTES, Layout, LayoutOptions, Rows, TensorSpec
+from asyncckpt.types import ALIGNMENT_BYTES, Layout, LayoutOptions, RowOwners, TensorSpec
 from benchmarks.suites.ranks import simulation
 from benchmarks.suites.ranks.simulation import simulate
 
@@ -25,7 +25,7 @@ def _layout(specs: Sequence[TensorSpec], options: LayoutOptions = OPTIONS) -> La
     return layout.plan(components, formats.get("safetensors"), codecs.get("none"), options)
 
 
-def _parts(plan: Layout, specs: Sequence[TensorSpec], held: Sequence[Rows], ranks: int) -> list[Division]:
+def _parts(plan: Layout, specs: Sequence[TensorSpec], held: Sequence[RowOwners], ranks: int) -> list[Division]:
     """Each rank's own division, as each computes it."""
     found = []
     for rank in range(ranks):
@@ -57,7 +57,7 @@ def test_every_byte_is_written_once_by_a_rank_that_has_it(
         count = spec.shape[0] if spec.shape else 1
         whole = tuple(range(ranks)) if spread == "all" else (ranks - 1,)
         held.append(
-            simulation.dealt(count, parts, copies) if spread == "rows" and count else Rows((0, count), (whole,))
+            simulation.dealt(count, parts, copies) if spread == "rows" and count else RowOwners((0, count), (whole,))
         )
     divisions = _parts(plan, specs, held, ranks)
     again = _parts(plan, specs, held, ranks)
@@ -68,11 +68,11 @@ def test_every_byte_is_written_once_by_a_rank_that_has_it(
             for extent in division.layout.shards[number].extents:
                 written.append((extent.offset, extent.offset + extent.nbytes))
                 assert extent.nbytes <= OPTIONS.extent_bytes
-                assert extent.lead == extent.offset % ALIGNMENT_BYTES or not extent.lead
-                assert all(0 < cut < extent.nbytes for cut in extent.cuts)
+                assert extent.block_offset == extent.offset % ALIGNMENT_BYTES or not extent.block_offset
+                assert all(0 < cut < extent.nbytes for cut in extent.digest_boundaries)
                 for segment in extent.segments:
                     rows, spec = held[segment.piece], specs[segment.piece]
-                    part = rows.part_of[rank]  # a KeyError: it writes what it does not have
+                    part = rows.part_of_rank[rank]  # a KeyError: it writes what it does not have
                     width = spec.nbytes // rows.bounds[-1]
                     lies_here = (rows.bounds[part + 1] - rows.bounds[part]) * width
                     assert 0 <= segment.source_offset <= segment.source_offset + segment.nbytes <= lies_here
@@ -95,7 +95,7 @@ def test_copies_are_divided_evenly() -> None:
             specs.append(simulation.spec(len(specs), shape))
     plan = _layout(specs)
     for ranks in (2, 3, 4, 8):
-        held = [Rows((0, spec.shape[0]), (tuple(range(ranks)),)) for spec in specs]
+        held = [RowOwners((0, spec.shape[0]), (tuple(range(ranks)),)) for spec in specs]
         loads = _loads(_parts(plan, specs, held, ranks))
         assert max(loads) <= 1.05 * sum(loads) / ranks, (ranks, loads)
 
@@ -120,11 +120,11 @@ def test_ten_thousand_tensors_of_1024_ranks_are_planned_in_seconds_once_and_in_m
 
 def test_a_tables_digest_is_what_travels_where_all_ranks_hold_alike() -> None:
     """Not 1,024 tables of 10,000 rows: rows are listed once, and the digest is 32 characters."""
-    from asyncckpt.types import ComponentSnapshot, Piece
+    from asyncckpt.types import ComponentSnapshot, LocalTensor
 
     specs = simulation.model(10_000)
     dealt = {rows: simulation.dealt(rows, 1024, 1) for rows in {spec.shape[0] for spec in specs}}
-    pieces = [Piece(spec, None, 0, dealt[spec.shape[0]]) for spec in specs]  # type: ignore[arg-type]
+    pieces = [LocalTensor(spec, None, 0, dealt[spec.shape[0]]) for spec in specs]  # type: ignore[arg-type]
     table = planning._table(ComponentSnapshot("m", "module", pieces, {}, None))
     assert len(table["rows"]) == len(dealt)
     assert len(planning._digest(table)) == 32

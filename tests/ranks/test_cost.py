@@ -73,9 +73,9 @@ def _messages(me: Me, path: str, saves: int) -> Any:
         path, every=1, writer=asyncckpt.WriterOptions(reuse_unchanged=False), ranks=TIMEOUT
     ) as run:
         run._join()
-        assert run._job is not None
-        connection = run._job.ranks._connection
-        run._job.ranks._connection = lambda: _Counting(connection(), counts)  # type: ignore[method-assign]
+        assert run._coordinator is not None
+        connection = run._coordinator.ranks._connection
+        run._coordinator.ranks._connection = lambda: _Counting(connection(), counts)  # type: ignore[method-assign]
         for step in range(1, saves + 3):
             if step == 3:
                 run.wait()

@@ -21,8 +21,8 @@ from asyncckpt.ranks import collective_save as together
 from asyncckpt.ranks import planner as planning
 from asyncckpt.ranks import store as distributed
 from asyncckpt.ranks.collective_save import Leader
-from asyncckpt.ranks.coordinator import Job
-from asyncckpt.ranks.store import Ranks
+from asyncckpt.ranks.coordinator import Coordinator
+from asyncckpt.ranks.store import RankStore
 from asyncckpt.storage.posix import PosixOps
 
 RANKS = 3
@@ -85,7 +85,7 @@ def _synced(me: Me, path: str) -> list[str]:
     def name(fd: int) -> str:
         return os.readlink(f"/proc/self/fd/{fd}")
 
-    pwrite, fsync, post = type(ops).pwrite, type(ops).fsync, run._job.ranks.post  # type: ignore[union-attr]
+    pwrite, fsync, post = type(ops).pwrite, type(ops).fsync, run._coordinator.ranks.post  # type: ignore[union-attr]
 
     def pwriting(fd: int, data: Any, offset: int) -> int:
         dirty.add(name(fd))
@@ -101,7 +101,7 @@ def _synced(me: Me, path: str) -> list[str]:
             wrong.append(f"reported while {sorted(map(os.path.basename, dirty))} was not synced")
         post(key, body)
 
-    ops.pwrite, ops.fsync, run._job.ranks.post = pwriting, fsyncing, posting  # type: ignore
+    ops.pwrite, ops.fsync, run._coordinator.ranks.post = pwriting, fsyncing, posting  # type: ignore
     wrong += [f"step 1: {error}"] if (error := _saved(run, 1)) else []
     run.close()
     return wrong
@@ -158,16 +158,16 @@ def _no_wholeness(patch: Patch) -> None:
 
 
 def _gathering(patch: Patch, change: Callable[[Any, list[Any]], list[Any]], *, wait: bool) -> None:
-    real = Ranks.gather
+    real = RankStore.gather
 
-    def gather(self: Ranks, key: str, *args: Any, **options: Any) -> list[Any]:
+    def gather(self: RankStore, key: str, *args: Any, **options: Any) -> list[Any]:
         if not key.startswith("save/"):
             return real(self, key, *args, **options)
         found = real(self, key, *args[:2]) if wait else [None] * self.size
         return change(self, found)
 
-    patch.setattr(Ranks, "gather", gather)
-    patch.setattr(together, "_odd", lambda _body, _draft: None)
+    patch.setattr(RankStore, "gather", gather)
+    patch.setattr(together, "_mismatch", lambda _body, _draft: None)
 
 
 def failures_are_taken_for_empty_parts(patch: Patch) -> None:
@@ -181,18 +181,18 @@ def nobody_is_waited_for(patch: Patch) -> None:
 
 
 def any_step_will_do(patch: Patch) -> None:
-    patch.setattr(together, "_odd", lambda _body, _draft: None)
+    patch.setattr(together, "_mismatch", lambda _body, _draft: None)
 
 
 def ranks_acknowledge_their_own_part(patch: Patch) -> None:
-    real = Ranks.read
+    real = RankStore.read
 
-    def read(self: Ranks, key: str, *args: Any, **options: Any) -> Any:
+    def read(self: RankStore, key: str, *args: Any, **options: Any) -> Any:
         if key.endswith("/outcome"):
             return {"error": None, "name": "step-00000002", "nbytes": 0}
         return real(self, key, *args, **options)
 
-    patch.setattr(Ranks, "read", read)
+    patch.setattr(RankStore, "read", read)
 
 
 def success_is_told_before_it_is_so(patch: Patch) -> None:
@@ -200,7 +200,9 @@ def success_is_told_before_it_is_so(patch: Patch) -> None:
 
     def publish(self: Leader, *args: Any) -> Any:
         self._told = True
-        together._try_post(self._party, self._party.outcome, {"error": None, "name": "step-00000002", "nbytes": 0})
+        together._try_post(
+            self._rank_save, self._rank_save.outcome, {"error": None, "name": "step-00000002", "nbytes": 0}
+        )
         return real(self, *args)
 
     patch.setattr(Leader, "publish", publish)
@@ -211,11 +213,11 @@ def parts_are_not_synced(patch: Patch) -> None:
 
 
 def the_store_is_believed(patch: Patch) -> None:
-    patch.setattr(distributed, "meet", lambda *_: "always")
+    patch.setattr(distributed, "rendezvous", lambda *_: "always")
 
 
 def every_rank_has_an_attempt_of_its_own(patch: Patch) -> None:
-    patch.setattr(Job, "attempt", lambda _self, _number: uuid.uuid4().hex)
+    patch.setattr(Coordinator, "attempt", lambda _self, _number: uuid.uuid4().hex)
 
 
 def a_rank_forgets_an_extent(patch: Patch) -> None:

@@ -13,7 +13,7 @@ from support.examples import examples
 from asyncckpt.memory.arena import Arena
 from asyncckpt.read.scatter import scatter
 from asyncckpt.stage.copy import copy_segments
-from asyncckpt.types import Piece, Segment, TensorSpec
+from asyncckpt.types import LocalTensor, Segment, TensorSpec
 
 
 def _variants(base: torch.Tensor) -> list[torch.Tensor]:
@@ -49,7 +49,7 @@ def test_any_layout_cut_anywhere_arrives_as_row_major_bytes(data: st.DataObject)
     arena = Arena()
     arena.grow(1 << 16)
     slot = arena.acquire(1 << 16)
-    piece = Piece(TensorSpec("t", "?", tuple(tensor.shape), count * item), tensor)
+    piece = LocalTensor(TensorSpec("t", "?", tuple(tensor.shape), count * item), tensor)
     segments = [Segment(0, a * item, 64 + a * item, (b - a) * item) for a, b in itertools.pairwise(cuts)]
     copy_segments([piece], segments, slot)
     assert bytes(slot.view[64 : 64 + len(expected)]) == expected
@@ -76,7 +76,7 @@ def test_many_small_tensors_are_copied_in_batches_without_mixing_them_up() -> No
         segments.append(Segment(index, 0, position, tensor.nbytes))
         position += tensor.nbytes
     slot.view[:position] = b"\xee" * position
-    pieces = [Piece(TensorSpec(str(i), "F32", tuple(t.shape), t.nbytes), t) for i, t in enumerate(tensors)]
+    pieces = [LocalTensor(TensorSpec(str(i), "F32", tuple(t.shape), t.nbytes), t) for i, t in enumerate(tensors)]
     copy_segments(pieces, segments, slot)
     covered = set()
     for segment in segments:

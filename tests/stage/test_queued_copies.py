@@ -41,7 +41,7 @@ from asyncckpt import (
     WriterOptions,
 )
 from asyncckpt.memory import arena as arenas
-from asyncckpt.memory.arena import Arena, Slot
+from asyncckpt.memory.arena import Arena, StagingBuffer
 from asyncckpt.stage import job as staging
 from asyncckpt.stage import streams as copy_streams
 from asyncckpt.storage.posix import PosixOps
@@ -67,8 +67,8 @@ def test_memory_comes_with_every_copy_that_may_still_write_into_it(data: st.Data
     arena = Arena()
     arena.grow(64 << 10)
     assert arena.wait_prepared(PATIENCE_SECONDS)
-    held: list[Slot] = []
-    into: list[tuple[Slot, Event]] = []
+    held: list[StagingBuffer] = []
+    into: list[tuple[StagingBuffer, Event]] = []
     try:
         for _ in range(data.draw(st.integers(1, 30))):
             move = data.draw(st.sampled_from(["take", "copy", "give", "run"]))
@@ -108,7 +108,7 @@ def test_memory_is_not_unmapped_under_a_copy(give: str) -> None:
     assert arena.wait_prepared(PATIENCE_SECONDS)
     event, slot = Event(), arena.acquire(8 << 10)
     regions = arena._regions
-    slot = Slot(0, slot.offset, slot.nbytes, slot.address, slot.view, slot.tensor, copies=(event,))
+    slot = StagingBuffer(0, slot.offset, slot.nbytes, slot.address, slot.view, slot.tensor, copies=(event,))
     ended = threading.Event()
 
     def end() -> None:
@@ -276,7 +276,7 @@ def test_an_interrupt_while_the_update_waits_fails_the_save_at_once(
     else:
         original_acquire = Arena.acquire
 
-        def acquire(self: Arena, *args: Any) -> Slot:
+        def acquire(self: Arena, *args: Any) -> StagingBuffer:
             if threading.current_thread() is threading.main_thread():
                 raise KeyboardInterrupt
             return original_acquire(self, *args)

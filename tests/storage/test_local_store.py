@@ -131,13 +131,13 @@ def test_a_checkpoint_that_is_read_is_not_deleted_and_one_without_a_manifest_is(
 def test_what_cannot_be_read_or_renamed_is_left_for_the_next_run(
     store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    attempt = store.begin(1, "ab" * 16)
+    directory = store.begin(1, "ab" * 16)
     store.ops = Answering("scan", errno.EIO)
     with pytest.raises(RunPathError, match="cannot be read or synced"):
         store.reclaim()
     store.ops = Answering("rename_noreplace", errno.EIO)
     store.reclaim()
-    assert os.path.isdir(attempt.path)
+    assert os.path.isdir(directory.path)
     assert "the next run tries again" in caplog.text
     store.ops = Answering("rename_noreplace", errno.ENOENT)  # another rank was faster
     store.reclaim()
@@ -186,13 +186,13 @@ def test_leftovers_of_ours_are_deleted(store: LocalStore, kind: str) -> None:
 
 
 def test_a_tree_that_vanishes_while_it_is_deleted_is_deleted(store: LocalStore) -> None:
-    attempt = store.begin(1, "abc")
-    Path(attempt.path, "folder").mkdir()
-    Path(attempt.path, "folder", "file").write_text("")
+    directory = store.begin(1, "abc")
+    Path(directory.path, "folder").mkdir()
+    Path(directory.path, "folder", "file").write_text("")
     store.ops = Answering("unlink", errno.ENOENT, late=True)
-    store.delete_tree(attempt.path)
+    store.delete_tree(directory.path)
     assert os.listdir(store.path) == []
-    store.delete_tree(attempt.path)
+    store.delete_tree(directory.path)
 
 
 def test_a_hint_written_in_small_pieces_is_whole(store: LocalStore) -> None:
@@ -253,33 +253,33 @@ def test_without_reflinks_there_are_links_and_without_those_everything_is_writte
 
 @pytest.mark.parametrize("code", [errno.EMLINK, errno.EIO])
 def test_small_files_of_equal_content_are_written_where_they_cannot_be_linked(code: int, store: LocalStore) -> None:
-    attempt = store.begin(1, "a")
+    directory = store.begin(1, "a")
     store.ops = Answering("link", code)
     files = {"one/zarr.json": b"{}", "two/zarr.json": b"{}"}
     if code == errno.EIO:
         with pytest.raises(OSError, match="Input/output"):
-            attempt.write_small(files)
+            directory.write_small(files)
     else:
-        attempt.write_small(files)
-        assert [Path(attempt.path, name).read_bytes() for name in files] == [b"{}", b"{}"]
+        directory.write_small(files)
+        assert [Path(directory.path, name).read_bytes() for name in files] == [b"{}", b"{}"]
 
 
 # ------------------------------------------------------------------------------------------------ publishing
 
 
 def test_a_name_on_another_file_system_is_said_to_be(store: LocalStore) -> None:
-    attempt = store.begin(1, "a")
+    directory = store.begin(1, "a")
     store.ops = Answering("rename_noreplace", errno.EXDEV)
     with pytest.raises(SaveFailed, match="another file system"):
-        attempt.publish("step-00000001", replace=False)
+        directory.publish("step-00000001", replace=False)
 
 
 def test_where_names_cannot_be_exchanged_nothing_is_replaced(store: LocalStore) -> None:
     old = _checkpoint(store)
-    attempt = store.begin(1, "a")
+    directory = store.begin(1, "a")
     store.ops = Answering("exchange", errno.EINVAL)
     with pytest.raises(SaveFailed, match=r"cannot exchange two names.*Save another step"):
-        attempt.publish(old.name, replace=True)
+        directory.publish(old.name, replace=True)
     assert (old / "manifest.json").exists()
 
 
@@ -287,12 +287,12 @@ def test_an_attempt_whose_withdrawal_may_not_last_is_left_alone(
     store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Which of its two names the disk has, nobody knows: neither may be deleted."""
-    attempt = store.begin(1, "a")
+    directory = store.begin(1, "a")
     store.ops = Answering("fsync_directory", errno.EIO)
     with pytest.raises(OSError, match="Input/output"):
-        attempt.publish("step-00000001", replace=False)
-    attempt.discard()
-    assert os.path.isdir(attempt.path)
+        directory.publish("step-00000001", replace=False)
+    directory.discard()
+    assert os.path.isdir(directory.path)
     assert "is left for the next run to delete" in caplog.text
 
 
@@ -377,23 +377,23 @@ def test_an_open_that_fails_fails_the_save(store: LocalStore) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP])
 def test_space_is_reserved_where_that_can_be_done(code: int, store: LocalStore) -> None:
-    attempt = store.begin(1, "a")
+    directory = store.begin(1, "a")
     store.ops = Answering("reserve", code)
     if code == errno.ENOSPC:
         with pytest.raises(OSError, match="No space"):
-            attempt.create_shard("m", 1 << 20)
+            directory.create_shard("m", 1 << 20)
     else:
-        writer = attempt.create_shard("m", 1 << 20)
+        writer = directory.create_shard("m", 1 << 20)
         writer.write_at(pages(1), PAGE, 0)
         writer.finish(PAGE)
 
 
 def test_a_descriptor_that_will_not_close_does_not_hide_why_a_save_failed(store: LocalStore) -> None:
-    attempt = store.begin(1, "a")
-    writer = attempt.create_shard("m", 1 << 20)
+    directory = store.begin(1, "a")
+    writer = directory.create_shard("m", 1 << 20)
     store.ops = writer._ops = Answering("close", errno.EIO, late=True)
-    attempt.discard()
-    assert not os.path.exists(attempt.path)
+    directory.discard()
+    assert not os.path.exists(directory.path)
     assert store.ops.answered
 
 
@@ -401,15 +401,15 @@ def test_a_descriptor_that_will_not_close_does_not_hide_why_a_save_failed(store:
 
 
 def test_ranks_that_share_blocks_of_a_file_do_not_spoil_each_others_bytes(store: LocalStore) -> None:
-    attempt = store.begin(1, "a", shared=True)
-    one, two = (attempt.create_shard("m", 3 * PAGE << 8, shared=True) for _ in range(2))
+    directory = store.begin(1, "a", shared=True)
+    one, two = (directory.create_shard("m", 3 * PAGE << 8, shared=True) for _ in range(2))
     middle = PAGE + 100
     one.write_at(pages(2, b"1"), middle, 0)
     two.write_at(pages(2, b"2"), 2 * PAGE - 100, middle)
     one.write_at(pages(1, b"3"), 10, 3 * PAGE)
     two.finish(3 * PAGE + 10)
     one.finish(3 * PAGE + 10)
-    data = Path(attempt.path, "m").read_bytes()
+    data = Path(directory.path, "m").read_bytes()
     assert data[: 3 * PAGE + 10] == b"1" * middle + b"2" * (2 * PAGE - 100) + b"3" * 10
 
 
@@ -417,12 +417,12 @@ def test_shared_edges_are_written_before_they_fill_the_memory(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_file, "_MAX_EDGES_BYTES", 150)
-    attempt = store.begin(1, "a", shared=True)
-    writer = attempt.create_shard("m", 1 << 20, shared=True)
+    directory = store.begin(1, "a", shared=True)
+    writer = directory.create_shard("m", 1 << 20, shared=True)
     writer.write_at(pages(1), 100, 0)
-    assert Path(attempt.path, "m").read_bytes()[:100] == bytes(100)
+    assert Path(directory.path, "m").read_bytes()[:100] == bytes(100)
     writer.write_at(pages(1), 100, 100)
-    assert Path(attempt.path, "m").read_bytes()[:200] == b"x" * 200
+    assert Path(directory.path, "m").read_bytes()[:200] == b"x" * 200
     writer.abort()
 
 
@@ -431,11 +431,11 @@ def test_shared_files_go_through_the_cache_where_transfers_are_refused(store: Lo
         return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
     store.ops = Answering("pwrite", errno.EINVAL, direct)
-    attempt = store.begin(1, "a", shared=True)
-    writer = attempt.create_shard("m", 1 << 20, shared=True)
+    directory = store.begin(1, "a", shared=True)
+    writer = directory.create_shard("m", 1 << 20, shared=True)
     writer.write_at(pages(2), 2 * PAGE, 0)
     writer.finish(2 * PAGE)
-    assert Path(attempt.path, "m").read_bytes()[: 2 * PAGE] == b"x" * 2 * PAGE
+    assert Path(directory.path, "m").read_bytes()[: 2 * PAGE] == b"x" * 2 * PAGE
     assert store.ops.answered == 1
 
 

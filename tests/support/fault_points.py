@@ -66,15 +66,15 @@ def checkpointer(me: Me, path: str, **options: Any) -> tuple[asyncckpt.Checkpoin
     run = asyncckpt.Checkpointer(path, **by_stage(ranks=ranks, on_event=staged, extent_bytes=256 << 10, **options))
     run._store.ops = ops
     run._join()
-    if run._job is not None:
-        post = run._job.ranks.post
+    if run._coordinator is not None:
+        post = run._coordinator.ranks.post
 
         def posting(key: str, body: Any) -> None:
             if key.startswith("save/") and not key.endswith("outcome") and "/replan/" not in key:
                 ops.at("report")
             post(key, body)
 
-        run._job.ranks.post = posting  # type: ignore[method-assign]
+        run._coordinator.ranks.post = posting  # type: ignore[method-assign]
     return run, ops
 
 

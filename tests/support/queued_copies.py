@@ -13,7 +13,7 @@ import torch
 
 from asyncckpt import Checkpointer, NotEnoughSpace, WriterOptions
 from asyncckpt.storage.posix import PosixOps
-from asyncckpt.types import Piece
+from asyncckpt.types import LocalTensor
 
 PATIENCE_SECONDS = 20.0
 
@@ -84,7 +84,7 @@ class Streams:
     def __init__(self, *streams: Stream) -> None:
         self._left = list(streams)
 
-    def of(self, _pieces: Iterable[Piece]) -> Stream:
+    def of(self, _pieces: Iterable[LocalTensor]) -> Stream:
         return self._left.pop(0)
 
 

@@ -142,20 +142,20 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 _GLOBAL = {"wide": (4099, 130), "few": (5, 7), "vector": (1001,), "cube": (12, 3, 5)}
 
 
-def _shards(rank: int, size: int) -> dict[str, asyncckpt.Shard]:
+def _shards(rank: int, size: int) -> dict[str, asyncckpt.LocalShard]:
     """Cut as Megatron does: ranks hold rows of very different numbers."""
-    found: dict[str, asyncckpt.Shard] = {}
+    found: dict[str, asyncckpt.LocalShard] = {}
     for name, shape in _GLOBAL.items():
         whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
         weights = [0, *torch.cumsum(torch.arange(1, size + 1), 0).tolist()]
         first, end = (shape[0] * weights[at] // weights[-1] for at in (rank, rank + 1))
-        found[name] = asyncckpt.Shard(whole[first:end].clone(), shape, (first, *[0] * (len(shape) - 1)))
+        found[name] = asyncckpt.LocalShard(whole[first:end].clone(), shape, (first, *[0] * (len(shape) - 1)))
     return found
 
 
 def local(value: Any) -> torch.Tensor:
     """Return what lies on this rank."""
-    if isinstance(value, asyncckpt.Shard):
+    if isinstance(value, asyncckpt.LocalShard):
         return value.tensor
     return value.to_local() if hasattr(value, "to_local") else value
 
@@ -178,7 +178,7 @@ def contents(state: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _flatten(name: str, value: Any, into: dict[str, bytes]) -> None:
-    if isinstance(value, torch.Tensor | asyncckpt.Shard):
+    if isinstance(value, torch.Tensor | asyncckpt.LocalShard):
         tensor = local(value).detach().contiguous()
         into[name] = str(tuple(tensor.shape)).encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
     elif isinstance(value, dict):

@@ -586,7 +586,7 @@ class LateFirst(Planes):
         object.__setattr__(self, "_others", threading.Semaphore(0))
         object.__setattr__(self, "_count", others)
 
-    def attempt(self, data: Any, item_bytes: int, out: Any) -> int:
+    def encode_if_smaller(self, data: Any, item_bytes: int, out: Any) -> int:
         if self._first.acquire(blocking=False):
             for _ in range(self._count):
                 assert self._others.acquire(timeout=60)
@@ -600,7 +600,7 @@ def disordered(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Path, str, dict[str, Any]]]:
     """A checkpoint with a file in which the first chunk is not the first, as where memory is short."""
-    monkeypatch.setattr("asyncckpt.write.reorder_buffer._MAX_SET_ASIDE_BYTES", 0)
+    monkeypatch.setattr("asyncckpt.write.reorder_buffer._MAX_COPIED_BYTES", 0)
     state = {"w": torch.randn(128, 8192, generator=torch.Generator().manual_seed(5))}
     with Checkpointer(
         tmp_path / "run",

@@ -13,12 +13,12 @@ from conftest import bits
 from asyncckpt import Checkpointer, StagingOptions, Zarr
 from asyncckpt.memory.arena import Arena
 from asyncckpt.testing import FaultyOps
-from asyncckpt.types import SMALL_SHARD_BYTES, Extent, Layout, Shard
-from asyncckpt.write.small_file_queue import SmallShards
+from asyncckpt.types import SMALL_SHARD_BYTES, Extent, Layout, ShardFile
+from asyncckpt.write.small_file_queue import SmallFileQueue
 from asyncckpt.write.threads import Pools
 
-LARGE = Shard("large", "m", SMALL_SHARD_BYTES + 1, (), (Extent(0, 0, 1, b"", ()),))
-SMALL = [Shard(f"small-{n}", "m", 4096, (), (Extent(n + 1, 0, 1, b"", ()),)) for n in range(40)]
+LARGE = ShardFile("large", "m", SMALL_SHARD_BYTES + 1, (), (Extent(0, 0, 1, b"", ()),))
+SMALL = [ShardFile(f"small-{n}", "m", 4096, (), (Extent(n + 1, 0, 1, b"", ()),)) for n in range(40)]
 
 
 class Turns:
@@ -29,10 +29,10 @@ class Turns:
         self.arena.grow(budget_bytes)
         assert self.arena.wait_prepared(10)
         self.pools = Pools(2)
-        self.shards = SmallShards(Layout((LARGE,) * large + tuple(SMALL), 0, ""), self.pools, self.arena)
+        self.shards = SmallFileQueue(Layout((LARGE,) * large + tuple(SMALL), 0, ""), self.pools, self.arena)
         self.ran: list[str] = []
 
-    def submit(self, shard: Shard, nbytes: int = 4096) -> None:
+    def submit(self, shard: ShardFile, nbytes: int = 4096) -> None:
         self.shards.submit(shard, nbytes, lambda: self.ran.append(shard.file))
 
     def settled(self) -> list[str]:
@@ -90,8 +90,8 @@ def test_what_waits_never_holds_more_than_its_share_of_the_arena(turns: Turns) -
 
 def test_a_save_that_fails_leaves_nothing_waiting(turns: Turns) -> None:
     turns.submit(SMALL[0])
-    turns.shards.hold_no_longer()
-    turns.shards.hold_no_longer()
+    turns.shards.flush()
+    turns.shards.flush()
     assert turns.settled() == ["small-0"]
 
 

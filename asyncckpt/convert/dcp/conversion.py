@@ -15,10 +15,10 @@ from asyncckpt.convert.dcp.native_reader import read_foreign
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import place_of
-from asyncckpt.integrations.dcp.sides import THREADS, Live
+from asyncckpt.integrations.dcp.session import THREADS, WriterSession
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord
 from asyncckpt.state.dtypes import CODES
-from asyncckpt.types import LayoutOptions, Piece, TensorSpec
+from asyncckpt.types import LayoutOptions, LocalTensor, TensorSpec
 
 log = logging.getLogger("asyncckpt")
 
@@ -65,7 +65,7 @@ def convert(
         if not skip_unsupported:
             raise UnsupportedValue(f"{os.fspath(source)}: {shown}. Pass skip_unsupported=True to convert the rest")
         log.warning("%s: left out: %s", os.fspath(source), shown)
-    pieces: list[Piece] = []
+    pieces: list[LocalTensor] = []
     boxes: list[tuple[str, tuple[int, ...], TensorSpec]] = []
     for fqn, (_, found) in foreign.tensors.items():
         qualified = ".".join(place_of(fqn, foreign.paths.get(fqn)))
@@ -77,7 +77,7 @@ def convert(
             name = BoxRecord(box.offsets, shape, "", 0, 0).entry(qualified)
             spec = TensorSpec(name, CODES[tensor.dtype], shape, tensor.numel() * tensor.element_size())
             boxes.append((fqn, box.offsets, spec))
-            pieces.append(Piece(spec, tensor))
+            pieces.append(LocalTensor(spec, tensor))
     shards = SafetensorsFormat().shards(
         "rank-00000", [piece.spec for piece in pieces], 0, 0, get_codec("none", {}), LayoutOptions()
     )
@@ -93,7 +93,7 @@ def convert(
         mine = stored[fqn]
         nbytes = sum(box.end - box.begin for box in mine)
         records[fqn] = BoxedRecord(CODES[found[0].tensor.dtype], shape, nbytes, tuple(mine))
-    live, name = Live(), DEFAULT.format(step=step)
+    live, name = WriterSession(), DEFAULT.format(step=step)
     directory = os.path.abspath(os.fspath(run))
     try:
         attempt = live.begin(directory, name, step, overwrite=overwrite)

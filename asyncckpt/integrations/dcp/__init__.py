@@ -10,7 +10,7 @@ pickle is written or read: what is not a tensor has to be a plain value (numbers
 from __future__ import annotations
 
 from asyncckpt.integrations.dcp.reader import Reader
-from asyncckpt.integrations.dcp.sides import Stager
+from asyncckpt.integrations.dcp.session import Stager
 from asyncckpt.integrations.dcp.writer import Writer
 
 __all__ = ["Reader", "Stager", "Writer"]

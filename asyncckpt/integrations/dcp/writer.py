@@ -30,12 +30,12 @@ from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import Path, encode_value, place_of
-from asyncckpt.integrations.dcp.sides import THREADS, Live, Stager
+from asyncckpt.integrations.dcp.session import THREADS, Stager, WriterSession
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
-from asyncckpt.protocols import Attempt
+from asyncckpt.protocols import PendingDirectory
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.storage import open_store
-from asyncckpt.types import LayoutOptions, Piece, TensorSpec
+from asyncckpt.types import LayoutOptions, LocalTensor, TensorSpec
 
 _NUMBER = re.compile(r"\d+")
 
@@ -78,7 +78,7 @@ class Writer(StorageWriter):
         self._rank = 0
         self._coordinates = False
         self._paths: dict[str, Path] = {}
-        self._live = Live()
+        self._live = WriterSession()
 
     # -- what DCP calls ----------------------------------------------------------------------------------------------
 
@@ -101,22 +101,22 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        attempt = self._live.attempt
-        if attempt is None:
+        directory = self._live.directory
+        if directory is None:
             raise SaveFailed("the coordinator has begun no save")
-        told = (*self._place(), attempt.uuid)
+        told = (*self._place(), directory.uuid)
         return [replace(plan, storage_data=told) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         run, name, step, attempt_uuid = plan.storage_data
-        attempt = self._live.attempt
-        if attempt is None:
-            attempt = open_store(run).begin(step, attempt_uuid, name=name, shared=True)
+        directory = self._live.directory
+        if directory is None:
+            directory = open_store(run).begin(step, attempt_uuid, name=name, shared=True)
         future: Future[list[WriteResult]] = Future()
         try:
-            future.set_result(self._write(attempt, plan.items, planner))
+            future.set_result(self._write(directory, plan.items, planner))
         except BaseException:
-            attempt.discard() if self._coordinates else attempt.close()
+            directory.discard() if self._coordinates else directory.close()
             self._live.end()
             raise
         finally:
@@ -124,13 +124,13 @@ class Writer(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        attempt = self._live.attempt
-        if attempt is None:
+        directory = self._live.directory
+        if directory is None:
             raise SaveFailed("the coordinator has begun no save")
         try:
             self._publish(metadata, results)
         except BaseException:
-            attempt.discard()
+            directory.discard()
             raise
         finally:
             self._live.end()
@@ -193,11 +193,13 @@ class Writer(StorageWriter):
     def _begin(self, run: str, name: str, step: int) -> None:
         self._live.begin(run, name, step, overwrite=self._overwrite)
 
-    def _write(self, attempt: Attempt, items: Sequence[WriteItem], planner: SavePlanner) -> list[WriteResult]:
+    def _write(
+        self, directory: PendingDirectory, items: Sequence[WriteItem], planner: SavePlanner
+    ) -> list[WriteResult]:
         values = [item for item in items if item.type == WriteItemType.BYTE_IO]
         tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
         results = [self._value(item, planner) for item in values]
-        pieces: list[Piece] = []
+        pieces: list[LocalTensor] = []
         for item in tensors:
             tensor = planner.resolve_data(item)
             if not isinstance(tensor, torch.Tensor):
@@ -206,7 +208,7 @@ class Writer(StorageWriter):
         shards = SafetensorsFormat().shards(
             f"rank-{self._rank:05d}", [piece.spec for piece in pieces], 0, 0, get_codec("none", {}), LayoutOptions()
         )
-        records = self._live.write(attempt, shards, pieces, digests.get(self._digest), self._threads)
+        records = self._live.write(directory, shards, pieces, digests.get(self._digest), self._threads)
         at = {placement.spec.name: (shard.file, placement) for shard in shards for placement in shard.placements}
         for item, piece in zip(tensors, pieces, strict=True):
             file, placement = at[piece.spec.name]
@@ -264,10 +266,10 @@ class Writer(StorageWriter):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._live = Live()
+        self._live = WriterSession()
 
 
-def _piece(item: WriteItem, tensor: torch.Tensor, paths: Mapping[str, Path]) -> Piece:
+def _piece(item: WriteItem, tensor: torch.Tensor, paths: Mapping[str, Path]) -> LocalTensor:
     fqn = item.index.fqn
     code = CODES.get(tensor.dtype)
     chunk, _ = _chunk(item)
@@ -277,7 +279,7 @@ def _piece(item: WriteItem, tensor: torch.Tensor, paths: Mapping[str, Path]) -> 
         raise SaveFailed(f"{fqn}: planned as {list(chunk.sizes)}, and is {list(tensor.shape)}")
     box = BoxRecord(tuple(chunk.offsets), tuple(chunk.sizes), "", 0, 0)
     name = box.entry(".".join(place_of(fqn, paths.get(fqn))))
-    return Piece(TensorSpec(name, code, tuple(tensor.shape), tensor.numel() * tensor.element_size()), tensor)
+    return LocalTensor(TensorSpec(name, code, tuple(tensor.shape), tensor.numel() * tensor.element_size()), tensor)
 
 
 def _chunk(item: WriteItem) -> tuple[ChunkStorageMetadata, Any]:

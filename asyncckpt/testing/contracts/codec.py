@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from asyncckpt.codecs import codecs
-from asyncckpt.codecs.blosc import BLOSC_HEADER_BYTES, FRAME_OVERHEAD_BYTES, stored_frame
+from asyncckpt.codecs.blosc import BLOSC_HEADER_BYTES, FRAME_OVERHEAD_BYTES, uncompressed_frame
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.protocols import Codec
 
@@ -41,12 +41,12 @@ class CodecContract:
     @pytest.mark.parametrize("item_bytes", ITEM_BYTES)
     def test_an_attempt_gives_a_frame_or_leaves_the_data_to_a_header(self, item_bytes: int) -> None:
         for what, data in _chunks():
-            frame = _framed(self.codec().attempt, data, item_bytes)
+            frame = _framed(self.codec().encode_if_smaller, data, item_bytes)
             if not data:
-                continue  # ``attempt`` may answer either way where there is no data
+                continue  # ``encode_if_smaller`` may answer either way where there is no data
             if not frame:  # a chunk stored as it is lies behind a header
                 image = np.concatenate([np.zeros(BLOSC_HEADER_BYTES, np.uint8), np.frombuffer(data, np.uint8)])
-                assert stored_frame(image, len(data), item_bytes) == len(data) + BLOSC_HEADER_BYTES
+                assert uncompressed_frame(image, len(data), item_bytes) == len(data) + BLOSC_HEADER_BYTES
                 frame = image.tobytes()
             assert _decoded(self.codec(), frame, len(data)) == data, what
 
@@ -137,7 +137,8 @@ def _chunks() -> Iterator[tuple[str, bytes]]:
 
 
 def _framed(encode: Any, data: bytes, item_bytes: int) -> bytes:
-    """Return what ``encode`` or ``attempt`` makes of data that cannot be changed, in an output of the promised size."""
+    """Return what ``encode`` or ``encode_if_smaller`` makes of data that cannot be changed, in an output of the
+    promised size."""
     room = len(data) + FRAME_OVERHEAD_BYTES
     whole = np.full(room + 2 * _GUARD_BYTES, _GUARD, np.uint8)
     out = whole[_GUARD_BYTES : _GUARD_BYTES + room]

@@ -11,7 +11,7 @@ import pytest
 
 from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, CheckpointNotFound, LeaseLost, RunLocked, StepExists
 from asyncckpt.memory.buffers import aligned_buffer
-from asyncckpt.protocols import Attempt, Capability, FileInfo, Reader, ShardWriter, Store, renaming
+from asyncckpt.protocols import Capability, FileInfo, PendingDirectory, Reader, ShardWriter, Store, renaming
 from asyncckpt.types import MANIFEST_FILE, LeaseOptions
 
 #: A step and names as the library gives them.
@@ -36,12 +36,12 @@ class StoreContract:
     # -- whole checkpoints -------------------------------------------------------------------------------------------
 
     def test_a_published_checkpoint_has_every_byte(self, opened: Store) -> None:
-        attempt = opened.begin(_STEP, _uuid(1), name=_NAME)
+        directory = opened.begin(_STEP, _uuid(1), name=_NAME)
         files = {"a.safetensors": _bytes(3 * 4096 + 5), "deep/er/c": _bytes(17), "empty": b""}
         for file, data in files.items():
-            _write(attempt, file, data)
-        attempt.write_small({"state.json": b"{}", "deep/zarr.json": b"[1]"})
-        _finish(attempt)
+            _write(directory, file, data)
+        directory.write_small({"state.json": b"{}", "deep/zarr.json": b"[1]"})
+        _finish(directory)
         with contextlib.closing(self.store().open(_NAME)) as reader:
             sizes = {file: len(data) for file, data in files.items()}
             beside = {"state.json": 2, "deep/zarr.json": 3, MANIFEST_FILE: len(_MANIFEST)}
@@ -60,36 +60,36 @@ class StoreContract:
 
     def test_extents_come_in_any_order_from_several_threads(self, opened: Store) -> None:
         data = _bytes(32 * 4096 + 100)
-        attempt = opened.begin(_STEP, _uuid(1), name=_NAME)
-        writer = attempt.create_shard("a", len(data))
+        directory = opened.begin(_STEP, _uuid(1), name=_NAME)
+        writer = directory.create_shard("a", len(data))
         offsets = [*range(0, len(data), 4096)]
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(lambda offset: _write_at(writer, data, offset, 4096), reversed(offsets)))
         writer.finish(len(data))
-        _finish(attempt)
+        _finish(directory)
         with contextlib.closing(opened.open(_NAME)) as reader:
             assert _read(reader, "a", len(data), 0) == data
 
     def test_a_file_is_cut_to_the_size_it_is_finished_with(self, opened: Store) -> None:
         data = _bytes(4096)
-        attempt = opened.begin(_STEP, _uuid(1), name=_NAME)
-        writer = attempt.create_shard("a", 1 << 20)
+        directory = opened.begin(_STEP, _uuid(1), name=_NAME)
+        writer = directory.create_shard("a", 1 << 20)
         _write_at(writer, data, 0, 4096)
         writer.finish(1000)
-        _finish(attempt)
+        _finish(directory)
         with contextlib.closing(opened.open(_NAME)) as reader:
             assert reader.files()["a"] == reader.files_nbytes("a") == 1000
 
     def test_nothing_is_visible_before_it_is_published(self, opened: Store) -> None:
-        attempt = opened.begin(_STEP, _uuid(1), name=_NAME)
-        _write(attempt, "model-00001-of-00001.safetensors", _bytes(4096))
-        attempt.write_small({"state.json": b"{}", MANIFEST_FILE: _MANIFEST})
-        attempt.sync_directory()
+        directory = opened.begin(_STEP, _uuid(1), name=_NAME)
+        _write(directory, "model-00001-of-00001.safetensors", _bytes(4096))
+        directory.write_small({"state.json": b"{}", MANIFEST_FILE: _MANIFEST})
+        directory.sync_directory()
         assert self.store().names() == []
-        with contextlib.closing(attempt.open()) as reader:
+        with contextlib.closing(directory.open()) as reader:
             assert _read(reader, "model-00001-of-00001.safetensors", 4096, 0) == _bytes(4096)
             assert reader.read_small(MANIFEST_FILE, 1 << 20) == _MANIFEST
-        attempt.publish(_NAME, replace=False)
+        directory.publish(_NAME, replace=False)
         assert self.store().names() == [_NAME]
 
     def test_a_name_that_is_taken_is_refused_and_left_as_it_is(self, opened: Store) -> None:
@@ -117,25 +117,25 @@ class StoreContract:
             assert (_read(reader, "a", 9, 0), _read(reader, "b", 9, 0)) == (b"of rank 0", b"of rank 1")
 
     def test_what_was_discarded_is_gone_and_its_name_is_free(self, opened: Store) -> None:
-        attempt = opened.begin(_STEP, _uuid(1), name=_NAME)
-        _write(attempt, "a", _bytes(4096))
-        attempt.create_shard("half", 4096)
-        attempt.discard()
-        attempt.discard()
+        directory = opened.begin(_STEP, _uuid(1), name=_NAME)
+        _write(directory, "a", _bytes(4096))
+        directory.create_shard("half", 4096)
+        directory.discard()
+        directory.discard()
         assert opened.names() == []
         assert opened.reclaim() == []
         self._publish(opened, {"a": b"again"}, number=2)
 
     def test_a_published_checkpoint_outlives_being_discarded_and_closed(self, opened: Store) -> None:
-        attempt = self._publish(opened, {"a": b"all of it"})
-        attempt.close()
-        attempt.discard()
+        directory = self._publish(opened, {"a": b"all of it"})
+        directory.close()
+        directory.discard()
         with contextlib.closing(opened.open(_NAME)) as reader:
             assert _read(reader, "a", 9, 0) == b"all of it"
 
     def test_a_file_given_up_takes_no_more_bytes(self, opened: Store) -> None:
-        attempt = opened.begin(_STEP, _uuid(1), name=_NAME)
-        writer = attempt.create_shard("a", 8192)
+        directory = opened.begin(_STEP, _uuid(1), name=_NAME)
+        writer = directory.create_shard("a", 8192)
         writer.abort()
         writer.abort()
         with pytest.raises((AsyncCkptError, OSError)):
@@ -281,14 +281,14 @@ class StoreContract:
     def test_a_file_is_taken_over_where_there_are_links(self, opened: Store) -> None:
         data = _bytes(4096)
         self._publish(opened, {"a": data})
-        attempt = opened.begin(8, _uuid(2), name="step-00000008")
+        directory = opened.begin(8, _uuid(2), name="step-00000008")
         with contextlib.closing(opened.open(_NAME)) as reader:
-            linked = attempt.link(reader, "a", 4096, "b")
+            linked = directory.link(reader, "a", 4096, "b")
             assert linked == (Capability.LINKS in opened.capabilities)
             with pytest.raises(CheckpointDamaged):
-                attempt.link(reader, "a", 4095, "c")
+                directory.link(reader, "a", 4095, "c")
         if linked:
-            _finish(attempt, "step-00000008")
+            _finish(directory, "step-00000008")
             opened.remove(_NAME)
             with contextlib.closing(opened.open("step-00000008")) as reader:
                 assert _read(reader, "b", 4096, 0) == data
@@ -301,7 +301,7 @@ class StoreContract:
             return
         second = self.store().begin(_STEP, _uuid(1), name=_NAME, shared=True)
         data = _bytes(8192)
-        writers = [attempt.create_shard("a", 8192, shared=True) for attempt in (first, second)]
+        writers = [directory.create_shard("a", 8192, shared=True) for directory in (first, second)]
         _write_at(writers[1], data, 4096, 4096)
         _write_at(writers[0], data, 0, 4096)
         for writer in writers:
@@ -322,12 +322,12 @@ class StoreContract:
 
     def _publish(
         self, store: Store, files: Mapping[str, bytes], *, number: int = 1, name: str = _NAME, replace: bool = False
-    ) -> Attempt:
-        attempt = store.begin(_STEP, _uuid(number), name=name)
+    ) -> PendingDirectory:
+        directory = store.begin(_STEP, _uuid(number), name=name)
         for file, data in files.items():
-            _write(attempt, file, data)
-        _finish(attempt, name, replace=replace)
-        return attempt
+            _write(directory, file, data)
+        _finish(directory, name, replace=replace)
+        return directory
 
 
 _MANIFEST = b'{"format": "a manifest, to a store"}'
@@ -350,18 +350,18 @@ def _write_at(writer: ShardWriter, data: bytes, offset: int, nbytes: int) -> Non
     writer.write_at(room, len(part), offset)
 
 
-def _write(attempt: Attempt, file: str, data: bytes) -> None:
-    writer = attempt.create_shard(file, len(data))
+def _write(directory: PendingDirectory, file: str, data: bytes) -> None:
+    writer = directory.create_shard(file, len(data))
     if data:
         _write_at(writer, data, 0, len(data))
     writer.finish(len(data))
 
 
-def _finish(attempt: Attempt, name: str = _NAME, *, replace: bool = False) -> None:
-    attempt.sync_directory()
-    attempt.write_small({MANIFEST_FILE: _MANIFEST})
-    attempt.sync_directory()
-    attempt.publish(name, replace=replace)
+def _finish(directory: PendingDirectory, name: str = _NAME, *, replace: bool = False) -> None:
+    directory.sync_directory()
+    directory.write_small({MANIFEST_FILE: _MANIFEST})
+    directory.sync_directory()
+    directory.publish(name, replace=replace)
 
 
 def _read(reader: Reader, file: str, nbytes: int, offset: int) -> bytes:

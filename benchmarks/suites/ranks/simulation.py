@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from asyncckpt import formats
 from asyncckpt.codecs import codecs
 from asyncckpt.plan import layout
-from asyncckpt.plan.partition import Holding, divide
+from asyncckpt.plan.partition import RankHolding, divide
 from asyncckpt.ranks import planner as planning
-from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, Piece, Rows, TensorSpec
+from asyncckpt.types import ComponentSnapshot, Layout, LayoutOptions, LocalTensor, RowOwners, TensorSpec
 
 _SHAPES = ((8192, 1024), (8192, 1024), (8192,), (1024,), (50257, 64))
 
@@ -42,22 +42,22 @@ def spec(number: int, shape: tuple[int, ...]) -> TensorSpec:
     return TensorSpec(f"t{number}", "F32", shape, nbytes)
 
 
-def dealt(rows: int, parts: int, copies: int) -> Rows:
+def dealt(rows: int, parts: int, copies: int) -> RowOwners:
     """Deal rows out as torch.chunk does: uneven at the end, some ranks with nothing; each part is on ``copies``
     ranks."""
     each = -(-rows // parts) if rows else 0
     begins = [part * each for part in range(parts) if part * each < rows] or [0]
     holders = tuple(tuple(part + parts * copy for copy in range(copies)) for part in range(len(begins)))
-    return Rows((*begins, rows), holders)
+    return RowOwners((*begins, rows), holders)
 
 
-def holding(of: TensorSpec, rows: Rows, number: int, rank: int) -> Holding:
+def holding(of: TensorSpec, rows: RowOwners, number: int, rank: int) -> RankHolding:
     """Return what ``rank`` holds of a tensor."""
-    part = rows.part_of.get(rank)
+    part = rows.part_of_rank.get(rank)
     if part is None:
-        return Holding(rows, -1, 0)
+        return RankHolding(rows, -1, 0)
     width = of.nbytes // rows.bounds[-1] if rows.bounds[-1] else 0
-    return Holding(rows, number, rows.bounds[part] * width)
+    return RankHolding(rows, number, rows.bounds[part] * width)
 
 
 def plan(specs: Sequence[TensorSpec], options: LayoutOptions) -> Layout:
@@ -78,7 +78,7 @@ def simulate(tensors: int, ranks: int, rank: int) -> Planning:
     grown = _resident_bytes() - before
     share = sum(extent.nbytes for extent in division.layout.extents()) / planned.nbytes
     # a save's plan is looked up by this key, which is built and compared on the training thread
-    pieces = [Piece(one, None, 0, rows[one.shape[0]]) for one in specs]  # type: ignore[arg-type]
+    pieces = [LocalTensor(one, None, 0, rows[one.shape[0]]) for one in specs]  # type: ignore[arg-type]
     component = ComponentSnapshot("m", "module", pieces, {}, None)
     kept = planning.plan_key([component])
     began = time.perf_counter()

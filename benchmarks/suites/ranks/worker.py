@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import asyncckpt
 from asyncckpt.events import Event, ExtentStaged
-from asyncckpt.ranks.store import Ranks
+from asyncckpt.ranks.store import RankStore
 from benchmarks import peers
 from benchmarks.harness.raw import Ceiling, drop_page_cache
 from benchmarks.harness.state import GPT, SIZES, State, all_tensors
@@ -133,7 +133,7 @@ class _Talk:
     def __init__(self) -> None:
         self.sent = self.read = 0
         for name, count in (("post", self._count_sent), ("read", self._count_read)):
-            setattr(Ranks, name, _before(count, getattr(Ranks, name)))
+            setattr(RankStore, name, _before(count, getattr(RankStore, name)))
 
     def _count_sent(self) -> None:
         self.sent += 1

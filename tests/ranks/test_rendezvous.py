@@ -17,7 +17,7 @@ import asyncckpt
 from asyncckpt.errors import PlanChanged, RankLost
 from asyncckpt.ranks import rendezvous as meeting
 from asyncckpt.ranks import store as distributed
-from asyncckpt.ranks.rendezvous import meet
+from asyncckpt.ranks.rendezvous import rendezvous
 
 
 class _Messages:
@@ -34,7 +34,7 @@ class _Messages:
 def _meeting(messages: _Messages, size: int, late: dict[int, float]) -> list[str]:
     def one(rank: int) -> str:
         time.sleep(late.get(rank, 0.0))
-        return meet(messages, rank, size, 20.0)
+        return rendezvous(messages, rank, size, 20.0)
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(one, range(size)))
@@ -43,8 +43,8 @@ def _meeting(messages: _Messages, size: int, late: dict[int, float]) -> list[str
 @pytest.mark.parametrize("late", [{}, {0: 0.2}, {2: 0.2}], ids=["all at once", "rank 0 late", "rank 2 late"])
 def test_what_processes_before_left_is_not_believed(late: dict[int, float]) -> None:
     messages = _Messages()
-    words = {"1": "stale", "2": "stale"}
-    messages.set("all", json.dumps({"session": "before", "words": words}))
+    nonces = {"1": "stale", "2": "stale"}
+    messages.set("all", json.dumps({"session": "before", "nonces": nonces}))
     for rank in (1, 2):
         messages.set(f"here/{rank}", "stale")
         messages.set(f"met/{rank}", "before/stale")
@@ -57,9 +57,9 @@ def test_what_processes_before_left_is_not_believed(late: dict[int, float]) -> N
 def test_who_does_not_come_is_named() -> None:
     messages = _Messages()
     with ThreadPoolExecutor(1) as pool:
-        there = pool.submit(meet, messages, 1, 4, 20.0)
+        there = pool.submit(rendezvous, messages, 1, 4, 20.0)
         with pytest.raises(RankLost, match=r"^rank 2, rank 3 did not begin within 1 s"):
-            meet(messages, 0, 4, 1.0)
+            rendezvous(messages, 0, 4, 1.0)
         with pytest.raises(RankLost, match=r"^rank 2, rank 3 did not begin within 1 s"):
             there.result(20)
 
@@ -67,7 +67,7 @@ def test_who_does_not_come_is_named() -> None:
 def test_a_rank_0_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_GRACE_SECONDS", 0.1)
     with pytest.raises(RankLost, match="rank 0 did not begin"):
-        meet(_Messages(), 1, 2, 0.1)
+        rendezvous(_Messages(), 1, 2, 0.1)
 
 
 def _lives(me: Me, path: str) -> list[Any]:
@@ -110,8 +110,8 @@ class _Overtaking:
 
 
 def test_an_answer_counts_also_where_rank_0_has_gone_on_since() -> None:
-    ranks = distributed.Ranks(_Overtaking(True), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
-    assert ranks.agree("plan", "of 1", key="plan", unless="went on") == ["of 0", "of 1"]
-    alone = distributed.Ranks(_Overtaking(False), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
+    ranks = distributed.RankStore(_Overtaking(True), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
+    assert ranks.agree("plan", "of 1", key="plan", cancel_key="went on") == ["of 0", "of 1"]
+    alone = distributed.RankStore(_Overtaking(False), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
     with pytest.raises(PlanChanged, match="on this rank alone"):
-        alone.agree("plan", "of 1", key="plan", unless="went on")
+        alone.agree("plan", "of 1", key="plan", cancel_key="went on")

@@ -2,8 +2,8 @@
 directories. It promises nothing beyond POSIX: an fsync of a file does not cover its name, and a rename is not durable
 until its directory is synced.
 
-``LazyFS`` mounts one, which a process of its own serves through FUSE. That process runs this file too, which imports
-nothing of the package, so that it starts at once.
+``ForgetfulFS`` mounts one, which a process of its own serves through FUSE. That process runs this file too, which
+imports nothing of the package, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def reason_unavailable() -> str | None:
     return None
 
 
-class LazyFS:
+class ForgetfulFS:
     """Mounts the file system at ``path`` while it is used as a context. ``cut`` and ``remains`` block until done.
 
     ``stop`` freezes the server: whoever touches the file system from then on hangs in the kernel until ``go_on``.

@@ -23,13 +23,13 @@ from asyncckpt.integrations.dcp.names import Path, components_of
 from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, WrittenExtent
-from asyncckpt.memory.arena import Slot
+from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
-from asyncckpt.protocols import Attempt, Digest, Hold, renaming
+from asyncckpt.protocols import Digest, Hold, PendingDirectory, renaming
 from asyncckpt.stage.copy import copy_segments, write_header
 from asyncckpt.stage.image import cut_digests
 from asyncckpt.storage import open_store
-from asyncckpt.types import Extent, LayoutOptions, Piece, Shard
+from asyncckpt.types import Extent, LayoutOptions, LocalTensor, ShardFile
 
 #: This many threads keep one device busy while others copy and hash.
 THREADS = min(4, max(2, os.cpu_count() or 2))
@@ -49,8 +49,8 @@ class Stager(DefaultStager):
         )
 
 
-class Live:
-    """``Live`` holds what a writer has only while it runs; it is never pickled."""
+class WriterSession:
+    """``WriterSession`` holds what a writer has only while it runs; it is never pickled."""
 
     def __init__(self) -> None:
         self._inherited: list[object] = []
@@ -63,30 +63,30 @@ class Live:
         self._empty()
 
     def _empty(self) -> None:
-        self.attempt: Attempt | None = None
+        self.directory: PendingDirectory | None = None
         self.hold: Hold | None = None
         self.stager: Stager | None = None
         self.staging: Stager | None = None
         self.staged = False
         #: Writing threads reuse this memory, which is faulted in.
-        self.buffers: list[Slot] = []
+        self.buffers: list[StagingBuffer] = []
         self._catalog: Catalog | None = None
         self._lock = threading.Lock()
 
     def close(self) -> None:
         """Give everything back, and remove a save that was not published. Idempotent."""
-        if self.attempt is not None:
-            self.attempt.discard()
+        if self.directory is not None:
+            self.directory.discard()
         self.end()
         if self.stager is not None:
             self.stager.close()
             self.stager = None
         self.buffers.clear()
 
-    def begin(self, run: str, name: str, step: int, *, overwrite: bool) -> Attempt:
+    def begin(self, run: str, name: str, step: int, *, overwrite: bool) -> PendingDirectory:
         """Take the run directory and make the attempt's. Raises ``StepExists``, ``RunLocked`` and ``RunPathError``."""
-        if self.attempt is not None:  # its save failed on another rank
-            self.attempt.discard()
+        if self.directory is not None:  # its save failed on another rank
+            self.directory.discard()
             self.end()
         store = open_store(run)
         if store.identity(name) is not None and not overwrite:
@@ -99,30 +99,30 @@ class Live:
             mover = renaming(store)
             if damaged and mover is not None:
                 mover.set_aside(name)
-            self.attempt = store.begin(step, uuid.uuid4().hex, name=name)
+            self.directory = store.begin(step, uuid.uuid4().hex, name=name)
         except BaseException:
             self.end()
             raise
-        return self.attempt
+        return self.directory
 
     def end(self) -> None:
         """Give the run directory back, however the save ended."""
-        self.attempt = None
+        self.directory = None
         if self.hold is not None:
             self.hold.release()
             self.hold = None
 
     def write(
         self,
-        attempt: Attempt,
-        shards: Sequence[Shard],
-        pieces: Sequence[Piece],
+        directory: PendingDirectory,
+        shards: Sequence[ShardFile],
+        pieces: Sequence[LocalTensor],
         digest: Digest,
         threads: int,
     ) -> list[FileRecord]:
         """Write all extents of all shards on several threads, and return the files' records. Everything is durable
         then."""
-        writers = [attempt.create_shard(shard.file, shard.nbytes) for shard in shards]
+        writers = [directory.create_shard(shard.file, shard.nbytes) for shard in shards]
 
         def one(extent: Extent) -> list[ExtentRecord]:
             with self._slot(extent.nbytes) as slot:
@@ -131,14 +131,16 @@ class Live:
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
                 view = slot.view[: extent.nbytes]
-                written = WrittenExtent(extent.offset, extent.nbytes, cut_digests(digest, view, extent.cuts))
+                written = WrittenExtent(
+                    extent.offset, extent.nbytes, cut_digests(digest, view, extent.digest_boundaries)
+                )
                 writers[extent.shard].write_at(slot.view, extent.nbytes, extent.offset)
-            return written.records(extent.cuts)
+            return written.records(extent.digest_boundaries)
 
         with ThreadPoolExecutor(threads, "asyncckpt-dcp") as pool:
             found = list(pool.map(one, (extent for shard in shards for extent in shard.extents)))
             list(pool.map(lambda pair: pair[0].finish(pair[1].nbytes), zip(writers, shards, strict=True)))
-        attempt.sync_directory()
+        directory.sync_directory()
         records: list[FileRecord] = []
         for shard in shards:
             mine, found = found[: len(shard.extents)], found[len(shard.extents) :]
@@ -160,17 +162,17 @@ class Live:
         overwrite: bool,
     ) -> None:
         """Publish what ``write`` has written on all ranks: a checkpoint, durable on return."""
-        attempt, hold, catalog = self.attempt, self.hold, self._catalog
-        if attempt is None or hold is None or catalog is None:
+        directory, hold, catalog = self.directory, self.hold, self._catalog
+        if directory is None or hold is None or catalog is None:
             raise SaveFailed("no save has begun")
         components, trees = components_of(records, paths, values)
         small = {manifests.STATE_FILE: jsontree.dumps(trees)}
-        attempt.write_small(small)
+        directory.write_small(small)
         take = digests.get(digest)
         draft = Manifest(
             step=step,
             name=name,
-            attempt=attempt.uuid,
+            attempt=directory.uuid,
             kind="full",
             created_unix_seconds=time.time(),
             world_size=world_size,
@@ -185,8 +187,8 @@ class Live:
             sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
         )
         # never publish what no reader takes: planners of others may have made names that none would
-        manifests.decode(manifests.encode(draft), f"{attempt.path}/{manifests.FILE_NAME}")
-        publish(attempt, draft, replace=overwrite, before=hold.check)
+        manifests.decode(manifests.encode(draft), f"{directory.path}/{manifests.FILE_NAME}")
+        publish(directory, draft, replace=overwrite, before=hold.check)
         self.end()
 
     @contextlib.contextmanager
@@ -196,7 +198,7 @@ class Live:
         if slot is None or slot.nbytes < nbytes:
             buffer = memoryview(aligned_buffer(max(nbytes, LayoutOptions().extent_bytes)))
             tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-            slot = Slot(-1, 0, len(buffer), tensor.data_ptr(), buffer, tensor)
+            slot = StagingBuffer(-1, 0, len(buffer), tensor.data_ptr(), buffer, tensor)
         try:
             yield slot
         finally:
