@@ -60,9 +60,11 @@ def compare(
     size: Annotated[str, typer.Option()] = "gpt2",
     directory: Annotated[Path | None, typer.Option(help="on the file system to measure")] = None,
     ranks: Annotated[bool, typer.Option(help="also saves of several ranks")] = True,
+    out: Annotated[Path | None, typer.Option(help="file for all figures as JSON, written after each round")] = None,
 ) -> None:
-    """Measure both checkouts by turns and print a table; JSON of all figures goes to stdout where that is a pipe."""
-    console, progress = Console(), Console(stderr=True)
+    """Measure both checkouts by turns and print a table."""
+    progress = Console(stderr=True)
+    console = Console(width=None if sys.stdout.isatty() else 160)
     target = directory or Path(tempfile.gettempdir())
     found: dict[str, Figure] = {}
     for number in range(rounds):
@@ -75,7 +77,9 @@ def compare(
                 figure = found.setdefault(what, Figure(what, ([], [])))
                 figure.of[0].append(old[what])
                 figure.of[1].append(new[what])
-    _show(found, console, other)
+        if out is not None:
+            out.write_text(json.dumps({what: figure.of for what, figure in found.items()}))
+        _show(found, console, other)
 
 
 def _order(other: Path, number: int) -> tuple[Path, Path]:
@@ -142,11 +146,7 @@ def _show(found: dict[str, Figure], console: Console, other: Path) -> None:
         old, new = (statistics.median(seconds) for seconds in figure.of)
         by_round = " ".join(f"{ratio:.2f}" for ratio in figure.by_round)
         table.add_row(what, f"{old:.4f}", f"{new:.4f}", f"{figure.ratio:.3f}", by_round)
-    if console.is_terminal:
-        console.print(table)
-    else:
-        Console(width=160).print(table)
-        print(json.dumps({what: figure.of for what, figure in found.items()}))
+    console.print(table)
 
 
 if __name__ == "__main__":
