@@ -43,7 +43,7 @@ CONTEXT.set_forkserver_preload(
 )
 #: Of process group set-up and of training's own collectives. Longer than any save's deadline in these tests.
 _GLOO_SECONDS = 60.0
-#: The most rank processes at one time: a crew of each size from one to four, and one of four that a test has for itself.
+#: The most rank processes at one time: a crew of each size from one to four, and one of four that a test has alone.
 MAX_RANKS = 14
 
 
