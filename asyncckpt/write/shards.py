@@ -293,9 +293,14 @@ class ShardPipeline:
         directory = self._directory.open()
         with self._open_lock:
             if progress.writer is None:
-                progress.writer = directory.create_shard(
-                    progress.shard.file, progress.shard.nbytes, shared=progress.shard.multi_writer
-                )
+                self._scope.raise_if_failed()
+                try:
+                    progress.writer = directory.create_shard(
+                        progress.shard.file, progress.shard.nbytes, shared=progress.shard.multi_writer
+                    )
+                except BaseException as error:  # before the lock goes: whoever tried again would find this try's file
+                    self._scope.fail(error)
+                    raise
             return progress.writer
 
     def _finish(self, progress: ShardProgress) -> None:
