@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from asyncckpt import checkpointer, run
+from asyncckpt import run, starter
 from asyncckpt.catalog import catalog, retention
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit import committer
@@ -662,7 +662,7 @@ def _(patch: Patch) -> None:
         return owned_memory.divide([replace(one, spec=replace(one.spec, frozen=False)) for one in pieces], owned)
 
     patch.setattr(hooks.WatchedOptimizers, "owned", owned)
-    patch.setattr(checkpointer, "divide", divided)
+    patch.setattr(starter, "divide", divided)
 
 
 @mutant("a whole memory block counts as owned", checks.buffers_beside_parameters_are_not_deferred)

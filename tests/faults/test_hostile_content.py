@@ -62,7 +62,7 @@ def test_an_index_that_lists_chunks_the_manifest_does_not_is_damage() -> None:
     assert isinstance(tensor, ChunkedRecord)
     [part] = tensor.parts
     name, record = next((r.name, r) for r in source.manifest.files if r.name == part.file)
-    places = [(e.offset, e.stored or e.nbytes) for e in (record.extents[i] for i in part.extents)]
+    places = [(e.offset, e.payload_bytes or e.nbytes) for e in (record.extents[i] for i in part.extents)]
     data = source.files[name]
     entries = (record.extents[-1].nbytes - 4) // 16
     assert zarr.encode_index(places, entries) == data[record.extents[-1].offset :], "the test knows where the index is"

@@ -460,12 +460,12 @@ def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(
         slots: list[StagingBuffer] = []
 
         def all_but_the_first_once_the_disk_has_failed(
-            nbytes: int, deadline: float | None, cancelled: Callable[[], bool]
+            nbytes: int, deadline: float | None, cancelled: Callable[[], bool], if_short: Callable[[], None]
         ) -> StagingBuffer:
             patience = time.monotonic() + 10
             while slots and not cancelled() and time.monotonic() < patience:
                 time.sleep(0.001)
-            slots.append(acquire(nbytes, deadline))
+            slots.append(acquire(nbytes, deadline, if_short=if_short))
             return slots[-1]
 
         monkeypatch.setattr(run._arena, "acquire", all_but_the_first_once_the_disk_has_failed)
