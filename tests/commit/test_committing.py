@@ -1,27 +1,22 @@
-"""From staged to published, where something happens in between: deadlines, errors that come late, and what is told."""
+"""A save that takes too long, is interrupted or fails publishes nothing, and says why."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from support.options import by_stage
+from support.committing import STATE, checkpointer, drain
 
-from asyncckpt import ArenaBusy, Checkpointer, KeepLast, PendingSave, SaveAbandoned, SaveFailed, WriterOptions
+from asyncckpt import ArenaBusy, Checkpointer, KeepLast, SaveAbandoned, SaveFailed, WriterOptions
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import FaultyOps, GatedOps, InterceptedOps
-
-STATE = {"w": torch.arange(300_000, dtype=torch.float32)}
 
 
 class Between(InterceptedOps):
@@ -40,22 +35,6 @@ class Between(InterceptedOps):
 
 def attempts(run: Checkpointer) -> list[str]:
     return [name for name in os.listdir(run.path) if name.startswith(".tmp-")]
-
-
-def drain(run: Checkpointer) -> None:
-    """Until the committer has tidied up behind what it acknowledged."""
-    done = threading.Event()
-    run._committer._pool.submit(done.set)
-    assert done.wait(30)
-
-
-def checkpointer(path: Path, ops: PosixOps, **options: Any) -> Checkpointer:
-    """One whose first step is saved before the operations are those given."""
-    run = Checkpointer(path / "run", **by_stage(incremental=False, **options))
-    run.save(1, STATE).result()
-    drain(run)  # the hint goes after the acknowledgement
-    run._store.ops = ops
-    return run
 
 
 def test_a_save_that_would_wait_too_long_for_the_one_before_says_so(tmp_path: Path) -> None:
@@ -256,156 +235,4 @@ def test_what_fails_after_the_acknowledgement_is_logged_and_takes_nothing_back(
     run.save(3, STATE).result()
     drain(run)
     assert [entry.step for entry in run.ls()] == [3]
-    run.close()
-
-
-# -- who learns how a save ended ---------------------------------------------------------------------------------------
-
-
-class Refused(PosixOps):
-    """Lets a save come to its publication, waits for the gate there, and fails it."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-
-    def rename_noreplace(self, source: str, target: str) -> None:
-        assert self.gate.wait(30)
-        raise OSError(errno.EIO, "refused")
-
-
-def outcome(pending: PendingSave) -> None:
-    """Wait until it is done, as nobody who is given the outcome."""
-    while not pending.done():
-        pending._wait(0.1)
-
-
-async def awaited(pending: PendingSave) -> object:
-    return await pending
-
-
-async def _timed_out(pending: PendingSave) -> None:
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(awaited(pending), 0.05)
-
-
-async def _cancelled(pending: PendingSave) -> None:
-    task = asyncio.ensure_future(awaited(pending))
-    await asyncio.sleep(0.05)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-async def _dropped(pending: PendingSave) -> None:
-    coroutine = awaited(pending)
-    coroutine.send(None)
-    coroutine.close()
-
-
-def _with_a_limit(pending: PendingSave) -> None:
-    for wait in (pending.result, pending.exception):
-        with pytest.raises(TimeoutError):
-            wait(0.05)
-
-
-WAITS: list[Callable[[PendingSave], Any]] = [_timed_out, _cancelled, _dropped, _with_a_limit]
-
-
-@pytest.mark.parametrize("waits", WAITS, ids=lambda waits: waits.__name__)
-def test_whoever_waited_in_vain_has_not_seen_the_error(waits: Callable[[PendingSave], Any], tmp_path: Path) -> None:
-    run = checkpointer(tmp_path, ops := Refused())
-    pending = run.save(2, STATE)
-    waiting = waits(pending)
-    if waiting is not None:
-        asyncio.run(waiting)
-    ops.gate.set()
-    outcome(pending)
-    with pytest.raises(SaveFailed, match="step 2"):
-        run.wait()
-    run.close()
-
-
-def test_an_error_that_comes_at_the_very_end_of_a_wait_is_not_lost(tmp_path: Path) -> None:
-    """The wait is over, the error is not there yet; it comes while ``TimeoutError`` is being raised."""
-    run = checkpointer(tmp_path, ops := Refused())
-    pending = run.save(2, STATE)
-
-    class Late(Future):  # type: ignore[type-arg]
-        def result(self, timeout: float | None = None) -> Any:
-            try:
-                return super().result(timeout)
-            finally:
-                ops.gate.set()
-                while not self.done():
-                    time.sleep(0.001)
-
-        exception = result
-
-    pending._future.__class__ = Late
-    with pytest.raises(TimeoutError):
-        pending.result(0.05)
-    ops.gate.set()
-    outcome(pending)
-    with pytest.raises(SaveFailed, match="step 2"):
-        run.wait()
-    run.close()
-
-
-def test_an_error_that_was_awaited_is_not_raised_again(tmp_path: Path) -> None:
-    run = checkpointer(tmp_path, ops := Refused())
-    ops.gate.set()
-    with pytest.raises(SaveFailed, match="step 2"):
-        asyncio.run(awaited(run.save(2, STATE)))
-    assert run.wait()
-    run.close()
-
-
-def test_a_callback_that_ends_its_thread_keeps_no_outcome_from_others(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The committer's thread, that is: the error was neither raised by a later call nor heard of by who awaited it."""
-    run = checkpointer(tmp_path, ops := Refused())
-    pending = run.save(2, STATE)
-    heard: list[PendingSave] = []
-
-    def leaves(_: PendingSave) -> None:
-        raise SystemExit(1)
-
-    async def all_of_it() -> None:
-        pending.add_done_callback(leaves)
-        pending.add_done_callback(heard.append)
-        task = asyncio.ensure_future(awaited(pending))
-        await asyncio.sleep(0.05)
-        ops.gate.set()
-        with pytest.raises(SaveFailed, match="step 2"):
-            await asyncio.wait_for(task, 30)
-
-    asyncio.run(all_of_it())
-    assert heard == [pending]
-    assert "step 2: a callback raised" in caplog.text
-    with pytest.raises(SystemExit):  # on the thread of whoever adds it, at once: its own affair
-        pending.add_done_callback(leaves)
-    again = run.save(3, STATE)
-    again.add_done_callback(leaves)
-    outcome(again)
-    with pytest.raises(SaveFailed, match="step 3"):
-        run.wait()
-    run.close()
-
-
-def test_an_error_that_an_interrupted_close_did_not_come_to_is_raised_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = checkpointer(tmp_path, ops := Refused())
-    ops.gate.set()
-    outcome(run.save(2, STATE))
-
-    def interrupted(*_: object) -> bool:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run._committer, "wait_below", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run.close()
-    with pytest.raises(SaveFailed, match="step 2"):
-        run.close()
     run.close()

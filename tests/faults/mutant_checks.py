@@ -7,18 +7,14 @@ import contextlib
 import errno
 import os
 import shutil
-import threading
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from support.model_scenarios import SCENARIOS
 from support.options import by_stage
-from support.queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
 from asyncckpt import (
     CheckpointDamaged,
@@ -29,16 +25,12 @@ from asyncckpt import (
     RunLocked,
     RunOptions,
     Safetensors,
-    SaveFailed,
     StepExists,
     WriterOptions,
 )
 from asyncckpt.errors import AsyncCkptError, LeaseLost
-from asyncckpt.stage import job as staging
-from asyncckpt.stage.eager import OwnedMemory, divide
 from asyncckpt.storage.posix import PosixOps
 from asyncckpt.testing import FaultyOps, check_trace
-from asyncckpt.types import LocalTensor, TensorSpec
 
 Check = Callable[[Path], None]
 _BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
@@ -54,6 +46,14 @@ def model(name: str) -> Check:
 
     check.__name__ = f"model: {name}"
     return check
+
+
+#: Every state of the disk that a crash leaves, of what a scenario does.
+ONE, TWO, AGAIN = model("one save"), model("two saves, retention"), model("a step saved again")
+LARGE, ZARR, REFLINKS = model("large shards"), model("zarr"), model("reflinks")
+LINKS, PARENTS = model("links and retention"), model("parents made")
+BACK, BACK_KILLED = model("a step saved again after going back"), model("killed while a step made way")
+RENAMED, MADE = model("killed after the rename, then pruned"), model("killed when the run was made")
 
 
 def _state(step: int, size: int = 1100) -> dict[str, Any]:
@@ -361,93 +361,3 @@ def what_others_made_stays(root: Path) -> None:
     _saved(root / "run", 3, 4, keep=KeepLast(1))
     there = set(os.listdir(root / "run"))
     assert {"best", "copy", ".tmp-mydata", "step-00000004"} <= there, f"something of somebody else's is gone: {there}"
-
-
-# -- what is copied when -----------------------------------------------------------------------------------------------
-
-
-def copies_of_a_failed_save_land_on_nothing(root: Path) -> None:
-    a_save_after_one_that_failed(root / "run", [Stream(), Stream()], ones_and_twos())
-
-
-def nor_on_what_the_host_writes(root: Path) -> None:
-    large = {"a": torch.full((300_000,), 1.0)}
-    small = {f"t{n:03}": torch.full((30,), float(n)) for n in range(200)}
-    stream = Stream()
-    a_save_after_one_that_failed(root / "run", [stream, stream], [large, small])
-
-
-def _deferred(root: Path, change: Callable[[torch.nn.Sequential], object], watch: Any, *, late: bool = True) -> None:
-    """Whatever is changed after ``save`` and before the background has copied, what is stored is as it was."""
-    model = torch.nn.Sequential(*(torch.nn.Linear(700, 700, bias=False) for _ in range(4)))
-    model[3].requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    go, original = threading.Event(), staging.copy_segments
-
-    def copy(*args: Any) -> None:
-        if threading.current_thread().name.startswith("asyncckpt-stager"):
-            go.wait(10)
-        original(*args)
-
-    with pytest.MonkeyPatch.context() as patch, Checkpointer(root / "run") as run:
-        patch.setattr(staging, "copy_segments", copy)
-        run.watch(watch(model))
-        expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        pending = run.save(1, {"model": model})
-        changing = threading.Thread(target=change, args=(model,))
-        changing.start()
-        changing.join(0.5)
-        go.set()
-        changing.join()
-        pending.result(30)
-        found = run.load_tensors(1)
-    assert all(torch.equal(found[f"model.{name}"], tensor) for name, tensor in expected.items()), "torn"
-
-
-def _trained(model: torch.nn.Module) -> torch.optim.Optimizer:
-    kept.append(torch.optim.SGD(model.parameters(), lr=0.1))
-    return kept[-1]
-
-
-#: Optimizers that something else keeps alive: a scheduler, say.
-kept: list[torch.optim.Optimizer] = []
-
-
-def an_optimizer_made_anew_waits(root: Path) -> None:
-    _deferred(root, lambda model: torch.optim.SGD(model.parameters(), lr=0.1).step(), _trained)
-
-
-def frozen_parameters_are_not_deferred(root: Path) -> None:
-    _deferred(root, lambda model: model[3].weight.data.zero_(), _trained)
-
-
-def buffers_beside_parameters_are_not_deferred(root: Path) -> None:
-    flat = torch.zeros(2, 1 << 19)
-    model = torch.nn.Module()
-    model.register_parameter("w", torch.nn.Parameter(flat[0]))
-    model.register_buffer("mean", flat[1])
-    memory = OwnedMemory()
-    memory.add([model.w])
-    pieces = [LocalTensor(TensorSpec(name, "F32", (1 << 19,), 2 << 20), t) for name, t in model.state_dict().items()]
-    assert divide(pieces, memory).eager == {0, 1}, (
-        "a buffer in the parameters' memory is copied while forward changes it"
-    )
-
-
-def a_save_that_cannot_be_copied_ends_at_once(root: Path) -> None:
-    model = torch.nn.Linear(1000, 1000)
-
-    def fails(*_: Any) -> None:
-        raise torch.OutOfMemoryError("no memory")
-
-    with pytest.MonkeyPatch.context() as patch:
-        run = Checkpointer(root / "run", writer=WriterOptions(durable_timeout_seconds=8))
-        run.watch(_trained(model))
-        patch.setattr(staging, "copy_segments", fails)
-        began = time.monotonic()
-        error = run.save(1, {"model": model}).exception(20)
-        with contextlib.suppress(AsyncCkptError):
-            run.close()
-    assert isinstance(error, SaveFailed)
-    assert time.monotonic() - began < 5, "nobody was told before the deadline"

@@ -5,11 +5,8 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import stat
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +16,10 @@ from conftest import assert_all_memory_came_back
 from support.examples import thinned
 from support.options import by_stage
 
-from asyncckpt import (
-    Checkpointer,
-    DurabilityUnknown,
-    KeepLast,
-    NotEnoughSpace,
-    RunLocked,
-    RunOptions,
-    RunPathError,
-    Safetensors,
-    SaveFailed,
-    StepExists,
-)
+from asyncckpt import Checkpointer, KeepLast, NotEnoughSpace, Safetensors, SaveFailed, StepExists
 from asyncckpt.memory.arena import StagingBuffer
-from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.posix import PosixOps
-from asyncckpt.testing import Fault, FaultyOps, InterceptedOps, Site, SiteFaultOps
+from asyncckpt.testing import FaultyOps
 
 STATE = {"w": torch.arange(50_000, dtype=torch.float32), "plain": {"a": 1}}
 CALLS = ["open", "close", "pwrite", "truncate", "fsync", "fsync_directory", "write_file", "mkdir", "rename_noreplace"]
@@ -214,208 +199,6 @@ def test_read_back_catches_a_device_that_lies(tmp_path: Path) -> None:
     with pytest.raises(SaveFailed, match="read back differs"):
         run.save(2, STATE).result()
     assert [entry.step for entry in run.ls()] == [1]
-    run.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "t", mount], check=False).returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    yield mount
-    subprocess.run(["umount", "-l", mount], check=True)
-
-
-def test_a_full_disk_is_foreseen_and_older_checkpoints_stay(small_disk: Path) -> None:
-    state = {"w": torch.zeros(130_000)}  # 0.5 MB; small files are estimated at 4 MiB, more than this disk has
-    run = Checkpointer(small_disk / "run")
-    with pytest.raises(NotEnoughSpace, match=r"step 1: .* bytes free and the save needs .*free space"):
-        run.save(1, state).result()
-    assert not [name for name in os.listdir(small_disk / "run") if name.startswith(("step", ".tmp"))]
-    run.close()
-
-
-def test_a_disk_that_fills_up_during_the_save_removes_the_attempt(
-    small_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Checkpointer(small_disk / "run")
-    monkeypatch.setattr(run._store, "free_bytes", lambda: 1 << 40)  # the estimate was wrong
-    run.save(1, {"w": torch.zeros(130_000)}).result()
-    with pytest.raises(NotEnoughSpace, match="step 2"):
-        run.save(2, {"w": torch.zeros(900_000)}).result()
-    assert [name for name in sorted(os.listdir(small_disk / "run")) if name.startswith(("step", ".tmp"))] == [
-        "step-00000001"
-    ]
-    assert run.verify(1) == []
-    run.save(3, {"w": torch.zeros(130_000)}).result()
-    run.close()
-
-
-def test_too_little_space_runs_retention_before_giving_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Checkpointer(tmp_path / "run")
-    for step in (1, 2, 3):
-        run.save(step, STATE).result()
-    run.wait()
-    run._committer.policies = (KeepLast(1),)
-    space = lambda: 1 << 30 if len(run.ls()) < 3 else 0  # noqa: E731
-    monkeypatch.setattr(run._store, "free_bytes", space)
-    run.save(4, STATE).result()
-    run.wait()
-    assert [entry.step for entry in run.ls()] == [4]
-    run.close()
-
-
-def test_paths_that_cannot_be_used_say_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunPathError, match=r"is a file.*another path"):
-        Checkpointer(tmp_path / "file").save(1, STATE)
-    with pytest.raises(RunPathError, match=r"does not exist.*create_parents=True"):
-        Checkpointer(tmp_path / "no" / "such" / "run").save(1, STATE)
-    with pytest.raises(RunPathError, match=r"part of the path is a file|does not exist"):
-        Checkpointer(tmp_path / "file" / "run").save(1, STATE)
-    with Checkpointer(tmp_path / "no" / "such" / "run", run=RunOptions(create_parents=True)) as run:
-        run.save(1, STATE).result()
-
-
-def test_a_probe_that_another_run_tidies_up_is_no_unusable_path(tmp_path: Path) -> None:
-    """Of two runs that began at one time, the second was told to repair its path: it has to hear of the first."""
-
-    class Tidied(InterceptedOps):
-        def after(self, name: str, args: tuple[Any, ...]) -> None:
-            if name == "mkdir" and "probe" in args[0]:
-                LocalStore(str(tmp_path / "run")).reclaim()
-
-    with Checkpointer(tmp_path / "run") as first:
-        first.prepare(STATE)
-        second = Checkpointer(tmp_path / "run")
-        second._store.ops = Tidied()
-        with pytest.raises(RunLocked):
-            second.prepare(STATE)
-
-
-def test_a_read_only_file_system_says_so(small_disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(RunPathError, match="read-only"):
-        Checkpointer(small_disk / "run").save(1, STATE)
-
-
-def test_files_follow_the_umask(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        with Checkpointer(tmp_path / "run") as run:
-            path = Path(run.save(1, STATE).result().path)
-    finally:
-        os.umask(old)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o640}
-    assert stat.S_IMODE(path.stat().st_mode) == 0o750
-
-
-def _sites(run: Checkpointer) -> SiteFaultOps:
-    ops = SiteFaultOps(run.path)
-    run._store.ops = ops
-    return ops
-
-
-RUN_FSYNC = Site("fsync_directory", ".", 1)
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_name_that_could_not_be_made_durable_is_taken_back(overwrite: bool, tmp_path: Path) -> None:
-    """It stayed visible, and retention counted it: the acknowledged one before could be deleted for it."""
-    run = Checkpointer(tmp_path / "run", keep=KeepLast(1), run=RunOptions(overwrite=overwrite))
-    run.save(1, STATE).result()
-    ops = _sites(run)
-    ops.arm(Fault(RUN_FSYNC, "before", errno.EIO))
-    step = 1 if overwrite else 2
-    with pytest.raises(SaveFailed, match="Nothing was published"):
-        run.save(step, {**STATE, "w": STATE["w"] + 1}).result()
-    ops.arm()
-    run.prune()
-    assert [entry.step for entry in run.ls()] == [1]
-    assert torch.equal(run.load_tensors(1)["w.value"], STATE["w"]), "the acknowledged one was replaced"
-    run.save(step, STATE).result()
-    assert run.verify(step) == []
-    run.close()
-
-
-def test_a_name_that_can_be_neither_made_durable_nor_taken_back_counts_for_nothing(tmp_path: Path) -> None:
-    run = Checkpointer(tmp_path / "run", keep=KeepLast(1))
-    run.save(1, STATE).result()
-    run.wait()
-    ops = _sites(run)
-    back = Site("rename_noreplace", ".tmp-*", 1)
-    ops.arm(Fault(RUN_FSYNC, "before", errno.EIO), Fault(back, "before", errno.EIO))
-    with pytest.raises(DurabilityUnknown, match="may be gone after a power cut"):
-        run.save(2, STATE).result()
-    assert len(ops.hits) == 2
-    ops.arm()
-    assert run.prune() == [], "retention deleted an acknowledged checkpoint for one that is not"
-    assert [entry.step for entry in run.ls()] == [1, 2]
-    run.save(2, STATE).result()  # the step is free, and what was there is kept aside
-    assert list((tmp_path / "run").glob(".damaged-step-00000002-*"))
-    run.close()
-
-
-def test_what_is_visible_is_made_durable_before_anything_is_deleted_for_it(tmp_path: Path) -> None:
-    """A trainer killed between its rename and the fsync left a name that only memory knew."""
-    run = Checkpointer(tmp_path / "run")
-    run.save(1, STATE).result()
-    run.close()
-    (tmp_path / "run" / f".tmp-00000002-{'01' * 16}").mkdir()
-    after = Checkpointer(tmp_path / "run")
-    ops = FaultyOps()
-    after._store.ops = ops
-    after.prepare(STATE)
-    assert ("fsync_directory", "run") in ops.log
-    assert ops.log.index(("fsync_directory", "run")) < next(
-        n for n, (call, name) in enumerate(ops.log) if call == "rename_noreplace"
-    )
-    after.close()
-
-
-def test_a_writer_that_is_cut_off_while_it_publishes_gets_everything_or_nothing(tmp_path: Path) -> None:
-    """Its attempt was deleted file by file: it could publish, and acknowledge, what was half deleted."""
-
-    class CutOff(InterceptedOps):
-        """Between its last look at the lease and the rename, another run takes the directory over."""
-
-        def before(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            if name == "rename_noreplace":
-                other = Checkpointer(tmp_path / "run", run=RunOptions(takeover=True))
-                other._store.ops = Deleting()
-                other.prepare(STATE)
-                other.close()
-            return args
-
-    class Deleting(InterceptedOps):
-        """The other run has begun to delete what it found, when the writer goes on."""
-
-        def before(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            if name == "rmdir" and "-0000" in args[0]:
-                raise OSError(errno.EIO, "the rest is not deleted yet")
-            return args
-
-    run = Checkpointer(tmp_path / "run")
-    run.prepare(STATE)
-    run._store.ops = CutOff()
-    with pytest.raises(SaveFailed):
-        run.save(1, STATE).result()
-    assert run.ls() == []
-    run.close()
-
-
-def test_a_hint_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
-    run = Checkpointer(tmp_path / "run")
-    run.prepare(STATE)
-    ops = _sites(run)
-    ops.arm(Fault(Site("pwrite", ".tmp-latest-*", 1), "before", errno.ENOSPC))
-    run.save(1, STATE).result()
-    tidied = threading.Event()
-    run._committer._pool.submit(tidied.set)  # the hint is written after the acknowledgement
-    assert tidied.wait(10)
-    assert ops.hits
-    assert not [name for name in os.listdir(run.path) if name.startswith(".tmp-latest")]
     run.close()
 
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.zarr_types import (
+    SPECIAL,
+    TYPES,
+    edit,
+    every_pattern,
+    exact,
+    from_bits,
+    metadata,
+    native,
+    ts_create,
+    ts_read,
+)
+from support.zarr_types import registered as registered
 
 from asyncckpt import MissingExtra
 
@@ -25,52 +36,12 @@ from asyncckpt.integrations import zarr_dtypes  # noqa: E402
 from asyncckpt.integrations.zarr_dtypes import (  # noqa: E402
     BFloat16,
     DataTypeValidationError,
-    Float8E4M3FN,
-    Float8E4M3FNUZ,
     Float8E5M2,
-    Float8E5M2FNUZ,
     register,
 )
 
 # signalling NaNs among the patterns, where zarr compares a chunk with its fill value
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in equal:RuntimeWarning")
-
-TYPES = {
-    "bfloat16": BFloat16,
-    "float8_e4m3fn": Float8E4M3FN,
-    "float8_e5m2": Float8E5M2,
-    "float8_e4m3fnuz": Float8E4M3FNUZ,
-    "float8_e5m2fnuz": Float8E5M2FNUZ,
-}
-#: Bit patterns that are easily lost, with their JSON in zarr.json; the first is what "NaN" stands for.
-SPECIAL: dict[str, dict[int, float | str]] = {
-    "bfloat16": {
-        0x7FC0: "NaN",
-        0xFFC0: "0xffc0",
-        0x7FC1: "0x7fc1",
-        0x7F81: "0x7f81",
-        0x7F80: "Infinity",
-        0xFF80: "-Infinity",
-        0x8000: -0.0,
-        0x0001: 2.0**-133,
-        0x3FC0: 1.5,
-    },
-    "float8_e4m3fn": {0x7F: "NaN", 0xFF: "0xff", 0x80: -0.0, 0x01: 2.0**-9, 0x3C: 1.5, 0x7E: 448.0},
-    "float8_e5m2": {
-        0x7E: "NaN",
-        0xFE: "0xfe",
-        0x7D: "0x7d",
-        0x7F: "0x7f",
-        0x7C: "Infinity",
-        0xFC: "-Infinity",
-        0x80: -0.0,
-        0x01: 2.0**-16,
-        0x3E: 1.5,
-    },
-    "float8_e4m3fnuz": {0x80: "NaN", 0x01: 2.0**-10, 0x44: 1.5, 0xFF: -240.0},
-    "float8_e5m2fnuz": {0x80: "NaN", 0x01: 2.0**-17, 0x42: 1.5, 0xFF: -57344.0},
-}
-FILLS = [(name, bits, text) for name, cases in SPECIAL.items() for bits, text in cases.items()]
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "plain": {"chunks": (8, 4), "compressors": None},
@@ -89,30 +60,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
-    """The names are known during a test and, unless something else made them so, not after it."""
-    before = dict(data_type_registry.contents)
-    register()
-    yield
-    data_type_registry.contents.clear()
-    data_type_registry.contents.update(before)
-
-
-def native(name: str) -> np.dtype[Any]:
-    return np.dtype(getattr(ml_dtypes, name))
-
-
-def from_bits(name: str, bits: Any) -> np.ndarray[Any, Any]:
-    """An array, 0-d for an int, with these bit patterns."""
-    return np.asarray(bits, f"u{native(name).itemsize}").view(native(name))
-
-
-def every_pattern(name: str) -> np.ndarray[Any, Any]:
-    """All 256 or 65536 bit patterns, 16 in a row."""
-    return from_bits(name, np.arange(256 ** native(name).itemsize)).reshape(-1, 16)
-
-
 def layout(name: str, which: str) -> dict[str, Any]:
     """Larger chunks for 65536 values, so that a test stays at a few dozen files."""
     found = dict(LAYOUTS[which])
@@ -121,38 +68,7 @@ def layout(name: str, which: str) -> dict[str, Any]:
     return found
 
 
-def exact(value: Any) -> tuple[str, tuple[int, ...], bytes]:
-    """What has to be equal: the dtype with its byte order, the shape, every bit."""
-    array = np.asarray(value)
-    return (f"{array.dtype.name} {array.dtype.byteorder}", array.shape, array.tobytes())
-
-
-def ts_read(path: Path) -> Any:
-    ts = pytest.importorskip("tensorstore")
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/"}}
-    return ts.open(spec, open=True, read=True).result().read().result()
-
-
-def ts_create(path: Path, name: str, shape: list[int], **metadata: Any) -> Any:
-    ts = pytest.importorskip("tensorstore")
-    spec = {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{path}/"},
-        "metadata": {"data_type": name, "shape": shape, **metadata},
-    }
-    return ts.open(spec, create=True).result()
-
-
-def metadata(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((path / "zarr.json").read_text())
-    return found
-
-
-def edit(path: Path, **changes: Any) -> None:
-    (path / "zarr.json").write_text(json.dumps({**metadata(path), **changes}))
-
-
-# arrays
+# -- arrays ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", LAYOUTS)
@@ -256,7 +172,7 @@ def test_numbers_and_other_floats_are_rounded_as_ml_dtypes_does(name: str, tmp_p
     assert exact(zarr.open_array(tmp_path / "a", mode="r")[:]) == exact(expected)
 
 
-# the type and its names
+# -- the type and its names --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -329,107 +245,7 @@ def test_zarr_v2_is_refused_before_anything_is_written(name: str, tmp_path: Path
         data_type.to_json_scalar(0.0, zarr_format=2)
 
 
-# fill values
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_every_bit_pattern_survives_as_a_fill_value(name: str) -> None:
-    data_type = TYPES[name]()
-    values = every_pattern(name).reshape(-1)
-    back = np.empty_like(values)
-    for index, value in enumerate(values):
-        text = json.dumps(data_type.to_json_scalar(value, zarr_format=3), allow_nan=False)
-        back[index] = data_type.from_json_scalar(json.loads(text), zarr_format=3)
-    assert exact(back) == exact(values)
-
-
-@pytest.mark.parametrize(("name", "bits", "text"), FILLS)
-def test_a_fill_value_means_the_same_to_zarr_and_tensorstore(
-    name: str, bits: int, text: float | str, tmp_path: Path
-) -> None:
-    fill = from_bits(name, bits)
-    for as_given, folder in ((fill[()], "scalar"), (fill, "array")):
-        path = tmp_path / folder
-        zarr.create_array(path, shape=(3,), dtype=name, fill_value=as_given)
-        assert repr(metadata(path)["fill_value"]) == repr(text)  # repr: 0.0 == -0.0
-        opened = zarr.open_array(path, mode="r")
-        assert exact(opened.fill_value) == exact(fill)
-        assert exact(opened[:]) == exact(np.broadcast_to(fill, 3))
-        assert exact(ts_read(path)) == exact(np.broadcast_to(fill, 3))
-    for number, given in enumerate((text, f"0x{bits:0{2 * fill.itemsize}x}")):
-        path = tmp_path / f"tensorstore{number}"
-        ts_create(path, name, [3], fill_value=given)
-        assert repr(metadata(path)["fill_value"]) == repr(text)
-        assert exact(zarr.open_array(path, mode="r")[:]) == exact(np.broadcast_to(fill, 3))
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_hex_fill_values_are_taken_for_plain_numbers_too(name: str) -> None:
-    digits = 2 * native(name).itemsize
-    for bits in (0x00, 0x3C, 0x80):
-        for text in (f"0x{bits:0{digits}x}", f"0x{bits:0{digits}X}"):
-            value = TYPES[name]().from_json_scalar(text, zarr_format=3)
-            assert exact(value) == exact(from_bits(name, bits))
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_a_partly_written_chunk_keeps_the_fill_value_bit_for_bit(name: str, tmp_path: Path) -> None:
-    for bits in SPECIAL[name]:
-        fill = from_bits(name, bits)
-        path = tmp_path / str(bits)
-        zarr.create_array(path, shape=(6,), chunks=(4,), dtype=name, fill_value=fill)[1:3] = np.float32([1, 2])
-        expected = np.broadcast_to(fill, 6).copy()
-        expected[1:3] = [1, 2]
-        assert exact(zarr.open_array(path, mode="r")[:]) == exact(expected)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        *("nan", "inf", "1.5", "", "0x", "0x7fc", "0x7fc00", "0x+7", "0x_1_", " 0x7f", "0x7fc0 ", "0xzz", "0xzzzz"),
-        *(True, False, None, [], [1.0], {}, pytest.param(10**400, id="huge")),
-    ],
-)
-@pytest.mark.parametrize("name", TYPES)
-def test_a_malformed_fill_value_is_refused(name: str, data: Any, tmp_path: Path) -> None:
-    with pytest.raises(TypeError):
-        TYPES[name]().from_json_scalar(data, zarr_format=3)
-    zarr.create_array(tmp_path / "a", shape=(2,), dtype=name)
-    edit(tmp_path / "a", fill_value=data)
-    with pytest.raises(TypeError):
-        zarr.open_array(tmp_path / "a", mode="r")
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_hex_of_another_width_is_refused(name: str) -> None:
-    other = {"bfloat16": "0x7f"}.get(name, "0x7fc0")
-    with pytest.raises(TypeError):
-        TYPES[name]().from_json_scalar(other, zarr_format=3)
-
-
-@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2fnuz"])
-@pytest.mark.parametrize("value", ["Infinity", "-Infinity", 1e6, -1e6])
-def test_what_a_type_without_infinities_cannot_hold_does_not_become_nan(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match="nor an infinity"):
-        TYPES[name]().from_json_scalar(value, zarr_format=3)
-    with pytest.raises(TypeError, match="nor an infinity"):
-        zarr.create_array({}, shape=(2,), dtype=name, fill_value=float(value))
-
-
-@pytest.mark.parametrize("name", TYPES)
-def test_scalars_are_checked_before_they_are_cast(name: str) -> None:
-    data_type = TYPES[name]()
-    for good in (1, 1.5, True, "1.5", np.float32(1.5), np.int8(1), np.array(1.5), from_bits(name, 1)):
-        assert data_type._check_scalar(good)
-        assert exact(data_type.cast_scalar(good)) == exact(np.asarray(good).astype("f4").astype(native(name)))
-    assert exact(data_type.cast_scalar(float("nan"))) == exact(from_bits(name, next(iter(SPECIAL[name]))))
-    for bad in ("one", None, object(), [1.0], np.ones(2), 1j, 10**400):
-        assert not data_type._check_scalar(bad)
-        with pytest.raises(TypeError):
-            data_type.cast_scalar(bad)
-
-
-# what is installed, what is registered
+# -- what is installed, what is registered -----------------------------------------------------------------------------
 
 
 def test_without_ml_dtypes_other_arrays_work_and_these_name_the_extra(
