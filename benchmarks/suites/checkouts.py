@@ -59,7 +59,7 @@ def compare(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     size: Annotated[str, typer.Option()] = "gpt2",
     directory: Annotated[Path | None, typer.Option(help="on the file system to measure")] = None,
-    ranks: Annotated[bool, typer.Option(help="also saves of several ranks")] = True,
+    only: Annotated[str, typer.Option(help="scenarios, comma-separated; ranks among them")] = "",
     out: Annotated[Path | None, typer.Option(help="file for all figures as JSON, written after each round")] = None,
 ) -> None:
     """Measure both checkouts by turns and print a table."""
@@ -68,8 +68,10 @@ def compare(
     target = directory or Path(tempfile.gettempdir())
     found: dict[str, Figure] = {}
     for number in range(rounds):
-        jobs: list[tuple[Any, ...]] = [*ENGINE, *(("ranks", count) for count in RANKS if ranks)]
+        jobs: list[tuple[Any, ...]] = [*ENGINE, *(("ranks", count) for count in RANKS)]
         for job in jobs:
+            if only and job[0] not in only.split(","):
+                continue
             progress.print(f"round {number + 1} of {rounds}: {job}", highlight=False)
             pairs = [_measure(checkout, job, size, target) for checkout in _order(other, number)]
             old, new = pairs if number % 2 == 0 else reversed(pairs)
@@ -99,7 +101,7 @@ def _measure(checkout: Path, job: tuple[Any, ...], size: str, directory: Path) -
     for event in map(json.loads, lines):
         if event["kind"] not in ("save", "restore") or event.get("peer", "asyncckpt") != "asyncckpt":
             continue
-        if event["kind"] == "save" and event.get("number") == 1 and job[0] in ("saves", "returns", "many"):
+        if event["kind"] == "save" and event.get("number") == 1:
             continue
         for figure in _FIGURES:
             if figure in event:
