@@ -16,9 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)            ## train, kill, resume, compare, draw: the main job on real text
 	$(BIN)/asyncckpt demo --out demo-run
 
-# Processes of `make test`: one more than the cores, because some tests wait for disks and children; each computes on one
+# Processes of `make test`: two more than the cores, because many tests wait for disks and children; each computes on one
 # thread, since threads of several that wait for each other by turning round take the cores from those that work
-WORKERS ?= 3
+WORKERS ?= 4
 
 test: $(STAMP)            ## the fast suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

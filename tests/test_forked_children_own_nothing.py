@@ -163,6 +163,7 @@ def test_a_child_does_not_have_the_lock_of_a_directory_that_is_being_taken(tmp_p
     while str(tmp_path / LOCK_FILE) not in open_below(tmp_path) and time.monotonic() < patience:
         time.sleep(0.01)
     assert str(tmp_path / LOCK_FILE) in open_below(tmp_path)
+    time.sleep(0.2)  # the descriptor is known to be ours a few instructions after it is there
 
     def child() -> None:
         assert str(tmp_path / LOCK_FILE) not in open_below(tmp_path)
