@@ -130,7 +130,10 @@ def test_a_child_holds_no_file_of_a_save_and_no_lock(tmp_path: Path) -> None:
     opened = run.open(1)
     ops, pending = gated_save(run, {"w": STATE["w"] + 1, "still": torch.ones(5000)})
     patience = time.monotonic() + PATIENCE_SECONDS
-    while not any(name.endswith(".safetensors") for name in open_below(tmp_path)) and time.monotonic() < patience:
+    linked = (tmp_path / "run").glob  # a file that is being taken over is open for a moment
+    while (
+        not list(linked(".tmp-*/still-*")) or not any(name.endswith(".safetensors") for name in open_below(tmp_path))
+    ) and time.monotonic() < patience:
         time.sleep(0.01)
     before = open_below(tmp_path)
     assert any(name.endswith(".safetensors") for name in before)
@@ -163,7 +166,6 @@ def test_a_child_does_not_have_the_lock_of_a_directory_that_is_being_taken(tmp_p
     while str(tmp_path / LOCK_FILE) not in open_below(tmp_path) and time.monotonic() < patience:
         time.sleep(0.01)
     assert str(tmp_path / LOCK_FILE) in open_below(tmp_path)
-    time.sleep(0.2)  # the descriptor is known to be ours a few instructions after it is there
 
     def child() -> None:
         assert str(tmp_path / LOCK_FILE) not in open_below(tmp_path)
@@ -247,3 +249,27 @@ def test_a_child_does_not_write_its_parents_trace(tmp_path: Path) -> None:
     assert not os.path.exists(tmp_path / "trace.json")
     trace.close()
     assert os.path.exists(tmp_path / "trace.json")
+
+
+def test_a_child_forked_while_the_lock_file_is_opened_does_not_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening it lets other threads run before this one knows the descriptor."""
+    real, forked = os.open, threading.Event()
+
+    def child() -> None:
+        assert str(tmp_path / LOCK_FILE) not in open_below(tmp_path)
+
+    def opened(path: str, *args: Any, **more: Any) -> int:
+        fd = real(path, *args, **more)
+        if str(path).endswith(LOCK_FILE) and not forked.is_set():
+            forked.set()
+            in_child(child)
+        return fd
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", opened)
+        lease = Lease.acquire(str(tmp_path))
+    assert forked.is_set()
+    lease.check()
+    lease.release()

@@ -16,7 +16,6 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, Self
 
 from asyncckpt.errors import InvalidOption
@@ -139,9 +138,7 @@ class ChromeTrace:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _save_begins(self, event: SaveStarted) -> None:

@@ -32,7 +32,7 @@ class WrittenExtent:
     nbytes: int
     digests: tuple[str, ...]
     content: ContentDigest | None = None
-    stored: int = 0
+    payload_bytes: int = 0
 
     @property
     def staged_digests(self) -> StagedDigests:
@@ -42,7 +42,7 @@ class WrittenExtent:
     def records(self, cuts: Sequence[int]) -> list[ExtentRecord]:
         """Make one record for each part between two cuts: that is what the manifest lists."""
         if not cuts:
-            return [ExtentRecord(self.offset, self.nbytes, self.digests[0], self.content, self.stored)]
+            return [ExtentRecord(self.offset, self.nbytes, self.digests[0], self.content, self.payload_bytes)]
         edges = itertools.pairwise((0, *cuts, self.nbytes))
         return [
             ExtentRecord(self.offset + begin, end - begin, digest)

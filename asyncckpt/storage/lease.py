@@ -38,6 +38,8 @@ LEASE_FILE = ".asyncckpt-lease.json"
 _RECORD_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 #: The longest that giving a directory back waits for its storage.
 _RELEASE_SECONDS = 10.0
+#: Linux lists a process's descriptors here; elsewhere the folder is missing, and what a child has is not looked for.
+_DESCRIPTORS = "/proc/self/fd"
 #: A record takes a few hundred bytes.
 _MAX_RECORD_BYTES = 64 << 10
 
@@ -88,11 +90,16 @@ def parse_holder(data: bytes) -> Holder | None:
 
 class _LockFile:
     """Holds the lock file open. A forked child shares the open file description and would keep the lock of a killed
-    trainer alive, so the file is closed there."""
+    trainer alive, so the file is closed there. Raises ``OSError`` where it cannot be opened."""
 
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        forks.disarm_in_child(self)
+    def __init__(self, path: str) -> None:
+        self._path = os.path.realpath(path)
+        self.fd = -1
+        self._opening = True
+        forks.disarm_in_child(self)  # before there is a descriptor: another thread may fork as soon as there is
+        # a link somebody planted is not followed, nor is a FIFO waited for
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        self._opening = False
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -100,7 +107,13 @@ class _LockFile:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
-    disarm = close
+    def disarm(self) -> None:
+        if self._opening and self.fd < 0:  # the thread that opened it is not in this child, and what it got is
+            for fd in os.listdir(_DESCRIPTORS):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"{_DESCRIPTORS}/{fd}") == self._path:
+                        os.close(int(fd))
+        self.close()
 
 
 class Lease:
@@ -112,7 +125,7 @@ class Lease:
     def __init__(self, directory: str, lock: _LockFile, options: LeaseOptions) -> None:
         self.directory = directory
         self.owner = uuid.uuid4().hex
-        self._fd = lock.fd
+        self._lock_file = lock
         self._inode = os.fstat(lock.fd).st_ino
         self._pid = os.getpid()
         self._beat = 0
@@ -142,19 +155,18 @@ class Lease:
         if takeover:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        try:  # a link somebody planted is not followed, nor is a FIFO waited for
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        try:
+            lock = _LockFile(path)
         except OSError as error:
             raise RunPathError(f"{path}: cannot open the lock file ({error}); repair the path") from error
-        lock = _LockFile(fd)
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            if not stat.S_ISREG(os.fstat(lock.fd).st_mode):
                 raise RunPathError(f"{path} is no regular file; remove it, or use another directory")
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise locked(directory, read_holder(directory)) from None
-            if os.fstat(fd).st_ino != os.stat(path).st_ino:
+            if os.fstat(lock.fd).st_ino != os.stat(path).st_ino:
                 raise locked(directory, read_holder(directory))  # somebody took over between open and lock
             if not takeover:
                 _wait_until_dead(directory, options)

@@ -242,27 +242,32 @@ class LocalStore:
         self.delete_tree(path)
 
     def put(self, key: str, data: bytes, *, replace: bool = False) -> None:
-        if replace:
-            self._replace(key, data)
-            return
         path = os.path.join(self.path, key)
-        folder = os.path.dirname(path)
-        made = False
+        folder, name = os.path.split(path)
         if folder != self.path:
-            with contextlib.suppress(FileExistsError):
+            try:
                 self.ops.mkdir(folder)
-                made = True
-            self._check_folder(folder)
-        # a link somebody planted is not followed, nor is a FIFO waited for
-        fd = self.ops.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK)
+                self.ops.fsync_directory(self.path)
+            except FileExistsError:
+                self._check_folder(folder)
+        temp = os.path.join(folder, f"{TEMP_PREFIX}{name}-{uuid.uuid4().hex}")
         try:
-            self._write_all(fd, data)
-            self.ops.fsync(fd)
-        finally:
-            self.ops.close(fd)
+            fd = self.ops.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                self._write_all(fd, data)
+                if not replace:
+                    self.ops.fsync(fd)
+            finally:
+                self.ops.close(fd)
+            if replace:
+                self.ops.replace(temp, path)
+                return
+            self.ops.rename_noreplace(temp, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.ops.unlink(temp)
+            raise
         self.ops.fsync_directory(folder)
-        if made:
-            self.ops.fsync_directory(self.path)
 
     def delete(self, key: str) -> None:
         path = os.path.join(self.path, key)
@@ -275,24 +280,12 @@ class LocalStore:
         if folder != self.path and not stat.S_ISDIR(self.ops.lstat(folder).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
 
-    def _replace(self, key: str, data: bytes) -> None:
-        """Replace a small file atomically, without a sync."""
-        temp = os.path.join(self.path, f"{TEMP_PREFIX}{key}-{uuid.uuid4().hex}")
-        try:
-            fd = self.ops.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                self._write_all(fd, data)
-            finally:
-                self.ops.close(fd)
-            self.ops.replace(temp, os.path.join(self.path, key))
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.ops.unlink(temp)
-            raise
-
     def _write_all(self, fd: int, data: bytes) -> None:
         view, offset = memoryview(data), 0
-        while offset < len(view) and (written := self.ops.pwrite(fd, view[offset:], offset)):
+        while offset < len(view):
+            written = self.ops.pwrite(fd, view[offset:], offset)
+            if not written:
+                raise OSError(errno.EIO, f"a write of {len(view) - offset} bytes made no progress", self.path)
             offset += written
 
     def delete_tree(self, path: str) -> None:

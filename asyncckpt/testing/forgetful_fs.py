@@ -32,6 +32,11 @@ def reason_unavailable() -> str | None:
     """Say why nothing can be mounted here, or return None where it can be."""
     if sys.platform != "linux" or not os.path.exists("/dev/fuse") or shutil.which("fusermount3") is None:
         return "needs FUSE on Linux"
+    return fuse_missing()
+
+
+def fuse_missing() -> str | None:
+    """Say which library for FUSE is missing, or return None where none is."""
     if importlib.util.find_spec("mfusepy") is None:
         return "mfusepy is missing"
     try:

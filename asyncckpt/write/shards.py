@@ -284,7 +284,7 @@ class ShardPipeline:
             frame = self._frame(progress, number, extent, self._unchanged.image_of(progress, number))
         else:
             buffer, old = self._unchanged.bytes_of(progress, number)
-            frame = Frame(buffer, old.stored, None)
+            frame = Frame(buffer, old.payload_bytes, None)
         self._write_all(progress, self._reorder_buffer.place(progress, EncodedChunk(number, None, frame, content)))
 
     # -- shards ------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ class ShardPipeline:
         writer = self._writer(progress)
         end = progress.shard.nbytes
         if progress.shard.packed_on_write:
-            placed = [WrittenRange(record.offset, record.nbytes, record.stored) for record in progress.ordered()]
+            placed = [WrittenRange(record.offset, record.nbytes, record.payload_bytes) for record in progress.ordered()]
             head, tail = self._format.seal(progress.shard, placed, self._encoder.codec)
             end = max(place.offset + place.nbytes for place in placed)
             for offset, data in ((0, head), (end, tail)):

@@ -11,12 +11,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import unseen_by_crc32c
+from support.forked_children import held
 from support.options import by_stage
 
 from asyncckpt import Checkpointer, PendingSave, Preemption, Run
@@ -84,28 +85,6 @@ def _result(pending: PendingSave) -> None:
 who_awaited_in_vain_is_told, who_waited_in_vain_is_told = _waited_in_vain(_await), _waited_in_vain(_result)
 
 
-@contextlib.contextmanager
-def _held(*locks: Any) -> Iterator[None]:
-    """Another thread holds these."""
-    has, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with contextlib.ExitStack() as stack:
-            for lock in locks:
-                stack.enter_context(lock)
-            has.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    has.wait()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
 def _code_of_child(what: Callable[[], object]) -> int | None:
     """The exit code of a forked child; None where it does not end."""
     child = multiprocessing.get_context("fork").Process(target=what)
@@ -123,7 +102,7 @@ def a_forked_child_ends_at_once(root: Path) -> None:
     with Checkpointer(root / "run") as run:
         pending = run.save(1, _state())
         pending.result()
-        with _held(run._in_flight._changed, run._committer._lock, run._arena._changed):
+        with held(run._in_flight._changed, run._committer._lock, run._arena._changed):
             assert _code_of_child(lambda: None) == 0, "the child did not end"
 
 

@@ -70,7 +70,7 @@ def test_a_forked_worker_does_not_keep_a_dead_trainers_lock(tmp_path: Path) -> N
     worker.start()
     assert running.wait(20)
     try:
-        os.close(held._fd)  # what the kernel does when the trainer is killed
+        held._lock_file.close()  # what the kernel does when the trainer is killed
         Lease.acquire(str(tmp_path)).release()
     finally:
         worker.kill()

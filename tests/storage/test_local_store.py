@@ -233,3 +233,19 @@ def test_what_another_machine_deleted_is_gone_though_nfs_remembers_it(tmp_path: 
     assert store.identity("step-00000001") is not None
     (tmp_path / "step-00000001").rmdir()
     assert store.identity("step-00000001") is None
+
+
+@pytest.mark.parametrize("name", ["pwrite", "fsync", "rename_noreplace"])
+def test_a_small_file_that_could_not_be_written_is_not_there_at_all(name: str, store: LocalStore) -> None:
+    store.prepare()
+    store.put(".pins/first", b"")
+    ops = store.ops
+    store.ops = Answering(name, errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        store.put(".pins/step-1", b"why it is pinned")
+    store.ops = ops
+    assert list(store.listing(".pins")) == ["first"]
+    store.put(".pins/step-1", b"why it is pinned")
+    assert store.listing(".pins")["step-1"].nbytes == 16
+    with pytest.raises(FileExistsError):
+        store.put(".pins/step-1", b"")
