@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import os
@@ -23,6 +24,8 @@ from asyncckpt.testing.blockdevice import loop_device, mounted
 
 #: ``FS_IOC_SHUTDOWN`` of ext4 and XFS; without flushing the log: as if the disk had gone.
 _SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, 2
+#: The parameter of glibc's ``mallopt`` that bounds the number of its arenas.
+_M_ARENA_MAX = -8
 
 
 class _GoingAway(InterceptedOps):
@@ -88,6 +91,8 @@ def _left(run: Checkpointer) -> None:
 def test_a_state_for_which_there_is_little_memory_is_staged_in_parts(tmp_path: Path) -> None:
     def child(_pipe: int) -> None:
         signal.alarm(60)  # it ends, whatever happens
+        # an arena of malloc's for each thread reserves 64 MiB of addresses: how many there are is not to decide
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
         run = SCENARIOS["safetensors"].checkpointer(tmp_path / "run", keep=(), staging_bytes=None)
         run.save(1, state_of(1)).result()
         gc.collect()  # what other tests left and is freed only now would be room
