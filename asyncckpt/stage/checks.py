@@ -20,7 +20,7 @@ from asyncckpt.stage.eager import Division, OwnedMemory
 from asyncckpt.stage.live_bytes import local_part, version_of
 from asyncckpt.stage.samples import Sampler, changed_samples, staged_as_sampled
 from asyncckpt.stage.trial import Trial
-from asyncckpt.types import Layout, LocalTensor
+from asyncckpt.types import Extent, Layout, LocalTensor
 
 #: An in-place change counts when it ends. One that runs while the last copy ends is seen so much later, at least.
 _SLOWEST_CHANGE_BYTES_PER_SECOND = 1e9
@@ -70,6 +70,7 @@ class SnapshotChecks:
             held = {id(holder) for holder in owned.holders}
             # what a module holds may have a counter of its own, such as a view that was put into ``parameter.data``
             holders = owned.holders + [tensor for n in checked if id(tensor := pieces[n].tensor) not in held]
+        self._addresses = {n: pieces[n].tensor.data_ptr() for n in checked}
         self._versions = holders, [version_of(holder) for holder in holders]
         self._samples = sampler.take(pieces, checked, owned, layout)
         nbytes = layout.nbytes if checked else 0
@@ -78,6 +79,17 @@ class SnapshotChecks:
         self.patience_seconds = min(_LONGEST_PATIENCE_SECONDS, nbytes / _SLOWEST_CHANGE_BYTES_PER_SECOND)
 
     # -- while it is copied ------------------------------------------------------------------------------------------
+
+    def before_copying(self, extent: Extent) -> None:
+        """Make sure that the memory of an extent's tensors is still theirs. Raises ``ChangedWhileCopied``."""
+        moved = {
+            segment.piece
+            for segment in extent.segments
+            if (address := self._addresses.get(segment.piece)) is not None
+            and not _lies_at(self._pieces[segment.piece].tensor, address)
+        }
+        if moved:
+            raise self._changed(moved)
 
     def copied(self, number: int, slot: StagingBuffer) -> None:
         """Look at the extent with this number, whose copies have run. Raises ``ChangedWhileCopied``."""
@@ -100,8 +112,7 @@ class SnapshotChecks:
             waiting = set(self._open)
         if not waiting:
             return
-        changed = self._moved(waiting) | changed_samples(self._samples, waiting)
-        self._close(waiting, changed)
+        self._close(waiting, self._moved(waiting) | changed_samples(self._samples, waiting))
 
     def update_begins(self, indexes: Collection[int] | None, *, known: bool = True) -> None:
         """The pieces with these indexes, None for all, are about to be changed as they may, and are copied (on a
@@ -112,23 +123,24 @@ class SnapshotChecks:
         with self._lock:
             chosen = set(self._untouched) if indexes is None else self._untouched.intersection(indexes)
             self._untouched -= chosen
-            waiting = self._open & chosen
-        if not chosen:
-            return
-        changed = self._moved(chosen) | changed_samples(self._samples, chosen)
-        if changed - waiting:  # its copy was right, but deferring it is a matter of luck
-            self._deferral.lose(self._scope.step, [self._keys[index] for index in changed - waiting])
-        self._close(waiting, changed & waiting)
+        if chosen:
+            changed = self._moved(chosen) | changed_samples(self._samples, chosen)
+            lucky = changed - self._close(chosen, changed)
+            if lucky:  # their copies were right, this time
+                self._deferral.lose(self._scope.step, [self._keys[index] for index in lucky])
 
-    def _close(self, waiting: set[int], changed: set[int]) -> None:
-        if changed:
-            self._scope.fail(self._changed(changed))
-            return
-        with self._lock:
-            decided = bool(self._open) and self._open <= waiting
-            self._open -= waiting
-        if decided:
+    def _close(self, looked_at: set[int], changed: set[int]) -> set[int]:
+        """Fail the save for the changed pieces that were still open, and return them; nobody needs to look at the
+        others again."""
+        with self._lock:  # an update that has begun meanwhile has closed what it changes
+            torn = self._open & changed
+            decided = not torn and bool(self._open) and self._open <= looked_at
+            self._open -= looked_at
+        if torn:
+            self._scope.fail(self._changed(torn))
+        elif decided:
             self._scope.verdict()
+        return torn
 
     def _changed(self, indexes: Collection[int]) -> ChangedWhileCopied:
         keys = [self._keys[index] for index in sorted(indexes)]
@@ -179,6 +191,12 @@ class SnapshotChecks:
         """Drop the references to the tensors: the save has ended."""
         self._pieces = ()
         self._versions = [], []
+
+
+def _lies_at(tensor: torch.Tensor, address: int) -> bool:
+    # a storage may have been resized, as sharded modules do with parameters that they gather
+    storage = tensor.untyped_storage()
+    return tensor.data_ptr() == address and address + tensor.element_size() <= storage.data_ptr() + storage.nbytes()
 
 
 def _by_block(pieces: Sequence[LocalTensor]) -> dict[int, set[int]]:

@@ -273,6 +273,8 @@ class StagingJob:
         queued: list[QueuedCopy] = []
         try:
             pieces = self._pieces  # gone, once the save has failed: then this one fails, too
+            if self.checks is not None:
+                self.checks.before_copying(extent)
             on_device = any(pieces[segment.piece].tensor.device.type in _DEVICES for segment in extent.segments)
             split = self._splits_on_device and on_device and can_split(pieces, extent)
             if slot.copies and (split or host_writes(pieces, extent)):

@@ -22,8 +22,8 @@ from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Layout, LocalTensor, Seg
 
 _SAMPLE_BYTES = 8 << 10
 _STRIDED_BYTES = 1 << 10
-_MOST_SAMPLES = 64
-#: The training thread takes samples of CPU tensors for so long at each save.
+_LEAST_SAMPLES, _MOST_SAMPLES = 16, 64
+#: The training thread takes samples of CPU tensors for so long at each save, the first ones not counted.
 _BUDGET_SECONDS = 0.25e-3
 
 
@@ -89,7 +89,7 @@ class Sampler:
                 found.append(Sample(index, number, segment, begin, nbytes, functools.partial(int, value), where))
             elif tensor.is_cuda and is_plain(tensor):
                 on_device.setdefault(tensor.device, []).append((index, number, segment, begin, nbytes))
-            if time.perf_counter() > give_up:
+            if step >= _LEAST_SAMPLES and time.perf_counter() > give_up:
                 break
         self._next = (self._next + step + 1) % len(deferred)
         for chosen in on_device.values():

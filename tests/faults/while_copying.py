@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.deferring import let_all_be_deferred
 from support.queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
 from asyncckpt import Checkpointer, SaveFailed, WriterOptions
@@ -46,7 +47,7 @@ def _deferred(root: Path, change: Callable[[torch.nn.Sequential], object], watch
 
     with pytest.MonkeyPatch.context() as patch, Checkpointer(root / "run") as run:
         patch.setattr(staging, "copy_segments", copy)
-        run.watch(watch(model))
+        let_all_be_deferred(run).watch(watch(model))
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         pending = run.save(1, {"model": model})
         changing = threading.Thread(target=change, args=(model,))
@@ -97,7 +98,7 @@ def a_save_that_cannot_be_copied_ends_at_once(root: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         run = Checkpointer(root / "run", writer=WriterOptions(durable_timeout_seconds=8))
-        run.watch(_trained(model))
+        let_all_be_deferred(run).watch(_trained(model))
         patch.setattr(staging, "copy_segments", fails)
         began = time.monotonic()
         error = run.save(1, {"model": model}).exception(20)
