@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from asyncckpt.errors import (
         ArenaBusy,
         AsyncCkptError,
+        ChangedWhileCopied,
         CheckpointDamaged,
         CheckpointerClosed,
         CheckpointNotFound,
@@ -96,6 +97,7 @@ __all__ = [
     # errors
     "AsyncCkptError",
     "ArenaBusy",
+    "ChangedWhileCopied",
     "CheckpointDamaged",
     "CheckpointNotFound",
     "CheckpointerClosed",

@@ -15,6 +15,7 @@
     │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
     │   │   └── RankLost                           a rank of the job did not answer in time
     │   ├── DurabilityUnknown                      complete and visible, but perhaps not durable
+    │   ├── ChangedWhileCopied                     a watched tensor changed outside the update before it was copied
     │   └── PlanChanged                            the state changed on some ranks only; the next save plans anew
     ├── RanksDisagree         (RuntimeError)       ranks of one job save different steps, or states that do not fit
     ├── ArenaBusy             (BlockingIOError)    a save was due while an earlier one held the arena
@@ -127,6 +128,11 @@ class RankLost(SaveAbandoned):
 class PlanChanged(SaveFailed):
     """Names or shapes of the state changed on some ranks and not on others. Only this save is lost: the ranks plan the
     next one anew."""
+
+
+class ChangedWhileCopied(SaveFailed):
+    """A tensor of a watched optimizer was changed before its copy was made, and not by the optimizer's ``step``. The
+    message names it. Only this save is lost: the tensor is copied before ``save`` returns from then on."""
 
 
 class RanksDisagree(AsyncCkptError, RuntimeError):

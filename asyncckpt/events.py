@@ -110,6 +110,15 @@ class Busy(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CopiedEagerly(Event):
+    """These ``tensors`` of watched optimizers were changed between ``save`` and the moment their update began, so from
+    now on they are copied before ``save`` returns. Each is named once in a run. Changes inside ``guard()`` do not
+    count."""
+
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pruned(Event):
     """Retention has deleted the checkpoint ``name``, or has left it because somebody reads it (``deleted=False``)."""
 
@@ -183,6 +192,15 @@ def log_event(event: Event) -> None:
             log.error("step %d was not saved: %s", event.step, event.error)
         case Busy():
             log.warning("step %d: %d earlier saves in flight; policy %s", event.step, event.in_flight, event.policy)
+        case CopiedEagerly(tensors=tensors):
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+            log.warning(
+                "%s%s changed between the save of step %d and the optimizer's update, and not inside guard(): copied "
+                "before save() returns from now on",
+                ", ".join(tensors[:3]),
+                more,
+                event.step,
+            )
         case FellBack():
             log.error("checkpoint %s cannot be used (%s); falling back to the one before", event.path, event.reason)
         case Preempting():

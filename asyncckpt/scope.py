@@ -18,6 +18,7 @@ class SaveScope:
         self._changed = threading.Condition()
         self._error: BaseException | None = None
         self._releases: list[Callable[[], None]] = []
+        self._verdicts = 0
 
     @property
     def error(self) -> BaseException | None:
@@ -40,6 +41,22 @@ class SaveScope:
             self._changed.notify_all()
         for release in releases:
             release()
+
+    def await_verdict(self) -> None:
+        """Let nothing be published before ``verdict`` was called once more. Call it before the save has begun."""
+        with self._changed:
+            self._verdicts += 1
+
+    def verdict(self) -> None:
+        """Report that one of the things to wait for was found in order; what is not in order fails the save."""
+        with self._changed:
+            self._verdicts -= 1
+            self._changed.notify_all()
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is no verdict to wait for any more."""
+        return self._verdicts == 0
 
     def when_failed(self, release: Callable[[], None]) -> None:
         """Have ``release`` called when the save fails, or at once where it has failed. ``release`` must not block."""

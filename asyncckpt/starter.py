@@ -10,16 +10,21 @@ from asyncckpt.catalog.steps import StepRegistry, numbers
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlight
 from asyncckpt.commit.pending import PendingSave
-from asyncckpt.errors import ArenaBusy
+from asyncckpt.errors import ArenaBusy, InvalidOption
 from asyncckpt.events import EventBus, SaveStarted
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
+from asyncckpt.plan.planned import Planned
 from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.saver import SaveBuilder
+from asyncckpt.scope import SaveScope
+from asyncckpt.stage.checks import SnapshotChecks
+from asyncckpt.stage.deferral import Deferral
 from asyncckpt.stage.eager import Division, divide
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.stage.options import OnBusy, StagingOptions
+from asyncckpt.stage.samples import Sampler
 from asyncckpt.stage.stager import Stager
-from asyncckpt.stage.streams import CopyStreams
+from asyncckpt.stage.streams import CopyStreams, is_capturing
 
 
 class SaveStarter:
@@ -44,6 +49,8 @@ class SaveStarter:
         self._options = options
         self._events = events
         self._streams = CopyStreams()
+        self._deferral = Deferral(events)
+        self._sampler = Sampler()
         self.stager = Stager()
 
     def start(
@@ -63,6 +70,10 @@ class SaveStarter:
         ``number``: which of the job's calls this is. ``may_skip``: whether ``on_busy="skip"`` holds for this one.
         ``began``: when it was asked for, by ``time.perf_counter``. Raises ``Skipped``, and as ``Checkpointer.save``
         does; the step is free again then."""
+        if is_capturing():
+            raise InvalidOption(
+                f"step {step}: save cannot be called while a CUDA graph is captured; call it afterwards"
+            )
         values = numbers(metrics)
         claim = self._steps.reserve(step, kind, values)
         try:
@@ -75,10 +86,9 @@ class SaveStarter:
             policy: OnBusy = "wait" if self._options.on_busy == "skip" and not may_skip else self._options.on_busy
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, began)
-            deferred = bool(self._watched)
+            checks, division = self._divide(planned, save.scope)
+            deferred = bool(division.deferred)
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
-            owned = self._watched.owned()
-            division = divide(pieces, owned) if deferred else Division(set(range(len(pieces))), [])
             staging = StagingJob(
                 save.scope,
                 pieces,
@@ -90,12 +100,13 @@ class SaveStarter:
                 began,
                 save.digest if deferred else None,  # an eager save's copies must not wait for digests
                 self._builder.splits,
+                checks,
             )
         except BaseException:
             self._steps.release(step, kind, claim)
             raise
         pending = PendingSave(step, staging, self._committer.overdue(save))
-        flight = InFlight(save, staging, pending, claim, division.deferred)
+        flight = InFlight(save, staging, pending, claim)
         deadline = time.monotonic() + self._options.stall_timeout_seconds
         try:
             if deferred:
@@ -108,6 +119,19 @@ class SaveStarter:
                 self._submit(flight)
         staging.note_stall(began, "save")
         return pending
+
+    def _divide(self, planned: Planned, scope: SaveScope) -> tuple[SnapshotChecks | None, Division]:
+        """Decide what is copied when, and begin to check that it is right."""
+        pieces = planned.pieces
+        if not self._watched:
+            return None, Division(set(range(len(pieces))), [], {})
+        self._watched.training_waits()
+        owned = self._watched.owned()
+        keys = self._deferral.keys((planned.layout.fingerprint, len(pieces)), planned.components)
+        division = divide(pieces, owned, self._deferral.earned(keys))
+        checks = SnapshotChecks(scope, self._deferral, keys, pieces, division, owned, planned.layout, self._sampler)
+        self._watched.check(checks)
+        return checks, division
 
     def _submit(self, flight: InFlight) -> None:
         """Leave the rest of the save to background threads."""

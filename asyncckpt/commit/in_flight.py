@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from asyncckpt.catalog.steps import Claim
 from asyncckpt.commit.pending import PendingSave
@@ -16,14 +13,12 @@ from asyncckpt.stage.job import StagingJob
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InFlight:
-    """Holds a save and everything that belongs to it. ``claim``: the step that it has reserved. ``deferred``: the
-    tensors that are copied while training goes on."""
+    """Holds a save and everything that belongs to it. ``claim``: the step that it has reserved."""
 
     save: SaveTransaction
     job: StagingJob
     pending: PendingSave
     claim: Claim
-    deferred: Sequence[torch.Tensor] = ()
 
 
 class InFlightSaves:

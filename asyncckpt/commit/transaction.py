@@ -195,7 +195,7 @@ class SaveTransaction:
 
     def _wait_written(self, timeout_seconds: float) -> None:
         remaining = self.started_seconds + timeout_seconds - time.perf_counter()
-        done = self.scope.wait_until(lambda: not self.shards.unfinished, remaining)
+        done = self.scope.wait_until(lambda: not self.shards.unfinished and self.scope.judged, remaining)
         self.scope.raise_if_failed()
         if not done:
             raise SaveAbandoned(

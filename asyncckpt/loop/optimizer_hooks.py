@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from asyncckpt.commit.in_flight import InFlight, InFlightSaves
-from asyncckpt.errors import InvalidOption
+from asyncckpt.commit.in_flight import InFlightSaves
+from asyncckpt.errors import ChangedWhileCopied, InvalidOption
+from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.eager import OwnedMemory, storages
+from asyncckpt.stage.streams import is_capturing
 
 
 class WatchedOptimizers:
@@ -35,6 +37,10 @@ class WatchedOptimizers:
         #: The key is the identity, as not every optimizer can be hashed.
         self._optimizers: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self._handles: list[RemovableHandle] = []
+        #: These optimizers step inside CUDA graphs, whose replays call no hook.
+        self._captured: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
+        #: Of the latest save, and of those before that a device has not answered for yet.
+        self._checks: list[SnapshotChecks] = []
 
     def add(self, *optimizers: torch.optim.Optimizer) -> None:
         """Watch these optimizers, or the ones that they wrap. Idempotent. Raises ``InvalidOption`` for anything else,
@@ -54,41 +60,75 @@ class WatchedOptimizers:
             self._handles.append(stepping.register_load_state_dict_pre_hook(loading))
             self._optimizers[id(stepping)] = weakref.ref(stepping)
 
+    def check(self, checks: SnapshotChecks) -> None:
+        """Tell these checks of a new save when the update begins."""
+        self._checks = [*(old for old in self._checks if old.waits_for_device()), checks]
+
+    def training_waits(self) -> None:
+        """Tell the saves in flight that no operation of training is running now. Never blocks."""
+        for flight in self._saves.all():
+            flight.job.training_waits()
+
     def before_change(self, where: str, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Copy now whatever is not copied yet, as watched optimizers' memory is about to change: by the step of
-        ``optimizer``, where there is one. Blocks until it is copied. ``where`` names the change in the stall's
-        event."""
+        ``optimizer``, where there is one, all that it may change. Blocks until it is copied. ``where`` names the change
+        in the stall's event. While a CUDA graph is captured, nothing is enqueued: what is not copied then fails its
+        save."""
         if os.getpid() != self._pid:  # a forked child's parameters belong to it alone
             return
+        if is_capturing():
+            self._capture(optimizer)
+            return
+        changed = _Changed(optimizer, self._owns_everything(optimizer))
         for flight in self._saves.all():
-            if flight.job.done and not flight.job.on_device:
+            job = flight.job
+            job.training_waits()
+            if job.done and not job.on_device:
                 continue
-            if optimizer is not None and not flight.job.done and not self._concerns(optimizer, flight):
+            pieces = changed.pieces(job.checks)
+            if pieces is not None and not pieces:
                 continue
             began = time.perf_counter()
-            flight.job.finish(time.monotonic() + self._stall_timeout_seconds)
-            flight.job.note_stall(began, where)
+            job.finish(time.monotonic() + self._stall_timeout_seconds, pieces)
+            job.note_stall(began, where)
+        for checks in self._checks:
+            checks.update_begins(changed.pieces(checks), known=changed.is_located)
 
-    def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
-        """Whether a step of the optimizer may change what is not copied yet."""
-        return optimizer in self or may_change(optimizer, flight.deferred)
+    def _owns_everything(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Whether nothing is deferred but what this change may change."""
+        return optimizer is None or (optimizer in self and len(self._alive()) == 1)
+
+    def _capture(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is not None:
+            self._captured[id(optimizer)] = weakref.ref(optimizer)
+        for flight in self._saves.all():
+            checks = flight.job.checks
+            if checks is not None and checks.unsettled:
+                step = flight.save.step
+                flight.save.scope.fail(
+                    ChangedWhileCopied(
+                        f"step {step}: an optimizer's step was captured in a CUDA graph before the state was copied. "
+                        f"Nothing was published. Wait for the save before the capture (PendingSave.staged())"
+                    )
+                )
 
     def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
         reference = self._optimizers.get(id(optimizer))
         return reference is not None and reference() is optimizer
 
     def _alive(self) -> list[torch.optim.Optimizer]:
-        found = [reference() for reference in self._optimizers.values()]
-        return [optimizer for optimizer in found if optimizer is not None]
+        return _alive(self._optimizers)
 
     def owned(self) -> OwnedMemory:
         """Return the memory that only an optimizer's step changes: trained parameters and their state. A parameter with
         ``requires_grad=False`` is left out: whoever froze it may change it elsewhere, as a momentum encoder does in its
-        forward."""
+        forward. What an optimizer steps over inside a CUDA graph is left out, too: no hook is called then."""
         memory = OwnedMemory()
+        captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
         for optimizer in self._alive():
-            memory.add([p for group in optimizer.param_groups for p in group["params"] if p.requires_grad])
-            memory.add(_state_tensors(optimizer))
+            owned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            owned += _state_tensors(optimizer)
+            memory.add(tensor for tensor in owned if id(tensor) not in captured)
         return memory
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -106,6 +146,32 @@ class WatchedOptimizers:
             handle.remove()
         self._handles.clear()
         self._optimizers.clear()
+        self._captured.clear()
+        self._checks.clear()
+
+
+class _Changed:
+    """What a change may change: the memory that an optimizer's parameters and state lie in.
+
+    ``optimizer``: the one that is about to step, None for a change of anything. ``everything``: nothing but what it has
+    is watched.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, everything: bool) -> None:
+        self._blocks: set[int] | None = None
+        #: Whether it is known where the change happens.
+        self.is_located = True
+        if optimizer is not None and not everything:
+            try:
+                self._blocks = storages(_tensors(optimizer))
+            except (NotImplementedError, RuntimeError):  # sparse tensors, and wrappers that compute their values
+                self.is_located = False
+
+    def pieces(self, checks: SnapshotChecks | None) -> set[int] | None:
+        """Return the indexes of the pieces that may change; None for all."""
+        if self._blocks is None or checks is None:
+            return None
+        return checks.pieces_in(self._blocks)
 
 
 #: These hooks belong to watchers that are gone, and do nothing any more.
@@ -123,14 +189,13 @@ def _hook(before: weakref.WeakMethod[Callable[[torch.optim.Optimizer], None]]) -
     return hook
 
 
-def may_change(optimizer: torch.optim.Optimizer, tensors: Collection[torch.Tensor]) -> bool:
-    """Whether a step of the optimizer may change one of the tensors: it has something in the same memory block, or
-    something whose place in memory nobody can tell."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        return not storages(tensors).isdisjoint(storages([*parameters, *_state_tensors(optimizer)]))
-    except (NotImplementedError, RuntimeError):  # sparse tensors, and wrappers that compute their values
-        return True
+def _alive(references: Mapping[int, weakref.ref[torch.optim.Optimizer]]) -> list[torch.optim.Optimizer]:
+    found = [reference() for reference in references.values()]
+    return [optimizer for optimizer in found if optimizer is not None]
+
+
+def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]] + _state_tensors(optimizer)
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from asyncckpt.stage.live_bytes import local_part
 from asyncckpt.types import LocalTensor
 
 #: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
@@ -18,7 +19,7 @@ _CLONE_TOTAL_BYTES = 16 << 20
 
 def storages(tensors: Iterable[torch.Tensor]) -> set[int]:
     """Return the addresses of the memory blocks behind the tensors; for a DTensor, behind the part that is here."""
-    return {getattr(tensor, "_local_tensor", tensor).untyped_storage().data_ptr() for tensor in tensors}
+    return {local_part(tensor).untyped_storage().data_ptr() for tensor in tensors}
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -48,17 +49,35 @@ class OwnedMemory:
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}  # of contiguous tensors, by address
         self._others: list[tuple[int, int]] = []
+        #: The tensors that were added, as the optimizer holds them.
+        self.holders: list[torch.Tensor] = []
+        self._begins: list[int] = []
+        self._by_begin: dict[int, torch.Tensor] = {}
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
         sizes = self._sizes
         for tensor in tensors:
-            here = getattr(tensor, "_local_tensor", tensor)
+            self.holders.append(tensor)
+            here = local_part(tensor)
             if here.is_contiguous():
                 begin, nbytes = here.data_ptr(), here.nbytes
                 if sizes.get(begin, -1) < nbytes:
                     sizes[begin] = nbytes
             elif _is_dense(here):  # what lies in the gaps of others belongs to somebody else
                 self._others.append(_span(here))
+
+    def holder_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Return the tensor, as the optimizer holds it, in whose memory this one begins; None where there is none."""
+        if not self._by_begin:
+            for holder in self.holders:
+                self._by_begin.setdefault(local_part(holder).data_ptr(), holder)
+            self._begins = sorted(self._by_begin)
+        at = bisect.bisect_right(self._begins, tensor.data_ptr()) - 1
+        if at < 0:
+            return None
+        found = self._by_begin[self._begins[at]]
+        same_block = local_part(found).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+        return found if same_block else None
 
     def not_covered(self, pieces: Sequence[LocalTensor]) -> list[torch.Tensor]:
         """Return the tensors of those pieces that do not lie wholly in owned ranges."""
@@ -102,43 +121,72 @@ def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """``eager``: indexes of the pieces that must be staged before ``save`` returns. ``deferred``: the tensors that
-    may be copied until the update that changes them."""
+    """``eager``: indexes of the pieces that must be staged before ``save`` returns. ``deferred``: indexes of those that
+    may be copied until the update that changes them. ``on_trial``: the tensors, by index, that are copied at once but
+    might be deferred once a step has shown that nothing else changes them."""
 
     eager: set[int]
-    deferred: list[torch.Tensor]
+    deferred: list[int]
+    on_trial: Mapping[int, torch.Tensor]
 
 
-def divide(pieces: Sequence[LocalTensor], owned: OwnedMemory) -> Division:
+#: The memory of tensors on these devices can be compared with what was staged.
+_TRIED_DEVICES = frozenset({"cpu", "cuda"})
+
+
+def divide(pieces: Sequence[LocalTensor], owned: OwnedMemory, earned: Collection[int] | None = None) -> Division:
     """Decide which pieces are copied when. Small pieces that would have to be staged at once are cloned, in ``pieces``
-    itself.
+    itself. ``earned``: the indexes of those that may be deferred at all; None for every one.
 
     A piece is deferred only where all pieces in its memory block lie in owned ranges and none of them is a frozen
     parameter, under whatever name: flattened modules share one block, and one write may change more of it than one
     tensor.
     """
-    ours = [piece for piece in pieces if not piece.private and not piece.spec.frozen]
-    frozen = [piece.tensor for piece in pieces if piece.spec.frozen and not piece.private]
-    blocks = _merge(sorted({_block(tensor) for tensor in [*owned.not_covered(ours), *frozen]}))
-    if not blocks:
-        return Division(set(), [piece.tensor for piece in pieces])
-    begins = [begin for begin, _ in blocks]
-    eager: set[int] = set()
-    deferred: list[torch.Tensor] = []
-    cloned = 0
+    at_once = _may_change_any_time(pieces, owned)
+    if not at_once and (earned is None or len(earned) == len(pieces)):
+        return Division(set(), list(range(len(pieces))), {})
+    deferred: list[int] = []
+    on_trial: dict[int, torch.Tensor] = {}
+    now: list[int] = []
     for index, piece in enumerate(pieces):
-        address = piece.tensor.data_ptr()
-        at = bisect.bisect_right(begins, address) - 1
-        if piece.private or at < 0 or address >= blocks[at][1]:
-            deferred.append(piece.tensor)
-            continue
+        if index in at_once:
+            now.append(index)
+        elif earned is None or index in earned or piece.private or not piece.tensor.numel():
+            deferred.append(index)
+        else:
+            now.append(index)
+            tensor = piece.tensor
+            if tensor.device.type in _TRIED_DEVICES and not tensor.is_conj() and not tensor.is_neg():
+                on_trial[index] = tensor
+    eager: set[int] = set()
+    cloned = 0
+    for index in now:
+        piece = pieces[index]
         nbytes = piece.spec.nbytes
-        if nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:
+        # a clone saves nothing where all extents are staged now
+        if deferred and nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:
             piece.tensor = piece.tensor.detach().clone()
             cloned += nbytes
         else:
             eager.add(index)
-    return Division(eager, deferred)
+    return Division(eager, deferred, on_trial)
+
+
+def _may_change_any_time(pieces: Sequence[LocalTensor], owned: OwnedMemory) -> set[int]:
+    """Return the indexes of the pieces that something else than the update of a watched optimizer may change."""
+    ours = [piece for piece in pieces if not piece.private and not piece.spec.frozen]
+    frozen = [piece.tensor for piece in pieces if piece.spec.frozen and not piece.private]
+    blocks = _merge(sorted({_block(tensor) for tensor in [*owned.not_covered(ours), *frozen]}))
+    if not blocks:
+        return set()
+    begins = [begin for begin, _ in blocks]
+    found: set[int] = set()
+    for index, piece in enumerate(pieces):
+        address = piece.tensor.data_ptr()
+        at = bisect.bisect_right(begins, address) - 1
+        if not piece.private and at >= 0 and address < blocks[at][1]:
+            found.add(index)
+    return found
 
 
 def _block(tensor: torch.Tensor) -> tuple[int, int]:

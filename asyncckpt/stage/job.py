@@ -6,6 +6,7 @@ it has to wait anyway (an eager save, or ``optimizer.step`` coming before the co
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
@@ -21,6 +22,7 @@ from asyncckpt.events import EventBus, ExtentStaged, Staged, Stalled
 from asyncckpt.memory.arena import Arena, QueuedCopy, StagingBuffer
 from asyncckpt.protocols import Digest
 from asyncckpt.scope import SaveScope
+from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
 from asyncckpt.stage.image import finish_image, slot_bytes, staged_digests
 from asyncckpt.stage.staged import ExtentSink, StagedExtent
@@ -38,6 +40,10 @@ class _Work:
     number: int
     extent: Extent
 
+    def holds(self, pieces: Collection[int]) -> bool:
+        """Whether one of these pieces lies in the extent."""
+        return any(segment.piece in pieces for segment in self.extent.segments)
+
 
 class StagingJob:
     """Makes the copies of one save. Thread-safe. ``scope``: the save's; an error here fails it at once, and nothing
@@ -46,7 +52,7 @@ class StagingJob:
     ``sink`` gets each extent as its copy is done or enqueued (CUDA copies run on a side stream). With ``digest``,
     extents that the background thread copies are digested at once, while their bytes are still in the processor's
     cache; the training thread never spends time on that. ``splits_on_device``: the codec takes chunks that were split
-    into planes.
+    into planes. ``checks``: of a snapshot that is copied while training goes on, or may be one day.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class StagingJob:
         started_seconds: float,
         digest: Digest | None = None,
         splits_on_device: bool = False,
+        checks: SnapshotChecks | None = None,
     ) -> None:
         self._digest = digest
         self._splits_on_device = splits_on_device
@@ -75,7 +82,11 @@ class StagingJob:
         self._streams = streams.of(pieces)
         self._lock = threading.Lock()
         self._queue = deque(_Work(number, extent) for number, extent in enumerate(extents))
-        self._working = 0
+        self._working: list[_Work] = []
+        self._worked = threading.Condition(self._lock)
+        self.checks = checks
+        self._arrived = threading.Event()
+        self._concluding = False
         self._done = threading.Event()
         self._started_seconds = started_seconds
         self._nbytes = sum(extent.nbytes for extent in extents)
@@ -98,8 +109,13 @@ class StagingJob:
         Whole extents, so that a slot is never held half filled: two saves doing that could wait for each other's.
         Never raises: an error cancels the job.
         """
+        self._work_on(eager, deadline)
+        self._hold_training_back()
+
+    def _work_on(self, wanted: Collection[int], deadline: float | None) -> None:
+        """Copy every extent that holds one of the pieces in ``wanted`` and that no thread has begun."""
         with self._lock:
-            now = deque(w for w in self._queue if any(s.piece in eager for s in w.extent.segments))
+            now = deque(work for work in self._queue if work.holds(wanted))
             chosen = {work.number for work in now}
             later = [work for work in self._queue if work.number not in chosen]
             self._queue.clear()  # in place: the stager may be working on this very queue
@@ -108,7 +124,6 @@ class StagingJob:
         with self._lock:  # after an error the rest goes back, to be dropped with everything else
             self._queue.extendleft(now)
         self._drop_queue()
-        self._hold_training_back()
 
     def run(self, deadline: float | None = None) -> None:
         """Work until nothing is left to start. Never raises: an error cancels the job."""
@@ -118,16 +133,18 @@ class StagingJob:
     def run_in_background(self) -> None:
         """Do the work of ``run`` on a thread that training does not wait for: without deadline, and digesting copies
         that are made at once."""
-        self._work(self._queue, None, None if self._streams else self._digest)
+        self._work(self._queue, None, None if self._streams else self._digest, patient=True)
         self._drop_queue()
 
-    def _work(self, queue: deque[_Work], deadline: float | None, digest: Digest | None) -> None:
+    def _work(
+        self, queue: deque[_Work], deadline: float | None, digest: Digest | None, *, patient: bool = False
+    ) -> None:
         while True:
             with self._lock:
                 if not queue or self._scope.error is not None:
                     return
                 work = queue.popleft()
-                self._working += 1
+                self._working.append(work)
             try:
                 self._stage(work, deadline, digest)
             except ArenaBusy as error:
@@ -138,31 +155,53 @@ class StagingJob:
                 self.cancel(self._interrupted(error))
                 raise
             finally:
-                with self._lock:
-                    self._working -= 1
-                self._settle()
+                with self._worked:
+                    self._working.remove(work)
+                    self._worked.notify_all()
+                self._settle(patient)
 
-    def finish(self, deadline: float | None) -> None:
-        """Help, then block until every copy is done (CUDA: until the current streams wait for them).
+    def training_waits(self) -> None:
+        """The training thread is here, so none of its operations is changing a tensor. Never blocks."""
+        self._arrived.set()
+
+    def finish(self, deadline: float | None, pieces: Collection[int] | None = None) -> None:
+        """Help, then block until every copy is done (CUDA: until the current streams wait for them), or every copy of
+        ``pieces``, by index.
 
         Past ``deadline`` (``time.monotonic()``) the job is cancelled with ``SaveAbandoned``: training goes on, the
         save fails. Never raises.
         """
-        self.run(deadline)
+        self.training_waits()
+        if pieces is None:
+            self.run(deadline)
+        else:
+            self._work_on(pieces, deadline)
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            if not self._done.wait(remaining):
+            if not self._wait_for(pieces, remaining):
                 self.cancel(self._too_slow(None))
-                self._done.wait()  # a copy that has begun is milliseconds from its end
+                self._wait_for(pieces, None)  # a copy that has begun is milliseconds from its end
         except BaseException as error:  # nobody knows what is changed now, while a thread of ours copies
             self.cancel(self._interrupted(error))
             raise
         self._hold_training_back()
 
+    def _wait_for(self, pieces: Collection[int] | None, timeout: float | None) -> bool:
+        if pieces is None:
+            return self._done.wait(timeout)
+        with self._worked:
+            return self._worked.wait_for(lambda: not any(work.holds(pieces) for work in self._working), timeout)
+
     def wait(self, timeout: float | None) -> bool:
-        """Block until every copy is done (CUDA: enqueued), without helping; False when ``timeout`` seconds passed
-        first."""
-        return self._done.wait(timeout)
+        """Block until every copy is done (CUDA: has run, if deferred), without helping; False when ``timeout`` seconds
+        passed first."""
+        if not self._done.wait(timeout):
+            return False
+        if self._streams and self.checks is not None:
+            with contextlib.suppress(RuntimeError):  # the threads that write fail the save
+                self._streams.synchronize()
+                self.checks.settle()
+        return True
 
     def note_stall(self, began_seconds: float, where: str) -> None:
         """Record that training has waited for this save since ``began_seconds``, by ``time.perf_counter``. For the
@@ -179,6 +218,8 @@ class StagingJob:
         """Drop the references to the tensors: whoever keeps a ``PendingSave`` must not keep them alive. Call it once
         every copy has run, or the save has failed."""
         self._pieces = ()
+        if self.checks is not None:
+            self.checks.forget()
 
     def cancel(self, error: BaseException, *, late: bool = False) -> None:
         """Fail the save with ``error``, unless all its copies are made or enqueued already; with ``late``, even then.
@@ -232,6 +273,8 @@ class StagingJob:
         queued: list[QueuedCopy] = []
         try:
             pieces = self._pieces  # gone, once the save has failed: then this one fails, too
+            if self.checks is not None:
+                self.checks.before_copying(extent)
             on_device = any(pieces[segment.piece].tensor.device.type in _DEVICES for segment in extent.segments)
             split = self._splits_on_device and on_device and can_split(pieces, extent)
             if slot.copies and (split or host_writes(pieces, extent)):
@@ -256,7 +299,15 @@ class StagingJob:
         except BaseException:  # a subscriber that was interrupted
             self._arena.release(slot)
             raise
-        self._sink.submit(StagedExtent(work.number, slot, functools.partial(_wait_for, queued), taken))
+        copied = functools.partial(self._copied, work.number, slot, queued)
+        self._sink.submit(StagedExtent(work.number, slot, copied, taken))
+
+    def _copied(self, number: int, slot: StagingBuffer, queued: Sequence[QueuedCopy]) -> None:
+        """Wait until the copies into a slot have run, and check what they have brought."""
+        for copy in queued:
+            copy.wait()
+        if self.checks is not None:
+            self.checks.copied(number, slot)
 
     def _drop_queue(self) -> None:
         if self._scope.error is not None:
@@ -264,15 +315,32 @@ class StagingJob:
                 self._queue.clear()
         self._settle()
 
-    def _settle(self) -> None:
+    def _settle(self, patient: bool = False) -> None:
+        """End the job if every copy has been made. ``patient``: training does not wait for this thread."""
         with self._lock:
-            if self._queue or self._working or self._done.is_set():
+            if not self._is_copied():
                 return
+        if patient and self.checks is not None and not self._streams and self._scope.error is None:
+            self._arrived.wait(self.checks.patience_seconds)
+        with self._lock:
+            if not self._is_copied():
+                return
+            self._concluding = True
+        try:
+            if self.checks is not None and not self._streams and self._scope.error is None:
+                self.checks.settle()
+        except BaseException as error:
+            self.cancel(self._interrupted(error))
+            raise
+        finally:
             now = time.perf_counter()
             self.staged_seconds = now - self._started_seconds
             self._done.set()
         if self._scope.error is None:
             self._events.emit(Staged(step=self.step, at_seconds=now, nbytes=self._nbytes, seconds=self.staged_seconds))
+
+    def _is_copied(self) -> bool:
+        return not (self._queue or self._working or self._done.is_set() or self._concluding)
 
 
 def _copy(pieces: Sequence[LocalTensor], extent: Extent, slot: StagingBuffer) -> None:
@@ -281,8 +349,3 @@ def _copy(pieces: Sequence[LocalTensor], extent: Extent, slot: StagingBuffer) ->
     else:
         copy_segments(pieces, extent.segments, slot)
         fill_rest(slot, extent)
-
-
-def _wait_for(queued: Sequence[QueuedCopy]) -> None:
-    for copy in queued:
-        copy.wait()

@@ -17,6 +17,12 @@ from asyncckpt.memory.arena import QueuedCopy
 from asyncckpt.types import LocalTensor
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured on this thread's current stream. Never blocks, and makes no CUDA context."""
+    in_use: Callable[[], bool] = torch.cuda.is_initialized
+    return in_use() and torch.cuda.is_current_stream_capturing()
+
+
 class Copies(Protocol):
     """Makes the copies of one save. Thread-safe. The object is true where copies are enqueued and run later."""
 

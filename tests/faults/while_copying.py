@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.deferring import let_all_be_deferred
 from support.queued_copies import Stream, a_save_after_one_that_failed, ones_and_twos
 
-from asyncckpt import Checkpointer, SaveFailed, WriterOptions
+from asyncckpt import ChangedWhileCopied, Checkpointer, SaveFailed, WriterOptions
 from asyncckpt.errors import AsyncCkptError
 from asyncckpt.stage import job as staging
 from asyncckpt.stage.eager import OwnedMemory, divide
@@ -46,7 +47,7 @@ def _deferred(root: Path, change: Callable[[torch.nn.Sequential], object], watch
 
     with pytest.MonkeyPatch.context() as patch, Checkpointer(root / "run") as run:
         patch.setattr(staging, "copy_segments", copy)
-        run.watch(watch(model))
+        let_all_be_deferred(run).watch(watch(model))
         expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         pending = run.save(1, {"model": model})
         changing = threading.Thread(target=change, args=(model,))
@@ -97,7 +98,7 @@ def a_save_that_cannot_be_copied_ends_at_once(root: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         run = Checkpointer(root / "run", writer=WriterOptions(durable_timeout_seconds=8))
-        run.watch(_trained(model))
+        let_all_be_deferred(run).watch(_trained(model))
         patch.setattr(staging, "copy_segments", fails)
         began = time.monotonic()
         error = run.save(1, {"model": model}).exception(20)
@@ -105,3 +106,63 @@ def a_save_that_cannot_be_copied_ends_at_once(root: Path) -> None:
             run.close()
     assert isinstance(error, SaveFailed)
     assert time.monotonic() - began < 5, "nobody was told before the deadline"
+
+
+def _loop_of_two_saves(root: Path, changes: list[Callable[[torch.nn.Module], object]]) -> list[BaseException | None]:
+    """Save, change something before the background has copied, update; return how each save ended. What is published is
+    as it was."""
+    model = torch.nn.Linear(1500, 1000, bias=False)
+    optimizer = _trained(model)
+    go, original = threading.Event(), staging.StagingJob._stage
+
+    def stage(*args: Any) -> None:
+        if threading.current_thread().name.startswith("asyncckpt-stager"):
+            go.wait(0.3)
+        original(*args)
+
+    ends: list[BaseException | None] = []
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(AsyncCkptError), Checkpointer(root / "run") as run:
+        patch.setattr(staging.StagingJob, "_stage", stage)
+        run.watch(optimizer)
+        for step, change in enumerate(changes, 1):
+            expected = model.weight.detach().clone()
+            go.clear()
+            pending = run.save(step, {"model": model})
+            change(model)
+            go.set()
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step()
+            ends.append(pending.exception(30))
+            if ends[-1] is None:
+                run.wait()
+                assert torch.equal(run.load_tensors(step)["model.weight"], expected), "torn"
+    return ends
+
+
+def _nothing(_: torch.nn.Module) -> None:
+    pass
+
+
+@torch.no_grad()
+def _one_item(model: Any) -> None:
+    model.weight[200, 700] += 1
+
+
+def _all_behind_torchs_back(model: Any) -> None:
+    model.weight.data.zero_()
+
+
+def nothing_is_deferred_before_it_was_shown_to_stay(root: Path) -> None:
+    assert _loop_of_two_saves(root, [_all_behind_torchs_back] * 2) == [None, None], "a save was lost"
+
+
+def one_changed_item_of_what_is_deferred_is_told(root: Path) -> None:
+    ends = _loop_of_two_saves(root, [_nothing, _one_item, _one_item])
+    assert isinstance(ends[1], ChangedWhileCopied)
+    assert ends[2] is None, "it was deferred again"
+
+
+def a_change_that_torch_does_not_count_is_told(root: Path) -> None:
+    ends = _loop_of_two_saves(root, [_nothing, _all_behind_torchs_back, _all_behind_torchs_back])
+    assert isinstance(ends[1], ChangedWhileCopied)
+    assert ends[2] is None, "it was deferred again"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.deferring import let_all_be_deferred
 from support.examples import examples
 from torch import nn
 
@@ -39,13 +40,14 @@ def with_gradients(optimizer: torch.optim.Optimizer) -> Any:
 
 
 @contextlib.contextmanager
-def late_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """The background copies nothing before the event is set: whatever is changed before that, and is deferred, is torn
+def late_copies(monkeypatch: pytest.MonkeyPatch, run: Checkpointer) -> Iterator[threading.Event]:
+    """The background copies nothing that is deferred before the event is set: whatever is changed before that is torn
     unless somebody waits."""
     original, go = staging.copy_segments, threading.Event()
 
     def copy(*args: Any) -> None:
-        if threading.current_thread().name.startswith("asyncckpt-stager"):
+        deferred = any(flight.job.checks and flight.job.checks.unsettled for flight in run._in_flight.all())
+        if deferred and threading.current_thread().name.startswith("asyncckpt-stager"):
             assert go.wait(PATIENCE_SECONDS)
         original(*args)
 
@@ -64,10 +66,10 @@ def saved_as_it_was(
     change: Callable[[], object],
 ) -> Checkpointer:
     """Save, change something, let the background copy: what is stored is what was there at ``save``."""
-    run = Checkpointer(path)
+    run = let_all_be_deferred(Checkpointer(path))
     for one in watched if isinstance(watched, list) else [watched]:
         run.watch(one)
-    with late_copies(monkeypatch) as go:
+    with late_copies(monkeypatch, run) as go:
         model = state["model"]
         expected = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         pending = run.save(1, state)
@@ -139,8 +141,8 @@ def test_an_optimizer_of_something_else_does_not_wait(tmp_path: Path, monkeypatc
     watched = with_gradients(torch.optim.SGD(model.parameters(), lr=0.1))
     unrelated = with_gradients(torch.optim.Adam(other.parameters()))
     unrelated.step()
-    with Checkpointer(tmp_path / "run") as run, late_copies(monkeypatch) as go:
-        run.watch(watched)
+    with Checkpointer(tmp_path / "run") as run, late_copies(monkeypatch, run) as go:
+        let_all_be_deferred(run).watch(watched)
         pending = run.save(1, {"model": model})
         finished = threading.Event()
         copied = staging.StagingJob.finish
@@ -172,7 +174,7 @@ def test_an_optimizer_of_which_nobody_can_tell_where_its_memory_lies_waits(tmp_p
     sparse.grad = torch.eye(3).to_sparse()
     other = torch.optim.SGD([sparse], lr=0.1)
     with Checkpointer(tmp_path / "run") as run:
-        run.watch(watched)
+        let_all_be_deferred(run).watch(watched)
         for step in (1, 2):
             run.save(step, {"model": model})
             other.step()
@@ -295,8 +297,8 @@ def test_parameters_in_one_memory_block_are_deferred_together(tmp_path: Path, mo
     for n, layer in enumerate(model):
         layer.weight.data = flat[n << 20 : (n + 1) << 20].view(1024, 1024)
     optimizer = with_gradients(torch.optim.SGD(model.parameters(), lr=0.1))
-    with Checkpointer(tmp_path / "run") as run, late_copies(monkeypatch) as go:
-        run.watch(optimizer)
+    with Checkpointer(tmp_path / "run") as run, late_copies(monkeypatch, run) as go:
+        let_all_be_deferred(run).watch(optimizer)
         pending = run.save(1, {"model": model})
         assert not pending.staged(0.05), "nothing was left for the background"
         go.set()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.deferring import let_all_be_deferred
 from support.examples import examples
 from support.options import by_stage
 from support.queued_copies import (
@@ -189,7 +190,7 @@ class Model:
             parameter.grad = torch.ones_like(parameter)
         self.state = {"model": self.model}
         self.run = Checkpointer(path, **by_stage(writer=WriterOptions(durable_timeout_seconds=600), **options))
-        self.run.watch(self.optimizer)
+        let_all_be_deferred(self.run).watch(self.optimizer)
         self.run.prepare(self.state)
         self.run._arena.wait_prepared(PATIENCE_SECONDS)
 
