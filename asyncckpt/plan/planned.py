@@ -14,7 +14,7 @@ class Planned:
     the shards of its own components. ``pieces``: this rank's. ``components``: all, under the names that they are stored
     under, those that only other ranks hold empty. ``rank_local_names``: component → the name that this rank's own is
     stored under.
-    ``sends_values_of``: see ``AgreedPlan``."""
+    ``sends_values_of``: see ``AgreedPlan``. ``met``: all ranks have met to plan this very save."""
 
     step: int
     pieces: list[LocalTensor]
@@ -22,6 +22,7 @@ class Planned:
     components: Sequence[ComponentSnapshot]
     rank_local_names: Mapping[str, str]
     sends_values_of: frozenset[str]
+    met: bool = False
 
 
 def alone(snapshot: Snapshot, layout: Layout) -> Planned:

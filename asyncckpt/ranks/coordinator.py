@@ -58,7 +58,6 @@ class Coordinator:
         self.planner = planner
         self._session = ""
         self._number = -1
-        self._replanned = -1
         self.announcements = Announcements(ranks)
 
     @property
@@ -113,10 +112,11 @@ class Coordinator:
 
     def give_up(self, number: int, error: BaseException) -> None:
         """Tell the others that this rank's call of ``save`` failed before it wrote anything: they need not wait for
-        it. Never raises."""
+        it, neither to plan and to redistribute nor to publish. Never raises."""
         rank_save = RankSave(self.ranks, number, {}, frozenset())
         key = rank_save.outcome if self.leads else f"{rank_save.reports}/{self.ranks.rank}"
         with contextlib.suppress(RuntimeError, AsyncCkptError):
+            self.planner.decline(f"save/{number}", error)
             self.ranks.post(key, {"error": error_to_json(error)})
 
     def replica_digests(self, components: Sequence[ComponentSnapshot]) -> dict[str, str]:
@@ -136,12 +136,7 @@ class Coordinator:
         rank_save = RankSave(self.ranks, number, {}, frozenset())
         if not self.leads:
             self.ranks.post(rank_save.replan(self.ranks.rank), True)
-        self._replanned = number
         return rank_save.outcome
-
-    def replanned(self, number: int) -> bool:
-        """Whether this rank asked the others for a new plan of that save, and so, once it has one, all did."""
-        return self._replanned == number
 
     def any_rank(self, what: str, here: bool) -> bool:
         """Whether ``here`` is true on some rank. Every rank has to call; blocks until all have."""

@@ -37,9 +37,10 @@ Sink = Callable[[str, torch.Tensor], None]
 def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) -> Snapshot:
     """Capture the training state, or with ``weights_only`` its modules alone.
 
-    Runs on the training thread and takes milliseconds. It waits for other ranks only where a ``DTensor`` must be
-    redistributed (see ``local_rows``). Raises ``UnsupportedValue``, which names the path of the value that cannot be
-    stored, and ``InvalidOption`` where the component names cannot be used or ``weights_only`` finds no module.
+    Runs on the training thread, takes milliseconds, and waits for no other rank: a ``DTensor`` that has to be
+    redistributed is left to whoever knows that all ranks have come so far (``LocalTensor.redistribute``). Raises
+    ``UnsupportedValue``, which names the path of the value that cannot be stored, and ``InvalidOption`` where the
+    component names cannot be used or ``weights_only`` finds no module.
     """
     check_state(state)
     modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
@@ -187,7 +188,7 @@ def _distributed_piece(component: str, name: str, tensor: Any, frozen: bool) -> 
     spec = _spec(component, name, local.tensor.dtype, shape, frozen)
     begin = local.first * local.tensor.dtype.itemsize
     gather = tensor.full_tensor if is_distributed(tensor) else None
-    return LocalTensor(spec, local.tensor, begin, local.rows, private=local.private, gather=gather)
+    return LocalTensor(spec, local.tensor, begin, local.rows, None, local.private, gather, local.redistribute)
 
 
 def _shard_piece(component: str, name: str, shard: LocalShard) -> LocalTensor:
