@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from asyncckpt.restore.restore import RestoreReport
     from asyncckpt.run import Run
     from asyncckpt.stage.options import StagingOptions
-    from asyncckpt.state.markers import LocalShard, Replicated
+    from asyncckpt.state.markers import LocalShard, Owner, Replicated
     from asyncckpt.state.rng import RngState
     from asyncckpt.types import LeaseOptions
     from asyncckpt.write.options import WriterOptions
@@ -73,6 +73,7 @@ __all__ = [
     # many ranks
     "LocalShard",
     "Replicated",
+    "Owner",
     "RankOptions",
     # when to save, what to keep
     "Steps",
@@ -145,6 +146,7 @@ _HOMES: Final[dict[str, str]] = {
     "Damage": "asyncckpt.read.damage",
     "RestoreReport": "asyncckpt.restore.restore",
     "Run": "asyncckpt.run",
+    "Owner": "asyncckpt.state.markers",
     "Replicated": "asyncckpt.state.markers",
     "LocalShard": "asyncckpt.state.markers",
     "RngState": "asyncckpt.state.rng",

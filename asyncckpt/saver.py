@@ -24,6 +24,7 @@ from asyncckpt.plan.planned import Planned, alone
 from asyncckpt.protocols import Store
 from asyncckpt.ranks.collective_save import Follower, Leader, RankSave
 from asyncckpt.ranks.coordinator import Coordinator
+from asyncckpt.ranks.replicas import ReplicaSample, whole_digests
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
@@ -174,13 +175,16 @@ class SaveBuilder:
     def _publisher(self, coordinator: Coordinator | None, planned: Planned, number: int) -> Publisher:
         if coordinator is None:
             return Solo()
-        replicas = coordinator.replica_digests(planned.components) if self._check_replicas else {}
+        rank = coordinator.ranks.rank
         rank_save = RankSave(
             coordinator.ranks,
             number,
             planned.rank_local_names,
             planned.sends_values_of,
-            replicas,
+            planned.values_like,
+            planned.owners,
+            ReplicaSample(planned, number, rank),
+            whole_digests(planned, rank) if self._check_replicas else {},
             planned.met,
         )
         return Leader(rank_save) if coordinator.leads else Follower(rank_save)

@@ -96,7 +96,8 @@ class ComponentSnapshot:
     """``ComponentSnapshot`` is one captured component. ``kind`` says how it was captured (``module``, ``optimizer``,
     ``stateful``, ``tensor`` or ``plain``), ``tree`` holds its plain values, and ``aliases`` maps a tied tensor's other
     names to the name it is stored under. ``shared``: the ranks of a job hold parts or copies of one component;
-    otherwise each rank has a component of its own under this name."""
+    otherwise each rank has a component of its own under this name. ``owner``: the rank whose copies are right, None
+    where all must be equal."""
 
     name: str
     kind: str
@@ -104,6 +105,7 @@ class ComponentSnapshot:
     aliases: dict[str, str]
     tree: JsonValue
     shared: bool = True
+    owner: int | None = None
 
 
 @dataclass(slots=True)

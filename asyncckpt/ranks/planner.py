@@ -15,7 +15,7 @@ from asyncckpt.errors import UnsupportedValue
 from asyncckpt.plan import layout as layouts
 from asyncckpt.plan.partition import RankHolding, divide
 from asyncckpt.plan.per_rank_files import divide_by_rank
-from asyncckpt.plan.planned import Planned
+from asyncckpt.plan.planned import Planned, ReplicatedTensor
 from asyncckpt.protocols import Codec, ShardFormat
 from asyncckpt.ranks.store import RankStore
 from asyncckpt.ranks.tables import MergedComponent, TableDigest, digest_of, leaders_of, merge_tables, table_of
@@ -29,7 +29,11 @@ class AgreedPlan:
     ``sends_values_of``: the components whose plain values this rank sends: it is the first of the ranks that hold the
     same parts of them. ``redistributed`` and ``gathered``: the indexes, among this rank's shared pieces, of those to
     redistribute and to gather, in the same order on all ranks, the latter each with whether this rank keeps the tensor.
-    ``collective``: whether there are such pieces on any rank."""
+    ``collective``: whether there are such pieces on any rank.
+
+    ``values_like``: component → the first rank that holds the same parts of it as this one, where their plain values
+    must be equal. ``owners``: component → the rank whose copies are right. ``replicated``: the tensors of which several
+    ranks must hold equal copies, alike on all ranks."""
 
     layout: Layout
     kinds: Mapping[str, str]
@@ -37,6 +41,9 @@ class AgreedPlan:
     redistributed: Sequence[int]
     gathered: Sequence[tuple[int, bool]]
     collective: bool
+    values_like: Mapping[str, int]
+    owners: Mapping[str, int]
+    replicated: Sequence[ReplicatedTensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +107,18 @@ class JobPlanner:
                 components.append(replace(component, name=name))
         nbytes = sum(shard.nbytes for shard in shards)
         layout = replace(agreed.layout, shards=tuple(shards), nbytes=nbytes)
-        return Planned(snapshot.step, pieces, layout, components, own, agreed.sends_values_of, met)
+        return Planned(
+            snapshot.step,
+            pieces,
+            layout,
+            components,
+            own,
+            agreed.sends_values_of,
+            agreed.values_like,
+            agreed.owners,
+            agreed.replicated,
+            met,
+        )
 
     def decline(self, call: str, error: BaseException) -> None:
         """Tell the other ranks that this one failed, with ``error``, before it could plan: none of them waits for it.
@@ -164,11 +182,12 @@ class JobPlanner:
             for body in ranks.agree("plan", led, key=f"tables/{call}", cancel_key=cancel_key):
                 known |= body
         known |= {mine[name][1]: table for name, table in tables.items()}
-        leads = {name for name, (_, digest) in mine.items() if leaders[name, digest][0] == ranks.rank}
-        return self._divide(shared, merge_tables(digests, leaders, known), leads)
+        merged = merge_tables(digests, leaders, known)
+        first = {name: leaders[name, digest][0] for name, (_, digest) in mine.items()}
+        return self._divide(shared, merged, first)
 
     def _divide(
-        self, shared: Sequence[ComponentSnapshot], components: Mapping[str, MergedComponent], leads: set[str]
+        self, shared: Sequence[ComponentSnapshot], components: Mapping[str, MergedComponent], first: Mapping[str, int]
     ) -> AgreedPlan:
         specs = tuple((name, tuple(entry.spec for entry in c.entries)) for name, c in components.items())
         numbers: dict[tuple[str, str], int] = {}
@@ -180,6 +199,7 @@ class JobPlanner:
         holdings: list[RankHolding] = []
         local: list[int] = []
         redistributed: list[int] = []
+        replicated: list[ReplicatedTensor] = []
         collective = False
         for name, merged in components.items():
             for entry in merged.entries:
@@ -189,6 +209,8 @@ class JobPlanner:
                 if entry.redistributed and local[-1] >= 0:
                     redistributed.append(local[-1])
                 holdings.append(RankHolding(entry.rows, local[-1], begins.get(full, 0)))
+                if entry.spec.nbytes and any(len(holders) > 1 for holders in entry.rows.holders):
+                    replicated.append(ReplicatedTensor(name, entry.spec, entry.rows, local[-1]))
         ranks, how = self._ranks, (self._format, self._codec, self._options)
         if self._options.by_rank:
             division = divide_by_rank(specs, holdings, ranks.rank, ranks.size, *how)
@@ -199,9 +221,19 @@ class JobPlanner:
             for number in sorted(division.gathered)
             if local[number] >= 0
         ]
-        kinds = {name: component.kind for name, component in components.items()}
-        collective = collective or bool(division.gathered)
-        return AgreedPlan(division.layout, kinds, frozenset(leads), redistributed, whole, collective)
+        owners = {name: component.owner for name, component in components.items() if component.owner is not None}
+        leads = {name for name, rank in first.items() if owners.get(name, rank) == ranks.rank}
+        return AgreedPlan(
+            division.layout,
+            {name: component.kind for name, component in components.items()},
+            frozenset(leads),
+            redistributed,
+            whole,
+            collective or bool(division.gathered),
+            {name: rank for name, rank in first.items() if name not in owners and components[name].kind != "module"},
+            owners,
+            replicated,
+        )
 
 
 def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
@@ -215,6 +247,8 @@ def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
             [p.rows for p in c.pieces],
             [p.span for p in c.pieces],
             [p.redistribute is None for p in c.pieces],
+            [p.first_only for p in c.pieces],
+            c.owner,
         )
         for c in shared
     ]

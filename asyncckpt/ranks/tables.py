@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from asyncckpt.errors import RanksDisagree
+from asyncckpt.errors import InvalidOption, RanksDisagree
 from asyncckpt.types import ComponentSnapshot, RowOwners, TensorSpec
 
 #: A rank describes a component by its kind and the digest of its table.
@@ -18,6 +18,9 @@ TableDigest = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
+    """A tensor of the merged state. ``rows`` says whose rows are stored; ``redistributed``: some rank has its own only
+    after a collective."""
+
     spec: TensorSpec
     rows: RowOwners
     redistributed: bool
@@ -25,14 +28,21 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class MergedComponent:
+    """A component of the merged state. ``owner``: see ``ComponentSnapshot``."""
+
     kind: str
     entries: tuple[Entry, ...]
+    owner: int | None
+
+
+#: What a table says of a tensor, as a sum: its rows come from a collective; of its copies, the first is right.
+_REDISTRIBUTED, _FIRST_ONLY = 1, 2
 
 
 def table_of(component: ComponentSnapshot) -> Any:
-    """Describe a component for the other ranks: ``{"rows": [[bounds, holders], …], "tensors": [[name, dtype, shape,
-    nbytes, frozen, rows, span, redistributed], …]}``. A tensor's ``rows`` is an index into the list, -1 where all of it
-    is here; ``redistributed``: a rank has its rows only after a collective."""
+    """Describe a component for the other ranks: ``{"owner": rank, "rows": [[bounds, holders], …], "tensors": [[name,
+    dtype, shape, nbytes, frozen, rows, span, flags], …]}``. A tensor's ``rows`` is an index into the list, -1 where all
+    of it is here."""
     numbers: dict[int, int] = {}
     rows: list[Any] = []
     tensors: list[Any] = []
@@ -43,19 +53,9 @@ def table_of(component: ComponentSnapshot) -> Any:
             if number == len(rows):
                 rows.append([piece.rows.bounds, piece.rows.holders])
         spec = piece.spec
-        tensors.append(
-            [
-                spec.name,
-                spec.dtype,
-                spec.shape,
-                spec.nbytes,
-                spec.frozen,
-                number,
-                piece.span,
-                piece.redistribute is not None,
-            ]
-        )
-    return {"rows": rows, "tensors": tensors}
+        flags = (piece.redistribute is not None) * _REDISTRIBUTED + piece.first_only * _FIRST_ONLY
+        tensors.append([spec.name, spec.dtype, spec.shape, spec.nbytes, spec.frozen, number, piece.span, flags])
+    return {"owner": component.owner, "rows": rows, "tensors": tensors}
 
 
 def digest_of(table: Any) -> str:
@@ -76,13 +76,15 @@ def merge_tables(
     leaders: Mapping[tuple[str, str], Sequence[int]],
     tables: Mapping[str, Any],
 ) -> dict[str, MergedComponent]:
-    """Merge the components of all ranks. ``tables``: by digest. Raises ``RanksDisagree`` where they contradict."""
+    """Merge the components of all ranks. ``tables``: by digest. Raises ``RanksDisagree`` where they contradict, and
+    ``InvalidOption`` for an owner that is none of the ranks."""
     kinds: dict[str, str] = {}
     wholes: dict[str, dict[str, list[int]]] = {}  # tensors that are held whole → by which ranks
     spans: dict[str, dict[str, dict[tuple[int, int], list[int]]]] = {}
     specs: dict[str, dict[str, tuple[TensorSpec, RowOwners | None, int]]] = {}
-    moved: set[tuple[str, str]] = set()
-    united = functools.cache(_united)
+    flagged: dict[tuple[str, str], int] = {}
+    united, right = functools.cache(_united), functools.cache(_right_copies)
+    owners = _owners(leaders, tables, len(digests))
     for (name, digest), ranks in leaders.items():
         kind = digests[ranks[0]][name][0]
         if kinds.setdefault(name, kind) != kind:
@@ -90,9 +92,9 @@ def merge_tables(
         table = tables[digest]
         rows = [RowOwners(tuple(bounds), tuple(map(tuple, holders))) for bounds, holders in table["rows"]]
         known = specs.setdefault(name, {})
-        for tensor, dtype, shape, nbytes, frozen, number, span, redistributed in table["tensors"]:
-            if redistributed:
-                moved.add((name, tensor))
+        for tensor, dtype, shape, nbytes, frozen, number, span, flags in table["tensors"]:
+            if flags:
+                flagged[name, tensor] = flagged.get((name, tensor), 0) | flags
             spec = TensorSpec(tensor, dtype, tuple(shape), nbytes, frozen)
             here = rows[number] if number >= 0 else None
             before = known.setdefault(tensor, (spec, here, ranks[0]))
@@ -119,9 +121,44 @@ def merge_tables(
             elif held is None:
                 ranks = tuple(sorted(wholes[name][tensor]))
                 held = interned.setdefault((count, ranks), RowOwners((0, count), (ranks,)))
-            entries.append(Entry(spec, held, (name, tensor) in moved))
-        found[name] = MergedComponent(kinds[name], tuple(entries))
+            flags, owner = flagged.get((name, tensor), 0), owners[name]
+            if flags & _FIRST_ONLY or owner is not None:
+                held = right(held, owner)
+            entries.append(Entry(spec, held, bool(flags & _REDISTRIBUTED)))
+        found[name] = MergedComponent(kinds[name], tuple(entries), owners[name])
     return found
+
+
+def _owners(
+    leaders: Mapping[tuple[str, str], Sequence[int]], tables: Mapping[str, Any], size: int
+) -> dict[str, int | None]:
+    """Return the owner of each component. Raises as ``merge_tables`` does."""
+    owners: dict[str, int | None] = {}
+    holders: dict[str, list[int]] = {}
+    for (name, digest), ranks in leaders.items():
+        owner = tables[digest]["owner"]
+        if owners.setdefault(name, owner) != owner:
+            raise RanksDisagree(
+                f"component {name!r}: rank {holders[name][0]} says that {_owned_by(owners[name])}, rank {ranks[0]} "
+                f"that {_owned_by(owner)}. Give every rank the same Owner(…, rank=…)"
+            )
+        holders.setdefault(name, []).extend(ranks)
+    for name, owner in owners.items():
+        if owner is not None and owner >= size:
+            raise InvalidOption(f"component {name!r}: Owner(…, rank={owner}), but the job has {size} ranks")
+        if owner is not None and owner not in holders[name]:
+            raise RanksDisagree(f"component {name!r} is rank {owner}'s (Owner), which does not have it in its state")
+    return owners
+
+
+def _owned_by(owner: int | None) -> str:
+    return "all ranks have equal copies" if owner is None else f"rank {owner} has the right copy"
+
+
+def _right_copies(rows: RowOwners, owner: int | None) -> RowOwners:
+    """Leave of each part's holders the owner, or the first where that has no copy of the part."""
+    chosen = ((owner if owner is not None and owner in holders else min(holders),) for holders in rows.holders)
+    return RowOwners(rows.bounds, tuple(chosen))
 
 
 def _united(first: RowOwners, second: RowOwners) -> RowOwners:

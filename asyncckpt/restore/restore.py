@@ -21,6 +21,7 @@ from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.plan import Options, RestorePlan, new_tensor, qualified_records
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.markers import without_owners
 from asyncckpt.state.rank_names import rank_name
 
 log = logging.getLogger("asyncckpt")
@@ -83,6 +84,7 @@ def restore(
     together = stages or Stages()
     with together.stage("look"):
         check_state(state)
+        state, _ = without_owners(state)
         checkpoint.require_digest(expect_digest)
         manifest, trees = checkpoint.manifest, checkpoint.trees
         if "state" in manifest.components:

@@ -22,8 +22,8 @@ from asyncckpt.protocols import Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
-from asyncckpt.state.markers import LocalShard, Replicated, without_shards
-from asyncckpt.state.optimizer import named_optimizer_state
+from asyncckpt.state.markers import LocalShard, Replicated, without_owners, without_shards
+from asyncckpt.state.optimizer import named_optimizer_state, rename_group_tensors
 from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
@@ -43,13 +43,19 @@ def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) 
     component names cannot be used or ``weights_only`` finds no module.
     """
     check_state(state)
+    state, owners = without_owners(state)
     modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
     if weights_only:
         if not modules:
             raise InvalidOption("weights_only: the state holds no torch.nn.Module")
-        return Snapshot(step, [_module(name, module) for name, module in modules.items()])
-    owners = parameter_names(modules)
-    return Snapshot(step, [_component(name, value, state, owners) for name, value in state.items()])
+        components = [_module(name, module) for name, module in modules.items()]
+    else:
+        names = parameter_names(modules)
+        components = [_component(name, value, state, names) for name, value in state.items()]
+    for component in components:
+        if component.name in owners:
+            component.shared, component.owner = True, owners[component.name]
+    return Snapshot(step, components)
 
 
 def check_state(state: Mapping[str, Any]) -> None:
@@ -98,6 +104,8 @@ def _component(
     shards: dict[int, LocalShard] = {}
     value = without_shards(value, shards) if kind != "optimizer" else value
     tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
+    if kind == "optimizer":
+        rename_group_tensors(tree, pieces)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
     return ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
 
@@ -113,6 +121,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     add = _sink(name, pieces)
     frozen = _frozen(parameters)
     first_names: dict[int, str] = {}
+    buffers = _buffers(module) if not parameters.keys() >= raw.keys() else frozenset()
     for key, value in raw.items():
         fqn = names[key]
         if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
@@ -127,6 +136,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
             else:
                 still = parameter is not None and not parameter.requires_grad
                 pieces.append(piece_of(name, fqn, value, frozen=still))
+                pieces[-1].first_only = fqn in buffers
             continue
         if value.numel() and value.layout is torch.strided:
             seen = first_views.setdefault((value.data_ptr(), value.dtype), [])
@@ -136,8 +146,19 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
                 continue
             seen.append((fqn, value))
         pieces.append(piece_of(name, fqn, value, frozen=value.data_ptr() in frozen))
+        pieces[-1].first_only = fqn in buffers
+    count = len(pieces)
     tree: JsonValue = jsontree.encode(extras, "", add, component=name)
+    for piece in pieces[count:]:
+        piece.first_only = True
     return ComponentSnapshot(name, "module", pieces, aliases, tree)
+
+
+def _buffers(module: nn.Module) -> frozenset[str]:
+    """Return the FQNs of the module's buffers: replicas of a job may have different ones (the running statistics of
+    batch norms), and then the first rank's are right, as they are for DDP."""
+    raw = [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    return frozenset(canonical_names(module, raw).values())
 
 
 def _state_dict(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from asyncckpt.errors import UnsupportedValue
+from asyncckpt.types import JsonValue, LocalTensor
 
 
 def named_optimizer_state(
@@ -24,6 +26,26 @@ def named_optimizer_state(
     by_name = {names.get(key, key): value for key, value in raw["state"].items()}
     groups = [{**group, "params": [names[index] for index in group["params"]]} for group in raw["param_groups"]]
     return {**raw, "state": by_name, "param_groups": groups}, names
+
+
+def rename_group_tensors(tree: JsonValue, pieces: Sequence[LocalTensor]) -> None:
+    """Name the tensors in parameter groups (a learning rate that is a tensor, say) after the first parameter of their
+    group, in the optimizer's tree and in its pieces: another rank's group of the same number may be another one."""
+    groups: Any = tree.get("param_groups") if isinstance(tree, dict) else None
+    held = {piece.spec.name: piece for piece in pieces if piece.spec.name.startswith("param_groups.")}
+    for number, group in enumerate(groups if held else ()):
+        stack = [value for key, value in group.items() if key != "params"] if group["params"] else []
+        prefix = f"param_groups.{number}."
+        while stack:
+            node = stack.pop()
+            if isinstance(node, list):
+                stack += node
+            elif isinstance(node, dict) and node.get("$") != "tensor":
+                stack += node.values()
+            elif isinstance(node, dict) and node["v"].startswith(prefix):
+                piece = held[node["v"]]
+                node["v"] = f"param_groups.{group['params'][0]}.{node['v'][len(prefix) :]}"
+                piece.spec = replace(piece.spec, name=node["v"])
 
 
 def optimizer_names(
