@@ -96,7 +96,9 @@ class ComponentSnapshot:
     """``ComponentSnapshot`` is one captured component. ``kind`` says how it was captured (``module``, ``optimizer``,
     ``stateful``, ``tensor`` or ``plain``), ``tree`` holds its plain values, and ``aliases`` maps a tied tensor's other
     names to the name it is stored under. ``shared``: the ranks of a job hold parts or copies of one component;
-    otherwise each rank has a component of its own under this name. ``owner``: the rank whose copies are right, None
+    otherwise each rank has a component of its own under this name. ``type_name`` is the qualified name of the live
+    object's class, or empty. ``strides`` has, in elements, those of the tensors that are dense but not row-major in
+    memory; their bytes are stored in row-major order all the same. ``owner``: the rank whose copies are right, None
     where all must be equal."""
 
     name: str
@@ -105,6 +107,8 @@ class ComponentSnapshot:
     aliases: dict[str, str]
     tree: JsonValue
     shared: bool = True
+    type_name: str = ""
+    strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     owner: int | None = None
 
 

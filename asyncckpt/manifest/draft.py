@@ -20,8 +20,8 @@ from asyncckpt.types import ComponentSnapshot, JsonValue, Layout
 @dataclass(frozen=True, slots=True)
 class Contents:
     """``Contents`` is everything of a save but the bytes of its tensors. ``draft`` lacks the files and components,
-    which are known only at the end. ``kinds``, ``aliases`` and ``trees`` are those of the ``ComponentSnapshot`` of each
-    name. ``replace``: the save may take the place of a checkpoint of the same name."""
+    which are known only at the end. ``kinds``, ``aliases``, ``trees`` and what ``descriptions`` has are those of the
+    ``ComponentSnapshot`` of each name. ``replace``: the save may take the place of a checkpoint of the same name."""
 
     draft: Manifest
     layout: Layout
@@ -29,6 +29,8 @@ class Contents:
     aliases: Mapping[str, Mapping[str, str]]
     trees: Mapping[str, JsonValue]
     replace: bool
+    #: What the manifest says of each component beside its kind and its tensors, if anything (``describe``).
+    descriptions: Mapping[str, Mapping[str, JsonValue]] = field(default_factory=dict)
     #: Components that other ranks have of their own, as the manifest's ``components`` lists them.
     others: Mapping[str, JsonValue] = field(default_factory=dict)
 
@@ -57,6 +59,7 @@ def contents_of(
     config: JsonValue,
     replace: bool,
     sequence: int,
+    parent: str = "",
     attempt: str | None = None,
     world_size: int = 1,
 ) -> Contents:
@@ -80,6 +83,7 @@ def contents_of(
         codec=codec.name,
         codec_options=codec.to_dict(),
         sequence=sequence,
+        parent=parent,
     )
     return Contents(
         draft=draft,
@@ -88,17 +92,23 @@ def contents_of(
         aliases={component.name: component.aliases for component in components},
         trees={component.name: component.tree for component in components},
         replace=replace,
+        descriptions={component.name: manifest.describe(component) for component in components},
     )
 
 
 def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> str:
     """Return the manifest's ``components`` as JSON text. The layout keeps it, because it is the same for every save;
     see ``components_of`` for ``orders``."""
-    names = {"kinds": dict(contents.kinds), "aliases": {k: dict(v) for k, v in contents.aliases.items()}}
+    names = {
+        "kinds": dict(contents.kinds),
+        "aliases": {k: dict(v) for k, v in contents.aliases.items()},
+        "descriptions": {k: dict(v) for k, v in contents.descriptions.items()},
+    }
     key = jsontree.dumps(names), orders, contents.others
     cached = contents.layout.cache.get("components")
     if cached is None or cached[0] != key:
-        body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, orders) | contents.others
+        body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, contents.descriptions, orders)
+        body |= contents.others
         cached = contents.layout.cache["components"] = (key, jsontree.dumps(body).decode().rstrip("\n"))
     text: str = cached[1]
     return text

@@ -39,7 +39,7 @@ from asyncckpt.manifest.records import (
 )
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
-from asyncckpt.types import MANIFEST_FILE, Chunking, ContentDigest, JsonValue, Layout
+from asyncckpt.types import MANIFEST_FILE, Chunking, ComponentSnapshot, ContentDigest, JsonValue, Layout
 
 log = logging.getLogger("asyncckpt")
 
@@ -60,12 +60,15 @@ def components_of(
     layout: Layout,
     kinds: Mapping[str, str],
     aliases: Mapping[str, Mapping[str, str]],
+    descriptions: Mapping[str, Mapping[str, JsonValue]],
     orders: Mapping[str, Sequence[int]],
 ) -> Any:
-    """Return the manifest's ``components`` for a layout, ``{name: {kind, tensors, aliases}}``, as values for JSON. The
-    extent with index ``i`` of a shard in the layout became the extent with index ``orders[file][i]`` of its file."""
+    """Return the manifest's ``components`` for a layout, ``{name: {kind, tensors, aliases}}`` and what ``describe``
+    adds, as values for JSON. The extent with index ``i`` of a shard in the layout became the extent with index
+    ``orders[file][i]`` of its file."""
     body: dict[str, Any] = {
-        name: {"kind": kind, "tensors": {}, "aliases": dict(aliases.get(name, {}))} for name, kind in kinds.items()
+        name: {"kind": kind, "tensors": {}, "aliases": dict(aliases.get(name, {})), **descriptions.get(name, {})}
+        for name, kind in kinds.items()
     }
     for shard in layout.shards:
         tensors = body[shard.component]["tensors"]
@@ -83,6 +86,17 @@ def components_of(
                 chosen = orders[shard.file][run.first : run.first + run.count]
                 row["parts"].append(_part_row(PartRecord(shard.file, tuple(chosen))))
     return body
+
+
+def describe(component: ComponentSnapshot | ComponentRecord) -> dict[str, JsonValue]:
+    """Return what the manifest says of a component beside its kind, tensors and aliases, where there is any of it: the
+    live object's class, and the strides of tensors that are not row-major in memory."""
+    found: dict[str, JsonValue] = {}
+    if component.type_name:
+        found["class"] = component.type_name
+    if component.strides:
+        found["strides"] = {name: list(strides) for name, strides in component.strides.items()}
+    return found
 
 
 def _chunked_row(tensor: Chunking | ChunkedRecord) -> dict[str, Any]:
@@ -116,6 +130,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "name": manifest.name,
         "attempt": manifest.attempt,
         **({"sequence": manifest.sequence} if manifest.sequence else {}),
+        **({"parent": manifest.parent} if manifest.parent else {}),
         "kind": manifest.kind,
         "created_unix_seconds": manifest.created_unix_seconds,
         "world_size": manifest.world_size,
@@ -207,6 +222,7 @@ def decode(data: bytes, where: str) -> Manifest:
         size_bytes=len(data),
         file_digest=file_digest(data),
         sequence=body.size("sequence", body.optional("sequence", 0)),
+        parent=body.text("parent"),
     )
     if manifest.kind not in ("full", "weights"):
         body.fail(f"names the unknown kind {manifest.kind!r:.80}")
@@ -306,6 +322,7 @@ def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
             "kind": component.kind,
             "tensors": {n: _tensor_json(tensor) for n, tensor in component.tensors.items()},
             "aliases": dict(component.aliases),
+            **describe(component),
         }
         for name, component in components.items()
     }

@@ -36,6 +36,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: A file's name has at most so many parts, directories included.
 _MAX_DEPTH: Final = 3
 _LIMIT: Final = 1 << 62
+#: Longer names of classes and attempts are taken for an attack.
+_MAX_TEXT: Final = 1000
 #: So many pairs of boxes of one tensor are compared at most: far more than a grid of a hundred thousand boxes needs.
 _MAX_COMPARED: Final = 20_000_000
 
@@ -75,6 +77,13 @@ class Body:
     def optional(self, key: str, default: Any) -> Any:
         """Return the value of ``key``, which is not checked, or ``default`` where the object lacks it."""
         return self._value.get(key, default)
+
+    def text(self, key: str) -> str:
+        """Return the value of ``key``, which must be text, or "" where the object lacks it."""
+        value = self._value.get(key, "")
+        if not isinstance(value, str) or len(value) > _MAX_TEXT:
+            self.fail(f"has a {key!r} that is no text, or a very long one")
+        return value
 
     def whole(self, key: str) -> int:
         """Return the value of ``key``, which must be a whole number from 0 to below 2**62."""
@@ -205,9 +214,39 @@ def parse_components(body: Body, files: Mapping[str, FileRecord]) -> dict[str, C
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in tensors or alias in tensors:
                 body.fail(f"has the alias {alias!r:.80} for a tensor that is not there")
-        found[name] = ComponentRecord(item.take("kind", str), tensors, aliases)
+        strides = _strides(body, item.optional("strides", {}), tensors)
+        found[name] = ComponentRecord(item.take("kind", str), tensors, aliases, item.text("class"), strides)
     _check_overlaps(body, found)
     return found
+
+
+def _strides(body: Body, rows: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+    """Return the strides of the tensors that were not row-major in memory. They must be those of a dense tensor: others
+    would make whoever allocates it take more memory than the tensor has, or write to one place twice."""
+    if not isinstance(rows, dict):
+        body.fail("has malformed strides")
+    found: dict[str, tuple[int, ...]] = {}
+    for name, row in rows.items():
+        if name not in tensors or not isinstance(row, list) or len(row) != len(tensors[name].shape):
+            body.fail(f"has strides of {name!r:.80} that fit no tensor")
+        strides = tuple(body.size(f"stride of {name:.80}", stride) for stride in row)
+        if not is_dense(tensors[name].shape, strides):
+            body.fail(f"has strides of {name!r:.80} that leave gaps or overlap")
+        found[name] = strides
+    return found
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether a tensor of this shape with these strides, in elements, fills its memory without gap or overlap,
+    in whatever order of its dimensions."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _dense(body: Body, name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...], int]:

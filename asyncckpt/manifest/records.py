@@ -194,18 +194,23 @@ StoredTensor: TypeAlias = TensorRecord | ChunkedRecord | BoxedRecord
 @dataclass(frozen=True, slots=True)
 class ComponentRecord:
     """``ComponentRecord`` is one component: ``kind`` says how it was captured, ``tensors`` has its stored tensors by
-    name, and ``aliases`` maps the other names of tied tensors to those."""
+    name, and ``aliases`` maps the other names of tied tensors to those. ``type_name`` is the qualified name of the live
+    object's class, or empty. ``strides`` has, in elements, those that a tensor had in memory where it was dense but not
+    row-major; its bytes in the file are row-major."""
 
     kind: str
     tensors: Mapping[str, StoredTensor]
     aliases: Mapping[str, str]
+    type_name: str = ""
+    strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """``Manifest`` records a whole checkpoint; docs/format.md describes each field. ``metrics`` and ``config`` are the
     user's. ``sequence`` rises from save to save of a run, whatever their steps are: the largest is the newest. It is 0
-    in manifests that are older than the field. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
+    in manifests that are older than the field. ``parent`` is the attempt of the checkpoint that training came from, or
+    empty where it began anew or nobody knows. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
     manifest's own file."""
 
     step: int
@@ -227,6 +232,7 @@ class Manifest:
     size_bytes: int = field(default=0)
     file_digest: str = ""
     sequence: int = 0
+    parent: str = ""
 
     @property
     def nbytes(self) -> int:

@@ -256,7 +256,9 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
     shards = tuple(shard for shard in contents.layout.shards if shard.component in own)
     orders = save.shards.orders()
     kinds = {name: contents.kinds[name] for name in own}
-    entries = manifest.components_of(replace(contents.layout, shards=shards), kinds, contents.aliases, orders)
+    entries = manifest.components_of(
+        replace(contents.layout, shards=shards), kinds, contents.aliases, contents.descriptions, orders
+    )
     written = {record.name for record in files}
     groups, sample = rank_save.sample.digests() if rank_save.sample is not None else ({}, {})
     sent = own | rank_save.sends_values_of
