@@ -273,6 +273,7 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
         "own": entries,
         "trees": {name: tree for name, tree in contents.trees.items() if name in sent},
         "aliases": {name: dict(found) for name, found in contents.aliases.items() if name in rank_save.sends_values_of},
+        "descriptions": {name: contents.descriptions.get(name, {}) for name in rank_save.sends_values_of},
         "replicas": dict(rank_save.replicas),
         "sample": sample,
         "groups": groups,
@@ -294,6 +295,7 @@ def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Ma
     trees: dict[str, JsonValue] = {}
     shared: dict[str, list[tuple[int, JsonValue]]] = {}
     aliases: dict[str, dict[str, str]] = {name: {} for name in contents.kinds}
+    descriptions: dict[str, dict[str, Any]] = {name: {} for name in contents.kinds}
     others: dict[str, JsonValue] = {}
     groups = {name: digest for report in reports for name, digest in report["groups"].items()}
     for rank, report in enumerate(reports):
@@ -309,12 +311,16 @@ def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Ma
                     trees[name], others[name] = tree, entry
         for name, found in report["aliases"].items():
             _add_aliases(name, aliases[name], found, rank)
+        for name, found in report["descriptions"].items():
+            strides = {**found.get("strides", {}), **descriptions[name].get("strides", {})}
+            descriptions[name] = {**found, **descriptions[name]} | ({"strides": strides} if strides else {})
     for name, found in shared.items():
         kind, owner = contents.kinds[name], rank_save.owners.get(name)
         found.sort(key=lambda item: item[0] != owner)  # the owner's come first
         digests = {key.removeprefix(f"{name}."): digest for key, digest in groups.items() if key.startswith(f"{name}.")}
         trees[name] = merge_trees(name, kind, found, digests, first_is_right=owner is not None or kind == "module")
-    return replace(contents, trees=trees, aliases=aliases, others=others)
+    described = {**contents.descriptions, **{name: found for name, found in descriptions.items() if found}}
+    return replace(contents, trees=trees, aliases=aliases, descriptions=described, others=others)
 
 
 def _add_aliases(component: str, known: dict[str, str], found: Mapping[str, str], rank: int) -> None:

@@ -166,6 +166,7 @@ class RestoreStages(Stages):
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self.rank = coordinator.ranks.rank
+        self.size = coordinator.ranks.size
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:

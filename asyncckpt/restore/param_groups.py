@@ -13,13 +13,14 @@ _BY_PARAMETER = frozenset({"params", "param_names"})
 
 
 def sources_of(
-    component: str, live_groups: Sequence[Sequence[str]], saved_groups: Sequence[Mapping[str, JsonValue]]
+    component: str, live_groups: Sequence[Sequence[str]], trees: Sequence[JsonValue]
 ) -> tuple[list[int | None], list[str]]:
     """Find for each live group the saved one whose hyper-parameters it gets.
 
-    ``live_groups``: the names of the parameters of each. Returns an index into ``saved_groups`` for each of them, None
-    where no saved group has one of its parameters, and what does not fit: a live group of parameters that were saved
-    with different hyper-parameters gets none."""
+    ``live_groups``: the names of the parameters of each. ``trees``: the saved groups, encoded. Returns an index into
+    ``trees`` for each live group, None where no saved group has one of its parameters, and what does not fit: a live
+    group of parameters that were saved with different hyper-parameters gets none."""
+    saved_groups = [tree if isinstance(tree, dict) else {} for tree in trees]
     place = {name: index for index, group in enumerate(saved_groups) for name in _names(group)}
     found: list[int | None] = []
     mismatched: list[str] = []
@@ -37,7 +38,7 @@ def sources_of(
 
 
 def _names(group: Mapping[str, JsonValue]) -> list[Any]:
-    names = group["params"]
+    names = group.get("params")
     return names if isinstance(names, list) else []
 
 

@@ -29,6 +29,8 @@ from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot,
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
 #: A name has no dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must differ from ``a`` + ``b.c``.
 _COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+-]{0,199}\Z")
+#: In a job, what a rank has of its own is stored under such a name; checkpoints that have one are read all the same.
+_OF_A_RANK = re.compile(r"\+[0-9]+\Z")
 _RESERVED = frozenset({"state", "manifest", "latest"})
 Sink = Callable[[str, torch.Tensor], None]
 
@@ -43,6 +45,12 @@ def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) 
     component names cannot be used or ``weights_only`` finds no module.
     """
     check_state(state)
+    for name in state:
+        if _OF_A_RANK.search(name):
+            raise InvalidOption(
+                f"component name {name!r} ends like those that the ranks of a job get ('rng+1'): rename it, to "
+                f"{name.replace('+', '_')!r} say"
+            )
     state, owners = without_owners(state)
     modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
     if weights_only:

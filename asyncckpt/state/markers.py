@@ -1,9 +1,10 @@
 """Markers are what users put around values of a state: ``LocalShard`` for a part of a tensor, ``Replicated`` for a
-value that is the same on every rank, ``Owner`` for one that is right on one rank."""
+value that is the same on every rank, ``Owner`` for one that is right on one rank, ``PerRank`` for one that each rank
+has of its own, with a rule for jobs of another size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,33 @@ class Replicated:
             return self.value.load_state_dict(state_dict)
         self.value = state_dict["value"]
         return None
+
+
+class PerRank:
+    """Marks a component that each rank of the job has of its own, and says what becomes of it in a job of another
+    size: a data loader's position, say. Without this marker a rank that the checkpoint knows no state of is refused.
+
+    ``value``: an object with ``state_dict`` and ``load_state_dict``. ``rule(states, rank, size)``: returns what
+    ``rank`` of ``size`` ranks takes over, given the states of all ranks that saved, in their order. It is called on
+    each rank, and only where the job has another size than the one that saved. Raises ``InvalidOption`` for another
+    value or rule.
+    """
+
+    def __init__(self, value: Any, rule: Callable[[list[Any], int, int], Any]) -> None:
+        if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+            raise InvalidOption(f"PerRank takes an object with state_dict and load_state_dict, not {value!r:.80}")
+        if not callable(rule):
+            raise InvalidOption(f"PerRank(…, rule) takes a function of (states, rank, size), not {rule!r:.80}")
+        self.value = value
+        self.rule = rule
+
+    def state_dict(self) -> Any:
+        """Return the state of ``value``."""
+        return self.value.state_dict()
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Give ``value`` a state of its own."""
+        return self.value.load_state_dict(state_dict)
 
 
 class Owner:
