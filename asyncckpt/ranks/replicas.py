@@ -79,10 +79,11 @@ class ReplicaSample:
         self._bytes = torch.empty(total, dtype=torch.uint8, pin_memory=on_device)
         address, devices = self._bytes.data_ptr(), set()
         for one, (begin, end) in zip(self._ranges, self._places, strict=True):
-            tensor, source = one.tensor.tensor.detach(), one.begin - one.tensor.begin
-            if tensor.device.type == "cpu" and is_plain(tensor):
+            tensor, source = one.tensor.tensor, one.begin - one.tensor.begin
+            if tensor.is_cpu and is_plain(tensor):
                 ctypes.memmove(address + begin, tensor.data_ptr() + source, one.nbytes)
                 continue
+            tensor = tensor.detach()
             item = tensor.element_size()
             target = self._bytes[begin:end].view(tensor.dtype)
             if is_plain(tensor):

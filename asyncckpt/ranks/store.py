@@ -45,8 +45,9 @@ class RankOptions:
 
     ``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
     ``resume`` fails); a call also waits so long for a job's store that does not answer. On a busy file system, ranks
-    may be far apart. ``check_replicas``: before each save, on the training thread, digest the tensors that every rank
-    holds a copy of; where copies differ the save fails and names them. Raises ``InvalidOption``."""
+    may be far apart. ``check_replicas``: before each save, on the training thread, digest every byte of the tensors
+    that several ranks hold copies of, and not only a sample; where copies differ the save fails and names them. Raises
+    ``InvalidOption``."""
 
     timeout_seconds: float = 300.0
     check_replicas: bool = False
