@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from asyncckpt.restore.restore import RestoreReport
     from asyncckpt.run import Run
     from asyncckpt.stage.options import StagingOptions
-    from asyncckpt.state.markers import LocalShard, Replicated
+    from asyncckpt.state.markers import LocalShard, Owner, PerRank, Replicated
     from asyncckpt.state.rng import RngState
     from asyncckpt.types import LeaseOptions
     from asyncckpt.write.options import WriterOptions
@@ -74,6 +74,8 @@ __all__ = [
     # many ranks
     "LocalShard",
     "Replicated",
+    "Owner",
+    "PerRank",
     "RankOptions",
     # when to save, what to keep
     "Steps",
@@ -147,6 +149,8 @@ _HOMES: Final[dict[str, str]] = {
     "Damage": "asyncckpt.read.damage",
     "RestoreReport": "asyncckpt.restore.restore",
     "Run": "asyncckpt.run",
+    "Owner": "asyncckpt.state.markers",
+    "PerRank": "asyncckpt.state.markers",
     "Replicated": "asyncckpt.state.markers",
     "LocalShard": "asyncckpt.state.markers",
     "RngState": "asyncckpt.state.rng",

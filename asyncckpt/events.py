@@ -145,6 +145,19 @@ class Restored(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RanksChanged(Event):
+    """A checkpoint of ``saved_ranks`` ranks was restored by a job of ``ranks``, and this is what became of components
+    that each rank has of its own. ``derived``: this ``rank`` got random streams of its own, which no rank had saved.
+    ``dropped``: ranks that are gone had a state of them, and nobody has it now."""
+
+    rank: int
+    ranks: int
+    saved_ranks: int
+    derived: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Preempting(Event):
     """A preemption signal has arrived (``signal`` is its name). A last save follows, to be durable within
     ``deadline_seconds``."""
@@ -203,6 +216,19 @@ def log_event(event: Event) -> None:
             )
         case FellBack():
             log.error("checkpoint %s cannot be used (%s); falling back to the one before", event.path, event.reason)
+        case RanksChanged():
+            for name in event.derived:
+                log.warning(
+                    "step %d: %d ranks saved %s, so rank %d of %d has no state of it: its random streams are derived "
+                    "from rank 0's",
+                    *(event.step, event.saved_ranks, name, event.rank, event.ranks),
+                )
+            for name in event.dropped:
+                log.warning(
+                    "step %d: %d ranks saved %s, each its own, and the job has %d: the states of the others are not "
+                    "restored (asyncckpt.PerRank takes a rule for them)",
+                    *(event.step, event.saved_ranks, name, event.ranks),
+                )
         case Preempting():
             log.warning("%s: saving step %d within %.0f s", event.signal, event.step, event.deadline_seconds)
         case Pruned(deleted=False):

@@ -12,7 +12,7 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
-from asyncckpt.events import EventBus, FellBack, Restored
+from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
@@ -224,6 +224,17 @@ class Run:
                 checkpoint = open_until_restored.enter_context(listing.open(entry))
             report = restoring.restore(checkpoint, state, stages=stages, **options)
         self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
+        if report.derived or report.dropped:
+            self.events.emit(
+                RanksChanged(
+                    step=report.step,
+                    rank=stages.rank,
+                    ranks=stages.size,
+                    saved_ranks=report.saved_ranks,
+                    derived=report.derived,
+                    dropped=report.dropped,
+                )
+            )
         return report
 
     def _before_restore(self) -> None:

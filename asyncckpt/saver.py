@@ -3,6 +3,7 @@ transaction."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from asyncckpt.codecs import codecs
 from asyncckpt.commit.committer import Committer
 from asyncckpt.commit.publisher import Publisher, Solo
 from asyncckpt.commit.transaction import SaveTransaction
+from asyncckpt.errors import AsyncCkptError
 from asyncckpt.events import EventBus
 from asyncckpt.formats.options import Files
 from asyncckpt.manifest.draft import config_tree, contents_of
@@ -22,6 +24,7 @@ from asyncckpt.plan.planned import Planned, alone
 from asyncckpt.protocols import Store
 from asyncckpt.ranks.collective_save import Follower, Leader, RankSave
 from asyncckpt.ranks.coordinator import Coordinator
+from asyncckpt.ranks.replicas import ReplicaSample, whole_digests
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
@@ -91,7 +94,13 @@ class SaveBuilder:
         """Capture the state and plan its layout. ``call`` names this planning among all of the job's; ``number`` is
         that of the save, None where nothing is saved yet. In a job, blocks where names or shapes are new, until all
         ranks have called. Raises as ``capture`` and ``JobPlanner.plan`` do, ``PlanChanged`` among them."""
-        snapshot = capture(state, step, weights_only=weights_only)
+        try:
+            snapshot = capture(state, step, weights_only=weights_only)
+        except BaseException as error:
+            if coordinator is not None and number is None:  # of a save that failed, the coordinator tells the others
+                with contextlib.suppress(AsyncCkptError):
+                    coordinator.planner.decline(call, error)
+            raise
         if coordinator is not None:
             planner = coordinator.planner
             if self._committer.plan_changed.is_set():
@@ -100,6 +109,9 @@ class SaveBuilder:
             ask = number is not None and not planner.is_cached(snapshot)
             cancel_key = coordinator.replan(number) if ask and number is not None else None
             return planner.plan(snapshot, call, cancel_key, gather=number is not None)
+        for piece in snapshot.pieces() if number is not None else ():
+            if piece.redistribute is not None:
+                piece.tensor = piece.redistribute()
         components = tuple((one.name, tuple(p.spec for p in one.pieces)) for one in snapshot.components)
         return alone(snapshot, self._layouts.get(components))
 
@@ -163,13 +175,16 @@ class SaveBuilder:
     def _publisher(self, coordinator: Coordinator | None, planned: Planned, number: int) -> Publisher:
         if coordinator is None:
             return Solo()
-        replicas = coordinator.replica_digests(planned.components) if self._check_replicas else {}
+        rank = coordinator.ranks.rank
         rank_save = RankSave(
             coordinator.ranks,
             number,
             planned.rank_local_names,
             planned.sends_values_of,
-            replicas,
-            coordinator.replanned(number),
+            planned.values_like,
+            planned.owners,
+            ReplicaSample(planned, number, rank),
+            whole_digests(planned, rank) if self._check_replicas else {},
+            planned.met,
         )
         return Leader(rank_save) if coordinator.leads else Follower(rank_save)

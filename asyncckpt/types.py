@@ -76,8 +76,9 @@ class LocalTensor:
     bytes of the global one from ``begin`` on. ``rows`` says which ranks hold which rows, and is None where every rank
     that knows the name holds the whole tensor. ``span`` is the range of rows held here while nobody knows who holds the
     others.
-    ``private``: nothing else can change the tensor. ``gather`` returns the whole tensor; every rank that holds a part
-    of it must call it."""
+    ``private``: nothing else can change the tensor. ``gather`` returns the whole tensor, and ``redistribute``, where it
+    is given, the tensor itself, which ``tensor`` only stands in for until then; every rank that holds a part of it must
+    call them. ``first_only``: copies may differ, and the first rank that holds one is right (a module's buffer)."""
 
     spec: TensorSpec
     tensor: torch.Tensor
@@ -86,6 +87,8 @@ class LocalTensor:
     span: tuple[int, int] | None = None
     private: bool = False
     gather: Callable[[], torch.Tensor] | None = None
+    redistribute: Callable[[], torch.Tensor] | None = None
+    first_only: bool = False
 
 
 @dataclass(slots=True)
@@ -95,7 +98,8 @@ class ComponentSnapshot:
     names to the name it is stored under. ``shared``: the ranks of a job hold parts or copies of one component;
     otherwise each rank has a component of its own under this name. ``type_name`` is the qualified name of the live
     object's class, or empty. ``strides`` has, in elements, those of the tensors that are dense but not row-major in
-    memory; their bytes are stored in row-major order all the same."""
+    memory; their bytes are stored in row-major order all the same. ``owner``: the rank whose copies are right, None
+    where all must be equal."""
 
     name: str
     kind: str
@@ -105,6 +109,7 @@ class ComponentSnapshot:
     shared: bool = True
     type_name: str = ""
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    owner: int | None = None
 
 
 @dataclass(slots=True)

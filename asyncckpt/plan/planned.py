@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from asyncckpt.types import ComponentSnapshot, Layout, LocalTensor, Snapshot
+from asyncckpt.types import ComponentSnapshot, Layout, LocalTensor, RowOwners, Snapshot, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicatedTensor:
+    """A tensor of which several ranks hold equal copies, or equal copies of parts. ``rows``: which, and who. ``local``:
+    its index among this rank's pieces, -1 where it is not here."""
+
+    component: str
+    spec: TensorSpec
+    rows: RowOwners
+    local: int
+
+    def name(self, part: int) -> str:
+        """Return the qualified name, with the rows of the part where the tensor has several."""
+        rows = "" if len(self.rows.holders) == 1 else f"[{self.rows.bounds[part]}:{self.rows.bounds[part + 1]}]"
+        return f"{self.component}.{self.spec.name}{rows}"
+
+    def part_bytes(self, part: int) -> tuple[int, int]:
+        """Return the range of bytes of the whole tensor that a part is."""
+        width = self.spec.nbytes // self.rows.bounds[-1] if self.rows.bounds[-1] else 0
+        return self.rows.bounds[part] * width, self.rows.bounds[part + 1] * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +35,8 @@ class Planned:
     the shards of its own components. ``pieces``: this rank's. ``components``: all, under the names that they are stored
     under, those that only other ranks hold empty. ``rank_local_names``: component → the name that this rank's own is
     stored under.
-    ``sends_values_of``: see ``AgreedPlan``."""
+    ``sends_values_of``, ``values_like``, ``owners`` and ``replicated``: see ``AgreedPlan``. ``met``: all ranks have met
+    to plan this very save."""
 
     step: int
     pieces: list[LocalTensor]
@@ -22,6 +44,10 @@ class Planned:
     components: Sequence[ComponentSnapshot]
     rank_local_names: Mapping[str, str]
     sends_values_of: frozenset[str]
+    values_like: Mapping[str, int] = field(default_factory=dict)
+    owners: Mapping[str, int] = field(default_factory=dict)
+    replicated: Sequence[ReplicatedTensor] = ()
+    met: bool = False
 
 
 def alone(snapshot: Snapshot, layout: Layout) -> Planned:

@@ -7,11 +7,13 @@ waited for with a deadline. Nothing is published unless every rank reported succ
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from asyncckpt import jsontree
+from asyncckpt.codecs.digests import DEFAULT
+from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
 from asyncckpt.manifest import json as manifest
@@ -19,6 +21,8 @@ from asyncckpt.manifest.draft import Contents
 from asyncckpt.manifest.parse import extent_of
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.protocols import PendingDirectory
+from asyncckpt.ranks.merging import merge_trees
+from asyncckpt.ranks.replicas import ReplicaSample, named
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.types import JsonValue, Layout
 
@@ -29,15 +33,18 @@ _GRACE_SECONDS = 15.0
 @dataclass(frozen=True, slots=True)
 class RankSave:
     """One save, as this rank takes part in it. ``number`` counts the calls of ``save``, alike on every rank.
-    ``rank_local_names``: component → the name that this rank's own is stored under; ``sends_values_of``: the shared
-    components whose plain values this rank sends. ``replicas``: digests of the tensors that must be equal on every
-    rank, where that is checked.
+    ``rank_local_names``: component → the name that this rank's own is stored under; ``sends_values_of``,
+    ``values_like`` and ``owners``: see ``AgreedPlan``. ``sample``: of the tensors that must be equal on several ranks;
+    ``replicas``: their digests, where all of each is compared.
     ``planned``: all ranks have planned this save together, so one that asked for a plan does not end it."""
 
     ranks: RankStore
     number: int
     rank_local_names: Mapping[str, str]
     sends_values_of: frozenset[str]
+    values_like: Mapping[str, int] = field(default_factory=dict)
+    owners: Mapping[str, int] = field(default_factory=dict)
+    sample: ReplicaSample | None = None
     replicas: Mapping[str, str] = field(default_factory=dict)
     planned: bool = False
 
@@ -183,6 +190,7 @@ class Leader:
                 f"step {draft.step} ({draft.kind}): {shown}. Every rank has to save the same steps of one "
                 f"state; nothing was published"
             )
+        self._check_values(reports, draft.step)
         self._check_replicas(reports, draft.step)
         changed = [rank for rank, body in enumerate(reports) if body is None]
         if changed:
@@ -192,19 +200,44 @@ class Leader:
             )
 
     def _check_replicas(self, reports: Sequence[Any], step: int) -> None:
-        mine = self._rank_save.replicas
-        differing: dict[str, list[int]] = {}
+        sample = self._rank_save.sample
+        first: dict[tuple[str, bool], tuple[int, str]] = {}
+        differing: dict[tuple[str, int], list[int]] = {}
         for rank, body in enumerate(reports):
-            for name, digest in (body["replicas"] if body else {}).items():
-                if mine.get(name, digest) != digest:
-                    differing.setdefault(name, []).append(rank)
+            if not body:
+                continue
+            found = {(name, True): digest for name, digest in body["replicas"].items()}
+            if sample is not None:
+                sampled = named(sample.replicated, rank, body["sample"])
+                found |= {(name, False): digest for name, digest in sampled.items()}
+            for key, digest in found.items():
+                holder, known = first.setdefault(key, (rank, digest))
+                if known != digest and rank not in (ranks := differing.setdefault((key[0], holder), [])):
+                    ranks.append(rank)
         if differing:
-            shown = "; ".join(f"{name} on ranks {ranks}" for name, ranks in list(differing.items())[:8])
-            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-            raise RanksDisagree(
-                f"step {step}: tensors that every rank should have a copy of differ from rank 0's: {shown}{more}. "
-                f"Nothing was published; broadcast them, or save them under other names"
+            shown = "; ".join(
+                f"{name} on ranks {ranks} from rank {holder}'s" for (name, holder), ranks in list(differing.items())[:8]
             )
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            name, holder = next(iter(differing))
+            raise RanksDisagree(
+                f"step {step}: tensors that every rank should have a copy of differ: {shown}{more}. Nothing was "
+                f"published; broadcast them, save them under other names, or say whose are right: "
+                f"{name.partition('.')[0]!r}: asyncckpt.Owner(…, rank={holder})"
+            )
+
+    def _check_values(self, reports: Sequence[Any], step: int) -> None:
+        """Compare the plain values of components that several ranks hold alike, of which one alone sends them."""
+        for rank, body in enumerate(reports):
+            for name, (like, digests) in (body["values"] if body else {}).items():
+                other = reports[like]["values"][name][1] if reports[like] else digests
+                keys = [key for key in {**other, **digests} if other.get(key) != digests.get(key)]
+                if keys:
+                    raise RanksDisagree(
+                        f"step {step}: {', '.join(f'{name}.{key}' if key else name for key in keys)} of rank {rank} "
+                        f"differs from rank {like}'s, which holds the same tensors. Nothing was published; make it "
+                        f"equal, or say whose is right: {name!r}: asyncckpt.Owner(…, rank={like})"
+                    )
 
 
 def _mismatch(body: Mapping[str, Any], draft: Manifest) -> str | None:
@@ -227,6 +260,7 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
         replace(contents.layout, shards=shards), kinds, contents.aliases, contents.descriptions, orders
     )
     written = {record.name for record in files}
+    groups, sample = rank_save.sample.digests() if rank_save.sample is not None else ({}, {})
     sent = own | rank_save.sends_values_of
     return {
         "error": None,
@@ -239,8 +273,19 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
         "own": entries,
         "trees": {name: tree for name, tree in contents.trees.items() if name in sent},
         "aliases": {name: dict(found) for name, found in contents.aliases.items() if name in rank_save.sends_values_of},
+        "descriptions": {name: contents.descriptions.get(name, {}) for name in rank_save.sends_values_of},
         "replicas": dict(rank_save.replicas),
+        "sample": sample,
+        "groups": groups,
+        "values": {name: [like, _values(contents.trees[name])] for name, like in rank_save.values_like.items()},
     }
+
+
+def _values(tree: JsonValue) -> dict[str, str]:
+    """Digest a component's plain values, by its keys where it is a dict."""
+    digest = get_digest(DEFAULT)
+    parts = tree if isinstance(tree, dict) and "$" not in tree else {"": tree}
+    return {key: digest(jsontree.dumps(value))[:16] for key, value in parts.items()}
 
 
 def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Mapping[str, Any]]) -> Contents:
@@ -248,12 +293,15 @@ def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Ma
     and a rank's own component is kept where it differs from rank 0's."""
     own_of_lead = set(rank_save.rank_local_names.values())
     trees: dict[str, JsonValue] = {}
+    shared: dict[str, list[tuple[int, JsonValue]]] = {}
     aliases: dict[str, dict[str, str]] = {name: {} for name in contents.kinds}
+    descriptions: dict[str, dict[str, Any]] = {name: {} for name in contents.kinds}
     others: dict[str, JsonValue] = {}
+    groups = {name: digest for report in reports for name, digest in report["groups"].items()}
     for rank, report in enumerate(reports):
         for name, tree in report["trees"].items():
             if name not in report["own"]:
-                trees[name] = _merge_values(trees[name], tree) if name in trees else tree
+                shared.setdefault(name, []).append((rank, tree))
             elif rank == 0:
                 trees[name] = tree
             else:
@@ -262,29 +310,27 @@ def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Ma
                 if entry["tensors"] or base not in own_of_lead or tree != trees.get(base):
                     trees[name], others[name] = tree, entry
         for name, found in report["aliases"].items():
-            aliases[name] |= found
-    return replace(contents, trees=trees, aliases=aliases, others=others)
+            _add_aliases(name, aliases[name], found, rank)
+        for name, found in report["descriptions"].items():
+            strides = {**found.get("strides", {}), **descriptions[name].get("strides", {})}
+            descriptions[name] = {**found, **descriptions[name]} | ({"strides": strides} if strides else {})
+    for name, found in shared.items():
+        kind, owner = contents.kinds[name], rank_save.owners.get(name)
+        found.sort(key=lambda item: item[0] != owner)  # the owner's come first
+        digests = {key.removeprefix(f"{name}."): digest for key, digest in groups.items() if key.startswith(f"{name}.")}
+        trees[name] = merge_trees(name, kind, found, digests, first_is_right=owner is not None or kind == "module")
+    described = {**contents.descriptions, **{name: found for name, found in descriptions.items() if found}}
+    return replace(contents, trees=trees, aliases=aliases, descriptions=described, others=others)
 
 
-def _merge_values(first: JsonValue, second: JsonValue) -> JsonValue:
-    """Join the plain values of a component whose parts different ranks hold (pipeline stages): dicts are united, lists
-    of dicts (an optimizer's param groups) are joined entry by entry, lists of names one after the other."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        return {
-            key: _merge_values(first[key], second[key])
-            if key in first and key in second
-            else first.get(key, second.get(key))
-            for key in {**first, **second}
-        }
-    if isinstance(first, list) and isinstance(second, list):
-        if all(isinstance(item, dict) for item in (*first, *second)):
-            return [
-                _merge_values(a, b) if a is not None and b is not None else a if b is None else b
-                for a, b in itertools.zip_longest(first, second)
-            ]
-        if all(isinstance(item, str) for item in (*first, *second)):
-            return [*first, *(item for item in second if item not in set(first))]
-    return first
+def _add_aliases(component: str, known: dict[str, str], found: Mapping[str, str], rank: int) -> None:
+    """Add a rank's other names of tied tensors to those of the ranks before it."""
+    for alias, target in found.items():
+        if known.setdefault(alias, target) != target:
+            raise RanksDisagree(
+                f"tensor {component}.{alias} is tied to {target!r} on rank {rank}, and to {known[alias]!r} on a rank "
+                f"before it. Tie it alike on all ranks that have it"
+            )
 
 
 def _files(reports: Sequence[Mapping[str, Any]], step: int) -> list[FileRecord]:

@@ -10,14 +10,11 @@ import contextlib
 import hashlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from typing import Any, Final
 
-import torch
-
 from asyncckpt.catalog.listing import CheckpointInfo
-from asyncckpt.codecs import digests
 from asyncckpt.errors import AsyncCkptError, RunPathError
 from asyncckpt.protocols import Store
 from asyncckpt.ranks.announcements import Announcements
@@ -25,7 +22,6 @@ from asyncckpt.ranks.collective_save import RankSave
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.restore.restore import Stages
-from asyncckpt.types import ComponentSnapshot
 
 #: On a network file system, a file that another host has just written may stay invisible for so long.
 _VISIBLE_SECONDS: Final = 30.0
@@ -58,7 +54,6 @@ class Coordinator:
         self.planner = planner
         self._session = ""
         self._number = -1
-        self._replanned = -1
         self.announcements = Announcements(ranks)
 
     @property
@@ -113,22 +108,12 @@ class Coordinator:
 
     def give_up(self, number: int, error: BaseException) -> None:
         """Tell the others that this rank's call of ``save`` failed before it wrote anything: they need not wait for
-        it. Never raises."""
+        it, neither to plan and to redistribute nor to publish. Never raises."""
         rank_save = RankSave(self.ranks, number, {}, frozenset())
         key = rank_save.outcome if self.leads else f"{rank_save.reports}/{self.ranks.rank}"
         with contextlib.suppress(RuntimeError, AsyncCkptError):
+            self.planner.decline(f"save/{number}", error)
             self.ranks.post(key, {"error": error_to_json(error)})
-
-    def replica_digests(self, components: Sequence[ComponentSnapshot]) -> dict[str, str]:
-        """Digest the tensors that each rank holds whole, by qualified name. Blocks while it reads all of them."""
-        digest = digests.get(digests.DEFAULT)
-        return {
-            f"{component.name}.{piece.spec.name}": digest(_bytes_of(piece.tensor))
-            for component in components
-            if component.shared
-            for piece in component.pieces
-            if piece.rows is None and piece.span is None and piece.spec.nbytes
-        }
 
     def replan(self, number: int) -> str:
         """Tell rank 0 that this rank cannot save without a new plan. Returns the key of the save's outcome: once that
@@ -136,12 +121,7 @@ class Coordinator:
         rank_save = RankSave(self.ranks, number, {}, frozenset())
         if not self.leads:
             self.ranks.post(rank_save.replan(self.ranks.rank), True)
-        self._replanned = number
         return rank_save.outcome
-
-    def replanned(self, number: int) -> bool:
-        """Whether this rank asked the others for a new plan of that save, and so, once it has one, all did."""
-        return self._replanned == number
 
     def any_rank(self, what: str, here: bool) -> bool:
         """Whether ``here`` is true on some rank. Every rank has to call; blocks until all have."""
@@ -186,6 +166,7 @@ class RestoreStages(Stages):
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self.rank = coordinator.ranks.rank
+        self.size = coordinator.ranks.size
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
@@ -195,12 +176,6 @@ class RestoreStages(Stages):
     def in_all(self, names: list[str]) -> list[str]:
         others = [set(body) for body in self._coordinator.ranks.agree("unexpected", names)]
         return [name for name in names if all(name in other for other in others)]
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    view: memoryview = flat.numpy().data
-    return view
 
 
 def _wait_visible(store: Store, owner: str, rank: int) -> None:

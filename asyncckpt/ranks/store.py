@@ -45,8 +45,9 @@ class RankOptions:
 
     ``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
     ``resume`` fails); a call also waits so long for a job's store that does not answer. On a busy file system, ranks
-    may be far apart. ``check_replicas``: before each save, on the training thread, digest the tensors that every rank
-    holds a copy of; where copies differ the save fails and names them. Raises ``InvalidOption``."""
+    may be far apart. ``check_replicas``: before each save, on the training thread, digest every byte of the tensors
+    that several ranks hold copies of, and not only a sample; where copies differ the save fails and names them. Raises
+    ``InvalidOption``."""
 
     timeout_seconds: float = 300.0
     check_replicas: bool = False
@@ -180,7 +181,7 @@ class RankStore:
 
     def agree(self, operation: str, body: Any, *, key: str | None = None, cancel_key: str | None = None) -> list[Any]:
         """Exchange ``body`` among all ranks: blocks until all have called, and returns everyone's, by rank, on every
-        rank. Raises ``RankLost``.
+        rank. Raises ``RankLost``, and on every rank the error of one that called ``decline`` instead.
 
         For what happens now and then on the training thread: opening, planning, restoring. ``key`` names this call
         among others for the same ``operation`` (default: a count of them). Once there is a message under
@@ -192,20 +193,29 @@ class RankStore:
             key = f"{operation}/{number}"
         timeout = self.options.timeout_seconds
         if self.rank:
-            self.post(f"{key}/{self.rank}", body)
+            self.post(f"{key}/{self.rank}", {"body": body})
             answer = self.read(f"{key}/all", timeout + 10, "rank 0", cancel_key)
-            if "lost" in answer:
-                raise RankLost(answer["lost"])
+            if "declined" in answer:
+                raise error_from_json(answer["declined"], answer.get("who", ""))
             return list(answer["bodies"])
         try:
-            bodies = [body, *self.gather(key, timeout, f"call {operation}")[1:]]
-        except RankLost as error:
-            self.post(f"{key}/all", {"lost": str(error)})
+            answers = self.gather(key, timeout, f"call {operation}", lambda _rank, answer: "declined" in answer)
+            for rank, answer in enumerate(answers):
+                if answer is not None and "declined" in answer:
+                    raise error_from_json(answer["declined"], f"rank {rank}")
+        except AsyncCkptError as error:
+            self.post(f"{key}/all", {"declined": error_to_json(error)})
             raise
+        bodies = [body, *(answer["body"] for answer in answers[1:])]
         self.post(f"{key}/all", {"bodies": bodies})
         if number > 0:
             self.forget(f"{operation}/{number - 1}/all")
         return bodies
+
+    def decline(self, key: str, error: BaseException) -> None:
+        """Tell whoever calls ``agree`` with this ``key`` that this rank will not, because of ``error``, which all of
+        them raise then. Blocks for one round trip. Raises ``RankLost`` where the store does not answer."""
+        self.post(f"{key}/{self.rank or 'all'}", {"declined": error_to_json(error), "who": f"rank {self.rank}"})
 
     def _connection(self) -> _Connection:
         """Return this thread's connection: a store answers the calls on one connection one after the other, so threads

@@ -6,6 +6,8 @@ An adapter first makes a plan and touches nothing. Bytes are then read into the 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +19,7 @@ from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord
 from asyncckpt.read.scatter import Window
+from asyncckpt.restore.param_groups import hyper_parameters, sources_of
 from asyncckpt.restore.plan import (
     Options,
     RestorePlan,
@@ -34,6 +37,7 @@ from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names, parameter_names
 from asyncckpt.state.markers import LocalShard, with_shards, without_shards
 from asyncckpt.state.optimizer import optimizer_names
+from asyncckpt.state.zero_redundancy import after_restore, local_optimizer
 from asyncckpt.types import JsonValue
 
 
@@ -177,7 +181,7 @@ def _materialize(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 def _optimizer(
     name: str,
-    optimizer: torch.optim.Optimizer,
+    given: torch.optim.Optimizer,
     state: Mapping[str, Any],
     stored: StoredTensors,
     tree: JsonValue,
@@ -190,7 +194,8 @@ def _optimizer(
     if not isinstance(tree, dict) or not isinstance(group_trees, list):
         raise CheckpointDamaged(f"component {name!r} was saved as an optimizer and does not look like one")
     owners = parameter_names({key: value for key, value in state.items() if isinstance(value, nn.Module)})
-    names = optimizer_names(name, optimizer, owners, state)
+    optimizer = local_optimizer(name, given)
+    names = optimizer_names(name, optimizer, owners, state, whole=given)
     index_of = {fqn: index for index, fqn in names.items()}
     parameters = _parameters(optimizer)
     saved_groups = [decode(name, group, stored, plan, opts) for group in group_trees]
@@ -199,7 +204,7 @@ def _optimizer(
     saved_names = {fqn for group in saved_groups for fqn in group["params"]}
     plan.missing += [f"{name}.{fqn}" for fqn in index_of if fqn not in saved_names]
     plan.unexpected += [f"{name}.{fqn}" for fqn in saved_names if fqn not in index_of]
-    if len(saved_groups) != len(optimizer.param_groups):
+    if len(saved_groups) != len(optimizer.param_groups) and opts.saved_ranks == job_size() == 1:
         plan.mismatched.append(
             f"{name}: {len(saved_groups)} param groups saved, {len(optimizer.param_groups)} in the live optimizer"
         )
@@ -217,20 +222,25 @@ def _optimizer(
         tensors = _state_tensors(name, parameters[index], live, stored, plan, opts)
         values[index] = jsontree.decode(subtree, tensors, on_host(name, stored, plan))
     groups: list[dict[str, Any]] = []
-    counted = 0
-    for live_group in optimizer.param_groups:
-        indexes = list(range(counted, counted + len(live_group["params"])))
-        counted += len(indexes)
-        group_names = {names[index] for index in indexes}
-        source = max(saved_groups, key=lambda g: len(group_names.intersection(g["params"])), default=None)
-        base = {key: value for key, value in live_group.items() if key != "params"}
-        if source is not None and group_names.intersection(source["params"]):
-            base.update({key: value for key, value in source.items() if key != "params"})
-        groups.append({**base, "params": indexes})
+    starts = [0, *itertools.accumulate(len(group["params"]) for group in optimizer.param_groups)]
+    indexes = [list(range(*edges)) for edges in itertools.pairwise(starts)]
+    sources, differing = sources_of(name, [[names[index] for index in group] for group in indexes], group_trees)
+    plan.mismatched += differing
+    for number, (live_group, source) in enumerate(zip(optimizer.param_groups, sources, strict=True)):
+        saved = hyper_parameters(saved_groups[source]) if source is not None else {}
+        groups.append({**hyper_parameters(live_group), **saved, "params": indexes[number]})
+        if source in sources[:number]:  # its tensors must not be those of the other live group
+            plan.finish.append(functools.partial(_copy_tensors, groups[-1]))
     others = {k: decode(name, v, stored, plan, opts) for k, v in tree.items() if k not in _TORCH_KEYS}
     loaded = {**others, "state": values, "param_groups": groups}
     plan.finish.append(lambda: _load(name, lambda: optimizer.load_state_dict(loaded)))
+    plan.finish.append(lambda: after_restore(given))
     return plan
+
+
+def _copy_tensors(group: dict[str, Any]) -> None:
+    """Give a group tensors of its own."""
+    group.update({key: value.clone() for key, value in group.items() if isinstance(value, torch.Tensor)})
 
 
 def _is_group(group: Any) -> bool:

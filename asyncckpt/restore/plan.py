@@ -20,11 +20,13 @@ from asyncckpt.types import JsonValue
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
     """Holds what the caller of ``restore`` chose. ``device``: where tensors that do not live yet are made. ``dtype``:
-    the floating dtype that takes any other. ``selected``: whether a qualified name is to be restored."""
+    the floating dtype that takes any other. ``selected``: whether a qualified name is to be restored. ``saved_ranks``:
+    how many ranks wrote the checkpoint."""
 
     device: torch.device
     dtype: torch.dtype | None
     selected: Callable[[str], bool]
+    saved_ranks: int = 1
 
 
 @dataclass(slots=True)

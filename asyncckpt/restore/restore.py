@@ -18,9 +18,11 @@ from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
+from asyncckpt.restore.other_ranks import OtherRanks
 from asyncckpt.restore.plan import Options, RestorePlan, new_tensor, qualified_records
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.markers import without_owners
 from asyncckpt.state.rank_names import rank_name
 
 log = logging.getLogger("asyncckpt")
@@ -30,6 +32,7 @@ class Stages:
     """The steps of a restore by one process alone; ``ranks.coordinator.RestoreStages`` takes them with all ranks."""
 
     rank = 0
+    size = 1
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
@@ -48,8 +51,8 @@ Rename = Mapping[str, str] | Callable[[str], str | None]
 class RestoreReport:
     """Says what was restored. ``nbytes``: how much was read and verified. ``missing``, ``unexpected`` and
     ``mismatched`` are empty unless ``strict=False``: they list what was left as it is, by qualified name
-    (``component.fqn``). ``whole``: every component and every tensor of a full checkpoint was restored, so that training
-    goes on from its step."""
+    (``component.fqn``). ``derived``, ``dropped`` and ``saved_ranks``: see ``events.RanksChanged``. ``whole``: every
+    component and every tensor of a full checkpoint was restored, so that training goes on from its step."""
 
     step: int
     path: str
@@ -59,6 +62,9 @@ class RestoreReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    saved_ranks: int = 1
     whole: bool = False
 
 
@@ -83,15 +89,26 @@ def restore(
     together = stages or Stages()
     with together.stage("look"):
         check_state(state)
+        state, owners = without_owners(state)
         checkpoint.require_digest(expect_digest)
         manifest, trees = checkpoint.manifest, checkpoint.trees
         if "state" in manifest.components:
             raise CheckpointDamaged(f"{checkpoint.path}: a component has a reserved name")
-        options = Options(device=torch.device(device or "cpu"), dtype=dtype, selected=_selector(include))
+        options = Options(
+            device=torch.device(device or "cpu"),
+            dtype=dtype,
+            selected=_selector(include),
+            saved_ranks=manifest.world_size,
+        )
         stored = _renamed(dict(qualified_records(manifest.components)), rename)
         plan = RestorePlan()
+        others = OtherRanks(manifest, trees, together.rank, together.size)
         for name in state:
             if include is None or any(_touches(name, prefix) for prefix in include):
+                special = others.plan(name, state[name], options) if name not in owners else None
+                if special is not None:
+                    plan.merge(special)
+                    continue
                 source = rank_name(name, together.rank)
                 if source not in manifest.components:  # fewer ranks saved, or the component was the same on all
                     source = name
@@ -126,6 +143,9 @@ def restore(
         missing=tuple(plan.missing),
         unexpected=tuple(plan.unexpected),
         mismatched=tuple(plan.mismatched),
+        derived=tuple(others.derived),
+        dropped=tuple(others.dropped),
+        saved_ranks=manifest.world_size,
         whole=bool(together.in_all(["whole"] if whole else [])),
     )
 

@@ -22,13 +22,15 @@ from asyncckpt.protocols import Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
-from asyncckpt.state.markers import LocalShard, Replicated, without_shards
-from asyncckpt.state.optimizer import named_optimizer_state
+from asyncckpt.state.markers import LocalShard, Replicated, without_owners, without_shards
+from asyncckpt.state.optimizer import named_optimizer_state, rename_group_tensors
 from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
 #: A name has no dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must differ from ``a`` + ``b.c``.
 _COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+-]{0,199}\Z")
+#: In a job, what a rank has of its own is stored under such a name; checkpoints that have one are read all the same.
+_OF_A_RANK = re.compile(r"\+[0-9]+\Z")
 _RESERVED = frozenset({"state", "manifest", "latest"})
 Sink = Callable[[str, torch.Tensor], None]
 
@@ -37,18 +39,31 @@ Sink = Callable[[str, torch.Tensor], None]
 def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) -> Snapshot:
     """Capture the training state, or with ``weights_only`` its modules alone.
 
-    Runs on the training thread and takes milliseconds. It waits for other ranks only where a ``DTensor`` must be
-    redistributed (see ``local_rows``). Raises ``UnsupportedValue``, which names the path of the value that cannot be
-    stored, and ``InvalidOption`` where the component names cannot be used or ``weights_only`` finds no module.
+    Runs on the training thread, takes milliseconds, and waits for no other rank: a ``DTensor`` that has to be
+    redistributed is left to whoever knows that all ranks have come so far (``LocalTensor.redistribute``). Raises
+    ``UnsupportedValue``, which names the path of the value that cannot be stored, and ``InvalidOption`` where the
+    component names cannot be used or ``weights_only`` finds no module.
     """
     check_state(state)
+    for name in state:
+        if _OF_A_RANK.search(name):
+            raise InvalidOption(
+                f"component name {name!r} ends like those that the ranks of a job get ('rng+1'): rename it, to "
+                f"{name.replace('+', '_')!r} say"
+            )
+    state, owners = without_owners(state)
     modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
     if weights_only:
         if not modules:
             raise InvalidOption("weights_only: the state holds no torch.nn.Module")
-        return Snapshot(step, [_module(name, module) for name, module in modules.items()])
-    owners = parameter_names(modules)
-    return Snapshot(step, [_component(name, value, state, owners) for name, value in state.items()])
+        components = [_module(name, module) for name, module in modules.items()]
+    else:
+        names = parameter_names(modules)
+        components = [_component(name, value, state, names) for name, value in state.items()]
+    for component in components:
+        if component.name in owners:
+            component.shared, component.owner = True, owners[component.name]
+    return Snapshot(step, components)
 
 
 def check_state(state: Mapping[str, Any]) -> None:
@@ -97,6 +112,8 @@ def _component(
     shards: dict[int, LocalShard] = {}
     value = without_shards(value, shards) if kind != "optimizer" else value
     tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
+    if kind == "optimizer":
+        rename_group_tensors(tree, pieces)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
     return ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
 
@@ -112,6 +129,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     add = _sink(name, pieces)
     frozen = _frozen(parameters)
     first_names: dict[int, str] = {}
+    buffers = _buffers(module) if not parameters.keys() >= raw.keys() else frozenset()
     for key, value in raw.items():
         fqn = names[key]
         if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
@@ -126,6 +144,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
             else:
                 still = parameter is not None and not parameter.requires_grad
                 pieces.append(piece_of(name, fqn, value, frozen=still))
+                pieces[-1].first_only = fqn in buffers
             continue
         if value.numel() and value.layout is torch.strided:
             seen = first_views.setdefault((value.data_ptr(), value.dtype), [])
@@ -135,8 +154,19 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
                 continue
             seen.append((fqn, value))
         pieces.append(piece_of(name, fqn, value, frozen=value.data_ptr() in frozen))
+        pieces[-1].first_only = fqn in buffers
+    count = len(pieces)
     tree: JsonValue = jsontree.encode(extras, "", add, component=name)
+    for piece in pieces[count:]:
+        piece.first_only = True
     return ComponentSnapshot(name, "module", pieces, aliases, tree)
+
+
+def _buffers(module: nn.Module) -> frozenset[str]:
+    """Return the FQNs of the module's buffers: replicas of a job may have different ones (the running statistics of
+    batch norms), and then the first rank's are right, as they are for DDP."""
+    raw = [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    return frozenset(canonical_names(module, raw).values())
 
 
 def _state_dict(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
@@ -187,7 +217,7 @@ def _distributed_piece(component: str, name: str, tensor: Any, frozen: bool) -> 
     spec = _spec(component, name, local.tensor.dtype, shape, frozen)
     begin = local.first * local.tensor.dtype.itemsize
     gather = tensor.full_tensor if is_distributed(tensor) else None
-    return LocalTensor(spec, local.tensor, begin, local.rows, private=local.private, gather=gather)
+    return LocalTensor(spec, local.tensor, begin, local.rows, None, local.private, gather, local.redistribute)
 
 
 def _shard_piece(component: str, name: str, shard: LocalShard) -> LocalTensor:

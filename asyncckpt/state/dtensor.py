@@ -27,12 +27,13 @@ from asyncckpt.types import RowOwners
 class LocalRows:
     """``LocalRows`` is this rank's part of a global tensor. ``tensor`` holds the row-major elements of the global one
     from element ``first`` on; ``rows`` says which ranks hold which rows. ``private``: the tensor was made for the
-    snapshot, so nobody else can change it."""
+    snapshot, so nobody else can change it. ``redistribute``: see ``LocalTensor``."""
 
     tensor: torch.Tensor
     first: int
     rows: RowOwners
     private: bool
+    redistribute: Callable[[], torch.Tensor] | None = None
 
 
 def is_distributed(value: Any) -> bool:
@@ -127,18 +128,27 @@ _places = _RowPlacements()
 def local_rows(value: Any, where: str) -> LocalRows:
     """Return the rows of the ``DTensor`` ``value`` that this rank holds.
 
-    Where the tensor is split along another dimension than the first, or is a pending sum, this communicates on the
-    calling thread, and every rank of the mesh must call it. Raises ``UnsupportedValue``, which names ``where``, on a
-    rank outside the mesh and where some rank's part is not one run of rows.
+    Never communicates: where the tensor is split along another dimension than the first, or is a pending sum, the rows
+    are made by ``redistribute``, which does, and which every rank of the mesh must call. Raises ``UnsupportedValue``,
+    which names ``where``, on a rank outside the mesh and where some rank's part is not one run of rows.
     """
     place = _places.of(value, where)
     if place.rows is None:
         raise UnsupportedValue(f"{where}: its placements {value.placements} do not give each rank one run of rows")
-    if place.wanted is not None:
-        value = value.redistribute(placements=place.wanted)
-    local = value.to_local()
+    if place.wanted is None:
+        return LocalRows(_waited(value.to_local()), place.first, place.rows, private=False)
+    rows = functools.partial(_redistributed, value, place.wanted)
+    return LocalRows(value.to_local(), place.first, place.rows, private=True, redistribute=rows)
+
+
+@torch.no_grad()
+def _redistributed(value: Any, placements: list[Any]) -> torch.Tensor:
+    return _waited(value.redistribute(placements=placements).to_local())
+
+
+def _waited(local: torch.Tensor) -> torch.Tensor:
     wait = getattr(local, "wait", None)  # the values may still be on their way in an asynchronous collective
-    return LocalRows(wait() if wait is not None else local, place.first, place.rows, private=place.wanted is not None)
+    return local if wait is None else wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
 """Markers are what users put around values of a state: ``LocalShard`` for a part of a tensor, ``Replicated`` for a
-value that is the same on every rank."""
+value that is the same on every rank, ``Owner`` for one that is right on one rank, ``PerRank`` for one that each rank
+has of its own, with a rule for jobs of another size."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,74 @@ class Replicated:
             return self.value.load_state_dict(state_dict)
         self.value = state_dict["value"]
         return None
+
+
+class PerRank:
+    """Marks a component that each rank of the job has of its own, and says what becomes of it in a job of another
+    size: a data loader's position, say. Without this marker a rank that the checkpoint knows no state of is refused.
+
+    ``value``: an object with ``state_dict`` and ``load_state_dict``. ``rule(states, rank, size)``: returns what
+    ``rank`` of ``size`` ranks takes over, given the states of all ranks that saved, in their order. It is called on
+    each rank, and only where the job has another size than the one that saved. Raises ``InvalidOption`` for another
+    value or rule.
+    """
+
+    def __init__(self, value: Any, rule: Callable[[list[Any], int, int], Any]) -> None:
+        if not (hasattr(value, "state_dict") and hasattr(value, "load_state_dict")):
+            raise InvalidOption(f"PerRank takes an object with state_dict and load_state_dict, not {value!r:.80}")
+        if not callable(rule):
+            raise InvalidOption(f"PerRank(…, rule) takes a function of (states, rank, size), not {rule!r:.80}")
+        self.value = value
+        self.rule = rule
+
+    def state_dict(self) -> Any:
+        """Return the state of ``value``."""
+        return self.value.state_dict()
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Give ``value`` a state of its own."""
+        return self.value.load_state_dict(state_dict)
+
+
+class Owner:
+    """Marks a component of which one rank has the right values, and others may have copies that differ: an EMA that
+    rank 0 alone updates, say, or parameters that the ranks average now and then.
+
+    ``value``: a module, an optimizer, a tensor, an object with ``state_dict`` and ``load_state_dict``, or plain data.
+    What ``rank`` has of it is stored, once, and every rank of any later job gets that; of tensors that the ranks hold
+    in parts, those rows that ``rank`` has no copy of come from the first rank that has one. In a process that is alone
+    it makes no difference. After a restore, the attribute ``value`` holds the data where it was plain. Raises
+    ``InvalidOption`` for a ``rank`` that none can have; a save raises it for one that the job does not have.
+    """
+
+    def __init__(self, value: Any, *, rank: int = 0) -> None:
+        if type(rank) is not int or rank < 0:
+            raise InvalidOption(f"Owner(rank=…) must be a rank's number, not {rank!r}")
+        self.value = value
+        self.rank = rank
+
+
+class _WithoutOwners(dict[str, Any]):
+    """A state whose components are not marked; a component that is set becomes the marked one's value."""
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__({name: value.value if isinstance(value, Owner) else value for name, value in state.items()})
+        self._marked = state
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        owner = self._marked.get(name)
+        if isinstance(owner, Owner):
+            owner.value = value
+        elif isinstance(self._marked, dict):
+            self._marked[name] = value
+
+
+def without_owners(state: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, int]]:
+    """Return the state without ``Owner`` around its components, and the owner's rank of each that had one. To set a
+    component of what is returned sets it in ``state``."""
+    owners = {name: value.rank for name, value in state.items() if isinstance(value, Owner)}
+    return (_WithoutOwners(state) if owners else state), owners
 
 
 def without_shards(value: Any, found: dict[int, LocalShard]) -> Any:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from asyncckpt.errors import InvalidOption
+from asyncckpt.state.dtensor import job_size
 
 Generator = random.Random | np.random.Generator | torch.Generator
 
 
 class RngState:
-    """Captures and restores the global generators of Python, NumPy, torch's CPU and every CUDA device.
+    """Captures and restores the global generators of Python, NumPy, torch's CPU and CUDA devices.
 
     ``RngState(generators={"data": rng})`` adds generators of your own: a ``random.Random``, ``numpy.random.Generator``
     or ``torch.Generator`` under each name. Raises ``InvalidOption`` for anything else. Their state is taken on the
-    thread that calls ``save``; to read a CUDA generator synchronises with nothing. In a job each rank stores its own.
-    Not thread-safe: nothing should draw from a generator while it is captured or restored.
+    thread that calls ``save``; to read a CUDA generator synchronises with nothing. Not thread-safe: nothing should draw
+    from a generator while it is captured or restored.
+
+    In a job each rank stores its own, of CUDA's that of its current device, whatever that is called when it comes back;
+    other devices that a rank draws on go into ``generators``. A rank that the checkpoint has no state of, because fewer
+    ranks saved, gets streams that follow from those of rank 0 and from its number: no two ranks draw the same, and a
+    job that is restored again draws the same again. A generator that was in the same state on all of several ranks
+    belongs to all, and is taken over as it is.
     """
 
     def __init__(self, generators: Mapping[str, Generator] | None = None) -> None:
@@ -41,7 +50,10 @@ class RngState:
         }
         initialized: Callable[[], bool] = torch.cuda.is_initialized
         if torch.cuda.is_available() and initialized():
-            state["cuda"] = [_tensor_bytes(one) for one in torch.cuda.get_rng_state_all()]
+            here = torch.cuda.current_device()
+            state["cuda"] = {"current": _tensor_bytes(torch.cuda.get_rng_state(here))}
+            if job_size() == 1:
+                state["cuda"] |= {"device": here, "all": [_tensor_bytes(s) for s in torch.cuda.get_rng_state_all()]}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
@@ -58,8 +70,75 @@ class RngState:
                 raise InvalidOption(f"RngState: the checkpoint holds no generator {name!r}; leave it out to load")
             _set(generator, state["generators"][name])
         if "cuda" in state and torch.cuda.is_available():
-            for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(_bytes_tensor(saved), device)
+            _set_cuda(state["cuda"])
+
+    def load_derived(self, states: Sequence[Mapping[str, Any]], rank: int) -> None:
+        """Set every generator on a rank that none of ``states`` is of: those of all ranks that saved. Each one gets a
+        stream that follows from rank 0's state of it and from ``rank``, or the state that all of several ranks had."""
+
+        def seed(*path: str) -> int | None:
+            saved = [repr(_at(state, path)) for state in states]
+            known = _at(states[0], path) is not None
+            if len(saved) > 1 and known and len(set(saved)) == 1:
+                return None
+            source = saved[0] if known else repr(states[0]["torch"])
+            digest = hashlib.sha256(json.dumps([rank, *path, source]).encode()).digest()
+            return int.from_bytes(digest[:8], "little")
+
+        shared = dict(states[0])
+        derived = {name: seed("generators", name) for name in self.generators}
+        shared["generators"] = {
+            name: states[0]["generators"][name] if value is None else _get(_seeded(self.generators[name], value))
+            for name, value in derived.items()
+        }
+        seeds = {name: seed(name) for name in ("python", "numpy", "torch", "cuda")}
+        if seeds["cuda"] is not None:
+            shared.pop("cuda", None)
+        self.load_state_dict(shared)
+        if seeds["python"] is not None:
+            random.seed(seeds["python"])
+        if seeds["numpy"] is not None:
+            np.random.seed(np.frombuffer(seeds["numpy"].to_bytes(8, "little"), dtype=np.uint32))
+        if seeds["torch"] is not None:
+            torch.default_generator.manual_seed(seeds["torch"])
+        if seeds["cuda"] is not None:
+            torch.cuda.manual_seed(seeds["cuda"])  # of the current device; later, where CUDA is not in use yet
+
+
+def _at(state: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        state = state.get(key) if isinstance(state, Mapping) else None
+    return state
+
+
+def _seeded(generator: Generator, seed: int) -> Generator:
+    """Seed a generator, and return it."""
+    if isinstance(generator, random.Random):
+        generator.seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        kind: Any = type(generator.bit_generator)
+        generator.bit_generator.state = kind(seed).state
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def _set_cuda(saved: Any) -> None:
+    """Set the generators of CUDA devices. The one of the device that the saved rank used goes to the current device;
+    the others keep their numbers."""
+    count = torch.cuda.device_count()
+    if isinstance(saved, Mapping):
+        here, there = torch.cuda.current_device(), saved.get("device")
+        states = list(saved.get("all", ())) if job_size() == 1 else []
+        for device, state in enumerate(states[:count]):
+            if device not in (here, there):
+                torch.cuda.set_rng_state(_bytes_tensor(state), device)
+        if there is not None and there != here and there < count and here < len(states):
+            torch.cuda.set_rng_state(_bytes_tensor(states[here]), there)
+        torch.cuda.set_rng_state(_bytes_tensor(saved["current"]), here)
+    else:  # a checkpoint of an older version lists all devices
+        for device, state in enumerate(saved[:count]):
+            torch.cuda.set_rng_state(_bytes_tensor(state), device)
 
 
 def _get(generator: Generator) -> Any:

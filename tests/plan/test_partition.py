@@ -12,7 +12,7 @@ from asyncckpt import formats
 from asyncckpt.codecs import codecs
 from asyncckpt.plan import layout
 from asyncckpt.plan.partition import Division, divide
-from asyncckpt.ranks import planner as planning
+from asyncckpt.ranks import tables
 from asyncckpt.types import ALIGNMENT_BYTES, Layout, LayoutOptions, RowOwners, TensorSpec
 from benchmarks.suites.ranks import simulation
 from benchmarks.suites.ranks.simulation import simulate
@@ -125,6 +125,6 @@ def test_a_tables_digest_is_what_travels_where_all_ranks_hold_alike() -> None:
     specs = simulation.model(10_000)
     dealt = {rows: simulation.dealt(rows, 1024, 1) for rows in {spec.shape[0] for spec in specs}}
     pieces = [LocalTensor(spec, None, 0, dealt[spec.shape[0]]) for spec in specs]  # type: ignore[arg-type]
-    table = planning._table(ComponentSnapshot("m", "module", pieces, {}, None))
+    table = tables.table_of(ComponentSnapshot("m", "module", pieces, {}, None))
     assert len(table["rows"]) == len(dealt)
-    assert len(planning._digest(table)) == 32
+    assert len(tables.digest_of(table)) == 32

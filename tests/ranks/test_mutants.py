@@ -18,6 +18,7 @@ from support.harness import Crew, Crews, Fault, Me, Outcome
 import asyncckpt
 from asyncckpt.plan import partition as division
 from asyncckpt.ranks import collective_save as together
+from asyncckpt.ranks import merging, tables
 from asyncckpt.ranks import planner as planning
 from asyncckpt.ranks import store as distributed
 from asyncckpt.ranks.collective_save import Leader
@@ -76,6 +77,50 @@ def _copies(me: Me, path: str) -> list[str]:
     return wrong
 
 
+def _sampled(me: Me, path: str) -> list[str]:
+    """Copies that differ are noticed by their sample alone."""
+    run, _ = checkpointer(me, path)
+    state = {"w": torch.full((300_000,), float(me.rank == 1))}
+    wrong = [] if (error := _saved(run, 1, state)) == "RanksDisagree" else [f"copies differ: {error or 'acknowledged'}"]
+    run.close()
+    return wrong
+
+
+def _buffers(me: Me, path: str) -> list[str]:
+    """Buffers that differ are no mistake, and come back as the first rank's."""
+    run, _ = checkpointer(me, path)
+    model = torch.nn.Module()
+    model.register_buffer("seen", torch.full((900_000,), float(me.rank)))
+    wrong = [f"buffers differ: {error}"] if (error := _saved(run, 1, {"model": model})) else []
+    if not wrong and run.load_tensors(1)["model.seen"].unique().tolist() != [0]:
+        wrong.append("buffers of several ranks are mixed")
+    run.close()
+    return wrong
+
+
+def _stages(me: Me, path: str) -> list[str]:
+    """Each stage has a learning rate of its own, in the group of the same number."""
+    run, _ = checkpointer(me, path)
+    model = torch.nn.ModuleDict({f"stage{me.rank}": torch.nn.Linear(2, 2)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0 + me.rank)
+    state = {"model": model, "optimizer": optimizer}
+    wrong = [f"stages: {error}"] if (error := _saved(run, 1, state)) else []
+    optimizer.param_groups[0]["lr"] = 0.0
+    if not wrong:
+        run.restore(state, step=1)
+        if optimizer.param_groups[0]["lr"] != 1.0 + me.rank:
+            wrong.append(f"lr of stage {me.rank} is {optimizer.param_groups[0]['lr']}")
+    run.close()
+    return wrong
+
+
+def _uncaptured(me: Me, path: str) -> list[str]:
+    """What one rank cannot capture, the others learn of it, and not of a rank that is late."""
+    run, _ = checkpointer(me, path)
+    error = _saved(run, 1, {"w": torch.ones(3), "bad": object() if me.rank == 1 else 1})
+    return [] if error == "UnsupportedValue" else [f"a rank could not capture its state: {error}"]
+
+
 def _synced(me: Me, path: str) -> list[str]:
     """When a rank reports, everything that it wrote is on the disk."""
     run, ops = checkpointer(me, path, incremental=False)
@@ -126,7 +171,9 @@ def _again(me: Me, path: str) -> list[str]:
 
 _FSYNC = PosixOps.fsync
 Patch = pytest.MonkeyPatch
-_EMPTY = {"error": None, "files": [], "orders": {}, "own": {}, "trees": {}, "aliases": {}, "replicas": {}}
+_EMPTY = {"error": None, "files": []} | {
+    key: {} for key in ("orders", "own", "trees", "aliases", "replicas", "sample", "groups", "values", "descriptions")
+}
 
 
 def _no_wholeness(patch: Patch) -> None:
@@ -237,6 +284,34 @@ def copies_are_not_compared(patch: Patch) -> None:
     patch.setattr(Leader, "_check_replicas", lambda *_: None)
 
 
+def samples_are_not_compared(patch: Patch) -> None:
+    patch.setattr(together, "named", lambda *_: {})
+
+
+def buffers_are_copies(patch: Patch) -> None:
+    patch.setattr(tables, "_right_copies", lambda rows, _owner: rows)
+
+
+def nothing_is_wrong_with_buffers_in_parts(patch: Patch) -> None:
+    buffers_are_copies(patch)
+    samples_are_not_compared(patch)
+
+
+def groups_are_those_of_the_first_stage(patch: Patch) -> None:
+    patch.setattr(merging, "_content", lambda *_: "{}")
+
+
+def of_two_values_the_first_is_right(patch: Patch) -> None:
+    real = together.merge_trees
+    patch.setattr(
+        together, "merge_trees", lambda name, _, *rest, **__: real(name, "module", *rest, first_is_right=True)
+    )
+
+
+def a_rank_that_fails_early_tells_nobody(patch: Patch) -> None:
+    patch.setattr(RankStore, "decline", lambda *_: None)
+
+
 _FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 _ON_RANK_2 = Fault(2, "write", error=_FULL)
 _ON_RANK_0 = Fault(0, "publish", error=OSError(errno.EIO, os.strerror(errno.EIO)))
@@ -246,6 +321,10 @@ CHECKS: dict[str, tuple[Callable[..., list[str]], Fault | None]] = {
     "publishing fails": (_struck, _ON_RANK_0),
     "different steps": (_odd, None),
     "different copies": (_copies, None),
+    "sampled copies": (_sampled, None),
+    "buffers": (_buffers, None),
+    "stages": (_stages, None),
+    "not captured": (_uncaptured, None),
     "synced": (_synced, None),
     "started again": (_again, None),
 }
@@ -262,6 +341,12 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (a_rank_forgets_an_extent, "plain"),
     (two_ranks_think_they_are_the_same, "plain"),
     (copies_are_not_compared, "different copies"),
+    (samples_are_not_compared, "sampled copies"),
+    (buffers_are_copies, "buffers"),
+    (nothing_is_wrong_with_buffers_in_parts, "buffers"),
+    (groups_are_those_of_the_first_stage, "stages"),
+    (of_two_values_the_first_is_right, "stages"),
+    (a_rank_that_fails_early_tells_nobody, "not captured"),
 ]
 
 
