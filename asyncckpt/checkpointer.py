@@ -26,7 +26,7 @@ from asyncckpt.errors import (
     SaveAbandoned,
     storage_errors,
 )
-from asyncckpt.events import EventBus, Failed, Preempting, Subscriber
+from asyncckpt.events import EventBus, Failed, Preempting, Subscriber, subscribers_of
 from asyncckpt.formats.options import Files, FilesName, Safetensors, files_of
 from asyncckpt.loop import cadence
 from asyncckpt.loop.at_exit import drain_at_exit
@@ -98,6 +98,8 @@ class Checkpointer(RunOwnership):
         _check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
         if ranks is not None:
             _check_kinds(ranks=(ranks, RankOptions))
+        if preemption is not None:
+            _check_kinds(preemption=(preemption, Preemption))
         files = files_of(files)
         if files.chain and not writer.reuse_unchanged:
             raise InvalidOption("Safetensors(delta=…) builds on the checkpoint before: it needs reuse_unchanged=True")
@@ -105,7 +107,7 @@ class Checkpointer(RunOwnership):
         super().__init__(
             path,
             direct=writer.direct,
-            events=EventBus(tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)),
+            events=EventBus(subscribers_of(on_event)),
             options=run,
             ranks=ranks,
             files=files,
@@ -114,8 +116,7 @@ class Checkpointer(RunOwnership):
         )
         self._staging = staging
         self._steps = StepRegistry(self.path, naming.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
-        policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
-        retention.plan((), policies)  # refuses what is no policy now, not after the first save
+        policies = retention.checked_policies(keep)
         self._reuse = ReuseSource(self._store, self._quarantine)
         self._in_flight = InFlightSaves()
         self._committer = Committer(
