@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ from asyncckpt.starter import SaveStarter
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import Pools
+
+log = logging.getLogger("asyncckpt")
 
 _SAFETENSORS, _STAGING, _WRITER, _RANKS, _RUN = (
     Safetensors(),
@@ -251,7 +254,8 @@ class Checkpointer(RunOwnership):
         """Restore the newest full checkpoint that verifies and return its step; 0 where there is none at all.
 
         Blocks for the whole read, in a job together with the other ranks. A damaged checkpoint is reported
-        (``FellBack``, a warning) and the one before is used. Raises ``NoUsableCheckpoint`` where checkpoints exist and
+        (``FellBack``, a warning) and the one before is used. A warning names the versions that were others when it was
+        saved: training may then go on with other bits. Raises ``NoUsableCheckpoint`` where checkpoints exist and
         none can be used (training never starts from scratch in silence), and as ``restore`` and ``prepare`` do.
         """
         self._open(to_restore=True)
@@ -262,6 +266,8 @@ class Checkpointer(RunOwnership):
             return 0
         finally:
             self._close_found()
+        if report.changed:
+            log.warning("resumed step %d, which was saved with %s", report.step, ", ".join(report.changed))
         self._steps.rewind_to(report.step)
         self.prepare(state)
         return report.step

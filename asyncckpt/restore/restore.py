@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, StateMismatch, UnknownName
+from asyncckpt.manifest import environment
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.read.fill import fill
@@ -31,6 +32,8 @@ class Stages:
     """The steps of a restore by one process alone; ``ranks.coordinator.RestoreStages`` takes them with all ranks."""
 
     rank = 0
+    #: The number of ranks that restore together.
+    size = 1
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
@@ -50,7 +53,7 @@ class RestoreReport:
     """Says what was restored. ``nbytes``: how much was read and verified. ``missing``, ``unexpected`` and
     ``mismatched`` are empty unless ``strict=False``: they list what was left as it is, by qualified name
     (``component.fqn``). ``whole``: every component and every tensor of a full checkpoint was restored, so that training
-    goes on from its step."""
+    goes on from its step. ``changed``: versions, and the number of ranks, that were others when it was saved."""
 
     step: int
     path: str
@@ -61,6 +64,7 @@ class RestoreReport:
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
     whole: bool = False
+    changed: tuple[str, ...] = ()
 
 
 @gc_paused()
@@ -137,6 +141,7 @@ def restore(
         missing=tuple(plan.missing),
         unexpected=tuple(plan.unexpected),
         mismatched=tuple(plan.mismatched),
+        changed=tuple(environment.changes(manifest.environment, manifest.world_size, together.size)),
         whole=bool(together.in_all(["whole"] if whole else [])),
     )
 
