@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from asyncckpt.errors import (
     SaveAbandoned,
     storage_errors,
 )
-from asyncckpt.events import EventBus, Failed, Preempting, Subscriber
+from asyncckpt.events import EventBus, Failed, Preempting, Subscriber, subscribers_of
 from asyncckpt.formats.options import Files, FilesName, Safetensors, files_of
 from asyncckpt.loop import cadence
 from asyncckpt.loop.at_exit import drain_at_exit
@@ -44,6 +45,8 @@ from asyncckpt.starter import SaveStarter
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import Pools
+
+log = logging.getLogger("asyncckpt")
 
 _SAFETENSORS, _STAGING, _WRITER, _RANKS, _RUN = (
     Safetensors(),
@@ -98,6 +101,8 @@ class Checkpointer(RunOwnership):
         _check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
         if ranks is not None:
             _check_kinds(ranks=(ranks, RankOptions))
+        if preemption is not None:
+            _check_kinds(preemption=(preemption, Preemption))
         files = files_of(files)
         if files.chain and not writer.reuse_unchanged:
             raise InvalidOption("Safetensors(delta=…) builds on the checkpoint before: it needs reuse_unchanged=True")
@@ -105,7 +110,7 @@ class Checkpointer(RunOwnership):
         super().__init__(
             path,
             direct=writer.direct,
-            events=EventBus(tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)),
+            events=EventBus(subscribers_of(on_event)),
             options=run,
             ranks=ranks,
             files=files,
@@ -114,8 +119,7 @@ class Checkpointer(RunOwnership):
         )
         self._staging = staging
         self._steps = StepRegistry(self.path, naming.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
-        policies = (keep,) if isinstance(keep, retention.Policy) else tuple(keep)
-        retention.plan((), policies)  # refuses what is no policy now, not after the first save
+        policies = retention.checked_policies(keep)
         self._reuse = ReuseSource(self._store, self._quarantine)
         self._in_flight = InFlightSaves()
         self._committer = Committer(
@@ -250,7 +254,8 @@ class Checkpointer(RunOwnership):
         """Restore the newest full checkpoint that verifies and return its step; 0 where there is none at all.
 
         Blocks for the whole read, in a job together with the other ranks. A damaged checkpoint is reported
-        (``FellBack``, a warning) and the one before is used. Raises ``NoUsableCheckpoint`` where checkpoints exist and
+        (``FellBack``, a warning) and the one before is used. A warning names the versions that were others when it was
+        saved: training may then go on with other bits. Raises ``NoUsableCheckpoint`` where checkpoints exist and
         none can be used (training never starts from scratch in silence), and as ``restore`` and ``prepare`` do.
         """
         self._open(to_restore=True)
@@ -261,6 +266,8 @@ class Checkpointer(RunOwnership):
             return 0
         finally:
             self._close_found()
+        if report.changed:
+            log.warning("resumed step %d, which was saved with %s", report.step, ", ".join(report.changed))
         self._steps.rewind_to(report.step)
         self.prepare(state)
         return report.step

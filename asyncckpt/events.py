@@ -11,8 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from asyncckpt.errors import InvalidOption
 
 log = logging.getLogger("asyncckpt")
 
@@ -186,6 +188,15 @@ class EventBus:
                 subscriber(event)
             except Exception:
                 log.exception("an event subscriber failed on %s", type(event).__name__)
+
+
+def subscribers_of(on_event: Subscriber | Sequence[Subscriber]) -> tuple[Subscriber, ...]:
+    """Return the subscribers that ``on_event`` is or lists. Raises ``InvalidOption`` for what cannot be called."""
+    found = tuple(on_event) if isinstance(on_event, Sequence) else (on_event,)
+    for subscriber in found:
+        if not callable(subscriber):
+            raise InvalidOption(f"on_event takes functions that are called with each event, not {subscriber!r:.80}")
+    return found
 
 
 def log_event(event: Event) -> None:

@@ -91,7 +91,7 @@ class Run:
         step: int | None = None,
         *,
         strict: bool = True,
-        include: Sequence[str] | None = None,
+        include: str | Sequence[str] | None = None,
         rename: Rename | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -87,7 +87,7 @@ def main() -> None:
     ckpt = asyncckpt.Checkpointer(
         args.out,
         every=[asyncckpt.Steps(args.every), asyncckpt.Minutes(10)],
-        keep=[asyncckpt.KeepLast(2), asyncckpt.KeepBest("loss", n=1), asyncckpt.KeepEvery(200)],
+        keep=[asyncckpt.KeepLast(2), asyncckpt.KeepBest("loss", mode="min"), asyncckpt.KeepEvery(200)],
         config=hparams,
         preemption=asyncckpt.Preemption(deadline_seconds=30),
         run=asyncckpt.RunOptions(create_parents=True),

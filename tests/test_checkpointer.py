@@ -49,7 +49,7 @@ def test_the_ten_line_loop(tmp_path: Path) -> None:
     state = {"model": model, "optimizer": optimizer, "rng": asyncckpt.RngState()}
     total = 10
     for _ in range(2):  # the second run resumes at the end
-        ckpt = Checkpointer(tmp_path / "run", every=Steps(3), keep=[KeepLast(2), KeepBest("loss", n=1)])
+        ckpt = Checkpointer(tmp_path / "run", every=Steps(3), keep=[KeepLast(2), KeepBest("loss", n=1, mode="min")])
         ckpt.watch(optimizer)
         start = ckpt.resume(state)
         with ckpt:
@@ -218,7 +218,7 @@ def test_names_from_a_template(tmp_path: Path) -> None:
 
 
 def test_retention_composes_and_pins_protect(tmp_path: Path) -> None:
-    keep = [KeepLast(1), KeepEvery(4), KeepBest("loss", n=1), KeepSteps([5])]
+    keep = [KeepLast(1), KeepEvery(4), KeepBest("loss", n=1, mode="min"), KeepSteps([5])]
     with Checkpointer(tmp_path / "run", keep=keep) as run:
         for step in range(1, 10):
             run.save(step, STATE, metrics={"loss": abs(step - 3)}).result()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 from asyncckpt.errors import InvalidOption
@@ -94,14 +94,15 @@ class KeepEvery:
 
 @dataclass(frozen=True, slots=True)
 class KeepBest:
-    """Keep the ``n`` with the smallest (``mode="min"``) or largest (``"max"``) value of ``metric``.
+    """Keep the ``n`` with the smallest (``mode="min"``) or largest (``mode="max"``) value of ``metric``.
 
     A checkpoint without the metric, or where it is nan, is never among the best; of equals the later ones are kept.
+    Where no checkpoint has the metric at all, every one is kept: it may be reported later, or its name may be wrong.
     """
 
     metric: str
     n: int = 1
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = field(kw_only=True)
 
     def __post_init__(self) -> None:
         if type(self.metric) is not str or not self.metric:
@@ -111,6 +112,8 @@ class KeepBest:
             raise InvalidOption(f"KeepBest: mode must be 'min' or 'max', not {self.mode!r}")
 
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        if self.is_unreported(candidates):
+            return {candidate.step for candidate in candidates}
         sign = 1 if self.mode == "min" else -1
         ranked = sorted(
             (sign * candidate.metrics[self.metric], [-part for part in age(candidate)], candidate.step)
@@ -118,6 +121,10 @@ class KeepBest:
             if not math.isnan(candidate.metrics.get(self.metric, math.nan))
         )
         return {step for _, _, step in ranked[: self.n]}
+
+    def is_unreported(self, candidates: Iterable[Candidate]) -> bool:
+        """Return whether no candidate has the metric."""
+        return all(self.metric not in candidate.metrics for candidate in candidates)
 
     def describe(self) -> str:
         return f"KeepBest({self.metric!r}, n={self.n}, mode={self.mode!r})"
@@ -142,6 +149,15 @@ class KeepSteps:
 C = TypeVar("C", bound=Candidate)
 
 
+def checked_policies(keep: object) -> tuple[Policy, ...]:
+    """Return the policies that ``keep`` is or lists. Raises ``InvalidOption`` for anything else."""
+    found = (keep,) if isinstance(keep, Policy) or not isinstance(keep, Iterable) else tuple(keep)
+    for policy in found:
+        if isinstance(policy, type) or not isinstance(policy, Policy):
+            raise InvalidOption(f"keep takes retention policies such as KeepLast(3), not {policy!r:.80}")
+    return found
+
+
 def age(candidate: Candidate) -> tuple[int, int]:
     """Return the key that sorts checkpoints of one kind, the oldest save first."""
     return getattr(candidate, "sequence", 0), candidate.step
@@ -151,12 +167,8 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     """Return the candidates to delete, the oldest save first: those that no policy keeps. Pure.
 
     Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, and the
-    newest full checkpoint are never among them; without policies nothing is. Raises ``InvalidOption`` for an object
-    that is no policy.
+    newest full checkpoint are never among them; without policies nothing is.
     """
-    for policy in policies:
-        if isinstance(policy, type) or not isinstance(policy, Policy):
-            raise InvalidOption(f"keep takes retention policies such as KeepLast(3), not {policy!r}")
     if not policies:
         return []
     groups: dict[str, list[C]] = {}
@@ -169,6 +181,13 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
             kept.add(group[-1].step)
         to_delete += [candidate for candidate in group if candidate.step not in kept and not candidate.pinned]
     return sorted(to_delete, key=age)
+
+
+def unreported(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[str]:
+    """Return the metrics that a ``KeepBest`` among the policies ranks by and no full checkpoint has."""
+    full = [candidate for candidate in candidates if candidate.kind == "full"]
+    best = (policy for policy in policies if isinstance(policy, KeepBest))
+    return [policy.metric for policy in best if full and policy.is_unreported(full)]
 
 
 def _check_count(what: str, value: object) -> None:

@@ -178,6 +178,8 @@ class StepRegistry:
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     """Return metrics as floats. A 0-d tensor is read, which waits for its device. Raises ``InvalidOption``."""
     found: dict[str, float] = {}
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise InvalidOption(f"metrics must map names to numbers, as in {{'loss': 0.3}}, not {metrics!r:.80}")
     for name, value in (metrics or {}).items():
         try:
             found[str(name)] = float(value)

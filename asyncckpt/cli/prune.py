@@ -130,10 +130,12 @@ def _best(text: str, entries: list[CheckpointInfo]) -> retention.KeepBest:
     metric, _, rest = text.partition(":")
     count, _, mode = rest.partition(":")
     if count and not count.isdecimal():
-        raise InvalidOption(f"--keep-best {text}: give METRIC, METRIC:N or METRIC:N:max")
+        raise InvalidOption(f"--keep-best {text}: give METRIC:N:min or METRIC:N:max")
     known = sorted({name for entry in entries for name in entry.metrics})
     if entries and metric not in known:  # a typing error in the metric's name would otherwise delete the best ones
         raise InvalidOption(
             f"--keep-best {text}: no checkpoint has the metric; there are: {', '.join(known) or 'none'}"
         )
-    return retention.KeepBest(metric, int(count or 1), mode or "min")  # type: ignore[arg-type]
+    if mode not in ("min", "max"):  # whether less is better cannot be known of a name
+        raise InvalidOption(f"--keep-best {text}: give {metric}:{count or 1}:min or {metric}:{count or 1}:max")
+    return retention.KeepBest(metric, int(count or 1), mode="min" if mode == "min" else "max")

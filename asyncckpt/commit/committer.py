@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from asyncckpt.catalog.catalog import LATEST, Catalog
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.catalog.retention import Policy, plan
+from asyncckpt.catalog.retention import Policy, plan, unreported
 from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.commit.in_flight import InFlight, InFlightSaves
 from asyncckpt.commit.pending import Overdue, PendingSave, SaveReport
@@ -78,6 +78,7 @@ class Committer:
         self._abandoned: list[SaveTransaction] = []
         self._lock = threading.Lock()
         self._retention_lock = threading.Lock()
+        self._told_metrics: set[str] = set()
         self._quarantine = quarantine
         self._steps = steps
         #: Checkpoints that a durable one has replaced, but that somebody still reads.
@@ -181,7 +182,9 @@ class Committer:
         if self.is_follower:
             return []
         with self._retention_lock:
-            to_delete = plan(self._own(), self.policies)
+            own = self._own()
+            self._tell_unreported(own)
+            to_delete = plan(own, self.policies)
             if dry_run:
                 return to_delete
             deleted: list[CheckpointInfo] = []
@@ -193,6 +196,20 @@ class Committer:
                     self._steps.deleted(entry.step, entry.kind, entry.name)
                 self._events.emit(Pruned(step=entry.step, name=entry.name, deleted=entry in deleted))
             return deleted
+
+    def _tell_unreported(self, own: Sequence[CheckpointInfo]) -> None:
+        for metric in unreported(own, self.policies):
+            if metric not in self._told_metrics:
+                self._told_metrics.add(metric)
+                known = ", ".join(sorted({name for entry in own for name in entry.metrics})) or "none"
+                log.warning(
+                    "KeepBest(%r): no checkpoint in %s has that metric, so all are kept; metrics there: %s. Report it "
+                    "with save(..., metrics={%r: …})",
+                    metric,
+                    self._store.address,
+                    known,
+                    metric,
+                )
 
     def _own(self) -> list[CheckpointInfo]:
         """List the usable checkpoints that this run made itself, the oldest save first."""

@@ -55,7 +55,7 @@ def main() -> None:
     checkpointer = Checkpointer(
         options.run,
         every=[Steps(options.every), end] if options.every else end,
-        keep=[KeepLast(2), KeepBest("loss", n=1)],
+        keep=[KeepLast(2), KeepBest("loss", mode="min")],
         on_event=[reporter, trace] if trace else reporter,
         config={"demo": True, "steps": options.steps},
     )

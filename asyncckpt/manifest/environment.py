@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import platform
 import socket
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -20,6 +21,22 @@ def version() -> str:
         return importlib.metadata.version("asyncckpt")
     except importlib.metadata.PackageNotFoundError:  # it runs from a source tree
         return "0+unknown"
+
+
+#: What decides whether training goes on with the same bits. Host, platform and Python do not.
+_DECISIVE = ("asyncckpt", "torch", "cuda", "numpy")
+
+
+def changes(recorded: Mapping[str, JsonValue], world_size: int, ranks: int) -> list[str]:
+    """Say in words where the versions that a checkpoint recorded, and the number of ranks that wrote it, differ from
+    today's ``ranks`` and versions. What was not recorded does not count."""
+    now = record()
+    told = [
+        f"{name} {recorded[name] or 'none'} (now {now[name] or 'none'})"
+        for name in _DECISIVE
+        if name in recorded and recorded[name] != now[name]
+    ]
+    return told + ([f"{world_size} ranks (now {ranks})"] if world_size != ranks else [])
 
 
 @functools.cache

@@ -165,8 +165,7 @@ class RestoreStages(Stages):
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
-        self.rank = coordinator.ranks.rank
-        self.size = coordinator.ranks.size
+        self.rank, self.size = coordinator.ranks.rank, coordinator.ranks.size
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from asyncckpt.errors import CheckpointDamaged, StateMismatch, UnknownName
+from asyncckpt.errors import CheckpointDamaged, InvalidOption, StateMismatch, UnknownName
+from asyncckpt.manifest import environment
 from asyncckpt.manifest.records import Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.read.fill import fill
@@ -32,6 +34,7 @@ class Stages:
     """The steps of a restore by one process alone; ``ranks.coordinator.RestoreStages`` takes them with all ranks."""
 
     rank = 0
+    #: The number of ranks that restore together.
     size = 1
 
     @contextlib.contextmanager
@@ -52,7 +55,8 @@ class RestoreReport:
     """Says what was restored. ``nbytes``: how much was read and verified. ``missing``, ``unexpected`` and
     ``mismatched`` are empty unless ``strict=False``: they list what was left as it is, by qualified name
     (``component.fqn``). ``derived``, ``dropped`` and ``saved_ranks``: see ``events.RanksChanged``. ``whole``: every
-    component and every tensor of a full checkpoint was restored, so that training goes on from its step."""
+    component and every tensor of a full checkpoint was restored, so that training goes on from its step. ``changed``:
+    versions, and the number of ranks, that were others when it was saved."""
 
     step: int
     path: str
@@ -66,6 +70,7 @@ class RestoreReport:
     dropped: tuple[str, ...] = ()
     saved_ranks: int = 1
     whole: bool = False
+    changed: tuple[str, ...] = ()
 
 
 @gc_paused()
@@ -74,7 +79,7 @@ def restore(
     state: Mapping[str, Any],
     *,
     strict: bool = True,
-    include: Sequence[str] | None = None,
+    include: str | Sequence[str] | None = None,
     rename: Rename | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -94,17 +99,20 @@ def restore(
         manifest, trees = checkpoint.manifest, checkpoint.trees
         if "state" in manifest.components:
             raise CheckpointDamaged(f"{checkpoint.path}: a component has a reserved name")
+        selection = Selection(include)
         options = Options(
             device=torch.device(device or "cpu"),
             dtype=dtype,
-            selected=_selector(include),
+            selected=selection,
             saved_ranks=manifest.world_size,
         )
-        stored = _renamed(dict(qualified_records(manifest.components)), rename)
+        named = dict(qualified_records(manifest.components))
+        _check_rename(named, rename, checkpoint.path)
+        stored = _renamed(named, rename)
         plan = RestorePlan()
         others = OtherRanks(manifest, trees, together.rank, together.size)
         for name in state:
-            if include is None or any(_touches(name, prefix) for prefix in include):
+            if selection.touches(name):
                 special = others.plan(name, state[name], options) if name not in owners else None
                 if special is not None:
                     plan.merge(special)
@@ -117,7 +125,14 @@ def restore(
                 plan.merge(plan_component(name, state, component, mine, trees.get(source), options))
     # a tensor that does not live on this rank may live on another
     plan.unexpected = together.in_all(plan.unexpected)
+    idle = together.in_all(selection.idle())
     with together.stage("check"):
+        if idle:
+            raise UnknownName(
+                f"{checkpoint.path}: include={idle[0]!r} selects nothing of the live state. It is a prefix of "
+                f"qualified names, such as 'model' or 'model.layers.0.'; of what is no module, whole "
+                f"components are restored. Components of the live state: {', '.join(state)}"
+            )
         if plan.missing or plan.unexpected or plan.mismatched:
             problem = describe(f"{checkpoint.path} (step {manifest.step})", plan)
             if strict:
@@ -146,6 +161,7 @@ def restore(
         derived=tuple(others.derived),
         dropped=tuple(others.dropped),
         saved_ranks=manifest.world_size,
+        changed=tuple(environment.changes(manifest.environment, manifest.world_size, together.size)),
         whole=bool(together.in_all(["whole"] if whole else [])),
     )
 
@@ -180,9 +196,10 @@ def load_tensors(
             else:
                 found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
             if not found and component is None:
+                alike = difflib.get_close_matches(name, stored, n=1) or [next(iter(stored), "model.weight")]
                 raise UnknownName(
                     f"{checkpoint.path}: no tensor or component {name!r}; components are "
-                    f"{', '.join(manifest.components)}, tensors are named like {next(iter(stored), 'model.weight')!r}"
+                    f"{', '.join(manifest.components)}, tensors are named like {alike[0]!r}"
                 )
             chosen.update(found)
     # by identity: tied names share the record, and hashing one walks over all of its chunks
@@ -207,7 +224,7 @@ def describe(where: str, plan: RestorePlan) -> str:
         if names:
             shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
             lines.append(f"  {title} ({len(names)}): {shown}")
-    lines.append("Use strict=False to load what fits, include=/rename= to choose and map names.")
+    lines.append("restore(state, strict=False) loads what fits; its include= and rename= choose and map names.")
     return "\n".join(lines)
 
 
@@ -221,11 +238,25 @@ def _renamed(stored: dict[str, StoredTensor], rename: Rename | None) -> dict[str
     if rename is None:
         return stored
     renamed: dict[str, StoredTensor] = {}
+    came_from: dict[str, str] = {}
     for name, record in stored.items():
         new = _rename_one(name, rename)
-        if new is not None:
-            renamed[new] = record
+        if new is None:
+            continue
+        if renamed.get(new, record) is not record:
+            raise InvalidOption(f"rename gives {name!r} and {came_from[new]!r} the same name, {new!r}")
+        renamed[new], came_from[new] = record, name
     return renamed
+
+
+def _check_rename(stored: Mapping[str, StoredTensor], rename: Rename | None, path: str) -> None:
+    """Refuse an entry that renames nothing: its name is wrong, or is that of another checkpoint."""
+    for old in () if rename is None or callable(rename) else rename:
+        if not any(name.startswith(old) for name in stored):
+            raise UnknownName(
+                f"{path}: rename={{{old!r}: …}} matches no tensor there; they are named like "
+                f"{next(iter(stored), 'model.weight')!r}. `asyncckpt show` lists them"
+            )
 
 
 def _rename_one(name: str, rename: Rename) -> str | None:
@@ -236,14 +267,29 @@ def _rename_one(name: str, rename: Rename) -> str | None:
     return name if best is None else rename[best] + name[len(best) :]
 
 
-def _selector(include: Sequence[str] | None) -> Callable[[str], bool]:
-    """Return a function that says whether a qualified name is to be restored."""
-    if include is None:
-        return lambda _name: True
-    prefixes: Iterable[str] = tuple(include)
-    return lambda name: any(name == prefix or name.startswith(prefix) for prefix in prefixes)
+class Selection:
+    """Says whether a qualified name is to be restored: where it begins with one of some prefixes, or where there are
+    none. Remembers which of them have selected something."""
 
+    def __init__(self, include: str | Sequence[str] | None) -> None:
+        prefixes = (include,) if isinstance(include, str) else include
+        if prefixes is not None and not all(isinstance(prefix, str) for prefix in prefixes):
+            raise InvalidOption(f"include takes prefixes of qualified names, such as 'model.', not {include!r:.80}")
+        self._prefixes = None if prefixes is None else tuple(prefixes)
+        self._selected: set[str] = set()
 
-def _touches(component: str, prefix: str) -> bool:
-    """Whether a prefix may select anything of a component."""
-    return prefix == component or prefix.startswith(f"{component}.") or component.startswith(prefix)
+    def __call__(self, name: str) -> bool:
+        if self._prefixes is None:
+            return True
+        found = [prefix for prefix in self._prefixes if name.startswith(prefix)]
+        self._selected.update(found)
+        return bool(found)
+
+    def touches(self, component: str) -> bool:
+        """Return whether anything of a component may be selected."""
+        whole = self(component)
+        return whole or any(prefix.startswith(f"{component}.") for prefix in self._prefixes or ())
+
+    def idle(self) -> list[str]:
+        """Return the prefixes that have selected nothing yet."""
+        return [prefix for prefix in self._prefixes or () if prefix not in self._selected]

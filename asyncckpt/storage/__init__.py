@@ -25,7 +25,9 @@ _BUCKET_AS_PATH = re.compile(r"(s3|gs|gcs|az|abfs|abfss|adl|hdfs|hf|r2|http|http
 
 
 def scheme_of(address: str | os.PathLike[str]) -> str:
-    """Return the scheme of an address; ``file`` for a path."""
+    """Return the scheme of an address; ``file`` for a path. Raises ``InvalidOption`` for what is neither."""
+    if not isinstance(address, str | os.PathLike):
+        raise InvalidOption(f"path must be text or a Path, such as 'gpt-run', not {address!r:.80}")
     match = _SCHEME.match(os.fspath(address))
     if match is None and isinstance(address, os.PathLike):
         match = _BUCKET_AS_PATH.match(os.fspath(address))
@@ -37,7 +39,8 @@ def open_store(address: str | os.PathLike[str], *, direct: bool = True) -> Store
 
     ``direct``: read and write past the page cache where the backend has one. Raises ``InvalidOption`` for a scheme
     that no backend has."""
-    text, scheme = os.fspath(address), scheme_of(address)
+    scheme = scheme_of(address)
+    text = os.fspath(address)
     if scheme != "file" and "://" not in text:
         raise InvalidOption(f"{text}: give the address as a string, {scheme}://…: a Path keeps one of its slashes")
     if scheme not in _BACKENDS:

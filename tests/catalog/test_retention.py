@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from asyncckpt.catalog.retention import Candidate, KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps, Policy, plan
+from asyncckpt.catalog.retention import (
+    Candidate,
+    KeepAll,
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    KeepSteps,
+    Policy,
+    checked_policies,
+    plan,
+    unreported,
+)
 from asyncckpt.errors import InvalidOption
 
 
@@ -46,18 +57,18 @@ nan, inf = math.nan, math.inf
         (KeepEvery(7), entries(1, 2), set()),
         (KeepSteps([5, 1, 99]), entries(1, 2, 5), {1, 5}),
         (KeepSteps(range(0, 10, 5)), entries(4, 5), {5}),
-        (KeepBest("loss"), losses(3.0, 1.0, 2.0), {2}),
-        (KeepBest("loss", n=2), losses(3.0, 1.0, 2.0), {2, 3}),
+        (KeepBest("loss", mode="min"), losses(3.0, 1.0, 2.0), {2}),
+        (KeepBest("loss", n=2, mode="min"), losses(3.0, 1.0, 2.0), {2, 3}),
         (KeepBest("loss", mode="max"), losses(3.0, 1.0, 2.0), {1}),
         (KeepBest("loss", n=2, mode="max"), losses(3.0, 1.0, 2.0), {1, 3}),
-        (KeepBest("loss"), losses(1.0, 1.0, 1.0), {3}),
+        (KeepBest("loss", mode="min"), losses(1.0, 1.0, 1.0), {3}),
         (KeepBest("loss", n=2, mode="max"), losses(1.0, 1.0, 1.0), {2, 3}),
-        (KeepBest("loss", n=3), losses(nan, 2.0, None), {2}),
+        (KeepBest("loss", n=3, mode="min"), losses(nan, 2.0, None), {2}),
         (KeepBest("loss", mode="max"), losses(nan, 2.0, nan), {2}),
-        (KeepBest("loss"), losses(nan, None), set()),
-        (KeepBest("loss"), losses(inf, None), {1}),
-        (KeepBest("loss"), losses(0.0, -inf), {2}),
-        (KeepBest("accuracy"), losses(1.0), set()),
+        (KeepBest("loss", mode="min"), losses(nan, None), set()),
+        (KeepBest("loss", mode="min"), losses(inf, None), {1}),
+        (KeepBest("loss", mode="min"), losses(0.0, -inf), {2}),
+        (KeepBest("accuracy", mode="min"), losses(1.0), {1}),
     ],
     ids=str,
 )
@@ -93,7 +104,9 @@ def test_a_pinned_checkpoint_counts_among_those_to_keep() -> None:
     assert deleted([Entry(1), Entry(2), Entry(3, pinned=True)], [KeepLast(2)]) == [1]
 
 
-@pytest.mark.parametrize("policy", [KeepSteps([1]), KeepEvery(100), KeepBest("loss"), KeepBest("none")], ids=str)
+@pytest.mark.parametrize(
+    "policy", [KeepSteps([1]), KeepEvery(100), KeepBest("loss", mode="min"), KeepBest("none", mode="min")], ids=str
+)
 def test_the_newest_full_checkpoint_is_never_deleted(policy: Policy) -> None:
     candidates = [Entry(1, {"loss": 0.0}), Entry(2, {"loss": 1.0}), Entry(3, {"loss": nan})]
     assert 3 not in deleted(candidates, [policy])
@@ -127,18 +140,20 @@ def test_kinds_of_the_same_step_are_judged_apart() -> None:
         lambda: KeepLast(k="3"),  # type: ignore[arg-type]
         lambda: KeepEvery(0),
         lambda: KeepEvery(True),
-        lambda: KeepBest(""),
-        lambda: KeepBest(5),  # type: ignore[arg-type]
-        lambda: KeepBest("loss", n=0),
-        lambda: KeepBest("loss", n=True),
+        lambda: KeepBest("", mode="min"),
+        lambda: KeepBest(5, mode="min"),  # type: ignore[arg-type]
+        lambda: KeepBest("loss", n=0, mode="min"),
+        lambda: KeepBest("loss", n=True, mode="min"),
         lambda: KeepBest("loss", mode="minimum"),  # type: ignore[arg-type]
         lambda: KeepSteps([]),
         lambda: KeepSteps([-1]),
         lambda: KeepSteps([True]),
         lambda: KeepSteps("12"),  # type: ignore[arg-type]
         lambda: KeepSteps(5),  # type: ignore[arg-type]
-        lambda: plan(entries(1), [KeepLast]),  # type: ignore[list-item]
-        lambda: plan(entries(1), [3]),  # type: ignore[list-item]
+        lambda: checked_policies([KeepLast]),
+        lambda: checked_policies([3]),
+        lambda: checked_policies(3),
+        lambda: checked_policies("3"),
     ],
 )
 def test_a_senseless_option_is_refused_at_once(make: Any) -> None:
@@ -148,10 +163,25 @@ def test_a_senseless_option_is_refused_at_once(make: Any) -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    [KeepAll(), KeepLast(3), KeepEvery(1000), KeepBest("loss", n=2), KeepBest("acc", mode="max"), KeepSteps([3, 1])],
+    [
+        KeepAll(),
+        KeepLast(3),
+        KeepEvery(1000),
+        KeepBest("loss", n=2, mode="min"),
+        KeepBest("acc", mode="max"),
+        KeepSteps([3, 1]),
+    ],
     ids=str,
 )
 def test_the_recorded_policy_is_the_one_that_ran(policy: Policy) -> None:
     assert eval(policy.describe()) == policy
     assert isinstance(policy, Policy)
     assert hash(policy) == hash(eval(policy.describe()))
+
+
+def test_a_metric_that_nobody_reports_deletes_nothing_and_is_named() -> None:
+    run, policies = losses(3.0, 1.0, 2.0), [KeepBest("los", mode="min")]
+    assert plan(run, policies) == []
+    assert unreported(run, policies) == ["los"]
+    assert unreported(run, [KeepBest("loss", mode="min")]) == []
+    assert unreported([], policies) == []

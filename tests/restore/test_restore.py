@@ -13,6 +13,7 @@ from torch import nn
 
 from asyncckpt import Checkpointer, CheckpointNotFound, KeepLast, Run, Safetensors, StateMismatch
 from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.manifest import environment
 from asyncckpt.read import opening
 from asyncckpt.storage.reader import LocalReader
 
@@ -272,3 +273,22 @@ def test_a_step_is_found_without_reading_the_manifests_of_others(
     assert set(opened) == {"step-00000002"}
     with pytest.raises(CheckpointNotFound, match="the newest steps there: 1, 2, 3"):
         run.load_tensors(4)
+
+
+def test_a_resume_says_where_versions_and_ranks_were_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"w": torch.ones(3)}
+    then = {**environment.record(), "torch": "1.0.0", "host": "another"}
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "record", lambda: then)
+        with Checkpointer(tmp_path / "run") as run:
+            run.save(1, state).result()
+    with Checkpointer(tmp_path / "run") as run:
+        assert run.resume(dict(state)) == 1
+        run.save(2, state).result()
+    told = [record.message for record in caplog.records if "saved with" in record.message]
+    assert told == [f"resumed step 1, which was saved with torch 1.0.0 (now {torch.__version__})"]
+    with Checkpointer(tmp_path / "run") as run:
+        assert run.restore(dict(state)).changed == ()
+    assert environment.changes({"torch": str(torch.__version__)}, 8, 2) == ["8 ranks (now 2)"]

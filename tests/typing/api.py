@@ -50,7 +50,7 @@ def made(path: Path) -> list[Checkpointer]:
         Checkpointer(
             path,
             every=[Steps(100), Minutes(10)],
-            keep=[KeepLast(3), KeepBest("loss", n=1)],
+            keep=[KeepLast(3), KeepBest("loss", n=1, mode="min")],
             preemption=Preemption(deadline_seconds=30),
             on_event=[heard],
             config={"lr": 1e-3},
