@@ -62,7 +62,7 @@ class WatchedOptimizers:
 
     def check(self, checks: SnapshotChecks) -> None:
         """Tell these checks of a new save when the update begins."""
-        self._checks = [*(old for old in self._checks if old.waits_for_device()), checks]
+        self._checks.append(checks)
 
     def training_waits(self) -> None:
         """Tell the saves in flight that no operation of training is running now. Never blocks."""
@@ -122,7 +122,9 @@ class WatchedOptimizers:
     def owned(self) -> OwnedMemory:
         """Return the memory that only an optimizer's step changes: trained parameters and their state. A parameter with
         ``requires_grad=False`` is left out: whoever froze it may change it elsewhere, as a momentum encoder does in its
-        forward. What an optimizer steps over inside a CUDA graph is left out, too: no hook is called then."""
+        forward. What an optimizer steps over inside a CUDA graph is left out, too: no hook is called then. At the
+        beginning of a save, before it is decided what is deferred: what devices have found out since then counts."""
+        self._checks = [checks for checks in self._checks if checks.waits_for_device()]
         memory = OwnedMemory()
         captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
         for optimizer in self._alive():
