@@ -3,7 +3,7 @@ of a layout."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -99,7 +99,7 @@ class ComponentSnapshot:
     otherwise each rank has a component of its own under this name. ``type_name`` is the qualified name of the live
     object's class, or empty. ``strides`` has, in elements, those of the tensors that are dense but not row-major in
     memory; their bytes are stored in row-major order all the same. ``owner``: the rank whose copies are right, None
-    where all must be equal."""
+    where all must be equal. ``parameters``: the names of an optimizer's parameters, by group."""
 
     name: str
     kind: str
@@ -110,6 +110,7 @@ class ComponentSnapshot:
     type_name: str = ""
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     owner: int | None = None
+    parameters: Sequence[Sequence[str]] = ()
 
 
 @dataclass(slots=True)

@@ -249,6 +249,7 @@ def plan_key(shared: Sequence[ComponentSnapshot]) -> Any:
             [p.redistribute is None for p in c.pieces],
             [p.first_only for p in c.pieces],
             c.owner,
+            c.parameters,
         )
         for c in shared
     ]

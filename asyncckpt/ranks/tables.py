@@ -40,9 +40,9 @@ _REDISTRIBUTED, _FIRST_ONLY = 1, 2
 
 
 def table_of(component: ComponentSnapshot) -> Any:
-    """Describe a component for the other ranks: ``{"owner": rank, "rows": [[bounds, holders], …], "tensors": [[name,
-    dtype, shape, nbytes, frozen, rows, span, flags], …]}``. A tensor's ``rows`` is an index into the list, -1 where all
-    of it is here."""
+    """Describe a component for the other ranks: ``{"owner": rank, "parameters": names by group, "rows": [[bounds,
+    holders], …], "tensors": [[name, dtype, shape, nbytes, frozen, rows, span, flags], …]}``. A tensor's ``rows`` is an
+    index into the list, -1 where all of it is here."""
     numbers: dict[int, int] = {}
     rows: list[Any] = []
     tensors: list[Any] = []
@@ -55,7 +55,9 @@ def table_of(component: ComponentSnapshot) -> Any:
         spec = piece.spec
         flags = (piece.redistribute is not None) * _REDISTRIBUTED + piece.first_only * _FIRST_ONLY
         tensors.append([spec.name, spec.dtype, spec.shape, spec.nbytes, spec.frozen, number, piece.span, flags])
-    return {"owner": component.owner, "rows": rows, "tensors": tensors}
+    # an optimizer may have no tensors, and be of other parameters all the same
+    parameters = [list(names) for names in component.parameters]
+    return {"owner": component.owner, "parameters": parameters, "rows": rows, "tensors": tensors}
 
 
 def digest_of(table: Any) -> str:

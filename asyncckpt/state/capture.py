@@ -23,7 +23,7 @@ from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_row
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
 from asyncckpt.state.markers import LocalShard, Replicated, without_owners, without_shards
-from asyncckpt.state.optimizer import named_optimizer_state, rename_group_tensors
+from asyncckpt.state.optimizer import group_parameters, named_optimizer_state, rename_group_tensors
 from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
@@ -115,7 +115,10 @@ def _component(
     if kind == "optimizer":
         rename_group_tensors(tree, pieces)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
-    return ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
+    snapshot = ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
+    if kind == "optimizer":
+        snapshot.parameters = group_parameters(tree)
+    return snapshot
 
 
 def _module(name: str, module: nn.Module) -> ComponentSnapshot:

@@ -30,6 +30,12 @@ def named_optimizer_state(
     return {**raw, "state": by_name, "param_groups": groups}, names
 
 
+def group_parameters(tree: JsonValue) -> list[list[str]]:
+    """Return the names of the parameters in each group of an encoded optimizer."""
+    groups: Any = tree.get("param_groups") if isinstance(tree, dict) else None
+    return [list(group["params"]) for group in groups or ()]
+
+
 def rename_group_tensors(tree: JsonValue, pieces: Sequence[LocalTensor]) -> None:
     """Name the tensors in parameter groups (a learning rate that is a tensor, say) after the first parameter of their
     group, in the optimizer's tree and in its pieces: another rank's group of the same number may be another one."""

@@ -63,7 +63,7 @@ def _struck(me: Me, path: str) -> list[str]:
 def _odd(me: Me, path: str) -> list[str]:
     run, _ = checkpointer(me, path)
     wrong = [f"step 1: {error}"] if (error := _saved(run, 1)) else []
-    if (error := _saved(run, 3 if me.rank == 1 else 2)) != "RanksDisagree":
+    if (error := _saved(run, 3 if me.rank == 1 else 2, state_of(2))) != "RanksDisagree":
         wrong.append(f"ranks save different steps: {error or 'acknowledged'}")
     run.close()
     return wrong
@@ -88,7 +88,7 @@ def _sampled(me: Me, path: str) -> list[str]:
 
 def _buffers(me: Me, path: str) -> list[str]:
     """Buffers that differ are no mistake, and come back as the first rank's."""
-    run, _ = checkpointer(me, path)
+    run, _ = checkpointer(me, f"{path}-own")
     model = torch.nn.Module()
     model.register_buffer("seen", torch.full((900_000,), float(me.rank)))
     wrong = [f"buffers differ: {error}"] if (error := _saved(run, 1, {"model": model})) else []
@@ -100,7 +100,7 @@ def _buffers(me: Me, path: str) -> list[str]:
 
 def _stages(me: Me, path: str) -> list[str]:
     """Each stage has a learning rate of its own, in the group of the same number."""
-    run, _ = checkpointer(me, path)
+    run, _ = checkpointer(me, f"{path}-own")
     model = torch.nn.ModuleDict({f"stage{me.rank}": torch.nn.Linear(2, 2)})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0 + me.rank)
     state = {"model": model, "optimizer": optimizer}

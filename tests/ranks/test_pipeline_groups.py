@@ -58,6 +58,26 @@ def _save_stage(me: Me, path: str, tensors: bool) -> None:
         run.save(1, {"model": model, "optimizer": optimizer}).result(60)
 
 
+def _without_state(me: Me, path: str) -> list[float]:
+    """Save before the first step, when no optimizer has any tensors."""
+    model = _layers(me.rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0 + me.rank)
+    with asyncckpt.Checkpointer(path, ranks=TIMEOUT) as run:
+        run.save(1, {"model": model, "optimizer": optimizer}).result(60)
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 7.0 + me.rank})
+        state = {"model": model, "more": optimizer.param_groups[1]["params"][0].detach(), "optimizer": optimizer}
+        optimizer.param_groups[1]["params"][0] = model[f"layer{me.rank}"].extra = nn.Parameter(torch.ones(1))
+        run.save(2, state).result(60)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        run.restore(state, step=2)
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+def test_optimizers_that_have_no_state_yet_are_told_apart_by_their_parameters(crews: Crews, tmp_path: Path) -> None:
+    assert crews(2).values(_without_state, str(tmp_path / "run")) == [[1.0, 7.0], [2.0, 8.0]]
+
+
 def _load_stage(me: Me, path: str, tensors: bool) -> dict[str, float]:
     model, optimizer = _stage(me, tensors=tensors)
     for group in optimizer.param_groups:
