@@ -261,7 +261,7 @@ class Checkpointer(RunOwnership):
             return 0
         finally:
             self._close_found()
-        self._steps.rewind_to(report.step)
+        self._steps.rewind_to(report.step, report.attempt)
         self.prepare(state)
         return report.step
 
@@ -283,7 +283,7 @@ class Checkpointer(RunOwnership):
 
     def _after_restore(self, report: RestoreReport) -> None:
         if report.whole:  # a part of a state, or weights alone, sends training nowhere
-            self._steps.rewind_to(report.step)
+            self._steps.rewind_to(report.step, report.attempt)
 
     def unfinished(self) -> int:
         """Count the saves that have not ended; 0 after ``close`` and in a forked child. Never blocks."""

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace as replaced
 
 from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Hold, PendingDirectory, Store
@@ -22,6 +23,8 @@ def take_over(
 ) -> Hold:
     """Become the run's only writer, and finish what writers before that are gone have begun. Blocks on the storage.
     Raises ``RunLocked`` and ``RunPathError``."""
+    if is_checkpoint(store):
+        Catalog(store, store.address).entries()  # raises, before anything is written into it
     store.prepare(create_parents=create_parents)
     hold = store.hold(takeover=takeover, options=options)
     try:

@@ -121,6 +121,11 @@ class SaveTransaction:
         """Return how many bytes of a durable checkpoint were written, in a job by this rank."""
         return self._publisher.written_bytes(self, written)
 
+    def descend_from(self, attempt: str) -> None:
+        """Record which checkpoint training came from, once the saves before this one have ended. Call it before
+        ``commit``, on the same thread."""
+        self.contents = replaced(self.contents, draft=replaced(self.contents.draft, parent=attempt))
+
     def commit(
         self,
         check_lease: Callable[[], None],

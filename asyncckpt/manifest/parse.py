@@ -35,7 +35,8 @@ MAX_EXTENT_BYTES: Final = 1 << 30
 _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: A file's name has at most so many parts, directories included.
 _MAX_DEPTH: Final = 3
-_LIMIT: Final = 1 << 62
+#: No number in a manifest is as large as this one.
+NUMBER_LIMIT: Final = 1 << 62
 #: Longer names of classes and attempts are taken for an attack.
 _MAX_TEXT: Final = 1000
 #: So many pairs of boxes of one tensor are compared at most: far more than a grid of a hundred thousand boxes needs.
@@ -91,7 +92,7 @@ class Body:
 
     def size(self, what: str, value: Any) -> int:
         """Return ``value``, called ``what``, which must be a whole number from 0 to below 2**62."""
-        if type(value) is not int or not 0 <= value < _LIMIT:
+        if type(value) is not int or not 0 <= value < NUMBER_LIMIT:
             self.fail(f"has a {what!r} that is no whole number in range")
         return value
 
@@ -385,4 +386,4 @@ def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> No
 
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a number that a float can hold: JSON's whole numbers have no limit."""
-    return type(value) is float or (type(value) is int and abs(value) < _LIMIT)
+    return type(value) is float or (type(value) is int and abs(value) < NUMBER_LIMIT)

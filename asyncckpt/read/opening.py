@@ -18,7 +18,7 @@ from asyncckpt.types import JsonValue
 
 
 class OpenCheckpoint:
-    """A checkpoint whose manifest has been parsed, and whose files have the names and sizes that it lists.
+    """A checkpoint whose manifest has been parsed, and whose files are there with the sizes that it lists.
 
     Whoever finds a checkpoint makes one of these, and everything on the way back takes it. Nothing is opened, parsed or
     checked a second time, so nothing can change in between. Retention spares the checkpoint until ``close``.
@@ -91,7 +91,7 @@ def open_checkpoint(reader: Reader, expect_digest: str | None = None) -> OpenChe
     """
     try:
         manifest = manifests.load(reader, expect_digest)
-        raise_damage(reader.path, check_files(reader, manifest))
+        raise_damage(reader.path, check_files(reader, manifest).damage)
     except BaseException:
         reader.close()
         raise

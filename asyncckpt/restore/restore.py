@@ -48,7 +48,7 @@ Rename = Mapping[str, str] | Callable[[str], str | None]
 class RestoreReport:
     """Says what was restored. ``nbytes``: how much was read and verified. ``missing``, ``unexpected`` and
     ``mismatched`` are empty unless ``strict=False``: they list what was left as it is, by qualified name
-    (``component.fqn``). ``whole``: every component and every tensor of a full checkpoint was restored, so that training
+    (``component.fqn``). ``attempt``: the uuid of the save that made the checkpoint. ``whole``: every component and every tensor of a full checkpoint was restored, so that training
     goes on from its step."""
 
     step: int
@@ -59,6 +59,7 @@ class RestoreReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[str, ...] = ()
+    attempt: str = ""
     whole: bool = False
 
 
@@ -123,6 +124,7 @@ def restore(
         nbytes=nbytes,
         seconds=time.perf_counter() - began,
         metrics=manifest.metrics,
+        attempt=manifest.attempt,
         missing=tuple(plan.missing),
         unexpected=tuple(plan.unexpected),
         mismatched=tuple(plan.mismatched),
