@@ -24,8 +24,8 @@ def refuse_checkpoint(store: Store) -> None:
         parent, name = os.path.split(store.address.rstrip("/"))
         raise RunPathError(
             f"{store.address} is a checkpoint, and the path of a run was asked for: the directory that holds its "
-            f"checkpoints. Give {parent}; to use this very checkpoint ({name}) call restore(state, step=…) on that run, "
-            f"or name its step on the command line"
+            f"checkpoints. Give {parent}; to use this very checkpoint ({name}), call restore(state, step=…) on that "
+            f"run, or name its step on the command line"
         )
 
 

@@ -75,9 +75,9 @@ class StepRegistry:
     def reserve(self, step: int, kind: str, metrics: Mapping[str, float]) -> Claim:
         """Reserve a step for a new save.
 
-        Raises ``InvalidStep`` where the step is no whole number from 0 to below 2**62, or lies before the one that training has reached;
-        ``StepExists`` where it is saved or in flight, or somebody else has given its name to a directory; and
-        ``InvalidOption`` where the name template needs a metric that is not there.
+        Raises ``InvalidStep`` where the step is no whole number from 0 to below 2**62, or lies before the one that
+        training has reached; ``StepExists`` where it is saved or in flight, or somebody else has given its name to a
+        directory; and ``InvalidOption`` where the name template needs a metric that is not there.
         """
         if type(step) is not int or step < 0:
             raise InvalidStep(f"step must be a whole number >= 0, not {step!r}")

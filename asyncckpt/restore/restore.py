@@ -48,8 +48,8 @@ Rename = Mapping[str, str] | Callable[[str], str | None]
 class RestoreReport:
     """Says what was restored. ``nbytes``: how much was read and verified. ``missing``, ``unexpected`` and
     ``mismatched`` are empty unless ``strict=False``: they list what was left as it is, by qualified name
-    (``component.fqn``). ``attempt``: the uuid of the save that made the checkpoint. ``whole``: every component and every tensor of a full checkpoint was restored, so that training
-    goes on from its step."""
+    (``component.fqn``). ``attempt``: the uuid of the save that made the checkpoint. ``whole``: every component and
+    every tensor of a full checkpoint was restored, so that training goes on from its step."""
 
     step: int
     path: str

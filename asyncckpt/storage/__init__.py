@@ -20,7 +20,7 @@ _BACKENDS: Final = {
     "memory": "asyncckpt.storage.memory",
 }
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-#: A bucket's address that was made a ``pathlib.Path``, or went through ``os.path.normpath``: both keep one slash of two.
+#: A bucket's address that was a ``pathlib.Path``, or went through ``os.path.normpath``: both keep one slash of two.
 _BUCKET_AS_PATH = re.compile(
     r"(s3[an]?|gs|gcs|gdrive|az|azure|abfss?|adl|wasbs?|hdfs|webhdfs|viewfs|hf|r2|oss|obs|cos|swift|b2|lakefs|dbfs|"
     r"https?|s?ftp|ssh|memory|file):/(?!/)",
