@@ -24,13 +24,12 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.types import MANIFEST_FILE, ContentDigest
+from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES, ContentDigest
 
 #: In the manifest's text, a content digest whose image was split into planes begins so.
 SPLIT_MARK: Final = "planes:"
-#: A chunk is decoded into memory as a whole, and an extent is read as a whole, so their sizes are limited.
-MAX_CHUNK_BYTES: Final = 1 << 30
-MAX_EXTENT_BYTES: Final = 1 << 30
+#: A chunk is decoded into memory as a whole, so its size is limited as that of an extent is.
+MAX_CHUNK_BYTES: Final = MAX_EXTENT_BYTES
 #: No row may name the manifest itself.
 _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: A file's name has at most so many parts, directories included.

@@ -8,10 +8,9 @@ from typing import Self
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.json import STATE_FILE
+from asyncckpt.manifest.json import MAX_STATE_BYTES, STATE_FILE
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
-from asyncckpt.read.consistency import MAX_STATE_BYTES
 from asyncckpt.read.damage import check_files, raise_damage
 from asyncckpt.read.extents import read_record, read_small_file
 from asyncckpt.types import JsonValue
