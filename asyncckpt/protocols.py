@@ -246,6 +246,10 @@ class RenamingStore(Store, Protocol):
     def put_back(self, replaced: Replaced) -> bool:
         """Give a hidden checkpoint its name back; return False where that failed, which is logged."""
 
+    def empty_trash(self) -> None:
+        """Delete the checkpoints whose place others have taken (``publish`` with ``replace``), except those that are
+        still being read. Blocks; never raises."""
+
     def replaced(self) -> list[Replaced]:
         """Return the checkpoints that are hidden."""
 

@@ -293,6 +293,8 @@ class Committer:
             if self.is_follower:
                 return
             self._remove_replaced()
+            if (store := renaming(self._store)) is not None:
+                store.empty_trash()  # this save read the one that it has replaced
             if save.contents.draft.kind == "full":
                 self._store.put(LATEST, f"{name}\n".encode(), replace=True)
             if self.policies:
