@@ -163,7 +163,7 @@ class Unchanged:
         if not progress.matching or self._round is None:
             return True  # it is written
         nbytes = sum(base.chunk(number).nbytes for base in old.bases) + old.ordered[number].nbytes
-        if not self._round.take(progress.shard.file, number, nbytes):
+        if not self._round.take(f"{self._kind}/{progress.shard.file}", number, nbytes):
             return True
         try:
             if old.bases:
@@ -185,7 +185,7 @@ class Unchanged:
         for at, extent in enumerate(old.record.extents if old.record.content_key else ()):
             if extent.offset in ours or self._round is None:
                 continue
-            if self._round.take(old.record.name, -1 - at, extent.nbytes):
+            if self._round.take(f"{self._kind}/{old.record.name}", -1 - at, extent.nbytes):
                 try:
                     self._read(old, extent.offset, extent.nbytes, (extent.digest,), ())
                 except (CheckpointDamaged, OSError) as error:

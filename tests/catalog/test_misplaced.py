@@ -95,7 +95,7 @@ def test_a_damaged_manifest_makes_it_no_run_directory(tmp_path: Path) -> None:
         {"model-00001-of-00002.safetensors": "weights", "config.json": "{}"},
         {"manifest.json": ""},
     ],
-    ids=lambda files: " ".join(files),
+    ids=" ".join,
 )
 def test_files_of_others_make_a_run_directory_no_checkpoint(files: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()

@@ -88,9 +88,7 @@ def test_trash_that_cannot_be_moved_is_left_to_the_next_run(path: Path) -> None:
         assert trash(path) == []
 
 
-def test_a_restore_beside_an_overwrite_falls_back_to_nothing_older(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_restore_beside_an_overwrite_falls_back_to_nothing_older(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no lock keeps it from being deleted: its files go while they are read, and another has its name by then."""
     saved(path, 1, 2)
     original, done = restoring.fill, []
