@@ -268,7 +268,7 @@ class Checkpointer(RunOwnership):
             self._close_found()
         if report.changed:
             log.warning("resumed step %d, which was saved with %s", report.step, ", ".join(report.changed))
-        self._steps.rewind_to(report.step)
+        self._steps.rewind_to(report.step, report.attempt)
         self.prepare(state)
         return report.step
 
@@ -290,7 +290,7 @@ class Checkpointer(RunOwnership):
 
     def _after_restore(self, report: RestoreReport) -> None:
         if report.whole:  # a part of a state, or weights alone, sends training nowhere
-            self._steps.rewind_to(report.step)
+            self._steps.rewind_to(report.step, report.attempt)
 
     def unfinished(self) -> int:
         """Count the saves that have not ended; 0 after ``close`` and in a forked child. Never blocks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Final, Literal, Protocol, cast, runtime_checkable
 
 from asyncckpt.types import Buffer, Holder, LayoutOptions, LeaseOptions, ShardFile, TensorSpec, WrittenRange
 
@@ -246,6 +246,10 @@ class RenamingStore(Store, Protocol):
     def put_back(self, replaced: Replaced) -> bool:
         """Give a hidden checkpoint its name back; return False where that failed, which is logged."""
 
+    def empty_trash(self) -> None:
+        """Delete the checkpoints whose place others have taken (``publish`` with ``replace``), except those that are
+        still being read. Blocks; never raises."""
+
     def replaced(self) -> list[Replaced]:
         """Return the checkpoints that are hidden."""
 
@@ -253,6 +257,10 @@ class RenamingStore(Store, Protocol):
 def renaming(store: Store) -> RenamingStore | None:
     """Return the store as one whose names move, or None where they do not."""
     return cast(RenamingStore, store) if Capability.RENAMES in store.capabilities else None
+
+
+#: In ``Reader.files``, the size of what is no regular file.
+NOT_REGULAR: Final = -1
 
 
 class Reader(Protocol):
@@ -264,8 +272,8 @@ class Reader(Protocol):
     path: str
 
     def files(self) -> dict[str, int]:
-        """Return the checkpoint's files and their sizes in bytes. Raises ``CheckpointDamaged`` where something there is
-        no regular file."""
+        """Return everything that lies in the checkpoint: regular files with their sizes in bytes, and what is neither
+        that nor a directory on the way to one, such as a link, with ``NOT_REGULAR``."""
 
     def files_nbytes(self, file: str) -> int:
         """Return one file's size. Raises ``CheckpointDamaged`` where it is missing or no regular file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of
+from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
     from asyncckpt.restore.restore import Rename, RestoreReport, Stages
+
+log = logging.getLogger("asyncckpt")
 
 #: The newest checkpoint is looked for anew so many times, while another process publishes and deletes.
 _LOOKS = 20
@@ -58,6 +62,13 @@ class Run:
         Reads manifests and file sizes, not data."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).entries()
+
+    def check_path(self) -> None:
+        """Look whether the path can be a run's. Raises ``RunPathError`` where it is a checkpoint itself, one level too
+        deep."""
+        with storage_errors(self.path):
+            if is_checkpoint(self._store):
+                Catalog(self._store, self.path).entries()  # raises, unless there are checkpoints in it all the same
 
     def listing(self, prefer: Preference) -> Listing:
         """List the checkpoints as ``ls`` does, and keep the preferred one open, for a caller who goes on to read it.
@@ -147,12 +158,13 @@ class Run:
 
         with storage_errors(self.path):
             for looks_left in reversed(range(_LOOKS)):
-                with self._open_chosen(step) as checkpoint:
+                entry, opened = self._open_chosen(step)
+                with opened as checkpoint:
                     try:
                         return load_tensors(checkpoint, names, device=device, dtype=dtype, expect_digest=expect_digest)
                     except CheckpointDamaged:
-                        # where the file system has no locks, retention may take it while it is read
-                        if not looks_left or self._store.identity(checkpoint.name) is not None:
+                        # where the file system has no locks, it may be deleted or replaced while it is read
+                        if not looks_left or not self._is_gone(entry):
                             raise
         raise AssertionError("unreachable")
 
@@ -161,7 +173,7 @@ class Run:
         ``CheckpointNotFound``, ``VersionUnsupported``, and ``CheckpointDamaged`` where files are missing or have other
         sizes than the manifest says, or where it holds another step than its name says."""
         with storage_errors(self.path):
-            return self._open_chosen(step)
+            return self._open_chosen(step)[1]
 
     def open_entry(self, entry: CheckpointInfo) -> OpenCheckpoint:
         """Open the checkpoint of one row of ``ls``; see ``open``. Raises ``CheckpointNotFound`` where it was deleted
@@ -180,13 +192,13 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step, pinned=False)
 
-    def _open_chosen(self, step: int | None) -> OpenCheckpoint:
+    def _open_chosen(self, step: int | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
         """Find the checkpoint of that step, or the newest of any kind, and hand it over open."""
         for looks_left in reversed(range(_LOOKS)):
             with Catalog(self._store, self.path).find_open(step) as listing:
                 entry = _of_its_name(listing.entries[0])
                 try:
-                    return listing.open(entry)
+                    return entry, listing.open(entry)
                 except CheckpointNotFound:  # retention took it meanwhile, because a newer one is there
                     if not looks_left:
                         raise
@@ -219,6 +231,9 @@ class Run:
         from asyncckpt.restore import restore as restoring
 
         stages = self._stages()
+        if entry.extra:
+            shown = ", ".join(entry.extra[:5]) + (", …" if len(entry.extra) > 5 else "")
+            log.warning("%s: files that the manifest does not list are not read: %s", entry.path, shown)
         with contextlib.ExitStack() as open_until_restored:
             with stages.stage("open"):
                 checkpoint = open_until_restored.enter_context(listing.open(entry))
@@ -254,7 +269,9 @@ class Run:
         return Catalog(self._store, self.path).listing(newest_of("full"))
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
-        return self._store.identity(entry.name) is None
+        """Return whether this very directory is not there any more: another one may have its name by now."""
+        there = self._store.identity(entry.name)
+        return there is None or (entry.inode is not None and there != entry.inode)
 
     def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
         reasons: dict[str, str] = {}
@@ -279,7 +296,7 @@ class Run:
                             what = f"checkpoint {entry.path} cannot be used: {error}"
                             warnings.warn(what, RuntimeWarning, stacklevel=3)
                             self.events.emit(FellBack(step=entry.step, path=entry.path, reason=str(error)))
-                    if vanished and looks_left:  # retention took it, because a newer one is there: that is the newest
+                    if vanished and looks_left:  # deleted or replaced, because a newer one is there: that is the newest
                         break
             if not vanished:
                 break

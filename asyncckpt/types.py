@@ -28,6 +28,8 @@ SMALL_SHARD_BYTES = 256 << 10
 MANIFEST_FILE = "manifest.json"
 #: File offsets, extent boundaries and memory handed to O_DIRECT are multiples of this many bytes.
 ALIGNMENT_BYTES = 4096
+#: A reader takes no larger extent, because it reads each into memory as a whole.
+MAX_EXTENT_BYTES = 1 << 30
 
 
 class ContentDigest(NamedTuple):  # a manifest may have millions: a frozen dataclass takes twice as long to make
@@ -267,6 +269,8 @@ class LayoutOptions:
             raise InvalidOption(f"shard_bytes must be a whole number of bytes >= 1, not {self.shard_bytes!r}")
         if type(self.extent_bytes) is not int or self.extent_bytes < 1 or self.extent_bytes % ALIGNMENT_BYTES:
             raise InvalidOption(f"extent_bytes must be a positive multiple of {ALIGNMENT_BYTES}")
+        if self.extent_bytes > MAX_EXTENT_BYTES:
+            raise InvalidOption(f"extent_bytes must be at most {MAX_EXTENT_BYTES}, not {self.extent_bytes}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,9 @@ import os
 import re
 from dataclasses import replace
 
+from asyncckpt.catalog.lineage import abandoned
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of, of_step
+from asyncckpt.catalog.misplaced import refuse_checkpoint
 from asyncckpt.catalog.retention import age
 from asyncckpt.errors import (
     AsyncCkptError,
@@ -48,7 +50,8 @@ class Catalog:
     def entries(self, *, fresh: bool = True, listing: Listing | None = None) -> list[CheckpointInfo]:
         """List all checkpoints, damaged and renamed ones included, the oldest save first. With ``fresh=False`` only new
         names are read, and those that looked damaged: a read error of a moment ago must not keep retention from a
-        checkpoint for ever. ``listing`` keeps the one open that it prefers."""
+        checkpoint for ever. ``listing`` keeps the one open that it prefers. Raises ``RunPathError`` where the directory
+        is a checkpoint itself."""
         known = {name: entry for name, entry in self._known.items() if entry.damage is None}
         for _ in range(_LIST_RETRIES):
             names = set(self._store.names())
@@ -61,8 +64,11 @@ class Catalog:
             if not vanished and not hinted:
                 break
         self._known = known
+        if not known:
+            refuse_checkpoint(self._store)
         pins = self.pins()
-        found = [replace(entry, pinned=entry.name in pins) for entry in known.values()]
+        left = abandoned(known.values())
+        found = [replace(e, pinned=e.name in pins, abandoned=e.name in left) for e in known.values()]
         return _oldest_first(found)
 
     def listing(self, prefer: Preference | None = None) -> Listing:
@@ -128,7 +134,7 @@ class Catalog:
         if name in self._store.names():
             entry = self.inspect(name)
             if not self._store.listing(name):
-                return False
+                return False  # an empty directory is no checkpoint: publishing takes its place
             if entry is not None and not entry.renamed:
                 return entry.damage is not None
         raise StepExists(
@@ -180,7 +186,7 @@ class Catalog:
         entry: CheckpointInfo | None = None
         for _ in range(_LIST_RETRIES):
             before = self._store.identity(name)
-            entry = self._inspect_once(name, listing)
+            entry = self._inspect_once(name, listing, before)
             if entry is None or entry.damage is None:
                 return entry
             after = self._store.identity(name)
@@ -190,7 +196,7 @@ class Catalog:
                 break
         return entry
 
-    def _inspect_once(self, name: str, listing: Listing | None) -> CheckpointInfo | None:
+    def _inspect_once(self, name: str, listing: Listing | None, inode: int | None) -> CheckpointInfo | None:
         path = os.path.join(self.path, name)
         step = _step_in(name)
         try:
@@ -198,15 +204,16 @@ class Catalog:
         except CheckpointNotFound:
             return None  # it was deleted meanwhile
         except (CheckpointDamaged, OSError) as error:
-            return CheckpointInfo(step=step, name=name, path=path, damage=str(error)) if step >= 0 else None
+            found = CheckpointInfo(step=step, name=name, path=path, damage=str(error), inode=inode)
+            return found if step >= 0 else None
         handed_on = False
         try:
             manifest = manifests.load(reader)
             renamed = name != manifest.name
             if renamed and step != manifest.step and _digits_aside(name) == _digits_aside(manifest.name):
                 problem = f"its manifest is that of {manifest.name}; a copy wants a name that says no other step"
-                return CheckpointInfo(step=step, name=name, path=path, damage=problem, misnamed=True)
-            damage = check_files(reader, manifest)
+                return CheckpointInfo(step=step, name=name, path=path, damage=problem, misnamed=True, inode=inode)
+            damage, extra = check_files(reader, manifest)
             entry = CheckpointInfo(
                 step=manifest.step,
                 name=name,
@@ -218,6 +225,9 @@ class Catalog:
                 damage=str(damage[0]) if damage else None,
                 sequence=manifest.sequence,
                 attempt=manifest.attempt,
+                parent=manifest.parent,
+                extra=extra,
+                inode=inode,
                 renamed=renamed,
             )
             if listing is not None and not damage:
@@ -230,7 +240,7 @@ class Catalog:
                     return None
             except OSError as worse:
                 problem = str(worse)
-            return CheckpointInfo(step=step, name=name, path=path, damage=problem)
+            return CheckpointInfo(step=step, name=name, path=path, damage=problem, inode=inode)
         finally:
             if not handed_on:
                 reader.close()

@@ -20,7 +20,11 @@ class CheckpointInfo:
     largest was acknowledged last, whatever its step is. ``attempt``: the save's uuid. ``renamed``: somebody has copied
     the directory, or given it another name than its manifest has. It is theirs: it is listed and can be read, but is
     never deleted, and neither resumed from nor counted by retention. ``misnamed``: the directory has a name that the
-    run would give to another step. That is damage: it may be a copy, or a fault of the storage."""
+    run would give to another step. That is damage: it may be a copy, or a fault of the storage. ``extra``: the names of
+    files in the directory that the manifest does not list; they are never read. ``parent``: the ``attempt`` of the
+    checkpoint that training came from, empty where it began anew or nobody knows. ``abandoned``: training went back and
+    left this checkpoint: the newest one certainly does not descend from it. ``inode``: what ``Store.identity`` said of
+    the directory when it was looked at."""
 
     step: int
     name: str
@@ -35,6 +39,10 @@ class CheckpointInfo:
     attempt: str = ""
     renamed: bool = False
     misnamed: bool = False
+    extra: tuple[str, ...] = ()
+    parent: str = ""
+    abandoned: bool = False
+    inode: int | None = None
 
 
 #: Says how much a usable checkpoint is wanted: of several, the one with the largest answer; None: not at all.

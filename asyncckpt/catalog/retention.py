@@ -146,6 +146,9 @@ class KeepSteps:
         return f"KeepSteps({list(self.steps)})"
 
 
+#: These policies tell the milestones and the best of one line of training.
+_OF_ONE_LINE = (KeepEvery, KeepBest, KeepSteps)
+
 C = TypeVar("C", bound=Candidate)
 
 
@@ -167,16 +170,25 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     """Return the candidates to delete, the oldest save first: those that no policy keeps. Pure.
 
     Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, and the
-    newest full checkpoint are never among them; without policies nothing is.
+    newest full checkpoint are never among them; without policies nothing is. Where a candidate is ``abandoned`` (see
+    ``CheckpointInfo``), policies that name milestones and the best keep it until training has reached its step again;
+    all others count it like any other.
     """
     if not policies:
         return []
+    in_order = sorted(candidates, key=age)
+    reached = max((one.step for one in in_order if not _left(one)), default=-1)
     groups: dict[str, list[C]] = {}
-    for candidate in sorted(candidates, key=age):
+    for candidate in in_order:
         groups.setdefault(candidate.kind, []).append(candidate)
     to_delete: list[C] = []
     for kind, group in groups.items():
-        kept = set(protected).union(*(policy.keep(tuple(group)) for policy in policies))
+        kept = set(protected)
+        ahead = tuple(one for one in group if not _left(one) or one.step > reached)
+        for policy in policies:
+            kept |= policy.keep(ahead if isinstance(policy, _OF_ONE_LINE) else tuple(group))
+            if isinstance(policy, KeepBest):  # what training has left takes no place from the best that it has now
+                kept |= policy.keep(tuple(one for one in group if not _left(one)))
         if kind == "full":
             kept.add(group[-1].step)
         to_delete += [candidate for candidate in group if candidate.step not in kept and not candidate.pinned]
@@ -188,6 +200,11 @@ def unreported(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> l
     full = [candidate for candidate in candidates if candidate.kind == "full"]
     best = (policy for policy in policies if isinstance(policy, KeepBest))
     return [policy.metric for policy in best if full and policy.is_unreported(full)]
+
+
+def _left(candidate: Candidate) -> bool:
+    """Whether training went back and left this checkpoint."""
+    return bool(getattr(candidate, "abandoned", False))
 
 
 def _check_count(what: str, value: object) -> None:

@@ -7,8 +7,10 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from asyncckpt.catalog.lineage import Lineage
 from asyncckpt.catalog.names import NameTemplate
 from asyncckpt.errors import InvalidOption, InvalidStep, StepExists
+from asyncckpt.manifest.parse import NUMBER_LIMIT as STEP_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class StepRegistry:
         self._foreign: dict[str, int] = {}
         self._opened = False
         self._went_to: int | None = None
+        self._lineage = Lineage()
 
     def add(self, step: int, kind: str, name: str, sequence: int) -> None:
         """Note a checkpoint that the directory holds already. Call this with the oldest save first."""
@@ -72,12 +75,14 @@ class StepRegistry:
     def reserve(self, step: int, kind: str, metrics: Mapping[str, float]) -> Claim:
         """Reserve a step for a new save.
 
-        Raises ``InvalidStep`` where the step is no whole number >= 0, or lies before the one that training has reached;
-        ``StepExists`` where it is saved or in flight, or somebody else has given its name to a directory; and
-        ``InvalidOption`` where the name template needs a metric that is not there.
+        Raises ``InvalidStep`` where the step is no whole number from 0 to below 2**62, or lies before the one that
+        training has reached; ``StepExists`` where it is saved or in flight, or somebody else has given its name to a
+        directory; and ``InvalidOption`` where the name template needs a metric that is not there.
         """
         if type(step) is not int or step < 0:
             raise InvalidStep(f"step must be a whole number >= 0, not {step!r}")
+        if step >= STEP_LIMIT:
+            raise InvalidStep(f"step {step} is too large: steps are below 2**62. Count training steps from 0")
         name = self._template.name(step, kind, metrics)
         with self._lock:
             existing = self._claims.get((step, kind))
@@ -111,11 +116,13 @@ class StepRegistry:
             claim = Claim(name, self._sequence, replaces=existing if given_up else None)
             self._claims[step, kind] = claim
             self._reached[kind] = step
+            self._lineage.begin(claim.sequence)
         return claim
 
     def release(self, step: int, kind: str, claim: Claim) -> None:
         """Give a claim back whose save has failed: its step is free again, or belongs again to what it would have
         replaced."""
+        self._lineage.end(claim.sequence, None)
         with self._lock:
             known = self._claims.get((step, kind))
             if known is None or known.sequence != claim.sequence:
@@ -125,12 +132,18 @@ class StepRegistry:
             else:
                 self._claims[step, kind] = known.replaces
 
-    def durable(self, step: int, kind: str, sequence: int) -> None:
-        """Note that the save with this sequence is durable: it has replaced what it was to replace."""
+    def durable(self, step: int, kind: str, sequence: int, attempt: str) -> None:
+        """Note that the save with this sequence is durable, as ``attempt``: it has replaced what it was to replace."""
+        self._lineage.end(sequence, attempt)
         with self._lock:
             known = self._claims.get((step, kind))
             if known is not None and known.sequence == sequence:
                 self._claims[step, kind] = replace(known, replaces=None)
+
+    def parent_of(self, sequence: int) -> str:
+        """Return the attempt of the checkpoint that the save with this sequence comes from, or "" where training began
+        anew. Ask once the saves before it have ended."""
+        return self._lineage.parent_of(sequence)
 
     def replaced_by(self, step: int, kind: str, sequence: int) -> list[str]:
         """Return the name of the directory that has to make way for the save with this sequence, if there is one."""
@@ -147,9 +160,10 @@ class StepRegistry:
             if known is not None and known.name == name and known.replaces is None:
                 del self._claims[step, kind]
 
-    def rewind_to(self, step: int) -> None:
+    def rewind_to(self, step: int, attempt: str) -> None:
         """Note that training continues from this full checkpoint: later steps belong to a branch that it has given up.
         Where the directory's checkpoints are not known yet, this takes effect once they are."""
+        self._lineage.go_to(attempt)
         with self._lock:
             self._went_to = step
             if self._opened:

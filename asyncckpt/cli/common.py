@@ -25,11 +25,13 @@ from asyncckpt.errors import (
     CheckpointNotFound,
     InvalidOption,
     RunLocked,
+    RunPathError,
     UnknownName,
 )
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.run import Run
+from asyncckpt.storage import scheme_of
 
 # Names of checkpoints, metrics and tensors are other people's text, so they are never taken for markup. Without a
 # terminal a row is one line, so that grep finds whole names.
@@ -75,10 +77,16 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, and nothin
 
 
 def open_run(path: str) -> Run:
-    """Open a run for reading. Raises ``CheckpointNotFound`` where there is no such directory."""
-    if not os.path.isdir(path):
+    """Open a run for reading. Raises ``CheckpointNotFound`` where there is no such directory, and ``InvalidOption`` for
+    an address of no storage that there is, and for the path of a checkpoint itself."""
+    run = Run(path)
+    if scheme_of(path) == "file" and not os.path.isdir(run.path):
         raise CheckpointNotFound(f"{path}: no such run directory")
-    return Run(path)
+    try:
+        run.check_path()
+    except RunPathError as error:
+        raise InvalidOption(str(error)) from error
+    return run
 
 
 def checkpoints(run: Run) -> list[CheckpointInfo]:
@@ -296,6 +304,9 @@ def as_json(entry: CheckpointInfo) -> dict[str, Any]:
         "damage": entry.damage,
         "sequence": entry.sequence,
         "renamed": entry.renamed,
+        "parent": entry.parent,
+        "abandoned": entry.abandoned,
+        "extra": list(entry.extra),
     }
 
 

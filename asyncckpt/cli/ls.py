@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.cli.common import (
     JsonOption,
     RunArgument,
@@ -21,11 +22,21 @@ from asyncckpt.cli.common import (
 )
 
 
+def _good(entry: CheckpointInfo) -> str:
+    """Say in what way a checkpoint that is not damaged is good."""
+    notes = [
+        *(["a copy or renamed"] if entry.renamed else []),
+        *(["training went back and left it"] if entry.abandoned else []),
+        *([f"with {len(entry.extra)} files of somebody else's"] if entry.extra else []),
+    ]
+    return ", ".join(["ok", *notes])
+
+
 def ls(run: RunArgument, json: JsonOption = False) -> None:
     """List the checkpoints of a run, damaged ones included.
 
-    Rows stand in the order in which checkpoints were saved. Manifests and sizes are read, data is not: `verify` does
-    that."""
+    Rows stand in the order in which checkpoints were saved. What training left when it went back to an earlier step is
+    marked. Manifests and sizes are read, data is not: `verify` does that."""
     with exits():
         entries = checkpoints(open_run(run))
         if json:
@@ -42,8 +53,6 @@ def ls(run: RunArgument, json: JsonOption = False) -> None:
                 age(entry.created_unix_seconds) if entry.created_unix_seconds else "",
                 numbers(entry.metrics),
                 "pinned" if entry.pinned else "",
-                Text("ok, a copy or renamed" if entry.renamed else "ok", "green")
-                if good
-                else Text.assemble(("damaged", "red"), f": {clean(entry.damage)}"),
+                Text(_good(entry), "green") if good else Text.assemble(("damaged", "red"), f": {clean(entry.damage)}"),
             )
         console.print(table)

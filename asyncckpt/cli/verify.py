@@ -43,7 +43,8 @@ def verify(
 ) -> None:
     """Read every byte of a checkpoint and check it. Safe on a directory you do not trust.
 
-    Bytes are read from the disk, past the page cache. The command exits with 1 where anything is damaged."""
+    Bytes are read from the disk, past the page cache. The command exits with 1 where anything is damaged. Files that
+    the manifest does not list are named, and are neither read nor damage."""
     with exits():
         opened = open_run(run)
         if every and expect_digest is not None:
@@ -62,7 +63,12 @@ def verify(
         if json:
             print_json(
                 [
-                    {"step": entry.step, "name": entry.name, "damage": [dataclasses.asdict(one) for one in damage]}
+                    {
+                        "step": entry.step,
+                        "name": entry.name,
+                        "damage": [dataclasses.asdict(one) for one in damage],
+                        "extra": list(entry.extra),
+                    }
                     for entry, damage in found
                 ]
             )
@@ -70,6 +76,9 @@ def verify(
             for entry, damage in found:
                 if not damage:
                     console.print(Text.assemble(("good", "green"), f"     {clean(entry.path)}  {size(entry.nbytes)}"))
+                for name in entry.extra:
+                    where = f"     {clean(entry.path)}/{clean(name)}: not of this checkpoint, and not read"
+                    console.print(Text.assemble(("note", "cyan"), where), soft_wrap=True)
                 for one in damage:
                     line = Text.assemble(("damaged", "red"), f"  {clean(entry.path)}/{clean(one)}")
                     console.print(line, soft_wrap=True)

@@ -223,6 +223,7 @@ class Committer:
         began = time.perf_counter()
         try:
             read_back = self._read_back if self._options.read_back else None
+            save.descend_from(self._steps.parent_of(save.contents.draft.sequence))
             before = self._before_publish(save, replaced)
             written = save.commit(before, self._options.durable_timeout_seconds, read_back)
             now = time.perf_counter()
@@ -304,10 +305,13 @@ class Committer:
         again at the next save."""
         try:
             self._catalog.forget(name)
-            self._steps.durable(save.step, save.contents.draft.kind, save.contents.draft.sequence)
+            draft = save.contents.draft
+            self._steps.durable(save.step, draft.kind, draft.sequence, draft.attempt)
             if self.is_follower:
                 return
             self._remove_replaced()
+            if (store := renaming(self._store)) is not None:
+                store.empty_trash()  # this save read the one that it has replaced
             if save.contents.draft.kind == "full":
                 self._store.put(LATEST, f"{name}\n".encode(), replace=True)
             if self.policies:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace as replaced
+from typing import Any
 
 from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.readable import check_readable
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Hold, PendingDirectory, Store
 from asyncckpt.types import LeaseOptions
@@ -22,6 +25,8 @@ def take_over(
 ) -> Hold:
     """Become the run's only writer, and finish what writers before that are gone have begun. Blocks on the storage.
     Raises ``RunLocked`` and ``RunPathError``."""
+    if is_checkpoint(store):
+        Catalog(store, store.address).entries()  # raises, before anything is written into it
     store.prepare(create_parents=create_parents)
     hold = store.hold(takeover=takeover, options=options)
     try:
@@ -38,6 +43,7 @@ def publish(
     draft: Manifest,
     *,
     components_json: str | None = None,
+    known: dict[str, Any] | None = None,
     replace: bool,
     before: Callable[[], None],
     read_back: Callable[[PendingDirectory], None] | None = None,
@@ -46,10 +52,12 @@ def publish(
     storage.
 
     ``draft``: lists every file, all of them written and durable. ``components_json``: see ``manifest.json.encode``.
+    ``known``: see ``manifest.readable.check_readable``, which raises ``SaveFailed`` for what no reader would take.
     ``before``: called last before the checkpoint becomes visible; what it raises prevents that. ``read_back``: gets the
     attempt once everything is written, and raises where it is not what it should be."""
     directory.sync_directory()
     data = manifests.encode(draft, components_json=components_json)
+    check_readable(draft, data, components_json, known if known is not None else {})
     directory.write_small({manifests.FILE_NAME: data})
     directory.sync_directory()
     if read_back is not None:

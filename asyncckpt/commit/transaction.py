@@ -20,10 +20,11 @@ from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
 from asyncckpt.commit.publication import publish
 from asyncckpt.commit.publisher import Publisher
-from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed
+from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed, UnsupportedValue
 from asyncckpt.events import EventBus, Written
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents, _components_json
+from asyncckpt.manifest.json import MAX_STATE_BYTES
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena
 from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store
@@ -121,6 +122,11 @@ class SaveTransaction:
         """Return how many bytes of a durable checkpoint were written, in a job by this rank."""
         return self._publisher.written_bytes(self, written)
 
+    def descend_from(self, attempt: str) -> None:
+        """Record which checkpoint training came from, once the saves before this one have ended. Call it before
+        ``commit``, on the same thread."""
+        self.contents = replaced(self.contents, draft=replaced(self.contents.draft, parent=attempt))
+
     def commit(
         self,
         check_lease: Callable[[], None],
@@ -173,6 +179,7 @@ class SaveTransaction:
             directory,
             replaced(contents.draft, files=(*records, *beside)),
             components_json=_components_json(contents, orders),
+            known=contents.layout.cache,
             replace=contents.replace,
             before=before,
             read_back=read_back,
@@ -206,7 +213,7 @@ class SaveTransaction:
     def write_small(self, directory: PendingDirectory, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
         """Write the files beside the shards of these contents, durably; return what is in them, by name. Called by
         publishers. ``state``: write ``state.json`` too."""
-        small = {manifest.STATE_FILE: jsontree.dumps(contents.trees)} if state else {}
+        small = {manifest.STATE_FILE: _state_file(contents, self.step)} if state else {}
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:
@@ -229,3 +236,17 @@ class SaveTransaction:
         Idempotent."""
         self._unchanged.close()
         self.scope.end()
+
+
+def _state_file(contents: Contents, step: int) -> bytes:
+    """Return the bytes of ``state.json``. Raises ``UnsupportedValue`` where they are more than a reader takes."""
+    data = jsontree.dumps(contents.trees)
+    if len(data) > MAX_STATE_BYTES:
+        sizes = {name: len(jsontree.dumps(tree)) for name, tree in contents.trees.items()}
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise UnsupportedValue(
+            f"step {step}: the plain values of the state take {len(data)} bytes in {manifest.STATE_FILE}, and readers "
+            f"take up to {MAX_STATE_BYTES}; {sizes[largest]} of them are in {largest!r}. Nothing was published: keep "
+            f"long lists as tensors or numpy arrays, which are stored in files of their own"
+        )
+    return data

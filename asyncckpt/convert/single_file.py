@@ -20,6 +20,7 @@ from asyncckpt.errors import CheckpointDamaged, InvalidOption, RunPathError
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.restore import load_tensors
+from asyncckpt.storage import local_path
 from asyncckpt.storage.posix import PosixOps
 
 What = Literal["weights", "all"]
@@ -47,7 +48,7 @@ def export(
     Raises ``InvalidOption``, ``RunPathError`` (the file exists, or cannot be written) and ``CheckpointDamaged``.
     Blocks, and holds the exported tensors in memory.
     """
-    target = Path(out)
+    target = Path(local_path(out))
     if target.suffix not in (".safetensors", ".pt"):
         raise InvalidOption(f"{target}: export to a name that ends in .safetensors or .pt")
     if not target.parent.is_dir():

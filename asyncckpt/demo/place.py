@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from asyncckpt.errors import RunPathError
+from asyncckpt.storage import local_path
 
 _MARKER = ".asyncckpt-demo"
 
@@ -26,6 +27,7 @@ class Place:
 
     def prepare(self) -> None:
         """Make the directory, or empty it of what an earlier demo made. Raises ``RunPathError`` where it holds more."""
+        local_path(self.root)  # refuses a bucket, which would become a directory of that name
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             found = {entry.name for entry in self.root.iterdir()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
+from asyncckpt.catalog.misplaced import refuse_checkpoint
 from asyncckpt.doctor import mounts, semantics, speed
 from asyncckpt.doctor.advice import Seen, rate, recommend
 from asyncckpt.doctor.durability import Probe
@@ -15,6 +16,7 @@ from asyncckpt.doctor.system import System
 from asyncckpt.errors import AsyncCkptError, InvalidOption, RunLocked, RunPathError
 from asyncckpt.memory.available import available_memory_bytes
 from asyncckpt.run import Run
+from asyncckpt.storage import local_path, open_store
 from asyncckpt.storage.lease import read_holder
 
 #: This fraction of the free space is used at most: a doctor must not be what fills a disk.
@@ -45,14 +47,16 @@ def examine(
     it comes, on the calling thread.
 
     Blocks on the device, for ``seconds`` and a few more; on a file system that hangs it hangs. Raises ``InvalidOption``
-    for ``seconds`` outside 0 to 3600, ``RunPathError`` where ``path`` is a file, and ``RunLocked`` where a run that
+    for ``seconds`` outside 0 to 3600 and for an address of a bucket, ``RunPathError`` where ``path`` is a file or a
+    checkpoint, and ``RunLocked`` where a run that
     begins meanwhile clears the doctor's files; everything else that goes wrong is a finding.
     """
     if not 0 <= seconds <= 3600:
         raise InvalidOption(f"seconds must be from 0 to 3600, not {seconds!r}")
     if max_bytes < _MIN_BYTES:
         raise InvalidOption(f"max_bytes must be at least {_MIN_BYTES}, not {max_bytes!r}")
-    asked = os.path.abspath(os.fspath(path))
+    asked = local_path(path)
+    refuse_checkpoint(open_store(asked))
     examined = _nearest(asked)
     if not os.path.isdir(examined):
         raise RunPathError(f"{examined} is no directory; a run needs a directory. Choose another path")

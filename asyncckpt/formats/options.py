@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from asyncckpt.codecs import codecs
 from asyncckpt.errors import InvalidOption
 from asyncckpt.protocols import Codec
-from asyncckpt.types import ALIGNMENT_BYTES, LayoutOptions
+from asyncckpt.types import ALIGNMENT_BYTES, MAX_EXTENT_BYTES, LayoutOptions
 
 _SHARD_BYTES = 4 << 30
 _EXTENT_BYTES = 8 << 20
@@ -39,8 +39,8 @@ class Safetensors:
     or one of ``asyncckpt.codecs`` with options of its own; all are lossless. ``delta``: save differences; this needs a
     codec. ``per_rank``: in a job, each rank writes files of its own instead of parts of common ones; this needs codec
     ``none``. ``shard_bytes``: a new file begins after so many bytes of data, 4 GiB by default. ``extent_bytes``: so
-    many bytes are staged, hashed and written at a time, a multiple of 4096, 8 MiB by default. Raises ``InvalidOption``
-    and, for a codec that does not exist, ``UnknownName``.
+    many bytes are staged, hashed and written at a time, a multiple of 4096, 8 MiB by default, 1 GiB at most. Raises
+    ``InvalidOption`` and, for a codec that does not exist, ``UnknownName``.
     """
 
     codec: str | Codec = "none"
@@ -51,7 +51,7 @@ class Safetensors:
 
     def __post_init__(self) -> None:
         plain = codecs.get(self.codec).name == "none"
-        _check_sizes("Safetensors", shard_bytes=self.shard_bytes, extent_bytes=self.extent_bytes)
+        _check_sizes("Safetensors", encoded=not plain, shard_bytes=self.shard_bytes, extent_bytes=self.extent_bytes)
         if self.delta is not None and plain:
             raise InvalidOption("Safetensors: delta needs a codec, such as codec='planes': differences are encoded")
         if self.per_rank and not plain:
@@ -80,8 +80,8 @@ class Zarr:
 
     ``codec`` is what it is for ``Safetensors``. ``shard_bytes``: a shard has at most so many bytes of data, 4 GiB by
     default. ``chunk_bytes``: so many bytes are staged, compressed and read at a time, a multiple of 4096, 8 MiB by
-    default. A tensor of more than one chunk is sharded. Raises ``InvalidOption`` and, for a codec that does not exist,
-    ``UnknownName``.
+    default, 1 GiB at most. A tensor of more than one chunk is sharded. Raises ``InvalidOption`` and, for a codec that
+    does not exist, ``UnknownName``.
     """
 
     codec: str | Codec = "none"
@@ -89,8 +89,8 @@ class Zarr:
     chunk_bytes: int = _EXTENT_BYTES
 
     def __post_init__(self) -> None:
-        codecs.get(self.codec)
-        _check_sizes("Zarr", shard_bytes=self.shard_bytes, chunk_bytes=self.chunk_bytes)
+        encoded = codecs.get(self.codec).name != "none"
+        _check_sizes("Zarr", encoded=encoded, shard_bytes=self.shard_bytes, chunk_bytes=self.chunk_bytes)
 
     @property
     def format(self) -> str:
@@ -132,9 +132,12 @@ def _within(budget_bytes: int | None, nbytes: int) -> int:
     return min(nbytes, max(ALIGNMENT_BYTES, budget_bytes // 4 // ALIGNMENT_BYTES * ALIGNMENT_BYTES))
 
 
-def _check_sizes(kind: str, **sizes: int) -> None:
+def _check_sizes(kind: str, *, encoded: bool, **sizes: int) -> None:
+    most = MAX_EXTENT_BYTES - (ALIGNMENT_BYTES if encoded else 0)  # a frame takes a block more than its chunk
     for name, nbytes in sizes.items():
         if type(nbytes) is not int or nbytes < 1:
             raise InvalidOption(f"{kind}: {name} must be a whole number of bytes >= 1, not {nbytes!r}")
         if name != "shard_bytes" and nbytes % ALIGNMENT_BYTES:
             raise InvalidOption(f"{kind}: {name} must be a multiple of {ALIGNMENT_BYTES}, not {nbytes}")
+        if name != "shard_bytes" and nbytes > most:
+            raise InvalidOption(f"{kind}: {name} must be at most {most}, which readers take, not {nbytes}")

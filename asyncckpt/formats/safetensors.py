@@ -102,7 +102,7 @@ class SafetensorsFormat:
 
 def image(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
     """Return ``(header, begins, nbytes)`` of a plain file that holds these tensors in this order: its first bytes, the
-    offset of each tensor in it, and its size. Pure."""
+    offset of each tensor in it, and its size. Pure. Raises ``InvalidOption`` where the header would be too large."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins: list[int] = []
     position = 0
@@ -120,6 +120,11 @@ def _header(entries: Mapping[str, object], nbytes: int = 0) -> bytes:
     ``nbytes``."""
     text = json.dumps(entries, separators=(",", ":")).encode()
     room = max(nbytes, padded(8 + len(text)))
+    if room - 8 > MAX_HEADER_BYTES:
+        raise InvalidOption(
+            f"a safetensors file of {len(entries)} entries would have a header of {room - 8} bytes, and its readers "
+            f"take up to {MAX_HEADER_BYTES}: save with a smaller shard_bytes, so that more files share the tensors"
+        )
     return (room - 8).to_bytes(8, "little") + text.ljust(room - 8)
 
 

@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 
 from asyncckpt.codecs.dtypes import ITEM_BYTES, PLANE_BYTES
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.formats import chunking as chunks
 from asyncckpt.jsontree import loads
 from asyncckpt.protocols import Codec
@@ -33,6 +33,8 @@ from asyncckpt.types import Chunking, ChunkRun, Extent, LayoutOptions, ShardFile
 log = logging.getLogger("asyncckpt")
 
 METADATA_FILE: Final = "zarr.json"
+#: The index of a shard of sixteen million chunks has so many bytes; a larger one is taken for damage.
+MAX_INDEX_BYTES = 256 << 20
 #: The index has this number for a chunk that is not there because it lies past the array's edge.
 _ABSENT: Final = (1 << 64) - 1
 _CRC_BYTES: Final = 4
@@ -115,6 +117,11 @@ class ZarrFormat:
 
 def _shard(file: str, component: str, run: ChunkRun, number: int, extents: list[Extent], codec: Codec) -> ShardFile:
     index_bytes = 16 * chunks.inner_count(run.tensor) + _CRC_BYTES if chunks.chunk_count(run.tensor) > 1 else 0
+    if index_bytes > MAX_INDEX_BYTES:
+        raise InvalidOption(
+            f"{file}: a shard of {chunks.inner_count(run.tensor)} chunks has an index of {index_bytes} bytes, and "
+            f"readers take up to {MAX_INDEX_BYTES}: save with a smaller shard_bytes or a larger chunk_bytes"
+        )
     if codec.name != "none":
         most = sum(chunks.frame_bound(extent) for extent in extents) + index_bytes
         shard = ShardFile(file, component, most, (), tuple(extents), (run,), packed_on_write=True)

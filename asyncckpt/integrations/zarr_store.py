@@ -18,7 +18,7 @@ from asyncckpt.manifest.records import FileRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.read.extents import extents_of
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
-from asyncckpt.storage import open_store
+from asyncckpt.storage import local_path, open_store
 
 try:
     import zarr
@@ -49,7 +49,7 @@ class CheckpointStore(Store):
         super().__init__(read_only=True)
         self._owned = isinstance(checkpoint, str | os.PathLike)
         if isinstance(checkpoint, str | os.PathLike):
-            parent, name = os.path.split(os.path.abspath(os.fspath(checkpoint)))
+            parent, name = os.path.split(local_path(checkpoint))
             checkpoint = open_checkpoint(open_store(parent).open(name))
         self._reader, self._manifest = checkpoint.reader, checkpoint.manifest
         if self._manifest.shard_format != "zarr":

@@ -50,6 +50,8 @@ FORMAT_VERSION: Final = 3
 FILE_NAME: Final = MANIFEST_FILE
 #: This file holds the plain values of every component.
 STATE_FILE: Final = "state.json"
+#: Plain values are small: a larger file is not one that this library wrote.
+MAX_STATE_BYTES: Final = 1 << 30
 #: Ten million tensors fit into so many bytes; a larger manifest is taken for an attack.
 MAX_MANIFEST_BYTES: Final = 2 << 30
 _SELF_DIGEST: Final = "xxh3-128"

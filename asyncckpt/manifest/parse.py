@@ -24,18 +24,18 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.types import MANIFEST_FILE, ContentDigest
+from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES, ContentDigest
 
 #: In the manifest's text, a content digest whose image was split into planes begins so.
 SPLIT_MARK: Final = "planes:"
-#: A chunk is decoded into memory as a whole, and an extent is read as a whole, so their sizes are limited.
-MAX_CHUNK_BYTES: Final = 1 << 30
-MAX_EXTENT_BYTES: Final = 1 << 30
+#: A chunk is decoded into memory as a whole, so its size is limited as that of an extent is.
+MAX_CHUNK_BYTES: Final = MAX_EXTENT_BYTES
 #: No row may name the manifest itself.
 _NAME: Final = re.compile(r"[A-Za-z0-9_=][A-Za-z0-9._=+-]{0,254}\Z")
 #: A file's name has at most so many parts, directories included.
 _MAX_DEPTH: Final = 3
-_LIMIT: Final = 1 << 62
+#: No number in a manifest is as large as this one.
+NUMBER_LIMIT: Final = 1 << 62
 #: Longer names of classes and attempts are taken for an attack.
 _MAX_TEXT: Final = 1000
 #: So many pairs of boxes of one tensor are compared at most: far more than a grid of a hundred thousand boxes needs.
@@ -91,7 +91,7 @@ class Body:
 
     def size(self, what: str, value: Any) -> int:
         """Return ``value``, called ``what``, which must be a whole number from 0 to below 2**62."""
-        if type(value) is not int or not 0 <= value < _LIMIT:
+        if type(value) is not int or not 0 <= value < NUMBER_LIMIT:
             self.fail(f"has a {what!r} that is no whole number in range")
         return value
 
@@ -385,4 +385,4 @@ def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> No
 
 def is_number(value: Any) -> bool:
     """Return whether ``value`` is a number that a float can hold: JSON's whole numbers have no limit."""
-    return type(value) is float or (type(value) is int and abs(value) < _LIMIT)
+    return type(value) is float or (type(value) is int and abs(value) < NUMBER_LIMIT)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
-from asyncckpt.manifest.json import STATE_FILE
+from asyncckpt.manifest.json import MAX_STATE_BYTES, STATE_FILE
 from asyncckpt.manifest.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
@@ -19,12 +19,8 @@ from asyncckpt.read.delta import is_layer
 from asyncckpt.read.extents import read_record
 from asyncckpt.types import JsonValue
 
-#: Plain values are small; a larger file is not one this library wrote.
-MAX_STATE_BYTES = 1 << 30
 #: The ``zarr.json`` of one array is far smaller.
 _MAX_METADATA_BYTES = 16 << 20
-#: A shard index of sixteen million chunks has so many bytes.
-_MAX_INDEX_BYTES = 256 << 20
 
 
 def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
@@ -139,7 +135,7 @@ def _zarr_damage(
 def _index_says(reader: Reader, record: FileRecord, places: list[tuple[int, int]]) -> bool:
     """Whether the index at a shard's end lists these chunks, each with offset and size."""
     last = record.extents[-1]
-    if last.nbytes > _MAX_INDEX_BYTES or last.content:
+    if last.nbytes > zarr.MAX_INDEX_BYTES or last.content:
         raise CheckpointDamaged(f"{record.name}: there is no shard index where it should be")
     buffer = aligned_buffer(last.nbytes)
     reader.read_into(record.name, buffer, last.nbytes, last.offset)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.protocols import Reader
+from asyncckpt.protocols import NOT_REGULAR, Reader
 from asyncckpt.types import MANIFEST_FILE
 
 
@@ -24,22 +25,33 @@ class Damage:
         return f"{self.file} [{self.offset}:{self.offset + self.nbytes}]: {self.problem}"
 
 
-def check_files(reader: Reader, manifest: Manifest) -> list[Damage]:
-    """Compare names and sizes with the manifest, and return the missing, unlisted and resized files. Reads no data."""
+class FileCheck(NamedTuple):
+    """Holds what a look at a checkpoint's files has found. ``damage``: what is wrong with the files that the manifest
+    lists. ``extra``: the names of whatever else lies there. Somebody else has put it there, and nobody reads it, so it
+    is no damage."""
+
+    damage: list[Damage]
+    extra: tuple[str, ...]
+
+
+def check_files(reader: Reader, manifest: Manifest) -> FileCheck:
+    """Compare names and sizes with the manifest: find the files that are missing, resized or no regular files, and
+    those that the manifest does not list. Reads no data."""
     found = reader.files()
     damage: list[Damage] = []
     for record in manifest.files:
         size = found.pop(record.name, None)
         if size is None:
             damage.append(Damage(record.name, 0, record.nbytes, "the file is missing"))
+        elif size == NOT_REGULAR:
+            damage.append(Damage(record.name, 0, record.nbytes, "it is no regular file"))
         elif size != record.nbytes:
             damage.append(Damage(record.name, 0, record.nbytes, f"the file has {size} bytes, not {record.nbytes}"))
     size = found.pop(MANIFEST_FILE, None)
     if size != manifest.size_bytes:  # a reader keeps the manifest open: the file that it read may be gone by now
         problem = "the file is missing" if size is None else "it is not the file that was read"
         damage.append(Damage(MANIFEST_FILE, 0, manifest.size_bytes, problem))
-    damage.extend(Damage(name, 0, size, "the manifest does not list this file") for name, size in found.items())
-    return damage
+    return FileCheck(damage, tuple(sorted(found)))
 
 
 def raise_damage(path: str, damage: Sequence[Damage], consequence: str = "") -> None:

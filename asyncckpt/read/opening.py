@@ -8,17 +8,16 @@ from typing import Self
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.json import STATE_FILE
+from asyncckpt.manifest.json import MAX_STATE_BYTES, STATE_FILE
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
-from asyncckpt.read.consistency import MAX_STATE_BYTES
 from asyncckpt.read.damage import check_files, raise_damage
 from asyncckpt.read.extents import read_record, read_small_file
 from asyncckpt.types import JsonValue
 
 
 class OpenCheckpoint:
-    """A checkpoint whose manifest has been parsed, and whose files have the names and sizes that it lists.
+    """A checkpoint whose manifest has been parsed, and whose files are there with the sizes that it lists.
 
     Whoever finds a checkpoint makes one of these, and everything on the way back takes it. Nothing is opened, parsed or
     checked a second time, so nothing can change in between. Retention spares the checkpoint until ``close``.
@@ -91,7 +90,7 @@ def open_checkpoint(reader: Reader, expect_digest: str | None = None) -> OpenChe
     """
     try:
         manifest = manifests.load(reader, expect_digest)
-        raise_damage(reader.path, check_files(reader, manifest))
+        raise_damage(reader.path, check_files(reader, manifest).damage)
     except BaseException:
         reader.close()
         raise

@@ -20,13 +20,14 @@ def verify(reader: Reader, *, progress: Progress | None = None, expect_digest: s
     """Read every byte past the page cache, check it, and return the damage: an empty list means that all is good.
 
     ``progress(done_bytes, total_bytes)`` is called from reader threads. Safe on a hostile directory: nothing is
-    executed, links are not followed, and memory stays within 1 GiB and what the manifest's text takes. A manifest that
-    is not the one expected (``expect_digest``) is damage. Raises only ``CheckpointNotFound``, ``VersionUnsupported``,
-    ``MissingExtra`` (the digests' package), ``MemoryError``, and ``OSError`` where the directory cannot be listed.
+    executed, links are not followed, files that the manifest does not list are not read, and memory stays within 1 GiB
+    and what the manifest's text takes. A manifest that is not the one expected (``expect_digest``) is damage. Raises
+    only ``CheckpointNotFound``, ``VersionUnsupported``, ``MissingExtra`` (the digests' package), ``MemoryError``, and
+    ``OSError`` where the directory cannot be listed.
     """
     try:
         manifest = manifests.load(reader, expect_digest)
-        damage = check_files(reader, manifest)
+        damage = check_files(reader, manifest).damage
     except CheckpointDamaged as error:
         return [Damage(FILE_NAME, 0, 0, str(error))]
     broken = {entry.file for entry in damage}

@@ -54,9 +54,10 @@ Rename = Mapping[str, str] | Callable[[str], str | None]
 class RestoreReport:
     """Says what was restored. ``nbytes``: how much was read and verified. ``missing``, ``unexpected`` and
     ``mismatched`` are empty unless ``strict=False``: they list what was left as it is, by qualified name
-    (``component.fqn``). ``derived``, ``dropped`` and ``saved_ranks``: see ``events.RanksChanged``. ``whole``: every
-    component and every tensor of a full checkpoint was restored, so that training goes on from its step. ``changed``:
-    versions, and the number of ranks, that were others when it was saved."""
+    (``component.fqn``). ``derived``, ``dropped`` and ``saved_ranks``: see ``events.RanksChanged``. ``attempt``: the
+    uuid of the save that made the checkpoint. ``whole``: every component and every tensor of a full checkpoint was
+    restored, so that training goes on from its step. ``changed``: versions, and the number of ranks, that were others
+    when it was saved."""
 
     step: int
     path: str
@@ -69,6 +70,7 @@ class RestoreReport:
     derived: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     saved_ranks: int = 1
+    attempt: str = ""
     whole: bool = False
     changed: tuple[str, ...] = ()
 
@@ -155,6 +157,7 @@ def restore(
         nbytes=nbytes,
         seconds=time.perf_counter() - began,
         metrics=manifest.metrics,
+        attempt=manifest.attempt,
         missing=tuple(plan.missing),
         unexpected=tuple(plan.unexpected),
         mismatched=tuple(plan.mismatched),

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import stat
+import threading
 import uuid
 from collections.abc import Mapping
 
@@ -55,6 +56,9 @@ class LocalStore:
         self.direct = direct and hasattr(os, "O_DIRECT")
         #: Whether the file system shares blocks between files, and files between names: found out by trying.
         self.reflinks = self.links = True
+        self._trash_lock = threading.Lock()
+        #: What lies in the trash, but is still being read.
+        self._trash: list[str] = []
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -113,6 +117,7 @@ class LocalStore:
         return read_holder(self.path)
 
     def begin(self, step: int, attempt: str, *, name: str = "", shared: bool = False) -> PendingDirectory:
+        self.empty_trash()
         path = os.path.join(self.path, f"{TEMP_PREFIX}{step:08d}-{attempt}")
         try:
             self.ops.mkdir(path)
@@ -173,6 +178,38 @@ class LocalStore:
         self.delete_tree(trash)
         return True
 
+    def throw_away(self, path: str, name: str) -> None:
+        """Delete the directory at ``path``, which holds the checkpoint that had ``name`` until another one took its
+        place; where somebody still reads it, only once they have finished. Never raises."""
+        trash = os.path.join(self.path, f"{TRASH_PREFIX}{name}-{uuid.uuid4().hex}")
+        try:
+            self.ops.rename_noreplace(path, trash)
+        except OSError as error:
+            log.warning("could not delete %s: %s (the next run tries again)", path, error)
+            return
+        with self._trash_lock:
+            self._trash.append(trash)
+        self.empty_trash()
+
+    def empty_trash(self) -> None:
+        """Delete what ``throw_away`` was given, except what is still being read. Never raises."""
+        with self._trash_lock:
+            waiting, self._trash = self._trash, []
+        for path in waiting:
+            if not self._delete_unread(path):
+                with self._trash_lock:
+                    self._trash.append(path)
+
+    def _delete_unread(self, path: str) -> bool:
+        """Delete a directory that has no checkpoint's name any more; return False where a reader holds it."""
+        guard = _try_exclusive(os.path.join(path, MANIFEST_FILE))
+        if guard is None:
+            return False
+        if guard >= 0:
+            os.close(guard)
+        self.delete_tree(path)
+        return True
+
     def set_aside(self, name: str) -> str:
         target = f"{DAMAGED_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
         self.ops.rename_noreplace(os.path.join(self.path, name), os.path.join(self.path, target))
@@ -227,6 +264,11 @@ class LocalStore:
 
     def _reclaim_tree(self, name: str) -> None:
         path = os.path.join(self.path, name)
+        if name.startswith(TRASH_PREFIX):
+            if not self._delete_unread(path):
+                with self._trash_lock:
+                    self._trash.append(path)
+            return
         if name.startswith(TEMP_PREFIX):
             # A writer that was cut off after its last look at the lease may be about to publish this: it gets all of it
             # or, once it has another name, nothing.

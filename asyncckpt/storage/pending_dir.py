@@ -164,6 +164,9 @@ class LocalPendingDirectory:
         ops, parent = self._store.ops, self._store.path
         target = os.path.join(parent, name)
         ours = os.lstat(self.path).st_ino
+        with contextlib.suppress(OSError):  # an empty directory is no checkpoint: it makes room
+            if not os.listdir(target):
+                ops.rmdir(target)
         # where one is there, it stays visible until the new one takes its name in the same instant
         exchanged = replace and os.path.lexists(target)
         try:
@@ -190,7 +193,7 @@ class LocalPendingDirectory:
             raise
         self._done = True
         if exchanged:
-            self._store.delete_tree(self.path)
+            self._store.throw_away(self.path, name)
 
     def _withdraw(self, target: str, ours: int, error: OSError, *, exchanged: bool) -> bool:
         """Take the name back after an error, and return whether there was one to take back. A checkpoint that may not

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound
 from asyncckpt.memory.buffers import padded
+from asyncckpt.protocols import NOT_REGULAR
 from asyncckpt.storage.posix import NO_DIRECT, PosixOps
 from asyncckpt.types import ALIGNMENT_BYTES, MANIFEST_FILE, Buffer
 
@@ -75,15 +76,14 @@ class LocalReader:
                 except OSError as error:
                     if error.errno not in (errno.ELOOP, errno.ENOTDIR):  # swapped since it was looked at
                         raise
-                    raise CheckpointDamaged(f"{self.path}/{prefix}{name} is no directory any more") from error
+                    sizes[f"{prefix}{name}"] = NOT_REGULAR
+                    continue
                 try:
                     self._list(child, f"{prefix}{name}/", sizes)
                 finally:
                     self._shut(child)
                 continue
-            if not stat.S_ISREG(info.st_mode):
-                raise CheckpointDamaged(f"{self.path}/{prefix}{name} is no regular file")
-            sizes[f"{prefix}{name}"] = info.st_size
+            sizes[f"{prefix}{name}"] = info.st_size if stat.S_ISREG(info.st_mode) else NOT_REGULAR
 
     def read_small(self, file: str, limit_bytes: int) -> bytes:
         if file == MANIFEST_FILE and self._guard >= 0:  # the very file that is locked, whatever bears its name by now

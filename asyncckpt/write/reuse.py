@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from asyncckpt import forks
 from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
@@ -21,6 +22,7 @@ from asyncckpt.manifest.records import (
 )
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.types import ShardFile, StagedDigests
+from asyncckpt.write.link_checks import LinkChecks
 
 log = logging.getLogger("asyncckpt")
 
@@ -90,13 +92,23 @@ def files_of(manifest: Manifest) -> dict[str, ReusableFile]:
     }
 
 
+class DamagedNames(Protocol):
+    """Holds the names of the checkpoints of a run that were found damaged. Thread-safe."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def add(self, name: str) -> None: ...
+
+
 class ReuseSource:
     """Remembers the newest checkpoints of each kind, from which the next save may take files over. Thread-safe.
 
-    ``quarantined``: names of checkpoints that were found damaged.
+    ``quarantined``: the checkpoints that were found damaged. ``link_checks``: what of the files that are taken over is
+    read back.
     """
 
-    def __init__(self, store: Store, quarantined: Container[str]) -> None:
+    def __init__(self, store: Store, quarantined: DamagedNames) -> None:
+        self.link_checks = LinkChecks()
         self._store = store
         self._quarantined = quarantined
         self._lock = threading.Lock()
@@ -108,6 +120,10 @@ class ReuseSource:
         with self._lock:
             others = [one for one in self._known.get(kind, ()) if one[0] != name]
             self._known[kind] = [*others, (name, files)][-_REMEMBERED:]
+
+    def distrust(self, name: str) -> None:
+        """Note that a file of this checkpoint was found damaged: nothing is taken over from it any more."""
+        self._quarantined.add(name)
 
     def forget(self, kind: str) -> None:
         """Forget all checkpoints of that kind: the next save writes everything."""

@@ -1,12 +1,15 @@
 """Decides what one save takes over from the checkpoint before, instead of writing it.
 
 A shard whose extents all have the previous checkpoint's content is linked. As long as a shard's extents match, none of
-them is written; once one differs, those that matched are copied over from the previous checkpoint, verified. Where
-files are saved as differences, a chunk is stored as its difference to the same chunk of the checkpoint before.
+them is written; once one differs, those that matched are copied over from the previous checkpoint, verified. Some of
+the extents that match are read back while their bytes are still staged, in turn over the saves (``link_checks``): where
+the stored ones are damaged, the shard is written anew. Where files are saved as differences, a chunk is stored as its
+difference to the same chunk of the checkpoint before.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +28,11 @@ from asyncckpt.read.delta import DeltaReader, layer_name
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import cut_digests, finish_image, slot_bytes, staged_digests
 from asyncckpt.types import FRAME_HEADER_BYTES, Extent, StagedDigests
+from asyncckpt.write.link_checks import LinkRound
 from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import Previous, ReusableFile, ReuseSource
+
+log = logging.getLogger("asyncckpt")
 
 
 class OpensDirectory(Protocol):
@@ -74,6 +80,7 @@ class Unchanged:
         self._chain = chain
         self._lock = threading.Lock()
         self._begun = False
+        self._round: LinkRound | None = None
         self._previous: Previous | None = None
         self._layer_reader: DeltaReader | None = None
         #: Files that were linked as layers to build on, and then were not needed.
@@ -103,11 +110,15 @@ class Unchanged:
                     old = None  # another process wrote it
                 progress.old = old
                 progress.matching = progress.old is not None
+            self._round = self._source.link_checks.begin(self._written_bytes())
 
     def expected_bytes(self) -> int:
         """Estimate the bytes that the disk must have room for; frozen tensors that the previous checkpoint holds are
         assumed equal. Blocks as ``begin`` does."""
         self.begin()
+        return self._written_bytes()
+
+    def _written_bytes(self) -> int:
         return sum(progress.shard.nbytes for progress in self._shards if progress.old is None or not progress.frozen)
 
     def note(self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer) -> None:
@@ -123,15 +134,17 @@ class Unchanged:
         lock: threading.Lock,
         directory: OpensDirectory,
     ) -> Verdict:
-        """Say what becomes of extent ``number``, whose digests are ``found``. ``lock`` guards the shards'
-        progress. Blocks on the disk where the whole file can be linked."""
+        """Say what becomes of extent ``number``, whose digests are ``found``, and whose bytes are staged. ``lock``
+        guards the shards' progress. Blocks on the disk where the whole file can be linked, and where it is the extent's
+        turn to be read back."""
         old = progress.old
         if old is None:
             return Verdict(held=False)
+        equal = progress.equal(old, number, found) and self._is_stored(progress, old, number)
         with lock:
             if not progress.matching:
                 return Verdict(held=False)
-            if progress.equal(old, number, found):
+            if equal:
                 progress.matched.append(number)
                 if len(progress.matched) < len(progress.shard.extents):
                     return Verdict(held=True)
@@ -144,13 +157,61 @@ class Unchanged:
         progress.matching = False
         return Verdict(held=False, copies=copies)
 
+    def _is_stored(self, progress: ShardProgress, old: ReusableFile, number: int) -> bool:
+        """Return whether the file of the checkpoint before still has the bytes of an extent; True where it is not its
+        turn to be read back. Blocks."""
+        if not progress.matching or self._round is None:
+            return True  # it is written
+        nbytes = sum(base.chunk(number).nbytes for base in old.bases) + old.ordered[number].nbytes
+        if not self._round.take(f"{self._kind}/{progress.shard.file}", number, nbytes):
+            return True
+        try:
+            if old.bases:
+                self.image_of(progress, number)
+            else:
+                self.bytes_of(progress, number)
+        except (CheckpointDamaged, OSError) as error:
+            self._distrust(error)
+            with progress.lock:
+                if progress.layers is None:
+                    progress.layers = ()  # nor is it built on
+            return False
+        return True
+
+    def _has_format_extents(self, old: ReusableFile) -> bool:
+        """Return whether what the format itself put into a file, such as its header, is still as it was written; True
+        where it is not its turn to be read back. Blocks."""
+        ours = {extent.offset for extent in old.ordered}
+        for at, extent in enumerate(old.record.extents if old.record.content_key else ()):
+            if extent.offset in ours or self._round is None:
+                continue
+            if self._round.take(f"{self._kind}/{old.record.name}", -1 - at, extent.nbytes):
+                try:
+                    self._read(old, extent.offset, extent.nbytes, (extent.digest,), ())
+                except (CheckpointDamaged, OSError) as error:
+                    self._distrust(error)
+                    return False
+        return True
+
+    def _distrust(self, error: Exception) -> None:
+        """Tell that the checkpoint before is damaged; nothing is taken over from it any more after this save."""
+        if self._previous is not None and self._source is not None:
+            self._source.distrust(self._previous.reader.name)
+            log.error(
+                "step %d: a file of the checkpoint before is damaged since it was written (%s); this save writes it "
+                "anew, and retention does not count that checkpoint. Look with `asyncckpt verify --all`: older ones "
+                "may share the file",
+                self._scope.step,
+                error,
+            )
+
     def _link(
         self, progress: ShardProgress, old: ReusableFile, lock: threading.Lock, directory: OpensDirectory
     ) -> bool:
         """Link the whole file and those it builds on; return False where the file system cannot (its extents are then
         copied)."""
         previous = self._previous
-        if previous is None:
+        if previous is None or not self._has_format_extents(old):
             return False
         linked: list[FileRecord] = []
         for layer in old.layers:
@@ -173,15 +234,23 @@ class Unchanged:
     def bytes_of(self, progress: ShardProgress, number: int) -> tuple[memoryview, WrittenExtent]:
         """Read an extent's bytes out of the previous checkpoint; return them with their record there. Blocks. Raises
         ``CheckpointDamaged`` where they are not what was written."""
-        known, previous = self._known(progress)
+        known, _ = self._known(progress)
         old = known.ordered[number]
-        buffer = memoryview(aligned_buffer(old.nbytes))
-        got = previous.reader.read_into(known.record.name, buffer, old.nbytes, old.offset)
         cuts = progress.shard.extents[number].digest_boundaries
-        if got != old.nbytes or cut_digests(self._digest, buffer[: old.nbytes], cuts) != old.digests:
-            where = f"{previous.reader.path}/{known.record.name} [{old.offset}:{old.offset + old.nbytes}]"
+        return self._read(known, old.offset, old.nbytes, old.digests, cuts), old
+
+    def _read(
+        self, known: ReusableFile, offset: int, nbytes: int, digests: tuple[str, ...], cuts: Sequence[int]
+    ) -> memoryview:
+        """Read a part of a file of the previous checkpoint and verify it; see ``bytes_of``."""
+        assert self._previous is not None
+        reader, name = self._previous.reader, known.record.name
+        buffer = memoryview(aligned_buffer(nbytes))
+        got = reader.read_into(name, buffer, nbytes, offset)
+        if got != nbytes or cut_digests(self._digest, buffer[:nbytes], cuts) != digests:
+            where = f"{reader.path}/{name} [{offset}:{offset + nbytes}]"
             raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
-        return buffer, old
+        return buffer
 
     def image_of(self, progress: ShardProgress, number: int) -> StagingBuffer:
         """Read a chunk out of the previous checkpoint, decode it through the files that it builds on, and return it as
@@ -232,6 +301,8 @@ class Unchanged:
 
     def close(self) -> None:
         """Close the previous checkpoint. Call it once the save has ended, whichever way. Idempotent."""
+        if self._round is not None:
+            self._round.end()
         previous, self._previous = self._previous, None
         if previous is not None:
             previous.reader.close()

@@ -205,7 +205,8 @@ def foreign_files_and_stale_copies_are_refused(root: Path) -> None:
     _saved(root / "run", 1, 2)
     run = Run(root / "run")
     (root / "run" / "step-00000001" / "extra-00001-of-00001.safetensors").write_bytes(b"x")
-    assert run.verify(1), "a file too many, and it verifies"
+    assert run.verify(1) == [], "a file of somebody else's is taken for damage"
+    assert run.ls()[0].extra == ("extra-00001-of-00001.safetensors",), "a file too many, and nobody is told"
     shutil.rmtree(root / "run" / "step-00000001")
     shutil.copytree(root / "run" / "step-00000002", root / "run" / "step-00000009")
     shutil.copytree(root / "run" / "step-00000002", root / "run" / "paper")
@@ -272,12 +273,13 @@ def retention_keeps_what_it_must(root: Path) -> None:
 
 
 def nothing_is_ever_overwritten(root: Path) -> None:
-    """Neither an attempt's directory nor a name that is taken, were it by an empty directory."""
+    """Neither an attempt's directory nor a name that is taken."""
     with Checkpointer(root / "run") as run:
         run.save(1, _state(1)).result()
         (root / "run" / "step-00000002").mkdir()
+        (root / "run" / "step-00000002" / "notes").write_bytes(b"of somebody else")
         assert isinstance(run.save(2, _state(2)).exception(60), StepExists)
-        assert os.listdir(root / "run" / "step-00000002") == []
+        assert os.listdir(root / "run" / "step-00000002") == ["notes"]
         run._store.begin(3, "0" * 32)
         with contextlib.suppress(FileExistsError):
             run._store.begin(3, "0" * 32)

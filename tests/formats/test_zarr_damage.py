@@ -93,8 +93,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "half a shard": lambda p: os.truncate(p / SHARD, (p / SHARD).stat().st_size // 2),
     "shard without its index": lambda p: os.truncate(p / SHARD, (p / SHARD).stat().st_size - 260),
     "longer shard": lambda p: (p / SHARD).write_bytes((p / SHARD).read_bytes() + bytes(4)),
-    "an array more": lambda p: shutil.copytree(p / "one/value", p / "one/extra"),
-    "a chunk more": lambda p: shutil.copy(p / "one/value/c.0.0", p / "one/value/c.1.0"),
     "shard is a link": lambda p: ((p / SHARD).rename(p.parent / "moved"), (p / SHARD).symlink_to(p.parent / "moved")),
     "folder is a link": lambda p: ((p / "one").rename(p.parent / "moved"), (p / "one").symlink_to(p.parent / "moved")),
 }

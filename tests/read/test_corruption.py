@@ -106,7 +106,6 @@ def _damages() -> dict[str, Any]:
         "hole": hole,
         "swapped shards": swap,
         "stale shard": lambda p: shutil.copy(p.parent / "step-00000001" / shard(p).name, shard(p)),
-        "unlisted file": lambda p: (p / "extra.safetensors").write_bytes(b"x"),
         "symlink": lambda p: (shard(p).rename(p.parent / "moved"), shard(p).symlink_to(p.parent / "moved")),
         "fifo": lambda p: (shard(p).unlink(), os.mkfifo(shard(p))),
         "directory for a file": lambda p: (shard(p).unlink(), shard(p).mkdir()),

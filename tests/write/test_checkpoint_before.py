@@ -30,6 +30,7 @@ from support.taking_over import (
 
 from asyncckpt import AsyncCkptError, Checkpointer, Safetensors
 from asyncckpt.storage.posix import PosixOps
+from asyncckpt.write.link_checks import LinkRound
 
 
 def _flip(file: Path) -> None:
@@ -95,9 +96,10 @@ def test_damage_to_the_checkpoint_before_is_never_copied_into_a_new_one(
 @pytest.mark.parametrize("linking", [True, False], ids=["linking", "copying"])
 @pytest.mark.parametrize("damage", [DAMAGES["cut"], DAMAGES["deleted"]], ids=["cut", "deleted"])
 def test_a_save_that_fails_for_damage_to_the_one_before_names_both_and_says_what_to_do(
-    damage: Callable[[Path], object], linking: bool, tmp_path: Path
+    damage: Callable[[Path], object], linking: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = one_long_tensor()
+    monkeypatch.setattr(LinkRound, "take", lambda *_: False)  # it is the turn of others to be read back
     with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=32 << 10)) as run:
         first = save_and_wait(run, 1, state)
         damage(Path(first.path) / "w-00001-of-00001.safetensors")

@@ -35,7 +35,7 @@ from asyncckpt.read.boxes import TargetBox
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.state.dtypes import DTYPES
-from asyncckpt.storage import open_store
+from asyncckpt.storage import local_path, open_store
 
 
 class Reader(StorageReader):
@@ -49,7 +49,7 @@ class Reader(StorageReader):
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, expect_digest: str | None = None) -> None:
-        self._path = None if path is None else os.path.abspath(os.fspath(path))
+        self._path = None if path is None else local_path(path)
         self._expect_digest = manifests.check_expected(expect_digest)
         self._open: tuple[OpenCheckpoint, Names] | None = None
         #: The latest load read this many bytes.
@@ -58,7 +58,7 @@ class Reader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self.close()
         if checkpoint_id is not None:
-            self._path = os.path.abspath(os.fspath(checkpoint_id))
+            self._path = local_path(checkpoint_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         checkpoint, names = self._opened()

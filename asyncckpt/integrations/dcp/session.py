@@ -89,7 +89,7 @@ class WriterSession:
             self.directory.discard()
             self.end()
         store = open_store(run)
-        if store.identity(name) is not None and not overwrite:
+        if store.listing(name) and not overwrite:  # an empty directory is no checkpoint
             raise StepExists(f"{store.address}/{name} already exists; save another step, or pass overwrite=True")
         if self._catalog is None or self._catalog.path != store.address:
             self._catalog = Catalog(store, store.address)

@@ -34,7 +34,7 @@ from asyncckpt.integrations.dcp.session import THREADS, Stager, WriterSession
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
 from asyncckpt.protocols import PendingDirectory
 from asyncckpt.state.dtypes import CODES
-from asyncckpt.storage import open_store
+from asyncckpt.storage import local_path, open_store
 from asyncckpt.types import LayoutOptions, LocalTensor, TensorSpec
 
 _NUMBER = re.compile(r"\d+")
@@ -68,7 +68,7 @@ class Writer(StorageWriter):
         digests.get(digest)
         if type(threads) is not int or threads < 1:
             raise InvalidOption(f"threads must be a whole number >= 1, not {threads!r}")
-        self._run = None if path is None else os.path.abspath(os.fspath(path))
+        self._run = None if path is None else local_path(path)
         self._step = step
         self._overwrite = overwrite
         self._digest = digest
@@ -83,7 +83,7 @@ class Writer(StorageWriter):
     # -- what DCP calls ----------------------------------------------------------------------------------------------
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        self.checkpoint_id = None if checkpoint_id is None else os.path.abspath(os.fspath(checkpoint_id))
+        self.checkpoint_id = None if checkpoint_id is None else local_path(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._coordinates = is_coordinator
