@@ -18,17 +18,20 @@ from torch import nn
 
 from asyncckpt import jsontree
 from asyncckpt.errors import InvalidOption, UnsupportedValue
+from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.protocols import Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
-from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
+from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory, unwrapped
 from asyncckpt.state.markers import LocalShard, Replicated, without_shards
-from asyncckpt.state.optimizer import named_optimizer_state
+from asyncckpt.state.optimizer import named_optimizer_state, wrapped_optimizer
 from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
 #: A name has no dots: tensors are named ``component.fqn``, and ``a.b`` + ``c`` must differ from ``a`` + ``b.c``.
 _COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+-]{0,199}\Z")
+#: Longer names of classes are left out; readers take them for an attack.
+_LONGEST_NAME = 1000
 _RESERVED = frozenset({"state", "manifest", "latest"})
 Sink = Callable[[str, torch.Tensor], None]
 
@@ -81,12 +84,24 @@ def kind_of(value: Any) -> str:
     return "plain"
 
 
+def class_name(value: Any) -> str:
+    """Return the qualified name of an object's class, without the wrappers whose prefixes FQNs leave out and without
+    optimizers that only hand on to another one. It is empty where it would be absurdly long."""
+    if isinstance(value, nn.Module):
+        value = unwrapped(value)
+    elif isinstance(value, torch.optim.Optimizer):
+        value = wrapped_optimizer(value)
+    found = f"{type(value).__module__}.{type(value).__qualname__}"
+    return found if len(found) <= _LONGEST_NAME else ""
+
+
 def _component(
     name: str, value: Any, state: Mapping[str, Any], owners: Mapping[int, tuple[str, str]]
 ) -> ComponentSnapshot:
     kind = kind_of(value)
     if kind == "module":
         return _module(name, value)
+    type_name = class_name(value) if kind in ("optimizer", "stateful") else ""
     pieces: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     shared = kind in ("optimizer", "tensor") or isinstance(value, Replicated)
@@ -98,7 +113,7 @@ def _component(
     value = without_shards(value, shards) if kind != "optimizer" else value
     tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
-    return ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
+    return ComponentSnapshot(name, kind, pieces, aliases, tree, shared, type_name, _strides(pieces))
 
 
 def _module(name: str, module: nn.Module) -> ComponentSnapshot:
@@ -136,7 +151,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
             seen.append((fqn, value))
         pieces.append(piece_of(name, fqn, value, frozen=value.data_ptr() in frozen))
     tree: JsonValue = jsontree.encode(extras, "", add, component=name)
-    return ComponentSnapshot(name, "module", pieces, aliases, tree)
+    return ComponentSnapshot(name, "module", pieces, aliases, tree, True, class_name(module), _strides(pieces))
 
 
 def _state_dict(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Mapping[str, Any]:
@@ -159,6 +174,18 @@ def _frozen(parameters: Mapping[str, nn.Parameter]) -> set[int]:
     here = [p for p in parameters.values() if p.numel() and not p.is_meta and not is_distributed(p)]
     trained = {parameter.data_ptr() for parameter in here if parameter.requires_grad}
     return {parameter.data_ptr() for parameter in here} - trained
+
+
+def _strides(pieces: list[LocalTensor]) -> dict[str, tuple[int, ...]]:
+    """Return the strides of the whole tensors that fill their memory in another order than row-major."""
+    return {
+        piece.spec.name: piece.tensor.stride()
+        for piece in pieces
+        if not piece.tensor.is_contiguous()  # first, because it is what nearly all tensors are
+        and piece.rows is None
+        and piece.span is None
+        and is_dense(piece.tensor.shape, piece.tensor.stride())
+    }
 
 
 def _sink(component: str, pieces: list[LocalTensor], shards: Mapping[int, LocalShard] = MappingProxyType({})) -> Sink:

@@ -52,3 +52,13 @@ def optimizer_names(
                 f"state, so it has no name. Add the module or tensor it comes from to the state"
             )
     return names
+
+
+def wrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that this one hands everything on to, as Accelerate's does, or itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
+        return optimizer
+    if getattr(optimizer, "state", None) is not inner.state or optimizer.param_groups is not inner.param_groups:
+        return optimizer
+    return wrapped_optimizer(inner)
