@@ -13,6 +13,7 @@ from asyncckpt.manifest.records import ComponentRecord
 from asyncckpt.restore.modules import plan_module
 from asyncckpt.restore.optimizers import plan_optimizer
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors
+from asyncckpt.restore.saved_parameters import SavedParameters
 from asyncckpt.restore.trees import plan_tensor, plan_tree
 from asyncckpt.state.capture import kind_of
 from asyncckpt.types import JsonValue
@@ -24,10 +25,11 @@ def plan_component(
     record: ComponentRecord | None,
     stored: StoredTensors,
     tree: JsonValue,
+    saved: SavedParameters,
     opts: Options,
 ) -> RestorePlan:
     """Plan the restore of one live component. ``record`` and ``tree``: the checkpoint's component of that name, and its
-    plain values, if there are any."""
+    plain values, if there are any. ``saved`` knows the stored parameters, for optimizers."""
     value = state[name]
     kind = kind_of(value)
     if kind == "module":
@@ -35,10 +37,10 @@ def plan_component(
         return plan_module(name, value, stored, extras, opts)
     if record is None:
         return RestorePlan(missing=[name])
+    if kind == "optimizer" and record.kind in ("optimizer", "stateful"):
+        return plan_optimizer(name, value, state, record, tree, saved, opts)
     if record.kind != kind:
         return RestorePlan(mismatched=[f"{name}: saved as {record.kind}, live as {kind}"])
-    if kind == "optimizer":
-        return plan_optimizer(name, value, state, stored, tree, opts)
     if kind == "tensor":
         return plan_tensor(name, value, stored, opts)
     return plan_tree(name, value, state, stored, tree, opts)

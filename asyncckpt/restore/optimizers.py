@@ -1,8 +1,8 @@
-"""An optimizer takes its stored state by the names of its parameters."""
+"""An optimizer takes its stored state by the names of its parameters, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,22 +10,26 @@ from torch import nn
 
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.read.scatter import Window
-from asyncckpt.restore.plan import (
-    Options,
-    RestorePlan,
-    StoredTensors,
-    decode,
-    find_tensor,
-    load,
-    mismatch,
-    new_tensor,
-    on_host,
+from asyncckpt.manifest.records import ComponentRecord
+from asyncckpt.restore.memory_format import format_to_be
+from asyncckpt.restore.optimizer_load import (
+    CannotMake,
+    RestoredState,
+    copied,
+    install,
+    load_exactly,
+    load_whole,
+    loads_as_torch_does,
+    make_object,
+    parameters_of,
 )
-from asyncckpt.state.dtensor import is_distributed, like
+from asyncckpt.restore.optimizer_state import StateTargets
+from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, load, on_host
+from asyncckpt.restore.saved_parameters import SavedParameter, SavedParameters
+from asyncckpt.state.capture import class_name
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import parameter_names
-from asyncckpt.state.optimizer import optimizer_names
+from asyncckpt.state.optimizer import TORCH_KEYS, grouped, optimizer_names
 from asyncckpt.types import JsonValue
 
 
@@ -33,100 +37,251 @@ def plan_optimizer(
     name: str,
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-    stored: StoredTensors,
+    record: ComponentRecord,
     tree: JsonValue,
+    saved: SavedParameters,
     opts: Options,
 ) -> RestorePlan:
-    plan = RestorePlan()
+    """Plan the restore of an optimizer whose parameters are those of ``state``. Its tensors are found by their stored
+    names, whatever ``rename`` says of those: the parameters that they belong to are renamed."""
     if not opts.selected(name):
-        return plan
-    group_trees = tree.get("param_groups") if isinstance(tree, dict) else None
-    if not isinstance(tree, dict) or not isinstance(group_trees, list):
-        raise CheckpointDamaged(f"component {name!r} was saved as an optimizer and does not look like one")
-    owners = parameter_names({key: value for key, value in state.items() if isinstance(value, nn.Module)})
-    names = optimizer_names(name, optimizer, owners, state)
-    index_of = {fqn: index for index, fqn in names.items()}
-    parameters = _parameters(optimizer)
-    saved_groups = [decode(name, group, stored, plan, opts) for group in group_trees]
-    if not all(_is_group(group) for group in saved_groups):
-        raise CheckpointDamaged(f"component {name!r}: a param group of it does not look like one")
-    saved_names = {fqn for group in saved_groups for fqn in group["params"]}
-    plan.missing += [f"{name}.{fqn}" for fqn in index_of if fqn not in saved_names]
-    plan.unexpected += [f"{name}.{fqn}" for fqn in saved_names if fqn not in index_of]
-    if len(saved_groups) != len(optimizer.param_groups):
-        plan.mismatched.append(
-            f"{name}: {len(saved_groups)} param groups saved, {len(optimizer.param_groups)} in the live optimizer"
-        )
-    values: dict[int | str, Any] = {}
-    saved_state = tree.get("state")
-    if not isinstance(saved_state, dict) or "$" in saved_state:
-        raise CheckpointDamaged(f"component {name!r}: its state is not keyed by parameter name")
-    for key, subtree in saved_state.items():
-        index = index_of.get(key)
-        if index is None:
-            if key not in saved_names:  # an optimizer may keep state that is no parameter's
-                values[key] = decode(name, subtree, stored, plan, opts)
-            continue
-        live = optimizer.state.get(parameters[index], {})
-        tensors = _state_tensors(name, parameters[index], live, stored, plan, opts)
-        values[index] = jsontree.decode(subtree, tensors, on_host(name, stored, plan))
-    groups: list[dict[str, Any]] = []
-    counted = 0
-    for live_group in optimizer.param_groups:
-        indexes = list(range(counted, counted + len(live_group["params"])))
-        counted += len(indexes)
-        group_names = {names[index] for index in indexes}
-        source = max(saved_groups, key=lambda g: len(group_names.intersection(g["params"])), default=None)
-        base = {key: value for key, value in live_group.items() if key != "params"}
-        if source is not None and group_names.intersection(source["params"]):
-            base.update({key: value for key, value in source.items() if key != "params"})
-        groups.append({**base, "params": indexes})
-    others = {k: decode(name, v, stored, plan, opts) for k, v in tree.items() if k not in _TORCH_KEYS}
-    loaded = {**others, "state": values, "param_groups": groups}
-    plan.finish.append(lambda: load(name, lambda: optimizer.load_state_dict(loaded)))
-    return plan
+        return RestorePlan()
+    return _OptimizerPlanner(name, optimizer, state, record, saved, opts).plan(tree)
 
 
-def _is_group(group: Any) -> bool:
-    """Whether a decoded value has the form of an optimizer's param group."""
-    names = group.get("params") if type(group) is dict else None
-    return type(names) is list and all(type(name) is str for name in names)
+class _OptimizerPlanner:
+    """Plans the restore of one optimizer. ``plan`` is the only entry, and is called once."""
 
+    def __init__(
+        self,
+        name: str,
+        optimizer: torch.optim.Optimizer,
+        state: Mapping[str, Any],
+        record: ComponentRecord,
+        saved: SavedParameters,
+        opts: Options,
+    ) -> None:
+        self._name = name
+        self._optimizer = optimizer
+        self._record = record
+        self._saved = saved
+        self._opts = opts
+        self._stored: StoredTensors = {f"{name}.{key}": tensor for key, tensor in record.tensors.items()}
+        self._targets = StateTargets(name, record, self._stored, opts, self._format_to_be)
+        owners = parameter_names({key: value for key, value in state.items() if isinstance(value, nn.Module)})
+        names = optimizer_names(name, optimizer, owners, state)
+        self._labels = [label for label, _, _ in names]
+        self._index_of_label = {label: index for index, label in enumerate(self._labels)}
+        self._index_of_place = {(holder, fqn): index for index, (_, holder, fqn) in enumerate(names)}
+        self._parameters = parameters_of(optimizer)
+        self._plan = RestorePlan()
 
-_TORCH_KEYS = frozenset({"state", "param_groups"})
+    def plan(self, tree: JsonValue) -> RestorePlan:
+        live, stored = class_name(self._optimizer), self._record.type_name
+        if stored and live and stored.rpartition(".")[2] != live.rpartition(".")[2]:
+            self._plan.mismatched.append(f"{self._name}: saved as {stored}, live {live}: its state means another thing")
+        elif not isinstance(tree, dict):
+            self._damaged("was saved as an optimizer and does not look like one")
+        elif self._record.kind == "stateful":
+            self._plan_whole(tree)
+        else:
+            self._plan_by_name(tree)
+        return self._plan
 
+    def _damaged(self, problem: str) -> None:
+        raise CheckpointDamaged(f"component {self._name!r} {problem}")
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """List the parameters in the order of torch's indexes."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    def _plan_by_name(self, tree: dict[str, JsonValue]) -> None:
+        plan, name = self._plan, self._name
+        group_trees, states = tree.get("param_groups"), tree.get("state")
+        if not isinstance(group_trees, list):
+            self._damaged("was saved as an optimizer and does not look like one")
+        elif not isinstance(states, dict) or "$" in states:
+            self._damaged("was saved as an optimizer, and its state is not keyed by parameter name")
+        else:
+            labels = [self._labels_of(group) for group in group_trees]
+            places = self._places([label for group in labels for label in group])
+            new = RestoredState(groups=self._groups(group_trees, labels, places))
+            hyperparameters = [group for group, live in zip(new.groups, self._live_groups(), strict=True) for _ in live]
+            new.kept = set(range(len(self._labels))) - {index for index, _ in places.values()}
+            for label, (index, parameter) in places.items():
+                self._add_state(new, label, index, parameter, states.get(label), hyperparameters[index])
+            known = {label for group in labels for label in group}
+            rest = {key: item for key, item in states.items() if key not in known}
+            new.others = {key: self._decode(item, f"state.{key}", self._live_state(key)) for key, item in rest.items()}
+            new.extra = {k: self._decode(v, k, None) for k, v in tree.items() if k not in TORCH_KEYS}
+            if (new.others or new.extra) and not loads_as_torch_does(self._optimizer):
+                self._require_order(labels, places)
+            if loads_as_torch_does(self._optimizer):
+                plan.finish.append(lambda: load(name, lambda: install(self._optimizer, new)))
+            else:
+                plan.finish.append(lambda: load_exactly(name, self._optimizer, new))
 
+    def _live_groups(self) -> list[list[str]]:
+        return grouped(self._labels, self._optimizer)
 
-def _state_tensors(
-    component: str,
-    parameter: torch.Tensor,
-    live: Any,
-    stored: StoredTensors,
-    plan: RestorePlan,
-    opts: Options,
-) -> Callable[[str], torch.Tensor]:
-    """Return a function that gives, for a key of a parameter's state, the live tensor where it fits, and else a new one
-    on the parameter's device."""
+    def _live_state(self, key: str) -> Any:
+        state = getattr(self._optimizer, "state", {})
+        return state.get(key) if isinstance(state, Mapping) else None
 
-    def get(key: str) -> torch.Tensor:
-        record = find_tensor(component, key, stored, plan)
-        found = live.get(key.rpartition(".")[2]) if isinstance(live, dict) else None
-        usable = isinstance(found, torch.Tensor) and not mismatch(key, record, found, opts) and not found.is_meta
-        if is_distributed(parameter) and record.shape == tuple(parameter.shape):
-            fits = usable and is_distributed(found)
-            made: torch.Tensor = found if fits and found is not None else like(parameter, DTYPES[record.dtype])
-            plan.add(record, made, f"{component}.{key}")
-            return made
-        if not usable or not isinstance(found, torch.Tensor):
-            device = parameter.device if record.shape == tuple(parameter.shape) else torch.device("cpu")
-            if device.type == "meta":
-                device = opts.device
-            found = new_tensor(record, DTYPES[record.dtype], device)
-        plan.fill.append((record, [Window(found)]))
+    def _labels_of(self, group: JsonValue) -> list[str]:
+        names = group.get("params") if isinstance(group, dict) else None
+        found = [label for label in names if isinstance(label, str)] if isinstance(names, list) else []
+        if not isinstance(group, dict) or "$" in group or not isinstance(names, list) or len(found) != len(names):
+            self._damaged("has a param group that does not look like one")
         return found
 
-    return get
+    def _places(self, labels: list[str]) -> dict[str, tuple[int, SavedParameter | None]]:
+        """Map each stored name to the index of the live parameter that it stands for, and to what was stored of that.
+        What has no counterpart is reported."""
+        places: dict[str, tuple[int, SavedParameter | None]] = {}
+        taken: set[int] = set()
+        for label in labels:
+            candidates, dropped = self._saved.find(label)
+            hits = [(self._index_of_place.get((one.component, one.fqn)), one) for one in candidates]
+            index, parameter = next(((i, one) for i, one in hits if i is not None and i not in taken), (None, None))
+            if index is None and not candidates and not dropped:
+                index = self._index_of_label.get(label)
+            if index is not None and index not in taken:
+                taken.add(index)
+                places[label] = index, parameter
+            elif not dropped:
+                self._plan.unexpected.append(f"{self._name}.{label}")
+        self._plan.missing += [f"{self._name}.{one}" for i, one in enumerate(self._labels) if i not in taken]
+        return places
+
+    def _groups(
+        self,
+        trees: list[JsonValue],
+        labels: list[list[str]],
+        places: Mapping[str, tuple[int, SavedParameter | None]],
+    ) -> list[dict[str, Any]]:
+        """Return the hyperparameters of each live group: those of the stored group that most of its parameters were in.
+        A live group keeps what that one lacks."""
+        live_groups = self._optimizer.param_groups
+        if len(trees) != len(live_groups):
+            self._plan.mismatched.append(
+                f"{self._name}: {len(trees)} param groups saved, {len(live_groups)} in the live optimizer"
+            )
+        members = [{places[label][0] for label in group if label in places} for group in labels]
+        made: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        first = 0
+        for live in live_groups:
+            mine = set(range(first, first + len(live["params"])))
+            first += len(mine)
+            kept = {key: value for key, value in live.items() if key != "params"}
+            best = max(range(len(members)), key=lambda i: len(mine & members[i]), default=None)
+            if best is None or not mine & members[best]:
+                groups.append(kept)
+                continue
+            values = made.get(best)
+            if values is None:
+                decoded = self._decode(trees[best], f"param_groups.{best}", kept)
+                values = made[best] = {key: value for key, value in decoded.items() if key != "params"}
+                groups.append({**kept, **values})
+            else:
+                groups.append({**kept, **values})
+                self._plan.finish.append(lambda group=groups[-1]: group.update(copied(group)))
+        return groups
+
+    def _add_state(
+        self,
+        new: RestoredState,
+        label: str,
+        index: int,
+        saved: SavedParameter | None,
+        tree: JsonValue,
+        group: Mapping[str, Any],
+    ) -> None:
+        """Plan the state of one parameter, or report why it cannot be its state."""
+        where, parameter = f"{self._name}.{self._labels[index]}", self._parameters[index]
+        problem = self._misfit(saved, parameter)
+        live = self._optimizer.state.get(parameter) if isinstance(self._optimizer.state, Mapping) else None
+        if problem is None and isinstance(tree, dict) and "$" not in tree and isinstance(live, dict):
+            mine, theirs = {str(key) for key in live}, set(tree)
+            if mine - theirs and theirs - mine:
+                problem = f"saved with the state {', '.join(sorted(theirs))}, live with {', '.join(sorted(mine))}"
+        if problem is None and tree is not None:
+            plan = RestorePlan(used=self._plan.used)
+            get = self._targets.of_parameter(parameter, saved, live, f"state.{label}", group, plan)
+            host = on_host(self._name, self._stored, plan)
+            try:
+                new.states[index] = jsontree.decode(tree, get, host, self._objects(live, plan))
+            except CannotMake as error:
+                problem = str(error)
+            else:
+                self._plan.merge(plan)
+        if problem is not None:
+            new.kept.add(index)
+            self._plan.mismatched.append(f"{where}: {problem}")
+
+    def _misfit(self, saved: SavedParameter | None, parameter: torch.Tensor) -> str | None:
+        if saved is None:
+            return None
+        if saved.record.shape != tuple(parameter.shape):
+            shapes = f"{list(saved.record.shape)}, live {list(parameter.shape)}"
+            return f"saved as the state of a parameter of shape {shapes}"
+        dtype = DTYPES[saved.record.dtype]
+        if dtype == parameter.dtype or parameter.is_meta or self._opts.dtype == parameter.dtype:
+            return None
+        way_out = f"(restore(..., dtype={parameter.dtype}) converts)"
+        return f"saved as the state of a {dtype} parameter, live {parameter.dtype} {way_out}"
+
+    def _format_to_be(self, saved: SavedParameter | None, parameter: torch.Tensor) -> tuple[int, ...]:
+        restored = saved is not None and self._opts.selected(
+            f"{saved.component}.{saved.fqn}" if saved.fqn else saved.component
+        )
+        return format_to_be(parameter, saved.strides if saved is not None and saved.fqn and restored else None)
+
+    def _objects(self, live: Any, plan: RestorePlan) -> Any:
+        def make(path: tuple[str | int, ...], kind: str, state: Any) -> Any:
+            here = live
+            for key in path:
+                try:
+                    here = here[key]
+                except (KeyError, IndexError, TypeError):
+                    here = None
+            return make_object(self._optimizer, here, kind, state, plan.finish.append)
+
+        return make
+
+    def _decode(self, tree: JsonValue, prefix: str, live: Any) -> Any:
+        """Decode values that are no parameter's state, into the tensors of ``live`` where they fit."""
+        plan = self._plan
+        device = self._parameters[0].device if self._parameters else self._opts.device
+        get = self._targets.elsewhere(live, prefix, plan, self._opts.device if device.type == "meta" else device)
+        try:
+            return jsontree.decode(tree, get, on_host(self._name, self._stored, plan), self._objects(live, plan))
+        except CannotMake as error:
+            plan.mismatched.append(f"{self._name}: {error}")
+            return {}
+
+    def _require_order(self, labels: list[list[str]], places: Mapping[str, tuple[int, SavedParameter | None]]) -> None:
+        """Report where parameters come in another order than they were saved in, for a class that has state which goes
+        by their positions."""
+        saved = [places[label][0] if label in places else None for group in labels for label in group]
+        if saved != list(range(len(self._labels))) or list(map(len, labels)) != list(map(len, self._live_groups())):
+            self._plan.mismatched.append(
+                f"{self._name}: {class_name(self._optimizer)} may store state by the positions of parameters, and they "
+                f"come in another order than they were saved in"
+            )
+
+    def _plan_whole(self, tree: dict[str, JsonValue]) -> None:
+        """Plan an optimizer whose ``state_dict`` has a form of its own."""
+        plan, name = self._plan, self._name
+        labels = tree.get("param_names")
+        if tree.keys() != {"state_dict", "param_names"} or not isinstance(labels, list):
+            plan.mismatched.append(f"{name}: saved as an object with a state of its own, live as an optimizer")
+            return
+        groups = [[str(label) for label in group] if isinstance(group, list) else [] for group in labels]
+        places = self._places([label for group in groups for label in group])
+        self._require_order(groups, places)
+        for label, (index, saved) in places.items():
+            problem = self._misfit(saved, self._parameters[index])
+            if problem:
+                plan.mismatched.append(f"{name}.{label}: {problem}")
+        if plan.mismatched or plan.missing or plan.unexpected:
+            return
+        given = self._decode(tree["state_dict"], "state_dict", None)
+        plan.finish.append(lambda: load_whole(name, self._optimizer, given))

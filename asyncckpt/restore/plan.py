@@ -91,10 +91,17 @@ def new_tensors(
     return get
 
 
-def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
-    """Allocate memory for a stored tensor. Raises ``CheckpointDamaged`` for a shape that torch cannot have, and
-    ``MemoryError``."""
+def new_tensor(
+    record: StoredTensor,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    strides: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """Allocate memory for a stored tensor; ``strides``, in elements, are those of a dense tensor of its shape. Raises
+    ``CheckpointDamaged`` for a shape that torch cannot have, and ``MemoryError``."""
     try:
+        if strides is not None and record.nbytes:
+            return torch.empty_strided(record.shape, strides, dtype=dtype, device=device)
         return torch.empty(record.shape, dtype=dtype, device=device)
     except torch.OutOfMemoryError:
         raise

@@ -24,7 +24,7 @@ from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_row
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory, unwrapped
 from asyncckpt.state.markers import LocalShard, Replicated, without_shards
-from asyncckpt.state.optimizer import named_optimizer_state, wrapped_optimizer
+from asyncckpt.state.optimizer import named_optimizer_state, object_state, wrapped_optimizer
 from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
@@ -105,13 +105,14 @@ def _component(
     pieces: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     shared = kind in ("optimizer", "tensor") or isinstance(value, Replicated)
+    objects = object_state if kind == "optimizer" else None
     if kind == "optimizer":
-        value, _ = named_optimizer_state(name, value, owners, state)
+        kind, value = named_optimizer_state(name, value, owners, state)
     elif kind == "stateful":
         value = value.state_dict()
     shards: dict[int, LocalShard] = {}
-    value = without_shards(value, shards) if kind != "optimizer" else value
-    tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
+    value = without_shards(value, shards) if objects is None else value
+    tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name, objects=objects)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
     return ComponentSnapshot(name, kind, pieces, aliases, tree, shared, type_name, _strides(pieces))
 
