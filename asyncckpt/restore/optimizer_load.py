@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,10 +151,10 @@ def make_object(
     live: Any,
     class_name: str,
     state: Any,
-    later: Callable[[Callable[[], None]], None],
+    later: list[Callable[[], None]],
 ) -> Any:
-    """Return the object that a stored state belongs to. ``live``: what stands in its place now. ``later`` takes what
-    must run once the state's tensors are filled. Raises ``CannotMake``.
+    """Return the object that a stored state belongs to. ``live``: what stands in its place now. What must run
+    once the state's tensors are filled is added to ``later``. Raises ``CannotMake``.
 
     A stored name never leads to an import. The class is that of the live object, or one that the optimizer's own code
     can name, and it must be one whose objects are stored.
@@ -164,7 +165,7 @@ def make_object(
         raise CannotMake(f"an object of class {class_name!r:.200} was saved, which the live optimizer does not know")
     if issubclass(kind, Stateful):
         target = live if type(live) is kind else _made(kind, class_name)
-        later(lambda: load_whole(class_name, target, state))
+        later.append(lambda: load_whole(class_name, target, state))
         return target
     fields = {entry.name for entry in dataclasses.fields(kind)}
     if type(state) is not dict or state.keys() != fields:
@@ -202,18 +203,17 @@ def _known_class(optimizer: torch.optim.Optimizer, class_name: str) -> type | No
 
 def _classes_near(kind: type) -> Iterable[type]:
     for base in kind.__mro__:
-        there: Sequence[Any] = (
-            list(vars(sys.modules[base.__module__]).values()) if base.__module__ in sys.modules else ()
-        )
+        there: list[Any] = list(vars(sys.modules.get(base.__module__, base)).values())
         for member in vars(base).values():
-            function = getattr(member, "__wrapped__", member)
-            cells = getattr(function, "__closure__", None) or ()
-            there = [*there, *(cell.cell_contents for cell in cells)]
+            function = inspect.unwrap(member) if callable(member) else member
+            if inspect.isfunction(function):
+                there += inspect.getclosurevars(function).nonlocals.values()
         for value in there:
             if isinstance(value, type) and (dataclasses.is_dataclass(value) or issubclass(value, Stateful)):
                 yield value
 
 
-def copied(values: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a group's hyperparameters that shares no tensor with them."""
-    return copy.deepcopy(values)
+def make_own(values: dict[str, Any]) -> None:
+    """Replace what a group's hyperparameters share with those of another group, such as a learning rate that is a
+    tensor, by copies."""
+    values.update(copy.deepcopy(values))

@@ -56,7 +56,9 @@ class StateTargets:
             dtype = self._dtype(record, parameter, saved)
             usable = found is not None and not found.is_meta and _same(record, dtype, found)
             if is_distributed(parameter) and like_parameter:
-                made = found if usable and is_distributed(found) else like(parameter, dtype)
+                made: torch.Tensor = (
+                    found if usable and found is not None and is_distributed(found) else like(parameter, dtype)
+                )
                 plan.add(record, made, f"{self._name}.{key}")
                 return made
             strides = self._strides(key, record, parameter, saved)

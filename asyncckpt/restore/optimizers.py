@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +16,12 @@ from asyncckpt.restore.memory_format import format_to_be
 from asyncckpt.restore.optimizer_load import (
     CannotMake,
     RestoredState,
-    copied,
     install,
     load_exactly,
     load_whole,
     loads_as_torch_does,
     make_object,
+    make_own,
     parameters_of,
 )
 from asyncckpt.restore.optimizer_state import StateTargets
@@ -182,7 +183,7 @@ class _OptimizerPlanner:
                 groups.append({**kept, **values})
             else:
                 groups.append({**kept, **values})
-                self._plan.finish.append(lambda group=groups[-1]: group.update(copied(group)))
+                self._plan.finish.append(functools.partial(make_own, groups[-1]))
         return groups
 
     def _add_state(
@@ -229,10 +230,9 @@ class _OptimizerPlanner:
         return f"saved as the state of a {dtype} parameter, live {parameter.dtype} {way_out}"
 
     def _format_to_be(self, saved: SavedParameter | None, parameter: torch.Tensor) -> tuple[int, ...]:
-        restored = saved is not None and self._opts.selected(
-            f"{saved.component}.{saved.fqn}" if saved.fqn else saved.component
-        )
-        return format_to_be(parameter, saved.strides if saved is not None and saved.fqn and restored else None)
+        if saved is None or not self._opts.selected(f"{saved.component}.{saved.fqn}"):
+            return format_to_be(parameter, None)
+        return format_to_be(parameter, saved.strides if saved.fqn else None)
 
     def _objects(self, live: Any, plan: RestorePlan) -> Any:
         def make(path: tuple[str | int, ...], kind: str, state: Any) -> Any:
@@ -242,7 +242,7 @@ class _OptimizerPlanner:
                     here = here[key]
                 except (KeyError, IndexError, TypeError):
                     here = None
-            return make_object(self._optimizer, here, kind, state, plan.finish.append)
+            return make_object(self._optimizer, here, kind, state, plan.finish)
 
         return make
 

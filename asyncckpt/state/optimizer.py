@@ -110,7 +110,7 @@ def _nameless(
 
 
 def _is_lazy(parameter: torch.Tensor) -> bool:
-    return isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
 def object_state(value: Any) -> tuple[str, Any] | None:
