@@ -34,7 +34,7 @@ def plan_component(
     kind = kind_of(value)
     if kind == "module":
         extras = tree if record is not None and record.kind == "module" else {}
-        return plan_module(name, value, stored, extras, opts)
+        return plan_module(name, value, record, stored, extras, opts)
     if record is None:
         return RestorePlan(missing=[name])
     if kind == "optimizer" and record.kind in ("optimizer", "stateful"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import nn
 
 from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.state.dtensor import is_distributed
@@ -24,3 +27,14 @@ def format_to_be(live: torch.Tensor, saved: tuple[int, ...] | None) -> tuple[int
     whole = live.untyped_storage().nbytes() == live.numel() * live.element_size()
     takes = live.is_contiguous() and whole and len(saved) == live.dim() and is_dense(tuple(live.shape), saved)
     return saved if takes else mine
+
+
+def take_format(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give tensors of a module new memory, in the memory format and with the values of ``values``, by ``state_dict``
+    key. The objects stay, as with ``module.to(memory_format=...)``, and so do ties."""
+    there = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    moved = {there[raw].data_ptr(): value for raw, value in values.items()}
+    for tensor in there.values():
+        value = moved.get(tensor.data_ptr()) if tensor.numel() and not is_distributed(tensor) else None
+        if value is not None and tensor.shape == value.shape:
+            tensor.data = value

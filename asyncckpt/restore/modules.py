@@ -1,23 +1,39 @@
-"""A module takes its stored tensors in place, and what its ``state_dict`` only copies through ``load_state_dict``."""
+"""A module takes its stored tensors in place. What it takes otherwise, it takes through torch's own loading."""
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from asyncckpt import jsontree
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.errors import CheckpointDamaged, StateMismatch
+from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.read.scatter import Window
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch
+from asyncckpt.restore.memory_format import format_to_be, take_format
+from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor
+from asyncckpt.restore.saved_parameters import same_strides
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
+from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names
 from asyncckpt.types import JsonValue
 
 
-def plan_module(name: str, module: nn.Module, stored: StoredTensors, extras: JsonValue, opts: Options) -> RestorePlan:
+def plan_module(
+    name: str,
+    module: nn.Module,
+    component: ComponentRecord | None,
+    stored: StoredTensors,
+    extras: JsonValue,
+    opts: Options,
+) -> RestorePlan:
+    """Plan the restore of a module. ``component``: its stored record, where there is one of its name. ``extras``: what
+    its ``state_dict`` held beside tensors."""
     plan = RestorePlan()
     live = module.state_dict()
     fqns = canonical_names(module, live)
@@ -32,8 +48,11 @@ def plan_module(name: str, module: nn.Module, stored: StoredTensors, extras: Jso
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     parameters = dict(module.named_parameters(remove_duplicate=False))
     by_memory = _aliases(live, fqns, parameters)
+    formats = _saved_formats(name, component, stored)
+    loaders = _Loaders(module, live)
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
+    formatted: dict[str, torch.Tensor] = {}
     wanted: set[str] = set()
     for raw, value in live.items():
         qualified = f"{name}.{fqns[raw]}"
@@ -42,7 +61,7 @@ def plan_module(name: str, module: nn.Module, stored: StoredTensors, extras: Jso
         wanted.add(qualified)
         if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
             if fqns[raw] in extra_values:
-                later[raw] = extra_values[fqns[raw]]
+                loaders.give(raw, extra_values[fqns[raw]], later)
                 plan.fill += extra_fill.fill
                 extra_fill.fill = []
             else:
@@ -55,6 +74,9 @@ def plan_module(name: str, module: nn.Module, stored: StoredTensors, extras: Jso
                 plan.missing.append(qualified)
             continue
         problem = mismatch(qualified, record, value, opts)
+        if problem and record.shape != tuple(value.shape) and loaders.has_own(raw) and not value.is_meta:
+            loaders.give(raw, _new(plan, record, value.dtype, value.device), later)
+            continue
         if problem:
             plan.mismatched.append(problem)
             continue
@@ -66,21 +88,115 @@ def plan_module(name: str, module: nn.Module, stored: StoredTensors, extras: Jso
                 if not is_distributed(parameters.get(raw)):  # FSDP1's state_dict gives copies: it must take them back
                     later[raw] = value
             continue
-        target = value
+        saved = formats.get(qualified)
         if value.is_meta:
             dtype = opts.dtype if opts.dtype is not None and value.is_floating_point() else value.dtype
-            target = meta[raw] = torch.empty(value.shape, dtype=dtype, device=opts.device)
-        elif value.numel() and value.untyped_storage().data_ptr() not in own:
+            meta[raw] = _new(plan, record, dtype, opts.device, saved)
+            continue
+        if value.numel() and value.untyped_storage().data_ptr() not in own:
             later[raw] = value  # the module's state_dict gives copies (hooks, packed weights): it must take them back
-        plan.fill.append((record, [Window(target)]))
+        elif saved is not None and not same_strides(record.shape, format_to_be(value, saved), value.stride()):
+            formatted[raw] = _new(plan, record, value.dtype, value.device, saved)
+            continue
+        elif loaders.has_own(raw):
+            loaders.give(raw, value, later)
+        plan.add(record, value, qualified)
     wanted.update(f"{name}.{key}" for key in jsontree.tensor_names(extras))
     prefix = f"{name}."
     plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
     if meta:
         plan.finish.append(lambda: _materialize(module, meta))
-    if later:
+    if formatted:
+        plan.finish.append(lambda: take_format(module, formatted))
+    if later:  # torch asks every part of the module to load: those with code of their own need all that is theirs
+        later |= loaders.given()
         plan.finish.append(lambda: load(name, lambda: module.load_state_dict(later, strict=False)))
+    else:
+        plan.finish += [functools.partial(load, name, owner.run) for owner in loaders.owners.values() if owner.values]
     return plan
+
+
+def _new(
+    plan: RestorePlan,
+    record: StoredTensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """Make a tensor that ``plan`` fills with a stored one; values of another kind keep their dtype."""
+    stored = DTYPES[record.dtype]
+    kept = dtype if dtype.is_floating_point and stored.is_floating_point else stored
+    tensor = new_tensor(record, kept, device, strides)
+    plan.fill.append((record, [Window(tensor)]))
+    return tensor
+
+
+def _saved_formats(name: str, component: ComponentRecord | None, stored: StoredTensors) -> dict[str, tuple[int, ...]]:
+    """Return the strides of the stored tensors that were not row-major, by their live names."""
+    if component is None or not component.strides:
+        return {}
+    by_record = {id(component.tensors[key]): strides for key, strides in component.strides.items()}
+    prefix = f"{name}."
+    return {
+        key: by_record[id(record)]
+        for key, record in stored.items()
+        if key.startswith(prefix) and id(record) in by_record
+    }
+
+
+@dataclass(slots=True)
+class _Owner:
+    """``_Owner`` is a part of a module that loads its tensors with code of its own, and what it is given."""
+
+    module: nn.Module
+    prefix: str
+    metadata: Any
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Have the part load what it is given, without its children, as ``load_state_dict`` does for each part."""
+        errors: list[str] = []
+        unexpected: list[str] = []
+        values = OrderedDict(self.values)
+        with torch.no_grad():
+            self.module._load_from_state_dict(values, self.prefix, self.metadata, True, [], unexpected, errors)
+        if errors:
+            raise StateMismatch("; ".join(errors))
+        for hook in self.module._load_state_dict_post_hooks.values():
+            hook(self.module, torch.nn.modules.module._IncompatibleKeys([], unexpected))
+
+
+class _Loaders:
+    """Finds the parts of a module that load with code of their own: an override of ``_load_from_state_dict``, or a
+    hook. Torch's own layers, whose code is for checkpoints of older versions, are not among them."""
+
+    def __init__(self, module: nn.Module, live: Mapping[str, Any]) -> None:
+        self._metadata = getattr(live, "_metadata", {})
+        self.owners = {
+            path: _Owner(part, f"{path}." if path else "", self._metadata.get(path, {}))
+            for path, part in module.named_modules(remove_duplicate=False)
+            if _loads_itself(part)
+        }
+
+    def has_own(self, raw: str) -> bool:
+        """Return whether the tensor with this ``state_dict`` key belongs to such a part."""
+        return raw.rpartition(".")[0] in self.owners
+
+    def give(self, raw: str, value: Any, otherwise: dict[str, Any]) -> None:
+        """Give a value to the part that it belongs to; where that has no code of its own, add it to ``otherwise``."""
+        owner = self.owners.get(raw.rpartition(".")[0])
+        (otherwise if owner is None else owner.values)[raw] = value
+
+    def given(self) -> dict[str, Any]:
+        """Return all that was given, by ``state_dict`` key."""
+        return {raw: value for owner in self.owners.values() for raw, value in owner.values.items()}
+
+
+def _loads_itself(part: nn.Module) -> bool:
+    if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
+        return not isinstance(part, nn.modules.lazy.LazyModuleMixin)
+    method = type(part)._load_from_state_dict
+    return method is not nn.Module._load_from_state_dict and not method.__module__.startswith("torch.nn.modules.")
 
 
 def _aliases(
