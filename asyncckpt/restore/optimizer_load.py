@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import enum
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -163,6 +164,11 @@ def make_object(
     kind = kind or _known_class(optimizer, class_name)
     if kind is None:
         raise CannotMake(f"an object of class {class_name!r:.200} was saved, which the live optimizer does not know")
+    if issubclass(kind, enum.Enum):
+        try:
+            return kind(state)
+        except ValueError as error:
+            raise CannotMake(str(error)) from error
     if issubclass(kind, Stateful):
         target = live if type(live) is kind else _made(kind, class_name)
         later.append(lambda: load_whole(class_name, target, state))
@@ -201,6 +207,9 @@ def _known_class(optimizer: torch.optim.Optimizer, class_name: str) -> type | No
     return next(iter(exact or fits), None)
 
 
+_STORED = (Stateful, enum.Enum)
+
+
 def _classes_near(kind: type) -> Iterable[type]:
     for base in kind.__mro__:
         there: list[Any] = list(vars(sys.modules.get(base.__module__, base)).values())
@@ -209,7 +218,8 @@ def _classes_near(kind: type) -> Iterable[type]:
             if inspect.isfunction(function):
                 there += inspect.getclosurevars(function).nonlocals.values()
         for value in there:
-            if isinstance(value, type) and (dataclasses.is_dataclass(value) or issubclass(value, Stateful)):
+            stored = isinstance(value, type) and (dataclasses.is_dataclass(value) or issubclass(value, _STORED))
+            if stored:
                 yield value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,11 @@ def optimizer_names(
     """Return, for each parameter of the optimizer in the order of ``state_dict``, the name that its state is stored
     under, its component, and its FQN there, which is empty where the component is the tensor itself. Raises
     ``UnsupportedValue`` as ``named_optimizer_state`` does."""
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise UnsupportedValue(
+            f"state[{component!r}]: {type(optimizer).__name__} has no param_groups, so nobody can tell whose state it "
+            f"has. Put the optimizer that it wraps into the state"
+        )
     tensors = {id(value): name for name, value in state.items() if isinstance(value, torch.Tensor)}
     parameters: dict[int, torch.Tensor] = {}
     for group in optimizer.param_groups:
@@ -114,13 +120,15 @@ def _is_lazy(parameter: torch.Tensor) -> bool:
 
 
 def object_state(value: Any) -> tuple[str, Any] | None:
-    """Return the class's name and the state of an object in an optimizer's state: what its ``state_dict`` returns, or
-    a dataclass's fields. Return None for any other object."""
+    """Return the class's name and the state of an object in an optimizer's state: what its ``state_dict`` returns, a
+    dataclass's fields, or the value of a member of an enumeration. Return None for any other object."""
     if isinstance(value, type):
         return None
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, Stateful):
         return name, value.state_dict()
+    if isinstance(value, enum.Enum):
+        return name, value.value
     if dataclasses.is_dataclass(value):
         return name, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return None
@@ -131,6 +139,6 @@ def wrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
     inner = getattr(optimizer, "optimizer", None)
     if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
         return optimizer
-    if getattr(optimizer, "state", None) is not inner.state or optimizer.param_groups is not inner.param_groups:
+    if any(getattr(optimizer, key, None) is not getattr(inner, key) for key in ("state", "param_groups")):
         return optimizer
     return wrapped_optimizer(inner)

@@ -22,6 +22,7 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.O
 
 
 def save(path: Path, **state: Any) -> Run:
+    path.mkdir(exist_ok=True)
     with Checkpointer(path / "run") as run:
         run.save(1, state).result()
     return Run(path / "run")
@@ -182,6 +183,33 @@ def test_state_lies_as_a_parameter_whose_format_was_changed_on_purpose(tmp_path:
     run.restore({"model": other, "optimizer": fresh})
     assert other.weight.is_contiguous(memory_format=torch.channels_last)
     assert fresh.state[other.weight]["exp_avg"].stride() == other.weight.stride()
+
+
+def test_a_wrapper_with_a_state_dict_of_its_own_comes_back_and_needs_the_same_order(tmp_path: Path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner = inner
+
+        @property
+        def param_groups(self) -> Any:  # type: ignore[override]
+            return self.inner.param_groups
+
+        def state_dict(self) -> Any:
+            return {"inner": self.inner.state_dict()}
+
+        def load_state_dict(self, state: Any) -> None:
+            self.inner.load_state_dict(state["inner"])
+
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}).bfloat16()
+    inner = adam(model)
+    stepped(model, inner).state[model["a"].weight]["exp_avg"] = wide = torch.randn(2, 2)
+    run = save(tmp_path, model=model, optimizer=Wrapper(inner))
+    fresh = adam(model)
+    run.restore({"model": model, "optimizer": Wrapper(fresh)})
+    assert bits(fresh.state[model["a"].weight]["exp_avg"]) == bits(wide)
+    turned = nn.ModuleDict({"b": nn.Linear(2, 2), "a": nn.Linear(2, 2)}).bfloat16()
+    with pytest.raises(StateMismatch, match="another order"):
+        run.restore({"model": turned, "optimizer": Wrapper(adam(turned))})
 
 
 class Spread(nn.Module):

@@ -94,9 +94,16 @@ def make(name: str, dtype: torch.dtype, variant: str, channels_last: bool) -> tu
         given["lr"] = 0.01
     if variant != "plain" and not given.keys() & VARIANTS[variant].keys():
         pytest.skip(f"{name} has no such variant")
+    if "optimizer" in takes and takes["optimizer"].default is inspect.Parameter.empty:
+        return model, cls(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), **given)
     wanted = [p for p in takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if [p.name for p in wanted if p.name not in ("self", "params", *given)]:
         pytest.skip(f"{name} needs more than parameters")
+    if "uon" in name or name == "pytorch_optimizer.AdaGO":  # these are told which parameters are matrices
+        try:
+            return model, cls([{"params": list(model.parameters()), "use_muon": True}], **given)
+        except Exception:
+            return model, cls(model.parameters(), **given)
     return model, cls(model.parameters(), **given)
 
 
