@@ -22,23 +22,37 @@ if TYPE_CHECKING:
     import torch
 
 
+#: Makes, or finds, an object: it is given the path of keys to it, its class's name and its decoded state.
+Objects: TypeAlias = "Callable[[tuple[str | int, ...], str, Any], Any]"
+
+
 def decode(
-    tree: JsonValue, tensors: Callable[[str], torch.Tensor], arrays: Callable[[str], torch.Tensor] | None = None
+    tree: JsonValue,
+    tensors: Callable[[str], torch.Tensor],
+    arrays: Callable[[str], torch.Tensor] | None = None,
+    objects: Objects | None = None,
 ) -> Any:
     """Return the values that ``encode`` was given. ``tensors`` returns the tensor of a name.
 
     ``arrays`` (``tensors`` by default) returns the tensors that numpy arrays are made of. An array shares the memory of
-    its tensor, so that may be filled later; it must be host memory, or ``InvalidOption`` is raised. The tree may be
+    its tensor, so that may be filled later; it must be host memory, or ``InvalidOption`` is raised. ``objects`` makes
+    the objects that ``encode`` stored by their state; without it that state stands in their place. The tree may be
     hostile: anything that ``encode`` does not produce raises ``CheckpointDamaged``, before memory is allocated for it.
     """
-    return _Decoder(tensors, arrays or tensors).value(tree)
+    return _Decoder(tensors, arrays or tensors, objects).value(tree)
 
 
 class _Decoder:
     """Decodes one tree. Each method builds values of one kind, and refuses with ``fail`` what ``encode`` never makes;
     ``keys`` is the path to the value at hand, for the message."""
 
-    def __init__(self, tensors: Callable[[str], torch.Tensor], arrays: Callable[[str], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        tensors: Callable[[str], torch.Tensor],
+        arrays: Callable[[str], torch.Tensor],
+        objects: Objects | None,
+    ) -> None:
+        self.objects = objects
         self.tensors = tensors
         self.arrays = arrays
         self.keys: list[str | int] = []
@@ -126,6 +140,11 @@ class _Decoder:
         if type(tree["of"]) is not str or tree["of"] not in FACTORIES:
             self.fail(f"the default_factory {tree['of']!r:.40} is unknown")
         return self.pairs(flat, defaultdict(FACTORIES[tree["of"]]))
+
+    def object(self, items: list[Any], tree: dict[str, Any]) -> Any:
+        if type(tree["class"]) is not str or len(items) != 1:
+            self.fail("an object without a class and a state")
+        return items[0] if self.objects is None else self.objects(tuple(self.keys), tree["class"], items[0])
 
     def deque(self, items: list[Any], tree: dict[str, Any]) -> Any:
         maxlen = tree["maxlen"]
@@ -254,6 +273,7 @@ _FIELDS: Final = frozenset({"$", "v"})
 _MORE_FIELDS: Final = {
     "defaultdict": _FIELDS | {"of"},
     "deque": _FIELDS | {"maxlen"},
+    "object": _FIELDS | {"class"},
     "numpy": _FIELDS | {"dtype"},
     "ndarray": _FIELDS | {"dtype", "shape"},
 }
@@ -284,5 +304,6 @@ _CONTAINERS: Final[dict[str, _Container]] = {
     "deque": _Decoder.deque,
     "Size": lambda d, sizes, t: d.size(sizes),
     "Namespace": lambda d, flat, t: d.namespace(flat, argparse.Namespace()),
+    "object": _Decoder.object,
     "SimpleNamespace": lambda d, flat, t: d.namespace(flat, types.SimpleNamespace()),
 }

@@ -56,7 +56,17 @@ FACTORIES: Final[dict[str, Callable[[], Any] | None]] = {
 _FACTORY_NAMES: Final = {id(factory): name for name, factory in FACTORIES.items()}
 
 
-def encode(value: Any, path: str, tensor_sink: Callable[[str, torch.Tensor], None], component: str = "") -> JsonValue:
+#: Returns, for a value that no row of the table encodes, its class's name and a state that can be encoded, or None.
+Objects: TypeAlias = "Callable[[Any], tuple[str, Any] | None]"
+
+
+def encode(
+    value: Any,
+    path: str,
+    tensor_sink: Callable[[str, torch.Tensor], None],
+    component: str = "",
+    objects: Objects | None = None,
+) -> JsonValue:
     """Return ``value`` as a tree of JSON values, which copies it. Each tensor is handed, in order and uncopied, to
     ``tensor_sink(name, tensor)``.
 
@@ -64,9 +74,10 @@ def encode(value: Any, path: str, tensor_sink: Callable[[str, torch.Tensor], Non
     ``value``. Where two paths give the same name, the later one gets a suffix such as ``~2``. Numpy arrays of more than
     64 KiB are handed over, too, as tensors that share their memory where possible. An object that is reached twice is
     stored twice. Raises ``UnsupportedValue``, which names the path below ``component``, for a value that cannot be
-    stored exactly, contains itself, or is nested more than 200 deep. Does not block.
+    stored exactly, contains itself, or is nested more than 200 deep. ``objects`` says how values of other types are
+    stored; without it they are refused. Does not block.
     """
-    return _Encoder(path, tensor_sink, component).value(value)
+    return _Encoder(path, tensor_sink, component, objects).value(value)
 
 
 class _Position(int):
@@ -77,7 +88,10 @@ class _Encoder:
     """Encodes one value. Each method takes values of one kind, and ``refuse`` raises for the others; ``keys`` is the
     path to the value at hand, and ``unfinished`` has the ``id`` of each container on it."""
 
-    def __init__(self, path: str, sink: Callable[[str, torch.Tensor], None], component: str) -> None:
+    def __init__(
+        self, path: str, sink: Callable[[str, torch.Tensor], None], component: str, objects: Objects | None
+    ) -> None:
+        self.objects = objects
         self.prefix = path
         self.sink = sink
         self.root = "state" + "".join(f"[{part!r}]" for part in dict.fromkeys((component, path)) if part)
@@ -173,6 +187,13 @@ class _Encoder:
             self.refuse(value, "with attribute names that are no str cannot be stored")
         return {"$": type(value).__name__, "v": self.pairs(value, vars(value))}
 
+    def object(self, value: Any) -> JsonValue:
+        found = self.objects(value) if self.objects is not None else None
+        if found is None:
+            self.refuse(value)
+        name, state = found
+        return {"$": "object", "class": name, "v": self.items([state])}
+
     def array(self, value: np.ndarray[Any, Any]) -> JsonValue:
         code = value.dtype.str
         if code not in NUMPY:
@@ -208,12 +229,12 @@ def _other(encoder: _Encoder, value: Any) -> JsonValue:
             _ENCODERS.update(_rows_of_torch(torch))
         is_tensor = isinstance(value, torch.Tensor)
     except AttributeError:  # torch is not imported, or not completely, so the value cannot be one of its objects
-        encoder.refuse(value)
+        return encoder.object(value)
     row = _ENCODERS.get(type(value))
     if row is not None:
         return row(encoder, value)
     if not is_tensor:
-        encoder.refuse(value)
+        return encoder.object(value)
     return encoder.tensor(value)  # the sink refuses a subclass that cannot be stored
 
 

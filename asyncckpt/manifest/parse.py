@@ -24,6 +24,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES, ContentDigest
 
 #: In the manifest's text, a content digest whose image was split into planes begins so.
@@ -234,19 +235,6 @@ def _strides(body: Body, rows: Any, tensors: Mapping[str, StoredTensor]) -> dict
             body.fail(f"has strides of {name!r:.80} that leave gaps or overlap")
         found[name] = strides
     return found
-
-
-def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Return whether a tensor of this shape with these strides, in elements, fills its memory without gap or overlap,
-    in whatever order of its dimensions."""
-    if 0 in shape:
-        return True
-    expected = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _dense(body: Body, name: str, dtype: Any, shape: Any) -> tuple[str, tuple[int, ...], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,32 @@ def is_plain(tensor: torch.Tensor) -> bool:
     """Return whether the tensor's bytes lie in memory exactly as they are stored: row-major, without gaps, and neither
     conjugated nor negated lazily."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Return whether a tensor of this shape with these strides, in elements, fills its memory without gap or overlap,
+    in whatever order of its dimensions."""
+    if 0 in shape:
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def may_overlap(tensor: torch.Tensor) -> bool:
+    """Return whether several elements of the tensor may lie in one place of its memory, as those of an expanded tensor
+    do. Such a tensor cannot be copied into."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return False
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _copy_strided(tensor: torch.Tensor, first: int, last: int, flat: torch.Tensor, *, out: bool = True) -> None:

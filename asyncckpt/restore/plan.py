@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from asyncckpt import jsontree
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
+from asyncckpt.memory.tensor_bytes import may_overlap
 from asyncckpt.read.scatter import Window
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.state.dtypes import DTYPES
@@ -46,7 +47,12 @@ class RestorePlan:
         """Have ``value`` take the stored tensor, or this rank's part of it where ranks hold it together. ``where``: its
         name, for messages."""
         if not is_distributed(value) and not is_sharded_tensor(value):
-            self.fill.append((record, [Window(value)]))
+            if may_overlap(value):
+                whole = new_tensor(record, value.dtype, value.device)
+                self.fill.append((record, [Window(whole)]))
+                self.finish.append(lambda: fill_overlapping(value, whole, where))
+            else:
+                self.fill.append((record, [Window(value)]))
             return
         part = receiver(value, where)
         self.fill.append((record, [Window(part.tensor, part.first)]))
@@ -93,10 +99,17 @@ def new_tensors(
     return get
 
 
-def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | str | None) -> torch.Tensor:
-    """Allocate memory for a stored tensor. Raises ``CheckpointDamaged`` for a shape that torch cannot have, and
-    ``MemoryError``."""
+def new_tensor(
+    record: StoredTensor,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    strides: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """Allocate memory for a stored tensor; ``strides``, in elements, are those of a dense tensor of its shape. Raises
+    ``CheckpointDamaged`` for a shape that torch cannot have, and ``MemoryError``."""
     try:
+        if strides is not None and record.nbytes:
+            return torch.empty_strided(record.shape, strides, dtype=dtype, device=device)
         return torch.empty(record.shape, dtype=dtype, device=device)
     except torch.OutOfMemoryError:
         raise
@@ -105,6 +118,28 @@ def new_tensor(record: StoredTensor, dtype: torch.dtype, device: torch.device | 
         if not record.nbytes:
             raise CheckpointDamaged(problem) from error
         raise MemoryError(problem) from error
+
+
+def fill_overlapping(live: torch.Tensor, values: torch.Tensor, where: str) -> None:
+    """Give a tensor several of whose elements share a place in memory, such as an expanded one, the values of a dense
+    one. Raises ``StateMismatch``, and changes nothing, where elements in one place would need different values."""
+    live = live.detach()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(live.shape, live.stride(), strict=True))
+    places = torch.arange(span, device=live.device).as_strided(live.shape, live.stride()).reshape(-1)
+    items = values.new_zeros(span)
+    items[places] = values.reshape(-1)
+    if not same_bits(items.as_strided(live.shape, live.stride()), values):
+        raise StateMismatch(
+            f"{where}: elements of the live tensor share memory (it was made by expand() or the like), and different "
+            f"values were saved for them. Make it a tensor of its own: .clone()"
+        )
+    memory = live.as_strided((span,), (1,))
+    memory[places] = items[places]
+
+
+def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Return whether two tensors of one dtype and shape have the same values, bit for bit."""
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
 def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options) -> str | None:
@@ -139,3 +174,15 @@ def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tup
             yield f"{component}.{fqn}", tensor
         for alias, target in record.aliases.items():
             yield f"{component}.{alias}", record.tensors[target]
+
+
+def load(name: str, call: Callable[[], object]) -> None:
+    """Hand over to torch what is not filled in place. A forged checkpoint may have all the right names, and hold
+    nonsense that makes torch raise anything."""
+    try:
+        call()
+    except Exception as error:
+        raise StateMismatch(
+            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). It may be "
+            f"partly overwritten: restore another checkpoint"
+        ) from error

@@ -14,7 +14,7 @@ import torch
 
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, StateMismatch, UnknownName
 from asyncckpt.manifest import environment
-from asyncckpt.manifest.records import Manifest, StoredTensor
+from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint
@@ -22,6 +22,7 @@ from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.other_ranks import OtherRanks
 from asyncckpt.restore.plan import Options, RestorePlan, new_tensor, qualified_records
+from asyncckpt.restore.saved_parameters import SavedParameters
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.markers import without_owners
@@ -111,6 +112,7 @@ def restore(
         named = dict(qualified_records(manifest.components))
         _check_rename(named, rename, checkpoint.path)
         stored = _renamed(named, rename)
+        saved = SavedParameters(_of_rank(manifest, together.rank), _renamer(rename))
         plan = RestorePlan()
         others = OtherRanks(manifest, trees, together.rank, together.size)
         for name in state:
@@ -124,7 +126,7 @@ def restore(
                     source = name
                 component = manifest.components.get(source)
                 mine = stored if source == name else _renamed(_under(name, source, manifest), rename)
-                plan.merge(plan_component(name, state, component, mine, trees.get(source), options))
+                plan.merge(plan_component(name, state, component, mine, trees.get(source), saved, options))
     # a tensor that does not live on this rank may live on another
     plan.unexpected = together.in_all(plan.unexpected)
     idle = together.in_all(selection.idle())
@@ -234,6 +236,17 @@ def describe(where: str, plan: RestorePlan) -> str:
 def _under(name: str, source: str, manifest: Manifest) -> dict[str, StoredTensor]:
     """Return the tensors of component ``source`` by the names they would have if it were called ``name``."""
     return dict(qualified_records({name: manifest.components[source]}))
+
+
+def _of_rank(manifest: Manifest, rank: int) -> dict[str, ComponentRecord]:
+    """Return the components by the names that they have on this rank."""
+    names = {_without_rank(name) for name in manifest.components}
+    found = {name: manifest.components.get(rank_name(name, rank), manifest.components.get(name)) for name in names}
+    return {name: component for name, component in found.items() if component is not None}
+
+
+def _renamer(rename: Rename | None) -> Callable[[str], str | None]:
+    return lambda name: name if rename is None else _rename_one(name, rename)
 
 
 def _renamed(stored: dict[str, StoredTensor], rename: Rename | None) -> dict[str, StoredTensor]:

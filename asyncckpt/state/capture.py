@@ -18,12 +18,20 @@ from torch import nn
 
 from asyncckpt import jsontree
 from asyncckpt.errors import InvalidOption, UnsupportedValue
+from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.protocols import Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
-from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory
+from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory, unwrapped
 from asyncckpt.state.markers import LocalShard, Replicated, without_owners, without_shards
-from asyncckpt.state.optimizer import group_parameters, named_optimizer_state, rename_group_tensors
+from asyncckpt.state.optimizer import (
+    group_parameters,
+    named_optimizer_state,
+    object_state,
+    rename_group_tensors,
+    wrapped_optimizer,
+)
+from asyncckpt.state.zero_redundancy import local_optimizer
 from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
 #: Names of components become file names; ``manifest/parse.py`` checks them when they are read.
@@ -31,6 +39,8 @@ from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot,
 _COMPONENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+-]{0,199}\Z")
 #: In a job, what a rank has of its own is stored under such a name; checkpoints that have one are read all the same.
 _OF_A_RANK = re.compile(r"\+[0-9]+\Z")
+#: Longer names of classes are left out; readers take them for an attack.
+_LONGEST_NAME = 1000
 _RESERVED = frozenset({"state", "manifest", "latest"})
 Sink = Callable[[str, torch.Tensor], None]
 
@@ -96,26 +106,42 @@ def kind_of(value: Any) -> str:
     return "plain"
 
 
+def class_name(value: Any) -> str:
+    """Return the qualified name of an object's class, without the wrappers whose prefixes FQNs leave out and without
+    optimizers that only hand on to another one. It is empty where it would be absurdly long."""
+    if isinstance(value, nn.Module):
+        value = unwrapped(value)
+    elif isinstance(value, torch.optim.Optimizer):
+        value = wrapped_optimizer(value)
+    found = f"{type(value).__module__}.{type(value).__qualname__}"
+    return found if len(found) <= _LONGEST_NAME else ""
+
+
 def _component(
     name: str, value: Any, state: Mapping[str, Any], owners: Mapping[int, tuple[str, str]]
 ) -> ComponentSnapshot:
     kind = kind_of(value)
     if kind == "module":
         return _module(name, value)
+    if kind == "optimizer":
+        type_name = class_name(local_optimizer(name, value))
+    else:
+        type_name = class_name(value) if kind == "stateful" else ""
     pieces: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     shared = kind in ("optimizer", "tensor") or isinstance(value, Replicated)
+    objects = object_state if kind == "optimizer" else None
     if kind == "optimizer":
-        value, _ = named_optimizer_state(name, value, owners, state)
+        kind, value = named_optimizer_state(name, value, owners, state)
     elif kind == "stateful":
         value = value.state_dict()
     shards: dict[int, LocalShard] = {}
-    value = without_shards(value, shards) if kind != "optimizer" else value
-    tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
+    value = without_shards(value, shards) if objects is None else value
+    tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name, objects=objects)
     if kind == "optimizer":
         rename_group_tensors(tree, pieces)
     shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
-    snapshot = ComponentSnapshot(name, kind, pieces, aliases, tree, shared)
+    snapshot = ComponentSnapshot(name, kind, pieces, aliases, tree, shared, type_name, _strides(pieces))
     if kind == "optimizer":
         snapshot.parameters = group_parameters(tree)
     return snapshot
@@ -162,7 +188,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     tree: JsonValue = jsontree.encode(extras, "", add, component=name)
     for piece in pieces[count:]:
         piece.first_only = True
-    return ComponentSnapshot(name, "module", pieces, aliases, tree)
+    return ComponentSnapshot(name, "module", pieces, aliases, tree, True, class_name(module), _strides(pieces))
 
 
 def _buffers(module: nn.Module) -> frozenset[str]:
@@ -192,6 +218,18 @@ def _frozen(parameters: Mapping[str, nn.Parameter]) -> set[int]:
     here = [p for p in parameters.values() if p.numel() and not p.is_meta and not is_distributed(p)]
     trained = {parameter.data_ptr() for parameter in here if parameter.requires_grad}
     return {parameter.data_ptr() for parameter in here} - trained
+
+
+def _strides(pieces: list[LocalTensor]) -> dict[str, tuple[int, ...]]:
+    """Return the strides of the whole tensors that fill their memory in another order than row-major."""
+    return {
+        piece.spec.name: piece.tensor.stride()
+        for piece in pieces
+        if not piece.tensor.is_contiguous()  # first, because it is what nearly all tensors are
+        and piece.rows is None
+        and piece.span is None
+        and is_dense(piece.tensor.shape, piece.tensor.stride())
+    }
 
 
 def _sink(component: str, pieces: list[LocalTensor], shards: Mapping[int, LocalShard] = MappingProxyType({})) -> Sink:

@@ -6,7 +6,8 @@ or activation checkpointing loads into the bare model, and the other way round.
 
 from __future__ import annotations
 
-import weakref
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,13 +15,21 @@ from torch import nn
 
 #: Wrappers of several types keep the wrapped module in an attribute of one of these names.
 _ALWAYS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-_wrapped: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+#: Only a name with one of these parts can have a wrapper's prefix; ``module`` is one below ``DistributedDataParallel``.
+_MAYBE_WRAPPED = re.compile(r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 
 
 def canonical_names(module: nn.Module, raw_names: Iterable[str]) -> dict[str, str]:
-    """Map the raw ``state_dict`` keys of ``module`` to FQNs, in the order of ``raw_names``."""
-    prefixes = _wrapper_prefixes(module)
-    return {raw: _canonical(raw, prefixes) for raw in raw_names}
+    """Map the raw ``state_dict`` keys of ``module`` to FQNs, in the order of ``raw_names``.
+
+    The module is looked at anew each time: layers may be wrapped at any moment of a run. Where two keys would get the
+    same FQN, as only a module and its own wrapper beside it can, both keep their raw names.
+    """
+    names = {raw: _canonical(raw, module) if _MAYBE_WRAPPED.search(raw) else raw for raw in raw_names}
+    if len(set(names.values())) == len(names):
+        return names
+    counts = Counter(names.values())
+    return {raw: fqn if counts[fqn] == 1 else raw for raw, fqn in names.items()}
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
@@ -28,34 +37,34 @@ def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, st
     of its names."""
     found: dict[int, tuple[str, str]] = {}
     for component, module in modules.items():
-        prefixes = _wrapper_prefixes(module)
-        for raw, parameter in module.named_parameters(remove_duplicate=True):
-            found.setdefault(id(parameter), (component, _canonical(raw, prefixes)))
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for raw, fqn in canonical_names(module, parameters).items():
+            found.setdefault(id(parameters[raw]), (component, fqn))
     return found
 
 
-def _canonical(raw: str, prefixes: tuple[str, ...]) -> str:
-    # the longest prefix comes first, so that an inner wrapper is cut off before the outer one shifts its path
-    for prefix in prefixes:
-        if raw.startswith(prefix):
-            head = prefix[:-1].rpartition(".")[0]
-            raw = (head + "." if head else "") + raw[len(prefix) :]
-    return raw
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside all the wrappers around it whose prefixes FQNs leave out."""
+    while True:
+        names = module._modules.keys() & (_ALWAYS | ({"module"} if isinstance(module, _DATA_PARALLEL) else set()))
+        inner = module._modules[names.pop()] if len(names) == 1 else None
+        if inner is None:
+            return module
+        module = inner
 
 
-def _wrapper_prefixes(module: nn.Module) -> tuple[str, ...]:
-    known = _wrapped.get(module)
-    if known is None:
-        data_parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-        paths: list[str] = []
-        for path, child in module.named_modules():
-            leaf = path.rpartition(".")[2]
-            if leaf in _ALWAYS:
-                paths.append(path + ".")
-            if isinstance(child, data_parallel):
-                paths.append(f"{path}.module." if path else "module.")
-        known = _wrapped[module] = tuple(sorted(paths, key=len, reverse=True))
-    return known
+_DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def _canonical(raw: str, module: nn.Module) -> str:
+    *path, leaf = raw.split(".")
+    kept: list[str] = []
+    here: nn.Module | None = module
+    for part in path:
+        if part not in _ALWAYS and not (part == "module" and isinstance(here, _DATA_PARALLEL)):
+            kept.append(part)
+        here = here._modules.get(part) if isinstance(here, nn.Module) else None
+    return ".".join([*kept, leaf])
 
 
 def same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -1,0 +1,233 @@
+"""A module takes its stored tensors in place. What it takes otherwise, it takes through torch's own loading."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from asyncckpt import jsontree
+from asyncckpt.errors import CheckpointDamaged, StateMismatch
+from asyncckpt.manifest.records import ComponentRecord, StoredTensor
+from asyncckpt.read.scatter import Window
+from asyncckpt.restore.memory_format import format_to_be, take_format
+from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor
+from asyncckpt.restore.saved_parameters import same_strides
+from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
+from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.fqn import canonical_names
+from asyncckpt.types import JsonValue
+
+
+def plan_module(
+    name: str,
+    module: nn.Module,
+    component: ComponentRecord | None,
+    stored: StoredTensors,
+    extras: JsonValue,
+    opts: Options,
+) -> RestorePlan:
+    """Plan the restore of a module. ``component``: its stored record, where there is one of its name. ``extras``: what
+    its ``state_dict`` held beside tensors."""
+    plan = RestorePlan()
+    live = module.state_dict()
+    fqns = canonical_names(module, live)
+    own = {
+        t.untyped_storage().data_ptr()
+        for t in (*module.parameters(), *module.buffers())
+        if not t.is_meta and not is_distributed(t)
+    }
+    extra_fill = RestorePlan()
+    extra_values = decode(name, extras, stored, extra_fill, opts) if extras else {}
+    if not isinstance(extra_values, dict):
+        raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    by_memory = _aliases(live, fqns, parameters)
+    formats = _saved_formats(name, component, stored)
+    loaders = _Loaders(module, live)
+    later: dict[str, Any] = {}
+    meta: dict[str, torch.Tensor] = {}
+    formatted: dict[str, torch.Tensor] = {}
+    wanted: set[str] = set()
+    for raw, value in live.items():
+        qualified = f"{name}.{fqns[raw]}"
+        if not opts.selected(qualified):
+            continue
+        wanted.add(qualified)
+        if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
+            if fqns[raw] in extra_values:
+                loaders.give(raw, extra_values[fqns[raw]], later)
+                plan.fill += extra_fill.fill
+                extra_fill.fill = []
+            else:
+                plan.missing.append(qualified)
+            continue
+        record = stored.get(qualified)
+        if record is None:
+            # a tied tensor is stored under the name of the one it is tied to
+            if not any(f"{name}.{twin}" in stored for twin in by_memory.get(raw, ())):
+                plan.missing.append(qualified)
+            continue
+        problem = mismatch(qualified, record, value, opts)
+        if problem and record.shape != tuple(value.shape) and loaders.has_own(raw) and not value.is_meta:
+            loaders.give(raw, _new(plan, record, value.dtype, value.device), later)
+            continue
+        if problem:
+            plan.mismatched.append(problem)
+            continue
+        if is_distributed(value) or is_sharded_tensor(value):
+            if value.device.type == "meta":
+                plan.mismatched.append(f"{qualified}: on the meta device; call to_empty(device=...) on the model first")
+            else:
+                plan.add(record, value, qualified)
+                if not is_distributed(parameters.get(raw)):  # FSDP1's state_dict gives copies: it must take them back
+                    later[raw] = value
+            continue
+        saved = formats.get(qualified)
+        if value.is_meta:
+            dtype = opts.dtype if opts.dtype is not None and value.is_floating_point() else value.dtype
+            meta[raw] = _new(plan, record, dtype, opts.device, saved)
+            continue
+        if value.numel() and value.untyped_storage().data_ptr() not in own:
+            later[raw] = value  # the module's state_dict gives copies (hooks, packed weights): it must take them back
+        elif saved is not None and not same_strides(record.shape, format_to_be(value, saved), value.stride()):
+            formatted[raw] = _new(plan, record, value.dtype, value.device, saved)
+            continue
+        elif loaders.has_own(raw):
+            loaders.give(raw, value, later)
+        plan.add(record, value, qualified)
+    wanted.update(f"{name}.{key}" for key in jsontree.tensor_names(extras))
+    prefix = f"{name}."
+    plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
+    if meta:
+        plan.finish.append(lambda: _materialize(module, meta))
+    if formatted:
+        plan.finish.append(lambda: take_format(module, formatted))
+    if later:  # torch asks every part of the module to load: those with code of their own need all that is theirs
+        later |= loaders.given()
+        plan.finish.append(lambda: load(name, lambda: module.load_state_dict(later, strict=False)))
+    else:
+        plan.finish += [functools.partial(load, name, owner.run) for owner in loaders.owners.values() if owner.values]
+    return plan
+
+
+def _new(
+    plan: RestorePlan,
+    record: StoredTensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: tuple[int, ...] | None = None,
+) -> torch.Tensor:
+    """Make a tensor that ``plan`` fills with a stored one; values of another kind keep their dtype."""
+    stored = DTYPES[record.dtype]
+    kept = dtype if dtype.is_floating_point and stored.is_floating_point else stored
+    tensor = new_tensor(record, kept, device, strides)
+    plan.fill.append((record, [Window(tensor)]))
+    return tensor
+
+
+def _saved_formats(name: str, component: ComponentRecord | None, stored: StoredTensors) -> dict[str, tuple[int, ...]]:
+    """Return the strides of the stored tensors that were not row-major, by their live names."""
+    if component is None or not component.strides:
+        return {}
+    by_record = {id(component.tensors[key]): strides for key, strides in component.strides.items()}
+    prefix = f"{name}."
+    return {
+        key: by_record[id(record)]
+        for key, record in stored.items()
+        if key.startswith(prefix) and id(record) in by_record
+    }
+
+
+@dataclass(slots=True)
+class _Owner:
+    """``_Owner`` is a part of a module that loads its tensors with code of its own, and what it is given."""
+
+    module: nn.Module
+    prefix: str
+    metadata: Any
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Have the part load what it is given, without its children, as ``load_state_dict`` does for each part."""
+        errors: list[str] = []
+        unexpected: list[str] = []
+        values = OrderedDict(self.values)
+        with torch.no_grad():
+            self.module._load_from_state_dict(values, self.prefix, self.metadata, True, [], unexpected, errors)
+        if errors:
+            raise StateMismatch("; ".join(errors))
+        for hook in self.module._load_state_dict_post_hooks.values():
+            hook(self.module, torch.nn.modules.module._IncompatibleKeys([], unexpected))
+
+
+class _Loaders:
+    """Finds the parts of a module that load with code of their own: an override of ``_load_from_state_dict``, or a
+    hook. Torch's own layers, whose code is for checkpoints of older versions, are not among them."""
+
+    def __init__(self, module: nn.Module, live: Mapping[str, Any]) -> None:
+        self._metadata = getattr(live, "_metadata", {})
+        self.owners = {
+            path: _Owner(part, f"{path}." if path else "", self._metadata.get(path, {}))
+            for path, part in module.named_modules(remove_duplicate=False)
+            if _loads_itself(part)
+        }
+
+    def has_own(self, raw: str) -> bool:
+        """Return whether the tensor with this ``state_dict`` key belongs to such a part."""
+        return raw.rpartition(".")[0] in self.owners
+
+    def give(self, raw: str, value: Any, otherwise: dict[str, Any]) -> None:
+        """Give a value to the part that it belongs to; where that has no code of its own, add it to ``otherwise``."""
+        owner = self.owners.get(raw.rpartition(".")[0])
+        (otherwise if owner is None else owner.values)[raw] = value
+
+    def given(self) -> dict[str, Any]:
+        """Return all that was given, by ``state_dict`` key."""
+        return {raw: value for owner in self.owners.values() for raw, value in owner.values.items()}
+
+
+def _loads_itself(part: nn.Module) -> bool:
+    if part._load_state_dict_pre_hooks or part._load_state_dict_post_hooks:
+        return not isinstance(part, nn.modules.lazy.LazyModuleMixin)
+    method = type(part)._load_from_state_dict
+    return method is not nn.Module._load_from_state_dict and not method.__module__.startswith("torch.nn.modules.")
+
+
+def _aliases(
+    live: Mapping[str, Any], fqns: Mapping[str, str], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, list[str]]:
+    """Map each raw name to the FQNs of the other live tensors in the same memory."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for raw, value in live.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if is_distributed(value) or is_sharded_tensor(value):
+            # this rank's part may be empty and have no memory: the parameter tells them apart
+            groups.setdefault((id(parameters.get(raw)),), []).append(raw)
+        elif value.numel() and not value.is_meta:
+            groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.device), []).append(raw)
+    return {raw: [fqns[other] for other in group if other != raw] for group in groups.values() for raw in group}
+
+
+def _materialize(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give tensors on the meta device their storage. They are swapped in place: ties and optimizers keep their
+    objects."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    swap: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
+    done: set[int] = set()
+    for raw, value in values.items():
+        if raw in parameters:
+            live = parameters[raw]
+            if id(live) not in done:
+                swap(live, nn.Parameter(value, requires_grad=live.requires_grad))
+                done.add(id(live))
+        elif raw in buffers:
+            owner = module.get_submodule(raw.rpartition(".")[0])
+            owner._buffers[raw.rpartition(".")[2]] = value
