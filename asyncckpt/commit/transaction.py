@@ -93,6 +93,7 @@ class SaveTransaction:
             digest=self.digest,
             second=second_digest(draft.digest),
             chain=chain,
+            arena=arena,
         )
         self._directory = SaveDirectory(
             store,

@@ -46,6 +46,13 @@ class LinkRound:
             self._seen.add((file, number))
             return True
 
+    def give_back(self, file: str, number: int, nbytes: int) -> None:
+        """Take an extent's turn back: it was not read after all, and a later save will."""
+        with self._lock:
+            self._left += max(nbytes, _LEAST_COST_BYTES)
+            self._seen.discard((file, number))
+            self._reached_all = False
+
     def end(self) -> None:
         """Note that the save has linked all that it will link."""
         with self._lock:

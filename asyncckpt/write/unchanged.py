@@ -21,7 +21,7 @@ import torch
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import FileRecord, WrittenExtent
-from asyncckpt.memory.arena import StagingBuffer
+from asyncckpt.memory.arena import Arena, StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Codec, Digest, PendingDirectory
 from asyncckpt.read.delta import DeltaReader, layer_name
@@ -33,6 +33,9 @@ from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import Previous, ReusableFile, ReuseSource
 
 log = logging.getLogger("asyncckpt")
+
+#: A thread that waits to read back looks this often whether training waits for memory.
+_LOOK_SECONDS = 0.005
 
 
 class OpensDirectory(Protocol):
@@ -56,7 +59,8 @@ class Unchanged:
 
     ``source``: gives that checkpoint to the first ``begin``; None: everything is written. ``second``: a digest that has
     to agree too before anything is taken over, where ``digest`` alone is too short to decide that. ``chain``: how often
-    in a row a file may be saved as differences."""
+    in a row a file may be saved as differences. ``arena``: holds what is staged; while somebody waits for memory,
+    almost nothing is read back."""
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class Unchanged:
         digest: Digest,
         second: Digest | None,
         chain: int,
+        arena: Arena,
     ) -> None:
         self._shards = shards
         self._scope = scope
@@ -80,7 +85,11 @@ class Unchanged:
         self._chain = chain
         self._lock = threading.Lock()
         self._begun = False
+        self._arena = arena
         self._round: LinkRound | None = None
+        #: Held while an extent is read back: one at a time, so that other threads go on.
+        self._reading = threading.Lock()
+        self._has_read_while_short = False
         self._previous: Previous | None = None
         self._layer_reader: DeltaReader | None = None
         #: Files that were linked as layers to build on, and then were not needed.
@@ -163,7 +172,11 @@ class Unchanged:
         if not progress.matching or self._round is None:
             return True  # it is written
         nbytes = sum(base.chunk(number).nbytes for base in old.bases) + old.ordered[number].nbytes
-        if not self._round.take(f"{self._kind}/{progress.shard.file}", number, nbytes):
+        turn = f"{self._kind}/{progress.shard.file}", number, nbytes
+        if not self._round.take(*turn):
+            return True
+        if not self._may_read():
+            self._round.give_back(*turn)
             return True
         try:
             if old.bases:
@@ -176,6 +189,22 @@ class Unchanged:
                 if progress.layers is None:
                     progress.layers = ()  # nor is it built on
             return False
+        finally:
+            self._reading.release()
+        return True
+
+    def _may_read(self) -> bool:
+        """Wait until no other thread reads back, and return True with ``_reading`` held; False where training waits for
+        memory meanwhile. Then one extent of the save is read, because some have to be."""
+        while not self._reading.acquire(timeout=_LOOK_SECONDS):
+            if self._arena.waiting:
+                return False
+        if not self._arena.waiting:
+            return True
+        if self._has_read_while_short:
+            self._reading.release()
+            return False
+        self._has_read_while_short = True
         return True
 
     def _has_format_extents(self, old: ReusableFile) -> bool:

@@ -250,6 +250,29 @@ def _flip(folder: Path) -> None:
     file.write_bytes(data)
 
 
+def damage_to_a_linked_file_does_not_live_on(root: Path) -> None:
+    _saved(root / "run", 1, 2)
+    with (root / "run" / "step-00000002" / "still-00001-of-00001.safetensors").open("r+b") as shared:
+        shared.seek(-3, os.SEEK_END)
+        shared.write(b"\xff")
+    with Checkpointer(root / "run") as run:
+        run.save(3, _state(3)).result()
+    _holds(root / "run", 3)
+
+
+def what_training_left_is_marked(root: Path) -> None:
+    """And a restore of a part, or one through ``Run``, makes nothing of it."""
+    _saved(root / "run", 1, 2, 3)
+    with Checkpointer(root / "run") as run:
+        run.restore(_state(-1), step=1)
+        run.restore(_state(-1), step=2, include=["w"])
+        Run(root / "run").restore(_state(-1), step=3)
+        run.save(4, _state(4)).result()
+    entries = {entry.step: entry for entry in Run(root / "run").ls()}
+    assert entries[4].parent == entries[1].attempt, "it names another parent"
+    assert [step for step, entry in entries.items() if entry.abandoned] == [2, 3], "and nobody is told"
+
+
 def nothing_is_taken_over_from_a_damaged_checkpoint(root: Path) -> None:
     _saved(root / "run", 1, 2)
     _flip(root / "run" / "step-00000002")

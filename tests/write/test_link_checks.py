@@ -110,7 +110,7 @@ def test_each_save_reads_back_its_share_and_all_are_reached_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(link_checks, "READ_BACK_BYTES", 3 * EXTENT)
-    state = frozen(7)  # and a header: eight extents
+    state = frozen(7)  # and a header: eight extents; the other file has one
     with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=EXTENT)) as run:
         save_and_wait(run, 1, state)
         rounds = [read_back(run, step, state, monkeypatch) for step in range(2, 8)]
@@ -137,6 +137,29 @@ def test_a_round_ends_with_the_save_that_reached_all() -> None:
     assert [second.take("a", number, 1 << 29) for number in (0, 1, 2)] == [False, True, True]
     second.end()
     assert checks.begin(0).take("a", 0, 1 << 29), "the next round did not begin"
+
+
+def test_a_turn_that_was_given_back_comes_again() -> None:
+    checks = LinkChecks()
+    first = checks.begin(0)
+    assert first.take("a", 0, 1 << 20)
+    first.give_back("a", 0, 1 << 20)
+    assert first.take("a", 1, 1 << 30), "its bytes were not given back"
+    first.end()
+    assert checks.begin(0).take("a", 0, 1 << 20)
+
+
+def test_where_memory_is_waited_for_one_extent_a_save_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = frozen(7)
+    with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=EXTENT)) as run:
+        save_and_wait(run, 1, state)
+        monkeypatch.setattr(run._arena, "waiting", 1)
+        rounds = [read_back(run, step, state, monkeypatch) for step in range(2, 11)]
+        monkeypatch.setattr(run._arena, "waiting", 0)
+    assert sorted(len(offsets) for offsets in rounds) == [0] + [1] * 8  # once it was the turn of the other file
+    assert set.union(*rounds) == {EXTENT * number for number in range(8)}
 
 
 def test_many_tiny_files_do_not_cost_a_read_each() -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from asyncckpt.catalog import catalog
+from asyncckpt.catalog.steps import StepRegistry
+from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import ExtentRecord, WrittenExtent
 from asyncckpt.read import extents as reading
@@ -15,9 +17,11 @@ from asyncckpt.read import verify
 from asyncckpt.storage.shard_file import LocalShardWriter
 from asyncckpt.types import ContentDigest, StagedDigests
 from asyncckpt.write import shards as writing
+from asyncckpt.write.link_checks import LinkRound
 from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.shards import ShardPipeline
+from asyncckpt.write.unchanged import Unchanged
 from faults import mutant_checks as checks
 from faults.mutant_checks import LARGE, LINKS
 from faults.mutants.registry import Patch, around, mutant
@@ -95,6 +99,29 @@ def _(patch: Patch) -> None:
         patch.setattr(room, "check_files", functools.partial(check_files, original))
 
 
+@mutant("linked files are never read back", checks.damage_to_a_linked_file_does_not_live_on)
+def _(patch: Patch) -> None:
+    patch.setattr(LinkRound, "take", lambda *_: False)
+
+
+@mutant("what was read back and is damaged is linked all the same", checks.damage_to_a_linked_file_does_not_live_on)
+def _(patch: Patch) -> None:
+    around(patch, Unchanged, "_is_stored", lambda original, *args: original(*args) or True)
+
+
+@mutant("a save names no parent", checks.what_training_left_is_marked)
+def _(patch: Patch) -> None:
+    patch.setattr(StepRegistry, "parent_of", lambda *_: "")
+
+
+@mutant("a part that is restored moves the line", checks.what_training_left_is_marked)
+def _(patch: Patch) -> None:
+    def restored(original: Any, self: Any, report: Any) -> None:
+        original(self, replace(report, whole=True))
+
+    around(patch, Checkpointer, "_after_restore", restored)
+
+
 @mutant("a directory's name is not compared with its manifest", checks.foreign_files_and_stale_copies_are_refused)
 def _(patch: Patch) -> None:
     def look(original: Any, self: Any, name: str, *args: Any) -> Any:
@@ -130,7 +157,9 @@ def _(patch: Patch) -> None:
     around(patch, ShardPipeline, "_matches", matches)
 
 
-@mutant("files are taken over from a damaged checkpoint", checks.nothing_is_taken_over_from_a_damaged_checkpoint)
+@mutant(
+    "files are taken over, unread, from a damaged checkpoint", checks.nothing_is_taken_over_from_a_damaged_checkpoint
+)
 def _(patch: Patch) -> None:
     def opened(original: Any, self: ReuseSource, kind: str) -> Any:
         known, self._quarantined = self._quarantined, ()
@@ -140,3 +169,4 @@ def _(patch: Patch) -> None:
             self._quarantined = known
 
     around(patch, ReuseSource, "open", opened)
+    patch.setattr(LinkRound, "take", lambda *_: False)
