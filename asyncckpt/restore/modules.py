@@ -75,7 +75,9 @@ def plan_module(
             continue
         problem = mismatch(qualified, record, value, opts)
         if problem and record.shape != tuple(value.shape) and loaders.has_own(raw) and not value.is_meta:
-            loaders.give(raw, _new(plan, record, value.dtype, value.device), later)
+            # its own code decides what becomes of a dtype that is not the live one's: nothing is cast before
+            dtype = opts.dtype if opts.dtype is not None else DTYPES[record.dtype]
+            loaders.give(raw, _new(plan, record, dtype, value.device), later)
             continue
         if problem:
             plan.mismatched.append(problem)
