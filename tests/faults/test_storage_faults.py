@@ -148,10 +148,11 @@ def test_fsync_is_never_tried_twice(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_somebody_else_put_there_is_not_replaced(tmp_path: Path) -> None:
     run, _ = _with_ops(tmp_path / "run")
-    (tmp_path / "run" / "step-00000002").mkdir()  # plain rename would silently replace an empty directory
+    (tmp_path / "run" / "step-00000002").mkdir()
+    (tmp_path / "run" / "step-00000002" / "notes").write_text("mine")
     with pytest.raises(StepExists, match="left as it is"):
         run.save(2, STATE).result()
-    assert os.listdir(tmp_path / "run" / "step-00000002") == []
+    assert os.listdir(tmp_path / "run" / "step-00000002") == ["notes"]
     run.close()
 
 
@@ -162,6 +163,7 @@ def test_a_file_system_without_noreplace_rename_still_never_replaces(
     run, _ = _with_ops(tmp_path / "run")
     run.save(2, STATE).result()
     (tmp_path / "run" / "step-00000003").mkdir()
+    (tmp_path / "run" / "step-00000003" / "notes").write_text("mine")
     with pytest.raises(StepExists):
         run.save(3, STATE).result()
     run.close()
