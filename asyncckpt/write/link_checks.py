@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Final
 
-#: A save reads back at most so many bytes of what it links, or as many as it writes where those are more.
-READ_BACK_BYTES: Final = 1 << 30
+#: A save reads back as many bytes of what it links as it writes, but at least and at most so many.
+_LEAST_BYTES: Final = 64 << 20
+_MOST_BYTES: Final = 1 << 30
 #: A read costs at least as much as reading so many bytes: this bounds the reads that a save of many tiny files makes.
 _LEAST_COST_BYTES: Final = 256 << 10
 
@@ -21,7 +22,7 @@ class LinkChecks:
 
     def begin(self, written_bytes: int) -> LinkRound:
         """Begin the part of a round that one save does. ``written_bytes``: how much it writes itself."""
-        return LinkRound(self._lock, self._seen, max(READ_BACK_BYTES, written_bytes))
+        return LinkRound(self._lock, self._seen, min(max(written_bytes, _LEAST_BYTES), _MOST_BYTES))
 
 
 class LinkRound:
