@@ -26,12 +26,14 @@ class LinkChecks:
 
 
 class LinkRound:
-    """Chooses the extents that one save reads back, within its number of bytes. Thread-safe; never blocks."""
+    """Chooses the extents that one save reads back, within its number of bytes; one of them whatever its size.
+    Thread-safe; never blocks."""
 
     def __init__(self, lock: threading.Lock, seen: set[tuple[str, int]], nbytes: int) -> None:
         self._lock = lock
         self._seen = seen
         self._left = nbytes
+        self._untouched = True
         self._reached_all = True
 
     def take(self, file: str, number: int, nbytes: int) -> bool:
@@ -40,9 +42,10 @@ class LinkRound:
         with self._lock:
             if (file, number) in self._seen:
                 return False
-            if cost > self._left:
+            if cost > self._left and not self._untouched:
                 self._reached_all = False
                 return False
+            self._untouched = False
             self._left -= cost
             self._seen.add((file, number))
             return True

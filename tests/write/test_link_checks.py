@@ -109,7 +109,7 @@ def read_back(run: Checkpointer, step: int, state: dict[str, Any], monkeypatch: 
 def test_each_save_reads_back_its_share_and_all_are_reached_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_checks, "READ_BACK_BYTES", 3 * EXTENT)
+    monkeypatch.setattr(link_checks, "_LEAST_BYTES", 3 * EXTENT)
     state = frozen(7)  # and a header: eight extents; the other file has one
     with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=EXTENT)) as run:
         save_and_wait(run, 1, state)
@@ -120,23 +120,29 @@ def test_each_save_reads_back_its_share_and_all_are_reached_in_turn(
         assert sum(map(len, rounds[begin : begin + 3])) == 8, "some were read twice before all had their turn"
 
 
-def test_a_save_that_writes_more_reads_back_more() -> None:
+def test_a_save_reads_back_as_much_as_it_writes_within_bounds() -> None:
     checks = LinkChecks()
-    little, much = checks.begin(0), checks.begin(3 << 30)
-    assert [little.take("a", number, 1 << 30) for number in range(3)] == [True, False, False]
-    assert [much.take("b", number, 1 << 30) for number in range(5)] == [True, True, True, False, False]
+    little, some, much = checks.begin(0), checks.begin(100 << 20), checks.begin(3 << 30)
+    assert sum(little.take("a", number, 1 << 20) for number in range(2000)) == 64
+    assert sum(some.take("b", number, 1 << 20) for number in range(2000)) == 100
+    assert sum(much.take("c", number, 1 << 20) for number in range(2000)) == 1024
+
+
+def test_an_extent_that_is_larger_than_all_that_is_read_back_has_its_turn_too() -> None:
+    one = LinkChecks().begin(0)
+    assert [one.take("a", number, 1 << 30) for number in range(3)] == [True, False, False]
 
 
 def test_a_round_ends_with_the_save_that_reached_all() -> None:
     checks = LinkChecks()
     first = checks.begin(0)
-    assert first.take("a", 0, 1 << 30)
-    assert not first.take("a", 1, 1 << 30)
+    assert first.take("a", 0, 64 << 20)
+    assert not first.take("a", 1, 64 << 20)
     first.end()
     second = checks.begin(0)
-    assert [second.take("a", number, 1 << 29) for number in (0, 1, 2)] == [False, True, True]
+    assert [second.take("a", number, 32 << 20) for number in (0, 1, 2)] == [False, True, True]
     second.end()
-    assert checks.begin(0).take("a", 0, 1 << 29), "the next round did not begin"
+    assert checks.begin(0).take("a", 0, 32 << 20), "the next round did not begin"
 
 
 def test_a_turn_that_was_given_back_comes_again() -> None:
@@ -144,7 +150,7 @@ def test_a_turn_that_was_given_back_comes_again() -> None:
     first = checks.begin(0)
     assert first.take("a", 0, 1 << 20)
     first.give_back("a", 0, 1 << 20)
-    assert first.take("a", 1, 1 << 30), "its bytes were not given back"
+    assert first.take("a", 1, 64 << 20), "its bytes were not given back"
     first.end()
     assert checks.begin(0).take("a", 0, 1 << 20)
 
@@ -164,7 +170,7 @@ def test_where_memory_is_waited_for_one_extent_a_save_is_read_back(
 
 def test_many_tiny_files_do_not_cost_a_read_each() -> None:
     one = LinkChecks().begin(0)
-    assert sum(one.take(f"file-{number}", 0, 10) for number in range(10_000)) == 4096
+    assert sum(one.take(f"file-{number}", 0, 10) for number in range(10_000)) == 256
 
 
 def test_changed_files_are_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
