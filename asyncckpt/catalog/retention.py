@@ -94,7 +94,8 @@ class KeepEvery:
 
 @dataclass(frozen=True, slots=True)
 class KeepBest:
-    """Keep the ``n`` with the smallest (``mode="min"``) or largest (``mode="max"``) value of ``metric``.
+    """Keep the ``n`` with the smallest (``mode="min"``) or largest (``mode="max"``) value of ``metric``. The mode must be
+    given, but for a metric whose name ends in ``loss``: less of that is better. Raises ``InvalidOption``.
 
     A checkpoint without the metric, or where it is nan, is never among the best; of equals the later ones are kept.
     Where no checkpoint has the metric at all, every one is kept: it may be reported later, or its name may be wrong.
@@ -102,14 +103,19 @@ class KeepBest:
 
     metric: str
     n: int = 1
-    mode: Literal["min", "max"] = field(kw_only=True)
+    mode: Literal["min", "max", ""] = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         if type(self.metric) is not str or not self.metric:
             raise InvalidOption(f"KeepBest: metric must be the name of a metric, not {self.metric!r}")
         _check_count("KeepBest: n", self.n)
+        if self.mode == "" and self.metric.casefold().endswith("loss"):
+            object.__setattr__(self, "mode", "min")
         if self.mode not in ("min", "max"):
-            raise InvalidOption(f"KeepBest: mode must be 'min' or 'max', not {self.mode!r}")
+            raise InvalidOption(
+                f"KeepBest({self.metric!r}): say whether less is better, mode='min', or more, mode='max'; "
+                f"not {self.mode!r}"
+            )
 
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
         if self.is_unreported(candidates):

@@ -185,3 +185,11 @@ def test_a_metric_that_nobody_reports_deletes_nothing_and_is_named() -> None:
     assert unreported(run, policies) == ["los"]
     assert unreported(run, [KeepBest("loss", mode="min")]) == []
     assert unreported([], policies) == []
+
+
+def test_only_a_loss_needs_no_direction() -> None:
+    assert KeepBest("val/loss").mode == "min"
+    assert KeepBest("loss", mode="max").mode == "max"
+    for metric in ("accuracy", "val/loss_gap", "bleu"):
+        with pytest.raises(InvalidOption, match="mode='max'"):
+            KeepBest(metric)
