@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from asyncckpt import jsontree
-from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.read.scatter import Window
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
@@ -137,3 +137,15 @@ def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tup
             yield f"{component}.{fqn}", tensor
         for alias, target in record.aliases.items():
             yield f"{component}.{alias}", record.tensors[target]
+
+
+def load(name: str, call: Callable[[], object]) -> None:
+    """Hand over to torch what is not filled in place. A forged checkpoint may have all the right names, and hold
+    nonsense that makes torch raise anything."""
+    try:
+        call()
+    except Exception as error:
+        raise StateMismatch(
+            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). It may be "
+            f"partly overwritten: restore another checkpoint"
+        ) from error
