@@ -47,7 +47,8 @@ def plan_optimizer(
     names = optimizer_names(name, optimizer, owners, state)
     index_of = {fqn: index for index, fqn in names.items()}
     parameters = _parameters(optimizer)
-    saved_groups = [decode(name, group, stored, plan, opts) for group in group_trees]
+    lives = optimizer.param_groups if len(optimizer.param_groups) == len(group_trees) else [None] * len(group_trees)
+    saved_groups = [decode(name, group, stored, plan, opts, lives[at]) for at, group in enumerate(group_trees)]
     if not all(_is_group(group) for group in saved_groups):
         raise CheckpointDamaged(f"component {name!r}: a param group of it does not look like one")
     saved_names = {fqn for group in saved_groups for fqn in group["params"]}
