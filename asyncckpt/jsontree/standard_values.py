@@ -34,10 +34,9 @@ def _path(encoder: Encoder, value: pathlib.PurePath) -> JsonValue:
 
 
 def _timezone(encoder: Encoder, value: datetime.timezone) -> JsonValue:
-    # a name that was not given is made of the offset, and equal zones may differ in it
-    offset = value.utcoffset(None)
-    given = value.tzname(None) if value.tzname(None) != datetime.timezone(offset).tzname(None) else None
-    return {"$": "timezone", "v": [offset // _MICROSECOND, None if given is None else encoder.value(given)]}
+    # pickle asks for the arguments in the same way; ``tzname`` cannot tell a name that was given from one that was made
+    offset, *name = value.__getinitargs__()  # type: ignore[attr-defined]
+    return {"$": "timezone", "v": [offset // _MICROSECOND, encoder.value(name[0]) if name else None]}
 
 
 def _clock(encoder: Encoder, value: datetime.datetime | datetime.time) -> JsonValue:
