@@ -200,8 +200,7 @@ def test_what_is_no_whole_number_is_refused_by_save_and_by_step(step: Any, tmp_p
     ids=["sparse", "quantised", "bits", "meta"],
 )
 def test_a_tensor_without_dense_values_is_refused_by_its_path(make: Any, words: str, tmp_path: Path) -> None:
-    with Checkpointer(tmp_path / "run") as run:
-        with pytest.raises(UnsupportedValue) as caught:
-            run.save(1, {"plain": {"a": [Score(1.0, make())]}})
+    with Checkpointer(tmp_path / "run") as run, pytest.raises(UnsupportedValue) as caught:
+        run.save(1, {"plain": {"a": [Score(1.0, make())]}})
     assert "state['plain']['a.0.at']" in str(caught.value)
     assert words in str(caught.value)
