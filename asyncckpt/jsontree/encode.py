@@ -11,6 +11,7 @@ import struct
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import numpy as np
@@ -52,6 +53,13 @@ def encode(value: Any, path: str, tensor_sink: Callable[[str, torch.Tensor], Non
     stored exactly, contains itself, or is nested more than 200 deep. Does not block.
     """
     return Encoder(path, tensor_sink, component).value(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A value that has been encoded before, which ``encode`` puts into the tree as it is. It holds no tensor."""
+
+    tree: JsonValue
 
 
 class _Position(int):
@@ -251,6 +259,7 @@ _ENCODERS: Final[dict[type, _ToJson]] = {
     ),
     np.str_: lambda _, v: {"$": "numpy", "dtype": "U", "v": v.encode("utf-8", "surrogatepass").hex()},
     np.bytes_: lambda _, v: {"$": "numpy", "dtype": "S", "v": v.hex()},
+    Encoded: lambda _, v: v.tree,
     argparse.Namespace: Encoder.namespace,
     types.SimpleNamespace: Encoder.namespace,
     **standard_values.ENCODERS,

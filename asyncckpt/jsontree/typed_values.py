@@ -143,8 +143,9 @@ def _container(config: Any) -> Any:
 # -- to the live value's type ------------------------------------------------------------------------------------------
 
 
-def needs_live(tree: JsonValue) -> bool:
-    """Whether a tree holds a value that only a live one can give its type."""
+def needs_live(tree: JsonValue, *, scalars: bool = True) -> bool:
+    """Whether a tree holds a value that only a live one can give its type; with ``scalars=False``, one that is more
+    than a number or text of a subclass."""
     stack: list[JsonValue] = [tree]
     while stack:
         node = stack.pop()
@@ -152,7 +153,7 @@ def needs_live(tree: JsonValue) -> bool:
             stack.extend(node)
         elif isinstance(node, dict):
             tag = node.get("$")
-            if isinstance(tag, str) and tag in TAGS:
+            if isinstance(tag, str) and tag in TAGS and (scalars or tag != "subclass"):
                 return True
             stack.extend(node.values())
     return False
