@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import torch
 
@@ -16,6 +16,7 @@ from asyncckpt import forks
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.listing import CheckpointInfo
+from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlightSaves
@@ -159,16 +160,20 @@ class Checkpointer(RunOwnership):
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None) -> PendingSave | None:
+    def step(
+        self, step: SupportsIndex, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+    ) -> PendingSave | None:
         """Call once a training step, after the update: saves when a save is due and returns its ``PendingSave``.
 
-        Returns None in microseconds where none is due. In a job with ``preemption``, or with a cadence that looks at a
-        clock (``Minutes``), each step asks the job's store: a message, or at most a second where the store has stopped.
+        ``step`` is any whole number, one of NumPy or in a tensor too. Returns None in microseconds where none is due.
+        In a job with ``preemption``, or with a cadence that looks at a clock (``Minutes``), each step asks the job's
+        store: a message, or at most a second where the store has stopped.
         The first call does what ``prepare`` does. Blocks and raises as ``save`` does, but returns None where
         ``on_busy="skip"`` skips. After a preemption signal it saves, waits until that is durable, closes, and raises
         ``Preempted`` (a ``SystemExit``), or ``TimeoutError`` at ``Preemption.deadline_seconds``.
         """
         self._surface()
+        step = step_number(step)
         if not self._prepared:
             self.prepare(state)
         signals = self._triggers.preempted(step, self._coordinator)
@@ -183,7 +188,7 @@ class Checkpointer(RunOwnership):
 
     def save(
         self,
-        step: int,
+        step: SupportsIndex,
         state: Mapping[str, Any],
         *,
         metrics: Mapping[str, Any] | None = None,
@@ -339,13 +344,20 @@ class Checkpointer(RunOwnership):
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _save(
-        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, *, kind: str, may_skip: bool
+        self,
+        step: SupportsIndex,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        *,
+        kind: str,
+        may_skip: bool,
     ) -> PendingSave:
         began = time.perf_counter()
         self._open()
         self._committer.is_follower = self._coordinator is not None and not self._coordinator.leads
         number = self._coordinator.next_save() if self._coordinator is not None else 0
         try:
+            step = step_number(step)
             pending = self._starter.start(
                 self._coordinator, number, step, state, metrics=metrics, kind=kind, may_skip=may_skip, began=began
             )
@@ -353,8 +365,8 @@ class Checkpointer(RunOwnership):
             raise
         except PlanChanged as error:  # training goes on, here as on the other ranks
             self._committer.plan_changed.set()
-            self.events.emit(Failed(step=step, error=error))
-            return failed(step, error)
+            self.events.emit(Failed(step=step_number(step), error=error))
+            return failed(step_number(step), error)
         except BaseException as error:
             if self._coordinator is not None:
                 self._coordinator.give_up(number, error)

@@ -178,7 +178,11 @@ class SaveTransaction:
         beside = [manifest.whole_file(name, data, self.digest) for name, data in small.items()]
         return publish(
             directory,
-            replaced(contents.draft, files=(*records, *beside)),
+            replaced(
+                contents.draft,
+                files=(*records, *beside),
+                least_version=manifest.version_of_values(small.get(manifest.STATE_FILE, b""), contents.draft.config),
+            ),
             components_json=_components_json(contents, orders),
             known=contents.layout.cache,
             replace=contents.replace,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import AsyncIterator, Iterable
 from typing import NoReturn
 
@@ -43,14 +44,29 @@ def open_group(checkpoint: str | os.PathLike[str] | OpenCheckpoint) -> zarr.Grou
 
 
 class CheckpointStore(Store):
-    """Presents a published checkpoint as zarr's ``Store``. Reads block a thread of asyncio's pool. Thread-safe."""
+    """Presents a published checkpoint as zarr's ``Store``. Reads block a thread of asyncio's pool. Thread-safe.
 
-    def __init__(self, checkpoint: str | os.PathLike[str] | OpenCheckpoint) -> None:
+    ``checkpoint`` is a checkpoint's directory, or what ``Run.open`` returns (which the caller closes). ``read_only`` is
+    for callers that give it to every store: a checkpoint is never changed. Retention spares the checkpoint until
+    ``close``, after which every read raises ``InvalidOption``. A pickled store, such as dask and spawned workers get,
+    opens the checkpoint there anew, and only where its manifest is still the same one. Raises ``CheckpointNotFound``,
+    ``CheckpointDamaged``, and ``InvalidOption`` for a checkpoint of another format.
+    """
+
+    def __init__(self, checkpoint: str | os.PathLike[str] | OpenCheckpoint, *, read_only: bool = True) -> None:
         super().__init__(read_only=True)
+        if not read_only:
+            raise InvalidOption("a checkpoint is never changed: open it with read_only=True (mode='r')")
+        self._set_up(checkpoint, None)
+
+    def _set_up(self, checkpoint: str | os.PathLike[str] | OpenCheckpoint, expect_digest: str | None) -> None:
+        self._closed = False
         self._owned = isinstance(checkpoint, str | os.PathLike)
         if isinstance(checkpoint, str | os.PathLike):
             parent, name = os.path.split(local_path(checkpoint))
-            checkpoint = open_checkpoint(open_store(parent).open(name))
+            checkpoint = open_checkpoint(open_store(parent).open(name), expect_digest)
+            # workers drop their copies of a store, and do not close them
+            weakref.finalize(self, checkpoint.close)
         self._reader, self._manifest = checkpoint.reader, checkpoint.manifest
         if self._manifest.shard_format != "zarr":
             self.close()
@@ -72,7 +88,23 @@ class CheckpointStore(Store):
     def __repr__(self) -> str:
         return f"CheckpointStore({self._reader.path!r})"
 
+    def __getstate__(self) -> tuple[str, str, bool]:
+        return self._reader.path, self._manifest.file_digest, self._is_open
+
+    def __setstate__(self, state: tuple[str, str, bool]) -> None:
+        path, file_digest, is_open = state
+        super().__init__(read_only=True)
+        self._set_up(path, file_digest)
+        self._is_open = is_open
+
+    def with_read_only(self, read_only: bool = False) -> Store:
+        """Return another store of the same checkpoint. Raises ``NotImplementedError`` for one that can be written."""
+        return CheckpointStore(self._reader.path) if read_only else super().with_read_only(read_only)
+
     def close(self) -> None:
+        """Let retention have the checkpoint again, unless the caller opened it. Later reads raise. Idempotent."""
+        super().close()
+        self._closed = True
         if self._owned:
             self._reader.close()
 
@@ -81,6 +113,10 @@ class CheckpointStore(Store):
     ) -> Buffer | None:
         """Read and verify a key's bytes; None where there is no such key. Raises ``CheckpointDamaged`` for bytes that
         are not what was saved, and for a chunk that is missing."""
+        if self._closed:
+            raise InvalidOption(f"{self._reader.path}: this store is closed; open another one")
+        if not self._is_open:
+            await self._open()
         record = self._files.get(key)
         if record is None:
             if key.rpartition("/")[0] in self._arrays and key.rpartition("/")[2].startswith("c"):
@@ -93,6 +129,11 @@ class CheckpointStore(Store):
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
         return list(await asyncio.gather(*(self.get(key, prototype, wanted) for key, wanted in key_ranges)))
+
+    async def getsize(self, key: str) -> int:
+        if key not in self._files:
+            raise FileNotFoundError(key)
+        return self._files[key].nbytes
 
     async def exists(self, key: str) -> bool:
         return key in self._files
@@ -126,7 +167,10 @@ class CheckpointStore(Store):
         self._refuse(key)
 
     def _refuse(self, key: str) -> NoReturn:
-        raise InvalidOption(f"{self._reader.path}/{key}: a checkpoint is never changed; copy what you want to edit")
+        raise InvalidOption(
+            f"{self._reader.path}/{key}: a checkpoint is never changed, and its store was opened in read-only mode and "
+            f"does not support writing; copy what you want to edit"
+        )
 
     def _read(self, record: FileRecord, begin: int, end: int) -> bytes:
         chosen = extents_of(self._manifest, {record.name: [(begin, max(end, begin + 1))]})
@@ -151,4 +195,4 @@ def _span(wanted: ByteRequest | None, nbytes: int) -> tuple[int, int]:
             return min(wanted.offset, nbytes), nbytes
         case SuffixByteRequest():
             return max(0, nbytes - wanted.suffix), nbytes
-    raise InvalidOption(f"an unknown kind of byte range: {wanted!r}")
+    raise InvalidOption(f"Unexpected byte_range, got {wanted!r}: give one of zarr's kinds")

@@ -9,11 +9,13 @@ is imported or called because a stored name says so.
 from __future__ import annotations
 
 from asyncckpt.jsontree.decode import decode
-from asyncckpt.jsontree.encode import encode
+from asyncckpt.jsontree.encode import Encoded, encode
 from asyncckpt.jsontree.strict import dumps, loads
+from asyncckpt.jsontree.typed_values import Live, needs_live
+from asyncckpt.jsontree.versions import version_of
 from asyncckpt.types import JsonValue
 
-__all__ = ["decode", "dumps", "encode", "loads", "tensor_names"]
+__all__ = ["Encoded", "Live", "decode", "dumps", "encode", "loads", "needs_live", "tensor_names", "version_of"]
 
 
 def tensor_names(tree: JsonValue) -> list[str]:

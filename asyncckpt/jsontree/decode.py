@@ -4,74 +4,111 @@ from __future__ import annotations
 
 import argparse
 import binascii
-import math
 import struct
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
-import numpy as np
-
-from asyncckpt.errors import CheckpointDamaged, InvalidOption
-from asyncckpt.jsontree.encode import AS_TENSOR, FACTORIES, MAX_DEPTH, NUMPY
-from asyncckpt.loaded_torch import loaded_torch
+from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
+from asyncckpt.jsontree import numpy_values, standard_values, torch_values, typed_values
+from asyncckpt.jsontree.encode import FACTORIES, MAX_DEPTH, encode
+from asyncckpt.jsontree.typed_values import Live, needs_live
 from asyncckpt.types import JsonValue
 
 if TYPE_CHECKING:
     import torch
 
-
-#: Makes, or finds, an object: it is given the path of keys to it, its class's name and its decoded state.
-Objects: TypeAlias = "Callable[[tuple[str | int, ...], str, Any], Any]"
+#: Makes, or finds, an object. It is given what lives at its place (or None), its class's name and its decoded state.
+Objects: TypeAlias = "Callable[[Any, str, Any], Any]"
 
 
 def decode(
     tree: JsonValue,
     tensors: Callable[[str], torch.Tensor],
     arrays: Callable[[str], torch.Tensor] | None = None,
+    live: Live | None = None,
     objects: Objects | None = None,
 ) -> Any:
     """Return the values that ``encode`` was given. ``tensors`` returns the tensor of a name.
 
     ``arrays`` (``tensors`` by default) returns the tensors that numpy arrays are made of. An array shares the memory of
-    its tensor, so that may be filled later; it must be host memory, or ``InvalidOption`` is raised. ``objects`` makes
-    the objects that ``encode`` stored by their state; without it that state stands in their place. The tree may be
+    its tensor, so that may be filled later; it must be host memory, or ``InvalidOption`` is raised. The tree may be
     hostile: anything that ``encode`` does not produce raises ``CheckpointDamaged``, before memory is allocated for it.
+    Values whose types only a program can name get those of ``live``; without it they are plain data.
+    ``objects`` makes the objects that ``encode`` stored by their state; without it that state stands in their place.
     """
-    return _Decoder(tensors, arrays or tensors, objects).value(tree)
+    decoder = Decoder(tensors, arrays or tensors, live or Live(None), objects)
+    return decoder.value(tree, decoder.live.value)
 
 
-class _Decoder:
+class Decoder:
     """Decodes one tree. Each method builds values of one kind, and refuses with ``fail`` what ``encode`` never makes;
-    ``keys`` is the path to the value at hand, for the message."""
+    ``keys`` is the path to the value at hand, for the message. A parameter ``live`` is the live value at that path, or
+    None where there is none."""
 
     def __init__(
         self,
         tensors: Callable[[str], torch.Tensor],
         arrays: Callable[[str], torch.Tensor],
+        live: Live,
         objects: Objects | None,
     ) -> None:
         self.objects = objects
         self.tensors = tensors
         self.arrays = arrays
+        self.live = live
         self.keys: list[str | int] = []
 
-    def value(self, tree: JsonValue) -> Any:
+    def value(self, tree: JsonValue, live: Any = None) -> Any:
         if type(tree) is dict:
             if "$" not in tree:
-                return self.mapping(tree)
+                return self.mapping(tree, live)
             tag = self.tag(tree)
             build = _CONTAINERS.get(tag)
-            return build(self, self.items(tree["v"]), tree) if build else _LEAVES[tag](self, tree)
+            if build:
+                members = self.flat if tag in _MAPPINGS else self.members if tag in _SETS else self.items
+                return build(self, members(tree["v"], live), tree)
+            if tag == "object":
+                return self.object(self.items(tree["v"], typed_values.state_of_object(live)), tree, live)
+            if tag in typed_values.WITH_FIELDS:
+                lives = typed_values.lives_of_fields(self, tree, live)
+                return (
+                    live if lives is None else typed_values.of_fields(self, tree, self.mapping(tree["v"], lives), live)
+                )
+            found = typed_values.DECODERS.get(tag)
+            return found(self, tree, live) if found else _LEAVES[tag](self, tree)
         if type(tree) is list:
-            return self.items(tree)
+            return self.items(tree, live)
         if tree is not None and type(tree) not in (bool, int, float, str):
             self.fail(f"a {type(tree).__name__} is not JSON")
         return tree
 
+    def where(self) -> str:
+        return f"[{']['.join(map(repr, self.keys))}]" if self.keys else ""
+
     def fail(self, problem: str) -> NoReturn:
-        raise CheckpointDamaged(f"plain values at [{']['.join(map(repr, self.keys))}]: {problem}; the tree is damaged")
+        raise CheckpointDamaged(f"plain values at {self.where() or '[]'}: {problem}; the tree is damaged")
+
+    def note(self, why: str) -> None:
+        """Note that the type of the live value at hand does not take what was stored."""
+        self.live.mismatched.append(f"{self.where()}: {why}")
+
+    def note_plain(self) -> None:
+        """Note that the value at hand is plain data, because nothing of its kind lives at its place."""
+        self.live.untyped.append(self.where())
+
+    def encoded(self, value: Any) -> JsonValue:
+        """Encode a live value that holds no tensor. Raises ``UnsupportedValue``."""
+        return encode(value, "", _no_tensor)
+
+    def within(self, name: str, tree: JsonValue) -> Any:
+        """Return the only value that the one at hand holds, which a path calls ``name``."""
+        self.enter()
+        self.keys[-1] = name
+        found = self.value(tree)
+        self.keys.pop()
+        return found
 
     def enter(self) -> None:
         if len(self.keys) >= MAX_DEPTH:
@@ -80,31 +117,82 @@ class _Decoder:
 
     def tag(self, tree: dict[str, Any]) -> str:
         tag = tree["$"]
-        if type(tag) is not str or (tag not in _CONTAINERS and tag not in _LEAVES):
+        if type(tag) is not str or tag not in _TAGS:
             self.fail(f"the tag {tag!r:.40} is unknown")
         if tree.keys() != _MORE_FIELDS.get(tag, _FIELDS):
             self.fail(f"the fields of {tag!r} are not those it has")
         return tag
 
-    def mapping(self, tree: dict[str, Any]) -> dict[str, Any]:
+    def mapping(self, tree: Any, live: Any = None) -> dict[str, Any]:
         self.enter()
+        lives = _items_of(live)
         keys, out = self.keys, {}
         for key, item in tree.items():
             keys[-1] = key
-            out[key] = self.value(item)
+            out[key] = self.value(item, lives.get(key))
         keys.pop()
         return out
 
-    def items(self, tree: Any) -> list[Any]:
+    def items(self, tree: Any, live: Any = None) -> list[Any]:
         if type(tree) is not list:
             self.fail("a list was expected")
+        self.enter()
+        lives = live if isinstance(live, list | tuple | deque) else ()
+        keys, out = self.keys, []
+        for index, item in enumerate(tree):
+            keys[-1] = index
+            out.append(self.value(item, lives[index] if index < len(lives) else None))
+        keys.pop()
+        return out
+
+    def flat(self, tree: Any, live: Any) -> list[Any]:
+        """Return a mapping's keys and values, which alternate in ``tree``."""
+        lives = _items_of(live)
+        if not lives or type(tree) is not list:
+            return self.items(tree)
         self.enter()
         keys, out = self.keys, []
         for index, item in enumerate(tree):
             keys[-1] = index
-            out.append(self.value(item))
+            if index % 2 == 0:
+                out.append(self.member(item, lives))
+                continue
+            try:
+                out.append(self.value(item, lives.get(out[-1])))
+            except TypeError:
+                self.fail("a key that cannot be one")
         keys.pop()
         return out
+
+    def members(self, tree: Any, live: Any) -> list[Any]:
+        """Return the members of a set."""
+        if not isinstance(live, set | frozenset) or type(tree) is not list:
+            return self.items(tree)
+        self.enter()
+        keys, out = self.keys, []
+        for index, item in enumerate(tree):
+            keys[-1] = index
+            out.append(self.member(item, live))
+        keys.pop()
+        return out
+
+    def member(self, tree: JsonValue, lives: Iterable[Any]) -> Any:
+        """Return a key, or a member of a set. Its place tells nothing of its live type: any of those that live beside
+        it may be the one, the first that takes it is."""
+        if type(tree) is dict and tree.get("$") == "object":
+            return self.value(tree, next((one for one in lives if _is_of(one, tree.get("class"))), None))
+        if not needs_live(tree):
+            return self.value(tree)
+        notes = self.live
+        try:
+            for candidate in {type(one): one for one in lives}.values():
+                self.live = Live(candidate)
+                found = self.value(tree, candidate)
+                if not self.live.untyped and not self.live.mismatched:
+                    return found
+        finally:
+            self.live = notes
+        return self.value(tree)
 
     def pairs(self, flat: list[Any], into: Any) -> Any:
         """Fill the mapping ``into`` from ``flat``, which lists key, value, key, value, and so on, and return it."""
@@ -141,10 +229,13 @@ class _Decoder:
             self.fail(f"the default_factory {tree['of']!r:.40} is unknown")
         return self.pairs(flat, defaultdict(FACTORIES[tree["of"]]))
 
-    def object(self, items: list[Any], tree: dict[str, Any]) -> Any:
+    def object(self, items: list[Any], tree: dict[str, Any], live: Any) -> Any:
         if type(tree["class"]) is not str or len(items) != 1:
             self.fail("an object without a class and a state")
-        return items[0] if self.objects is None else self.objects(tuple(self.keys), tree["class"], items[0])
+        if self.objects is None:
+            self.note_plain()
+            return items[0]
+        return self.objects(live, tree["class"], items[0])
 
     def deque(self, items: list[Any], tree: dict[str, Any]) -> Any:
         maxlen = tree["maxlen"]
@@ -191,39 +282,6 @@ class _Decoder:
         except UnicodeDecodeError:
             self.fail("a str that is no UTF-8")
 
-    def numpy_dtype(self, code: Any) -> np.dtype[Any]:
-        if type(code) is not str or code not in NUMPY:
-            self.fail(f"the numpy dtype {code!r:.40} is unknown")
-        return NUMPY[code]
-
-    def numbers(self, data: bytes, dtype: np.dtype[Any], shape: list[int]) -> np.ndarray[Any, Any]:
-        if dtype.kind == "b" and data.translate(None, b"\0\1"):
-            self.fail("a bool that is neither 0 nor 1")
-        try:
-            return np.ndarray(shape, dtype, buffer=data).copy()
-        except ValueError as error:  # numpy refuses so many dimensions, or so large ones beside a 0
-            self.fail(f"an impossible shape ({error})")
-
-    def scalar(self, tree: dict[str, Any]) -> Any:
-        dtype = self.numpy_dtype(tree["dtype"])
-        return self.numbers(self.hex(tree["v"], dtype.itemsize), dtype, [1])[0]
-
-    def array(self, tree: dict[str, Any]) -> np.ndarray[Any, Any]:
-        dtype, shape, content = self.numpy_dtype(tree["dtype"]), tree["shape"], tree["v"]
-        if type(shape) is not list or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
-            self.fail("a shape that is not a list of sizes")
-        if type(content) is not dict:
-            return self.numbers(self.base64(content, math.prod(shape) * dtype.itemsize), dtype, shape)
-        name = content.get("v")
-        if content.keys() != _FIELDS or content["$"] != "tensor" or type(name) is not str:
-            self.fail("an array that is neither base64 nor a tensor")
-        tensor = self.arrays(name)
-        if list(tensor.shape) != shape or str(tensor.dtype) != f"torch.{AS_TENSOR.get(dtype.str)}":
-            self.fail(f"an array whose tensor {name!r:.80} has another shape or dtype")
-        if tensor.device.type != "cpu":
-            raise InvalidOption(f"{name!r} is a numpy array and was given a tensor on {tensor.device}; give one on cpu")
-        return tensor.detach().numpy()
-
     def tensor(self, name: Any) -> torch.Tensor:
         if type(name) is not str:
             self.fail("a tensor's name that is no str")
@@ -233,39 +291,21 @@ class _Decoder:
         number: float = struct.unpack(">d", self.hex(digits, 8))[0]
         return number
 
-    def torch_dtype(self, name: Any) -> torch.dtype:
-        there = _torch()
-        # vars, not getattr, which would make torch import a module that the tree names
-        found: Any = vars(there).get(name) if type(name) is str else None
-        if type(found) is not there.dtype or str(found) != f"torch.{name}":  # aliases such as half are never written
-            self.fail(f"the torch dtype {name!r:.40} is unknown")
-        dtype: torch.dtype = found
-        return dtype
 
-    def size(self, sizes: list[Any]) -> torch.Size:
-        if not all(type(size) is int and -1 << 63 <= size < 1 << 63 for size in sizes):
-            self.fail("a torch.Size of something else than sizes")
-        size: torch.Size = _torch().Size(sizes)
-        return size
-
-    def device(self, tree: Any) -> torch.device:
-        kind, index = tree if type(tree) is list and len(tree) == 2 else (None, None)
-        # torch keeps the index in 8 bits and wraps larger ones silently
-        if type(kind) is not str or not (index is None or (type(index) is int and 0 <= index < 128)):
-            self.fail("a device that is no name and index")
-        make = _torch().device
-        try:
-            device: torch.device = make(kind) if index is None else make(kind, index)
-        except RuntimeError:
-            self.fail(f"the device {kind!r:.40} is unknown")
-        return device
+def _no_tensor(name: str, _tensor: object) -> None:
+    raise UnsupportedValue(f"{name} is a tensor")
 
 
-def _torch() -> Any:
-    torch = loaded_torch()
-    if torch is None:
-        raise InvalidOption("the plain values hold a dtype, size or device of torch: import torch, then decode them")
-    return torch
+def _items_of(live: Any) -> Mapping[Any, Any]:
+    """Return what a live mapping, or a namespace, holds."""
+    if isinstance(live, dict):
+        return live
+    return vars(live) if type(live) in (argparse.Namespace, types.SimpleNamespace) else {}
+
+
+def _is_of(value: Any, class_name: Any) -> bool:
+    """Whether a live value's class has the last part of this name, which its module may have moved away from."""
+    return type(class_name) is str and type(value).__name__ == class_name.rpartition(".")[2]
 
 
 _MOST_OF_ONE_HASH: Final = 1000
@@ -276,8 +316,11 @@ _MORE_FIELDS: Final = {
     "object": _FIELDS | {"class"},
     "numpy": _FIELDS | {"dtype"},
     "ndarray": _FIELDS | {"dtype", "shape"},
+    **{tag: _FIELDS | more for tag, more in (standard_values.FIELDS | typed_values.FIELDS).items()},
 }
-_Leaf: TypeAlias = Callable[[_Decoder, dict[str, Any]], Any]
+_MAPPINGS: Final = frozenset({"dict", "OrderedDict", "Counter", "defaultdict", "Namespace", "SimpleNamespace"})
+_SETS: Final = frozenset({"set", "frozenset"})
+_Leaf: TypeAlias = Callable[[Decoder, dict[str, Any]], Any]
 _LEAVES: Final[dict[str, _Leaf]] = {
     "tensor": lambda d, t: d.tensor(t["v"]),
     "int": lambda d, t: d.integer(t["v"]),
@@ -286,13 +329,14 @@ _LEAVES: Final[dict[str, _Leaf]] = {
     "str": lambda d, t: d.text(t["v"]),
     "bytes": lambda d, t: d.base64(t["v"]),
     "bytearray": lambda d, t: bytearray(d.base64(t["v"])),
-    "numpy": _Decoder.scalar,
-    "ndarray": _Decoder.array,
-    "dtype": lambda d, t: d.torch_dtype(t["v"]),
-    "device": lambda d, t: d.device(t["v"]),
+    "numpy": numpy_values.to_scalar,
+    "ndarray": numpy_values.to_array,
+    "dtype": lambda d, t: torch_values.to_dtype(d, t["v"]),
+    "device": lambda d, t: torch_values.to_device(d, t["v"]),
+    **standard_values.DECODERS,
 }
 #: These builders are given decoded members, and do not recurse: with two frames a level the caller's stack lasts.
-_Container: TypeAlias = Callable[[_Decoder, list[Any], dict[str, Any]], Any]
+_Container: TypeAlias = Callable[[Decoder, list[Any], dict[str, Any]], Any]
 _CONTAINERS: Final[dict[str, _Container]] = {
     "tuple": lambda d, items, t: tuple(items),
     "set": lambda d, items, t: d.unordered(items, set),
@@ -300,10 +344,10 @@ _CONTAINERS: Final[dict[str, _Container]] = {
     "dict": lambda d, flat, t: d.pairs(flat, {}),
     "OrderedDict": lambda d, flat, t: d.pairs(flat, OrderedDict()),
     "Counter": lambda d, flat, t: d.pairs(flat, Counter()),
-    "defaultdict": _Decoder.defaultdict,
-    "deque": _Decoder.deque,
-    "Size": lambda d, sizes, t: d.size(sizes),
+    "defaultdict": Decoder.defaultdict,
+    "deque": Decoder.deque,
+    "Size": lambda d, sizes, t: torch_values.to_size(d, sizes),
     "Namespace": lambda d, flat, t: d.namespace(flat, argparse.Namespace()),
-    "object": _Decoder.object,
     "SimpleNamespace": lambda d, flat, t: d.namespace(flat, types.SimpleNamespace()),
 }
+_TAGS: Final = frozenset({*_LEAVES, *_CONTAINERS, *typed_values.TAGS, "object"})

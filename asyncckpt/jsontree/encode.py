@@ -11,11 +11,14 @@ import struct
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import numpy as np
 
 from asyncckpt.errors import UnsupportedValue
+from asyncckpt.jsontree import standard_values, torch_values, typed_values
+from asyncckpt.jsontree.numpy_values import AS_TENSOR, NUMPY, SAME_SIZE, dtype_of
 from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.types import JsonValue
 
@@ -32,23 +35,6 @@ _WAY_OUT: Final = "convert it to plain values, or give the object that holds it 
 #: JSON's escapes cannot tell these two code points from the one character that they stand for in UTF-16.
 _PAIR: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
-# long double is left out: its bytes mean different numbers on different processors
-NUMPY: Final = {
-    dtype.str: dtype
-    for code in ("?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
-    for dtype in (np.dtype(code).newbyteorder("<"), np.dtype(code).newbyteorder(">"))
-}
-_SAME_SIZE: Final = (
-    np.intc,
-    np.uintc,
-    np.longlong,
-    np.ulonglong,
-)  # some platforms have these as types of their own
-_INTS: Final = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
-#: A shard can hold these numpy dtypes, in this machine's byte order; each is mapped to torch's name for it.
-AS_TENSOR: Final[dict[str, str]] = {
-    np.dtype(name).str: name for name in ("bool", *_INTS, "float16", "float32", "float64", "complex64")
-}
 FACTORIES: Final[dict[str, Callable[[], Any] | None]] = {
     "None": None,
     **{t.__name__: t for t in (bool, int, float, complex, str, bytes, list, tuple, dict, set, Counter, OrderedDict)},
@@ -56,7 +42,7 @@ FACTORIES: Final[dict[str, Callable[[], Any] | None]] = {
 _FACTORY_NAMES: Final = {id(factory): name for name, factory in FACTORIES.items()}
 
 
-#: Returns, for a value that no row of the table encodes, its class's name and a state that can be encoded, or None.
+#: Returns the name of an object's class and a state of it that can be encoded, or None for any other value.
 Objects: TypeAlias = "Callable[[Any], tuple[str, Any] | None]"
 
 
@@ -74,17 +60,25 @@ def encode(
     ``value``. Where two paths give the same name, the later one gets a suffix such as ``~2``. Numpy arrays of more than
     64 KiB are handed over, too, as tensors that share their memory where possible. An object that is reached twice is
     stored twice. Raises ``UnsupportedValue``, which names the path below ``component``, for a value that cannot be
-    stored exactly, contains itself, or is nested more than 200 deep. ``objects`` says how values of other types are
-    stored; without it they are refused. Does not block.
+    stored exactly, contains itself, or is nested more than 200 deep. ``objects`` says of which values of other types
+    the state is stored with the name of their class; it is asked before they are stored as typed plain data. Does not
+    block.
     """
-    return _Encoder(path, tensor_sink, component, objects).value(value)
+    return Encoder(path, tensor_sink, component, objects).value(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A value that has been encoded before, which ``encode`` puts into the tree as it is. It holds no tensor."""
+
+    tree: JsonValue
 
 
 class _Position(int):
     """Stands in a path for a dict key that has no short text, and is the key's position in the dict."""
 
 
-class _Encoder:
+class Encoder:
     """Encodes one value. Each method takes values of one kind, and ``refuse`` raises for the others; ``keys`` is the
     path to the value at hand, and ``unfinished`` has the ``id`` of each container on it."""
 
@@ -130,15 +124,25 @@ class _Encoder:
         self.leave(value)
         return out
 
-    def mapping(self, value: dict[Any, Any]) -> JsonValue:
-        if not _is_json_object(value):
+    def inside(self, owner: Any, name: str, value: Any) -> JsonValue:
+        """Return ``value``, the only one that ``owner`` holds, which a path calls ``name``."""
+        self.enter(owner)
+        self.keys[-1] = name
+        out = self.value(value)
+        self.leave(owner)
+        return out
+
+    def mapping(self, value: dict[Any, Any], owner: Any = None) -> JsonValue:
+        """Return a dict; where that was made of another value, ``owner``, its keys can be an object's."""
+        if owner is None and not _is_json_object(value):
             return {"$": "dict", "v": self.pairs(value, value)}
-        self.enter(value)
+        owner = value if owner is None else owner
+        self.enter(owner)
         keys, out = self.keys, {}
         for key, item in value.items():
             keys[-1] = key
             out[key] = _ENCODERS.get(type(item), _other)(self, item)
-        self.leave(value)
+        self.leave(owner)
         return out
 
     def pairs(self, owner: Any, value: Mapping[Any, Any]) -> list[JsonValue]:
@@ -187,16 +191,12 @@ class _Encoder:
             self.refuse(value, "with attribute names that are no str cannot be stored")
         return {"$": type(value).__name__, "v": self.pairs(value, vars(value))}
 
-    def object(self, value: Any) -> JsonValue:
-        found = self.objects(value) if self.objects is not None else None
-        if found is None:
-            self.refuse(value)
-        name, state = found
-        return {"$": "object", "class": name, "v": self.items([state])}
+    def base64(self, data: bytes | bytearray | memoryview) -> str:
+        return binascii.b2a_base64(data, newline=False).decode("ascii")
 
     def array(self, value: np.ndarray[Any, Any]) -> JsonValue:
         code = value.dtype.str
-        if code not in NUMPY:
+        if dtype_of(code) is None:
             self.refuse(value, f"and dtype {value.dtype} cannot be stored exactly")
         shape: list[JsonValue] = list(value.shape)
         if value.nbytes > INLINE_ARRAY_BYTES and code in AS_TENSOR:
@@ -205,7 +205,7 @@ class _Encoder:
             if torch is None:
                 self.refuse(value, f"and {value.nbytes} bytes becomes a tensor", "import torch first")
             return {"$": "ndarray", "dtype": code, "shape": shape, "v": self.tensor(torch.from_numpy(owner))}
-        return {"$": "ndarray", "dtype": code, "shape": shape, "v": _base64(value.tobytes())}
+        return {"$": "ndarray", "dtype": code, "shape": shape, "v": self.base64(value.tobytes())}
 
 
 def _is_json_object(value: dict[Any, Any]) -> bool:
@@ -216,53 +216,42 @@ def _is_json_object(value: dict[Any, Any]) -> bool:
     return all(map(str.isascii, value)) or not any(map(_PAIR.search, value))
 
 
-def _base64(data: bytes | bytearray) -> str:
-    return binascii.b2a_base64(data, newline=False).decode("ascii")
-
-
-def _other(encoder: _Encoder, value: Any) -> JsonValue:
+def _other(encoder: Encoder, value: Any) -> JsonValue:
     """Encode a value whose type has no row in the table: it is one of torch's, whose rows are added with the first such
-    value, a subclass of ``torch.Tensor``, or it is refused."""
+    value, a subclass of ``torch.Tensor``, an object, of a type that only the program can name, or it is refused."""
     torch = loaded_torch()
     try:
         if torch.Tensor not in _ENCODERS:
-            _ENCODERS.update(_rows_of_torch(torch))
+            _ENCODERS.update(torch_values.rows(torch, Encoder.tensor))
         is_tensor = isinstance(value, torch.Tensor)
     except AttributeError:  # torch is not imported, or not completely, so the value cannot be one of its objects
-        return encoder.object(value)
+        is_tensor = False
     row = _ENCODERS.get(type(value))
     if row is not None:
         return row(encoder, value)
-    if not is_tensor:
-        return encoder.object(value)
-    return encoder.tensor(value)  # the sink refuses a subclass that cannot be stored
+    if is_tensor:
+        return encoder.tensor(value)  # the sink refuses a subclass that cannot be stored
+    found = encoder.objects(value) if encoder.objects is not None else None
+    if found is not None:
+        return {"$": "object", "class": found[0], "v": encoder.items([found[1]])}
+    return typed_values.encode(encoder, value)
 
 
-def _rows_of_torch(torch: Any) -> dict[type, _ToJson]:
-    return {
-        torch.Tensor: _Encoder.tensor,
-        torch.nn.Parameter: _Encoder.tensor,
-        torch.dtype: lambda _, v: {"$": "dtype", "v": str(v).removeprefix("torch.")},
-        torch.Size: lambda e, v: {"$": "Size", "v": e.items(v)},
-        torch.device: lambda _, v: {"$": "device", "v": [v.type, v.index]},
-    }
-
-
-def _int(_: _Encoder, value: int) -> JsonValue:
+def _int(_: Encoder, value: int) -> JsonValue:
     return value if value.bit_length() <= _NATIVE_INT_BITS else {"$": "int", "v": f"{value:x}"}
 
 
-def _float(_: _Encoder, value: float) -> JsonValue:
+def _float(_: Encoder, value: float) -> JsonValue:
     return value if math.isfinite(value) else {"$": "float", "v": struct.pack(">d", value).hex()}
 
 
-def _str(_: _Encoder, value: str) -> JsonValue:
+def _str(_: Encoder, value: str) -> JsonValue:
     if value.isascii() or not _PAIR.search(value):
         return value
     return {"$": "str", "v": value.encode("utf-8", "surrogatepass").hex()}
 
 
-_ToJson: TypeAlias = Callable[[_Encoder, Any], JsonValue]
+_ToJson: TypeAlias = Callable[[Encoder, Any], JsonValue]
 _ENCODERS: Final[dict[type, _ToJson]] = {
     types.NoneType: lambda _, v: None,
     bool: lambda _, v: bool(v),
@@ -270,22 +259,26 @@ _ENCODERS: Final[dict[type, _ToJson]] = {
     float: _float,
     str: _str,
     list: lambda e, v: e.items(v),
-    dict: _Encoder.mapping,
+    dict: Encoder.mapping,
     tuple: lambda e, v: {"$": "tuple", "v": e.items(v)},
-    set: _Encoder.unordered,
-    frozenset: _Encoder.unordered,
+    set: Encoder.unordered,
+    frozenset: Encoder.unordered,
     OrderedDict: lambda e, v: {"$": "OrderedDict", "v": e.pairs(v, v)},
     Counter: lambda e, v: {"$": "Counter", "v": e.pairs(v, v)},
-    defaultdict: _Encoder.defaultdict,
+    defaultdict: Encoder.defaultdict,
     deque: lambda e, v: {"$": "deque", "maxlen": v.maxlen, "v": e.items(v)},
-    bytes: lambda _, v: {"$": "bytes", "v": _base64(v)},
-    bytearray: lambda _, v: {"$": "bytearray", "v": _base64(v)},
+    bytes: lambda e, v: {"$": "bytes", "v": e.base64(v)},
+    bytearray: lambda e, v: {"$": "bytearray", "v": e.base64(v)},
     complex: lambda _, v: {"$": "complex", "v": struct.pack(">2d", v.real, v.imag).hex()},
-    np.ndarray: _Encoder.array,
+    np.ndarray: Encoder.array,
     **dict.fromkeys(
-        (*(dtype.type for dtype in NUMPY.values()), *_SAME_SIZE),
+        (*(dtype.type for dtype in NUMPY.values()), *SAME_SIZE, np.datetime64, np.timedelta64),
         lambda _, v: {"$": "numpy", "dtype": v.dtype.str, "v": v.tobytes().hex()},
     ),
-    argparse.Namespace: _Encoder.namespace,
-    types.SimpleNamespace: _Encoder.namespace,
+    np.str_: lambda _, v: {"$": "numpy", "dtype": "U", "v": v.encode("utf-8", "surrogatepass").hex()},
+    np.bytes_: lambda _, v: {"$": "numpy", "dtype": "S", "v": v.hex()},
+    Encoded: lambda _, v: v.tree,
+    argparse.Namespace: Encoder.namespace,
+    types.SimpleNamespace: Encoder.namespace,
+    **standard_values.ENCODERS,
 }

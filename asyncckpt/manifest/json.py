@@ -24,7 +24,7 @@ from asyncckpt.errors import (
     UnknownName,
     VersionUnsupported,
 )
-from asyncckpt.jsontree import loads
+from asyncckpt.jsontree import dumps, loads, version_of
 from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
 from asyncckpt.manifest.records import (
     BoxedRecord,
@@ -45,8 +45,9 @@ log = logging.getLogger("asyncckpt")
 
 FORMAT_NAME: Final = "asyncckpt"
 #: This library reads format versions up to this one. A manifest gives the oldest version that a reader must know: 1
-#: where every tensor is whole, 2 where some are chunked, 3 where some lie in boxes.
-FORMAT_VERSION: Final = 3
+#: where every tensor is whole, 2 where some are chunked, 3 where some lie in boxes, 4 where plain values are of kinds
+#: that older readers do not know.
+FORMAT_VERSION: Final = 4
 FILE_NAME: Final = MANIFEST_FILE
 #: This file holds the plain values of every component.
 STATE_FILE: Final = "state.json"
@@ -127,7 +128,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
     plain = manifest.codec == "none" and '"parts":' not in components and '"boxes":' not in components
     body: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "format_version": 3 if '"boxes":' in components else 1 if plain else 2,
+        "format_version": max(3 if '"boxes":' in components else 1 if plain else 2, manifest.least_version),
         "step": manifest.step,
         "name": manifest.name,
         "attempt": manifest.attempt,
@@ -144,10 +145,16 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "environment": dict(manifest.environment),
         "files": [file_to_json(record) for record in manifest.files],
     }
-    if not plain:
+    if not plain or manifest.least_version > 1:
         body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
     text = json.dumps(body, allow_nan=False, separators=(",", ":"))
     return seal(f'{text[:-1]},"components":{components}'.encode())
+
+
+def version_of_values(state: bytes, config: JsonValue) -> int:
+    """Return the oldest format version that knows all plain values of a checkpoint: those in the file ``state.json``,
+    whose bytes these are, and the user's ``config``."""
+    return max(version_of(state), 1 if config is None else version_of(dumps(config)))
 
 
 def file_to_json(record: FileRecord) -> dict[str, Any]:
@@ -225,6 +232,7 @@ def decode(data: bytes, where: str) -> Manifest:
         file_digest=file_digest(data),
         sequence=body.size("sequence", body.optional("sequence", 0)),
         parent=body.text("parent"),
+        least_version=version,
     )
     if manifest.kind not in ("full", "weights"):
         body.fail(f"names the unknown kind {manifest.kind!r:.80}")

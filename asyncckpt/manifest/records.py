@@ -211,7 +211,8 @@ class Manifest:
     user's. ``sequence`` rises from save to save of a run, whatever their steps are: the largest is the newest. It is 0
     in manifests that are older than the field. ``parent`` is the attempt of the checkpoint that training came from, or
     empty where it began anew or nobody knows. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
-    manifest's own file."""
+    manifest's own file. ``least_version``: readers of older format versions cannot read this checkpoint,
+    whatever its tensors would ask for."""
 
     step: int
     name: str
@@ -233,6 +234,7 @@ class Manifest:
     file_digest: str = ""
     sequence: int = 0
     parent: str = ""
+    least_version: int = field(default=1, compare=False)
 
     @property
     def nbytes(self) -> int:

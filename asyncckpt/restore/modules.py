@@ -43,7 +43,9 @@ def plan_module(
         if not t.is_meta and not is_distributed(t)
     }
     extra_fill = RestorePlan()
-    extra_values = decode(name, extras, stored, extra_fill, opts) if extras else {}
+    extra_lives = {fqns[raw]: value for raw, value in live.items() if opts.selected(f"{name}.{fqns[raw]}")}
+    extra_values = decode(name, extras, stored, extra_fill, opts, extra_lives) if extras else {}
+    plan.mismatched += extra_fill.mismatched
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     parameters = dict(module.named_parameters(remove_duplicate=False))

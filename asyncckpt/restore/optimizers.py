@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from asyncckpt.restore.optimizer_load import (
 )
 from asyncckpt.restore.optimizer_state import StateTargets
 from asyncckpt.restore.param_groups import hyper_parameters, sources_of
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, load, on_host
+from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode_like, load, on_host
 from asyncckpt.restore.saved_parameters import SavedParameter, SavedParameters
 from asyncckpt.state.capture import class_name
 from asyncckpt.state.dtensor import job_size
@@ -116,7 +116,9 @@ class _OptimizerPlanner:
             known = {label for group in labels for label in group}
             rest = {key: item for key, item in states.items() if key not in known}
             new.others = {key: self._decode(item, f"state.{key}", self._live_state(key)) for key, item in rest.items()}
-            new.extra = {k: self._decode(v, k, None) for k, v in tree.items() if k not in TORCH_KEYS}
+            extra = {key: item for key, item in tree.items() if key not in TORCH_KEYS}
+            types = self._types(extra) or {}
+            new.extra = {key: self._decode(item, key, None, types.get(key)) for key, item in extra.items()}
             if (new.others or new.extra) and not loads_as_torch_does(self._optimizer):
                 self._require_order(labels, places)
             if loads_as_torch_does(self._optimizer):
@@ -219,7 +221,7 @@ class _OptimizerPlanner:
             get = self._targets.of_parameter(parameter, saved, live, f"state.{label}", group, plan)
             host = on_host(self._name, self._stored, plan)
             try:
-                new.states[index] = jsontree.decode(tree, get, host, self._objects(live, plan))
+                new.states[index] = decode_like(where, tree, live, get, host, plan, self._objects(plan))
             except CannotMake as error:
                 problem = str(error)
             else:
@@ -245,25 +247,22 @@ class _OptimizerPlanner:
             return format_to_be(parameter, None)
         return format_to_be(parameter, saved.strides if saved.fqn else None)
 
-    def _objects(self, live: Any, plan: RestorePlan) -> Any:
-        def make(path: tuple[str | int, ...], kind: str, state: Any) -> Any:
-            here = live
-            for key in path:
-                try:
-                    here = here[key]
-                except (KeyError, IndexError, TypeError):
-                    here = None
-            return make_object(self._optimizer, here, kind, state, plan.finish)
+    def _objects(self, plan: RestorePlan) -> Callable[[Any, str, Any], Any]:
+        return lambda live, kind, state: make_object(self._optimizer, live, kind, state, plan.finish)
 
-        return make
+    def _types(self, tree: JsonValue) -> Any:
+        """Return the live ``state_dict`` where the tree of one holds values that only a live one gives their types."""
+        return self._optimizer.state_dict() if jsontree.needs_live(tree) else None
 
-    def _decode(self, tree: JsonValue, prefix: str, live: Any) -> Any:
-        """Decode values that are no parameter's state, into the tensors of ``live`` where they fit."""
+    def _decode(self, tree: JsonValue, prefix: str, live: Any, types: Any = None) -> Any:
+        """Decode values that are no parameter's state, into the tensors of ``live`` where they fit, and into its types.
+        Where the tensors are to be new ones, ``types`` alone is given."""
         plan = self._plan
         device = self._parameters[0].device if self._parameters else self._opts.device
         get = self._targets.elsewhere(live, prefix, plan, self._opts.device if device.type == "meta" else device)
         try:
-            return jsontree.decode(tree, get, on_host(self._name, self._stored, plan), self._objects(live, plan))
+            host, where = on_host(self._name, self._stored, plan), f"{self._name}.{prefix}"
+            return decode_like(where, tree, types if live is None else live, get, host, plan, self._objects(plan))
         except CannotMake as error:
             plan.mismatched.append(f"{self._name}: {error}")
             return {}
@@ -294,5 +293,5 @@ class _OptimizerPlanner:
                 plan.mismatched.append(f"{name}.{label}: {problem}")
         if plan.mismatched or plan.missing or plan.unexpected:
             return
-        given = self._decode(tree["state_dict"], "state_dict", None)
+        given = self._decode(tree["state_dict"], "state_dict", None, self._types(tree["state_dict"]))
         plan.finish.append(lambda: load_whole(name, self._optimizer, given))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from asyncckpt.read.scatter import Window
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.types import JsonValue
+
+log = logging.getLogger("asyncckpt")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,9 +75,39 @@ class RestorePlan:
 StoredTensors = Mapping[str, StoredTensor]
 
 
-def decode(component: str, tree: JsonValue, stored: StoredTensors, plan: RestorePlan, opts: Options) -> Any:
-    """Decode a tree, with new tensors that ``plan`` fills. NumPy arrays lie in host memory, whatever the device is."""
-    return jsontree.decode(tree, new_tensors(component, stored, plan, opts), on_host(component, stored, plan))
+def decode(
+    component: str, tree: JsonValue, stored: StoredTensors, plan: RestorePlan, opts: Options, live: Any = None
+) -> Any:
+    """Decode a tree, with new tensors that ``plan`` fills. NumPy arrays lie in host memory, whatever the device is.
+    ``live`` is the live value, whose types the decoded one gets (see ``decode_like``)."""
+    tensors = new_tensors(component, stored, plan, opts)
+    return decode_like(component, tree, live, tensors, on_host(component, stored, plan), plan)
+
+
+def decode_like(
+    component: str,
+    tree: JsonValue,
+    live: Any,
+    tensors: Callable[[str], torch.Tensor],
+    arrays: Callable[[str], torch.Tensor],
+    plan: RestorePlan,
+    objects: Callable[[Any, str, Any], Any] | None = None,
+) -> Any:
+    """Decode a tree into values of the types that live at their places. ``plan`` is told which live types do not take
+    what was stored; values of whose kind nothing lives become plain data, which a warning tells. ``objects`` makes the
+    objects that were stored by their state, as ``jsontree.decode`` says."""
+    like = jsontree.Live(live)
+    found = jsontree.decode(tree, tensors, arrays, like, objects)
+    plan.mismatched += [f"{component}{problem}" for problem in like.mismatched]
+    if like.untyped:
+        some = ", ".join(f"{component}{where}" for where in like.untyped[:5])
+        log.warning(
+            "%d values are plain data (dicts, tuples, numbers, text) where an enum, a dataclass or the like was saved: "
+            "no live value of the kind is at their place, which alone could say the type: %s",
+            len(like.untyped),
+            some,
+        )
+    return found
 
 
 def on_host(component: str, stored: StoredTensors, plan: RestorePlan) -> Callable[[str], torch.Tensor]:

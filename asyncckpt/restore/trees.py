@@ -14,6 +14,7 @@ from asyncckpt.restore.plan import (
     Options,
     RestorePlan,
     StoredTensors,
+    decode_like,
     find_tensor,
     mismatch,
     new_tensors,
@@ -46,8 +47,9 @@ def plan_tree(
         return plan
     live: dict[str, torch.Tensor] = {}
     shards: dict[int, LocalShard] = {}
-    # an object is asked for its state only where parts of it may lie on other ranks
-    holder = value.state_dict() if kind_of(value) == "stateful" and job_size() > 1 else value
+    # an object is asked for its state only where parts of it may lie on other ranks, or where it has types to give
+    asked = kind_of(value) == "stateful" and (job_size() > 1 or jsontree.needs_live(tree))
+    holder = value.state_dict() if asked else value
     bare = without_shards(holder, shards)
     if kind_of(value) == "plain" or shards or (holder is not value and _has_distributed(holder)):
         jsontree.encode(bare, "", live.__setitem__, component=name)
@@ -73,7 +75,7 @@ def plan_tree(
         plan.add(record, found, f"{name}.{key}")
         return found
 
-    decoded = with_shards(jsontree.decode(tree, tensors, on_host(name, stored, plan)), shards)
+    decoded = with_shards(decode_like(name, tree, bare, tensors, on_host(name, stored, plan), plan), shards)
     if kind_of(value) == "stateful":
         plan.finish.append(lambda: value.load_state_dict(decoded))
     else:

@@ -6,7 +6,9 @@ This module uses nothing of ``asyncckpt`` but ``RngState`` and ``LocalShard``: u
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import random
 import struct
 from argparse import Namespace
@@ -18,6 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+if __package__:  # imported by the test
+    from golden import typed
+else:
+    import typed
 
 #: Every dtype that the first version could store.
 DTYPES = (
@@ -183,6 +190,12 @@ def _values(seed: int, rank: int, size: int) -> dict[str, Any]:
     return {"values": Kept(plain_values(seed)), "tensor": {"w": numbers((5, 3), seed)}, "epoch": {"n": seed}}
 
 
+def _typed(seed: int, rank: int, size: int) -> dict[str, Any]:
+    """Every kind of value that version 4 has a tag for."""
+    both = typed.values(seed, numbers((3,), seed), numbers((2,), seed + 1))
+    return {"values": Kept(both), "plain": {"progress": typed.progress(seed, None)}}
+
+
 def _large(seed: int, rank: int, size: int) -> dict[str, Any]:
     counts = filled((LARGE // 8,), torch.int64, seed + 2, 9)
     return {"weights": {**large(seed), "counts": counts}, "zoo": every_dtype(seed), "loader": Kept({"position": seed})}
@@ -246,6 +259,7 @@ def _fsdp(seed: int, rank: int, size: int) -> dict[str, Any]:
 STATES: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
     "whole": _whole,
     "values": _values,
+    "typed": _typed,
     "large": _large,
     "one": _one,
     "middle": _middle,
@@ -319,6 +333,10 @@ def described(value: Any) -> str:
     if isinstance(value, set | frozenset):
         return f"{kind} [{', '.join(sorted(described(item) for item in value))}]"
     if isinstance(value, Namespace | SimpleNamespace):
+        return f"{kind} {described(vars(value))}"
+    if isinstance(value, io.BytesIO):
+        return f"{kind} at {value.tell()} {value.getvalue().hex()}"
+    if dataclasses.is_dataclass(value):
         return f"{kind} {described(vars(value))}"
     return f"{kind} {value!r}"
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import collections
-import datetime
-import enum
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,39 +24,18 @@ def refused(value: Any) -> str:
 T = torch.zeros(1)
 
 
-class Colour(enum.IntEnum):
-    RED = 1
-
-
-class Text(str):
-    __slots__ = ()
-
-
-class Point(NamedTuple):
-    x: int
-    y: int
-
-
 @pytest.mark.parametrize(
     "value",
     [
-        Colour.RED,
-        Text("a"),
-        np.str_("a"),
         object(),
         len,
         lambda: 0,
         json,
         int,
-        Point(1, 2),
-        datetime.date(2020, 1, 1),
-        np.datetime64("2020-01-01"),
         np.longdouble(1),
-        np.array(["a"]),
         np.array([object()]),
         np.ma.masked_array([1]),
         collections.defaultdict(lambda: 0),
-        range(3),
         ...,
     ],
     ids=lambda value: type(value).__name__,
@@ -71,7 +48,7 @@ def test_an_unsupported_value_is_refused_naming_its_path_and_the_way_out(value: 
 
 
 def test_an_unsupported_key_or_member_is_refused_naming_its_path() -> None:
-    assert "state['optimizer']['a'][<key 1>]" in refused({"a": {1: 0, Text("b"): 0}})
+    assert "state['optimizer']['a'][<key 1>]" in refused({"a": {1: 0, len: 0}})
     assert "state['optimizer'][7]['x']" in refused({7: {"x": object()}})
     assert "in a set has no stable name" in refused({"a": {T}})
 

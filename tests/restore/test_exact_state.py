@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -154,6 +156,51 @@ def test_objects_with_a_state_come_back_and_others_are_refused_by_name(tmp_path:
     optimizer.state[model.weight]["thing"] = object()
     with pytest.raises(UnsupportedValue, match=r"weight.*thing"):
         save(tmp_path / "other", model=model, optimizer=optimizer)
+
+
+class Rule(enum.Enum):
+    """What a parameter group may hold beside numbers."""
+
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class Span(NamedTuple):
+    begin: int
+    rule: Rule
+
+
+def test_hyperparameters_get_the_types_that_live_in_their_group(tmp_path: Path) -> None:
+    def make(rule: Rule, begin: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(2, 2)
+        group = {"params": model.parameters(), "rule": rule, "by_rule": {rule: begin}, "span": Span(begin, rule)}
+        group["scales"] = Scales(torch.full((2,), float(begin)), begin)
+        return model, torch.optim.SGD([group], lr=0.1)
+
+    model, optimizer = make(Rule.COSINE, 4)
+    run = save(tmp_path, model=model, optimizer=optimizer)
+    other, fresh = make(Rule.LINEAR, 0)
+    run.restore({"model": other, "optimizer": fresh})
+    (group,) = fresh.param_groups
+    assert group["rule"] is Rule.COSINE
+    assert group["by_rule"] == {Rule.COSINE: 4}
+    assert (type(group["span"]), group["span"]) == (Span, Span(4, Rule.COSINE))
+    assert (type(group["scales"]), group["scales"].power) == (Scales, 4)
+    assert torch.equal(group["scales"].rows, torch.full((2,), 4.0))
+
+
+def test_an_object_in_an_optimizer_asks_for_a_reader_that_knows_its_tag(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = Keeping(model.parameters(), lr=0.1)
+    with Checkpointer(tmp_path / "run") as run:
+        run.save(1, {"model": model, "optimizer": optimizer}).result()
+        optimizer.keep(model.weight)
+        run.save(2, {"model": model, "optimizer": optimizer}).result()
+    versions = [
+        json.loads(path.read_text())["format_version"] for path in (tmp_path / "run").glob("step-*/manifest.json")
+    ]
+    assert sorted(versions) == [1, 4]
+    assert Run(tmp_path / "run").verify() == []
 
 
 def test_memory_format_is_restored_for_modules_and_state(tmp_path: Path) -> None:

@@ -43,19 +43,25 @@ def _is_free(name: str) -> bool:
 class Names:
     """``Names`` is what a checkpoint that DCP wrote says about its entries.
 
-    ``tensors`` maps FQNs to component and name, ``paths`` FQNs to the keys they were made of, ``values`` FQNs to plain
-    values.
+    ``tensors`` maps FQNs to component and name, ``paths`` FQNs to the keys they were made of, ``trees`` FQNs to encoded
+    values, which ``value`` decodes.
     """
 
     tensors: Mapping[str, tuple[str, str]]
     paths: Mapping[str, Path]
-    values: Mapping[str, Any]
+    trees: Mapping[str, JsonValue]
+
+    def value(self, fqn: str, live: Any) -> Any:
+        """Return a stored value; numbers and text are of the live one's class where that is a subclass. Raises
+        ``CheckpointDamaged``."""
+        return jsontree.decode(self.trees[fqn], _no_tensor, live=jsontree.Live(live))
 
 
 def components_of(
     records: Mapping[str, StoredTensor], paths: Mapping[str, Path], values: Mapping[str, Any]
 ) -> tuple[dict[str, ComponentRecord], dict[str, JsonValue]]:
-    """Return the manifest's components and the trees of ``state.json`` for these entries. A component whose tensors all
+    """Return the manifest's components and the trees of ``state.json`` for these entries; ``values`` may be ``Encoded``
+    ones. A component whose tensors all
     have one key each is a module; others are plain, and restore as the dicts and lists they were. Raises
     ``UnsupportedValue``."""
     tensors: dict[str, dict[str, StoredTensor]] = {}
@@ -94,8 +100,8 @@ def components_of(
 
 
 def encode_value(value: Any, where: str) -> JsonValue:
-    """Encode a plain value as JSON. Raises ``UnsupportedValue`` for what could only be pickled, and for a tensor
-    inside."""
+    """Encode a plain value as JSON. Raises ``UnsupportedValue`` for what could only be pickled, for a tensor inside,
+    and for values whose type only a live one can say: DCP takes those out of the state before it asks to load."""
 
     def refuse(name: str, _tensor: object) -> None:
         raise UnsupportedValue(
@@ -103,15 +109,19 @@ def encode_value(value: Any, where: str) -> JsonValue:
             f"dict or list of the state dict"
         )
 
-    return jsontree.encode(value, "", refuse, component=where)
+    tree = jsontree.encode(value, "", refuse, component=where)
+    if jsontree.needs_live(tree, scalars=False):
+        raise UnsupportedValue(
+            f"{where}: DCP's load hands no live value over that could say the type of an enum, a named tuple, a "
+            f"dataclass or a configuration ({type(value).__name__}); store its plain values, such as "
+            f"dataclasses.asdict gives, or save with asyncckpt's Checkpointer"
+        )
+    return tree
 
 
 def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
     """Read back what ``components_of`` wrote. Where DCP did not write the checkpoint, its tensors have qualified names.
     Raises ``CheckpointDamaged``."""
-
-    def no_tensor(name: str) -> torch.Tensor:
-        raise CheckpointDamaged(f"{OWN}: refers to a tensor {name!r:.80}")
 
     if OWN not in manifest.components or OWN not in trees:
         qualified = {
@@ -120,7 +130,8 @@ def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
             for name in (*record.tensors, *record.aliases)
         }
         return Names(qualified, {}, {})
-    own = jsontree.decode(trees[OWN], no_tensor)
+    tree = trees[OWN]
+    own = jsontree.decode(tree, _no_tensor)
     if not isinstance(own, dict) or not all(isinstance(own.get(key), dict) for key in ("tensors", "paths", "values")):
         raise CheckpointDamaged(f"component {OWN!r} does not look like what DCP's writer leaves")
     tensors: dict[str, tuple[str, str]] = {}
@@ -135,7 +146,19 @@ def names_of(manifest: Manifest, trees: Mapping[str, JsonValue]) -> Names:
         if not isinstance(path, list) or not all(isinstance(key, str | int) for key in path):
             raise CheckpointDamaged(f"component {OWN!r} has a malformed path of {fqn!r:.80}")
         paths[fqn] = tuple(path)
-    return Names(tensors, paths, own["values"])
+    return Names(tensors, paths, _items(tree["values"]) if isinstance(tree, dict) else {})
+
+
+def _no_tensor(name: str) -> torch.Tensor:
+    raise CheckpointDamaged(f"{OWN}: refers to a tensor {name!r:.80}")
+
+
+def _items(tree: Any) -> dict[str, JsonValue]:
+    """Return the items of an encoded dict that has been decoded before, and so is none of a forger's."""
+    if "$" not in tree:
+        return dict(tree)
+    flat = tree["v"]
+    return {jsontree.decode(key, _no_tensor): item for key, item in zip(flat[::2], flat[1::2], strict=True)}
 
 
 class _Reference:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -52,6 +53,8 @@ class Reader(StorageReader):
         self._path = None if path is None else local_path(path)
         self._expect_digest = manifests.check_expected(expect_digest)
         self._open: tuple[OpenCheckpoint, Names] | None = None
+        #: Names this load among all, as DCP's logs and tools expect it. Each ``dcp.load`` has its own.
+        self.load_id = uuid.uuid4().hex
         #: The latest load read this many bytes.
         self.read_bytes = 0
 
@@ -73,7 +76,7 @@ class Reader(StorageReader):
             chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
             properties = TensorProperties(dtype=DTYPES[record.dtype])
             entries[fqn] = TensorStorageMetadata(properties, torch.Size(record.shape), chunks)
-        for fqn in names.values:
+        for fqn in names.trees:
             entries[fqn] = BytesStorageMetadata()
         return Metadata(entries, planner_data=dict(names.paths), storage_meta=self._meta(checkpoint.manifest))
 
@@ -119,14 +122,16 @@ class Reader(StorageReader):
         for commit in committed:
             commit()
         for item in values:
-            planner.load_bytes(item, _pickled(names.values[item.storage_index.fqn]))
+            fqn = item.storage_index.fqn
+            planner.load_bytes(item, _pickled(names.value(fqn, _live(planner, item.dest_index.fqn))))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return os.path.isdir(checkpoint_id)
 
     def close(self) -> None:
-        """Let retention delete the checkpoint again. Idempotent; a load ends with it."""
+        """Let retention delete the checkpoint again. Idempotent; a load ends with it. Call it where DCP's planner has
+        refused a load, as the reader is not told."""
         if self._open is not None:
             self._open[0].close()
             self._open = None
@@ -134,6 +139,7 @@ class Reader(StorageReader):
     def _opened(self) -> tuple[OpenCheckpoint, Names]:
         if self._open is None:
             checkpoint = _open(self._path, self._expect_digest)
+            self.load_id = uuid.uuid4().hex
             try:
                 self._open = checkpoint, names_of(checkpoint.manifest, checkpoint.trees)
             except BaseException:
@@ -148,7 +154,7 @@ class Reader(StorageReader):
         return record.tensors[record.aliases.get(name, name)]
 
     def _meta(self, manifest: Manifest) -> StorageMeta:
-        return StorageMeta(checkpoint_id=self._path, load_id=manifest.attempt)
+        return StorageMeta(checkpoint_id=self._path, save_id=manifest.attempt, load_id=self.load_id)
 
 
 def _open(path: str | None, expect_digest: str | None) -> OpenCheckpoint:
@@ -170,6 +176,12 @@ def _open(path: str | None, expect_digest: str | None) -> OpenCheckpoint:
         checkpoint.close()
         raise
     return checkpoint
+
+
+def _live(planner: LoadPlanner, fqn: str) -> Any:
+    """Return the value that a planner is about to replace, or None where it does not say."""
+    state = getattr(planner, "state_dict", None)
+    return state.get(fqn) if isinstance(state, Mapping) else None
 
 
 def _pickled(value: Any) -> io.BytesIO:

@@ -105,6 +105,13 @@ class WriterSession:
             raise
         return self.directory
 
+    def next_step(self, run: str) -> int:
+        """Return the step after the newest that the directory has a checkpoint of, or 0. Blocks on the disk."""
+        if not os.path.isdir(run):
+            return 0
+        store = open_store(run)
+        return 1 + max((entry.step for entry in Catalog(store, store.address).entries()), default=-1)
+
     def end(self) -> None:
         """Give the run directory back, however the save ended."""
         self.directory = None
@@ -184,6 +191,7 @@ class WriterSession:
             environment=environment.record(),
             files=(*files, *(manifests.whole_file(file, body, take) for file, body in small.items())),
             components=components,
+            least_version=manifests.version_of_values(small[manifests.STATE_FILE], None),
             sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
         )
         # never publish what no reader takes: planners of others may have made names that none would

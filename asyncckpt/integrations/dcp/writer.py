@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -25,6 +26,7 @@ from torch.futures import Future
 
 from asyncckpt import jsontree
 from asyncckpt.catalog.names import DEFAULT
+from asyncckpt.catalog.step_number import step_number
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
@@ -37,15 +39,18 @@ from asyncckpt.state.dtypes import CODES
 from asyncckpt.storage import local_path, open_store
 from asyncckpt.types import LayoutOptions, LocalTensor, TensorSpec
 
-_NUMBER = re.compile(r"\d+")
+#: Names that say which step they are of. Any other number in a path is a part of somebody's name.
+_STEP = re.compile(r"(?:.*[^A-Za-z])?(?:(?:global_?)?step|checkpoint|ckpt|iter(?:ation)?)[-_=]?(\d{1,18})|(\d{1,18})")
 
 
 class Writer(StorageWriter):
     """``dcp.save(state, storage_writer=Writer("run", step=100))`` saves step 100 of a run. So does
     ``checkpoint_id="run/step-00000100"``.
 
-    ``path`` is the run directory; ``step`` defaults to the last number in ``checkpoint_id``'s name. A checkpoint saved
-    with ``checkpoint_id`` is published under exactly that path. ``overwrite`` replaces one of that name in one instant.
+    ``path`` is the run directory. ``step`` defaults to the one that ``checkpoint_id``'s name says (``step-100``,
+    ``checkpoint-100``, ``global_step100``, ``100``), and for any other name to the one after the newest beside it. A
+    checkpoint saved with ``checkpoint_id`` is published under exactly that path, where an empty directory may be.
+    ``overwrite`` replaces one of that name in one instant.
     ``digest`` is the algorithm that proves the bytes, as in ``WriterOptions``. ``dcp.async_save`` uses the writer as
     its stager too: host memory is faulted in (and pinned, where there are GPUs) once, not at every save.
 
@@ -59,7 +64,7 @@ class Writer(StorageWriter):
         self,
         path: str | os.PathLike[str] | None = None,
         *,
-        step: int | None = None,
+        step: SupportsIndex | None = None,
         overwrite: bool = False,
         digest: str = "xxh3-128",
         metrics: Mapping[str, float] | None = None,
@@ -69,12 +74,15 @@ class Writer(StorageWriter):
         if type(threads) is not int or threads < 1:
             raise InvalidOption(f"threads must be a whole number >= 1, not {threads!r}")
         self._run = None if path is None else local_path(path)
-        self._step = step
+        self._step = None if step is None else step_number(step)
+        #: Names this save among all, as DCP's logs and tools expect it. Each ``dcp.save`` has its own.
+        self.save_id = uuid.uuid4().hex
         self._overwrite = overwrite
         self._digest = digest
         self._metrics = dict(metrics or {})
         self._threads = threads
         self.checkpoint_id: str | None = None
+        self._placed: tuple[str, str, int] | None = None
         self._rank = 0
         self._coordinates = False
         self._paths: dict[str, Path] = {}
@@ -84,6 +92,8 @@ class Writer(StorageWriter):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         self.checkpoint_id = None if checkpoint_id is None else local_path(checkpoint_id)
+        self.save_id = uuid.uuid4().hex
+        self._placed = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         self._coordinates = is_coordinator
@@ -95,6 +105,10 @@ class Writer(StorageWriter):
         if not plan.usable:
             raise InvalidOption("asyncckpt's Writer does not work with enable_plan_caching=True; leave it out")
         self._paths = dict(plan.planner_data or {})
+        for item in plan.items:
+            if item.tensor_data is not None:  # DCP's own planner stumbles over some of these in its next step
+                properties = item.tensor_data.properties
+                _check_storable(item.index.fqn, properties.dtype, properties.layout)
         if self._coordinates:
             run, name, step = self._place()
             self._begin(run, name, step)
@@ -140,7 +154,7 @@ class Writer(StorageWriter):
         return "://" not in os.fspath(checkpoint_id)
 
     def storage_meta(self) -> StorageMeta | None:
-        return StorageMeta(checkpoint_id=self.checkpoint_id or self._run)
+        return StorageMeta(checkpoint_id=self.checkpoint_id or self._run, save_id=self.save_id)
 
     # -- staging for dcp.async_save ----------------------------------------------------------------------------------
 
@@ -174,20 +188,23 @@ class Writer(StorageWriter):
     # -- one save ----------------------------------------------------------------------------------------------------
 
     def _place(self) -> tuple[str, str, int]:
-        """Return the run directory, the checkpoint's name and the step. Raises ``InvalidOption`` where one is
-        missing."""
-        name = None
-        run = self._run
+        """Return the run directory, the checkpoint's name and the step; the same until ``reset``. Raises
+        ``InvalidOption`` where one is missing."""
+        if self._placed is None:
+            self._placed = self._find_place()
+        return self._placed
+
+    def _find_place(self) -> tuple[str, str, int]:
+        name, run, step = None, self._run, self._step
         if self.checkpoint_id is not None:
             run, name = os.path.split(self.checkpoint_id)
         if run is None:
             raise InvalidOption("say where: Writer('run', step=100), or dcp.save(..., checkpoint_id='run/step-100')")
-        step = self._step
+        if step is None and name is None:
+            raise InvalidOption(f"{run}: say which step: Writer(..., step=100), or checkpoint_id='run/step-100'")
         if step is None:
-            numbers = _NUMBER.findall(name or "")
-            if not numbers:
-                raise InvalidOption(f"{run}: say which step: Writer(..., step=100), or checkpoint_id='run/step-100'")
-            step = int(numbers[-1])
+            said = _STEP.fullmatch(name or "")
+            step = int(said[1] or said[2]) if said else self._live.next_step(run)
         return run, name or DEFAULT.format(step=step), step
 
     def _begin(self, run: str, name: str, step: int) -> None:
@@ -243,7 +260,7 @@ class Writer(StorageWriter):
             stored = one.storage_data
             files += stored.get("files", ())
             if "value" in stored:
-                values[one.index.fqn] = jsontree.decode(stored["value"], _no_tensor)
+                values[one.index.fqn] = jsontree.Encoded(stored["value"])
             else:
                 told[one.index.fqn] = stored
                 boxes.setdefault(one.index.fqn, []).append(BoxRecord(*stored["box"]))
@@ -269,12 +286,20 @@ class Writer(StorageWriter):
         self._live = WriterSession()
 
 
+def _check_storable(fqn: str, dtype: torch.dtype, layout: torch.layout) -> str:
+    """Return the code of a tensor's dtype. Raises ``UnsupportedValue`` for a tensor that has no dense bytes."""
+    code = CODES.get(dtype)
+    if layout is not torch.strided:
+        raise UnsupportedValue(f"{fqn}: layout {layout} is not stored; call .to_dense() or store its parts")
+    if code is None:
+        raise UnsupportedValue(f"{fqn}: {dtype} has no code in safetensors; convert it")
+    return code
+
+
 def _piece(item: WriteItem, tensor: torch.Tensor, paths: Mapping[str, Path]) -> LocalTensor:
     fqn = item.index.fqn
-    code = CODES.get(tensor.dtype)
+    code = _check_storable(fqn, tensor.dtype, tensor.layout)
     chunk, _ = _chunk(item)
-    if code is None:
-        raise UnsupportedValue(f"{fqn}: {tensor.dtype} has no code in safetensors; convert it")
     if tuple(tensor.shape) != tuple(chunk.sizes):
         raise SaveFailed(f"{fqn}: planned as {list(chunk.sizes)}, and is {list(tensor.shape)}")
     box = BoxRecord(tuple(chunk.offsets), tuple(chunk.sizes), "", 0, 0)
@@ -292,7 +317,3 @@ def _chunk(item: WriteItem) -> tuple[ChunkStorageMetadata, Any]:
 def _record(stored: Mapping[str, Any], boxes: Sequence[BoxRecord]) -> BoxedRecord:
     ordered = tuple(sorted(boxes, key=lambda box: box.offsets))
     return BoxedRecord(stored["dtype"], stored["shape"], sum(box.end - box.begin for box in ordered), ordered)
-
-
-def _no_tensor(name: str) -> torch.Tensor:
-    raise UnsupportedValue(f"{name} is a tensor inside a plain value")
