@@ -94,8 +94,10 @@ class KeepEvery:
 
 @dataclass(frozen=True, slots=True)
 class KeepBest:
-    """Keep the ``n`` with the smallest (``mode="min"``) or largest (``mode="max"``) value of ``metric``. The mode must be
-    given, but for a metric whose name ends in ``loss``: less of that is better. Raises ``InvalidOption``.
+    """Keep the ``n`` with the smallest (``mode="min"``) or largest (``mode="max"``) value of ``metric``.
+
+    The mode must be given, but for a metric whose name ends in ``loss``: less of that is better. Raises
+    ``InvalidOption``.
 
     A checkpoint without the metric, or where it is nan, is never among the best; of equals the later ones are kept.
     Where no checkpoint has the metric at all, every one is kept: it may be reported later, or its name may be wrong.
