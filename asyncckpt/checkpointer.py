@@ -49,13 +49,8 @@ from asyncckpt.write.threads import Pools
 
 log = logging.getLogger("asyncckpt")
 
-_SAFETENSORS, _STAGING, _WRITER, _RANKS, _RUN = (
-    Safetensors(),
-    StagingOptions(),
-    WriterOptions(),
-    RankOptions(),
-    RunOptions(),
-)
+_SAFETENSORS, _STAGING, _WRITER = Safetensors(), StagingOptions(), WriterOptions()
+_RANKS, _RUN = RankOptions(), RunOptions()
 
 
 class Checkpointer(RunOwnership):
@@ -100,10 +95,7 @@ class Checkpointer(RunOwnership):
         run: RunOptions = _RUN,
     ) -> None:
         _check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
-        if ranks is not None:
-            _check_kinds(ranks=(ranks, RankOptions))
-        if preemption is not None:
-            _check_kinds(preemption=(preemption, Preemption))
+        _check_kinds(ranks=(ranks, RankOptions), preemption=(preemption, Preemption))
         files = files_of(files)
         if files.chain and not writer.reuse_unchanged:
             raise InvalidOption("Safetensors(delta=…) builds on the checkpoint before: it needs reuse_unchanged=True")
@@ -398,7 +390,7 @@ class Checkpointer(RunOwnership):
 
 def _check_kinds(**options: tuple[object, type]) -> None:
     for name, (given, kind) in options.items():
-        if not isinstance(given, kind):
+        if not isinstance(given, kind) and not (given is None and name in ("ranks", "preemption")):
             raise InvalidOption(f"{name} must be {kind.__name__}(...), not {given!r:.80}")
 
 
