@@ -46,8 +46,7 @@ def _whole_files(stored: Stored, earlier: dict[int, dict[str, bytes]]) -> Iterat
     for name, data in stored.files.items():
         yield f"missing: {name}", {name: None}
         yield f"renamed: {name}", {name: None, f"{name}.old": data}
-        yield f"a second copy: {name}", {f"{name}.old": data}
-        yield f"in a directory of its own: {name}", {f"more/{name.rpartition('/')[2]}": data}
+        yield f"in a directory of its own: {name}", {name: None, f"more/{name.rpartition('/')[2]}": data}
         yield f"longer: {name}", {name: data + bytes(512)}
         yield f"empty: {name}", {name: b""}
         yield f"a hole: {name}", {name: bytes(len(data))}
