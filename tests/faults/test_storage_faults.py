@@ -260,6 +260,6 @@ def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(
         pending = run.save(2, {"owned": owned, "other": other})
         with pytest.raises(SaveFailed, match=r"step 2: writing .*Input/output error.*Check the storage"):
             pending.result(30)
-        assert 1 <= len(slots) <= 2, "the training thread copied on, or nothing"
+        assert 1 <= len(slots) <= 3, "somebody copied on, or nothing"  # the first, and one at hand of each thread
         monkeypatch.undo()
         run.save(3, {"owned": owned, "other": other}).result(30)
