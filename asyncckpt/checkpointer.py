@@ -215,7 +215,12 @@ class Checkpointer(RunOwnership):
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
         """Let snapshots overlap forward and backward: ``save`` returns at once, and the trained parameters and the
         state of these optimizers are copied in the background. The next ``step`` of an optimizer over them waits for
-        what is not copied yet. Change parameters in no other way meanwhile, or do so inside ``guard()``. Never blocks.
+        what is not copied yet. Never blocks.
+
+        A tensor is deferred once a step has found it as it was at ``save``: the first save, and the first with new
+        tensors, copies before it returns. Change parameters in no other way between ``save`` and ``step``, or do so
+        inside ``guard()``. A tensor that is changed so is copied before ``save`` returns from then on
+        (``CopiedEagerly``); where its copy was not made yet, that save fails with ``ChangedWhileCopied``.
 
         A wrapper such as Accelerate's is followed to the optimizer that it wraps. Raises ``InvalidOption`` where that
         one cannot be found, and for anything but an optimizer; then none of them is watched."""

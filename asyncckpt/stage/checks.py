@@ -17,7 +17,7 @@ from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.deferral import Deferral, Key, tensor_name
 from asyncckpt.stage.eager import Division, OwnedMemory
-from asyncckpt.stage.live_bytes import local_part, version_of
+from asyncckpt.stage.live_bytes import local_part, versions_of
 from asyncckpt.stage.samples import Sampler, changed_samples, staged_as_sampled
 from asyncckpt.stage.trial import Trial
 from asyncckpt.types import Extent, Layout, LocalTensor
@@ -71,7 +71,7 @@ class SnapshotChecks:
             # what a module holds may have a counter of its own, such as a view that was put into ``parameter.data``
             holders = owned.holders + [tensor for n in checked if id(tensor := pieces[n].tensor) not in held]
         self._addresses = {n: pieces[n].tensor.data_ptr() for n in checked}
-        self._versions = holders, [version_of(holder) for holder in holders]
+        self._versions = holders, versions_of(holders)
         self._samples = sampler.take(pieces, checked, owned, layout)
         nbytes = layout.nbytes if checked else 0
         #: How long whoever has made the last copy waits before ``settle``, unless training comes to a point first where
@@ -156,7 +156,7 @@ class SnapshotChecks:
     def _moved(self, indexes: Collection[int]) -> set[int]:
         """Return those of the pieces whose memory torch has counted an in-place change of since ``save``."""
         (holders, versions), pieces = self._versions, self._pieces
-        now = [version_of(holder) for holder in holders]
+        now = versions_of(holders)
         if now == versions or not pieces:
             return set()
         spans = [_span(h) for h, old, new in zip(holders, versions, now, strict=True) if old != new]

@@ -61,16 +61,19 @@ class OwnedMemory:
             here = local_part(tensor)
             if here.is_contiguous():
                 begin, nbytes = here.data_ptr(), here.nbytes
+                self._by_begin[begin] = tensor
                 if sizes.get(begin, -1) < nbytes:
                     sizes[begin] = nbytes
             elif _is_dense(here):  # what lies in the gaps of others belongs to somebody else
                 self._others.append(_span(here))
+                self._by_begin[here.data_ptr()] = tensor
 
     def holder_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the tensor, as the optimizer holds it, in whose memory this one begins; None where there is none."""
-        if not self._by_begin:
-            for holder in self.holders:
-                self._by_begin.setdefault(local_part(holder).data_ptr(), holder)
+        exact = self._by_begin.get(tensor.data_ptr())
+        if exact is not None:
+            return exact
+        if not self._begins:
             self._begins = sorted(self._by_begin)
         at = bisect.bisect_right(self._begins, tensor.data_ptr()) - 1
         if at < 0:
