@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import assert_all_memory_came_back
+from support.deferring import let_all_be_deferred
 from support.examples import thinned
 from support.options import by_stage
 
@@ -231,11 +232,11 @@ def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a watched optimizer ``save`` raised the bare error of the background, without step or path."""
-    owned, other = torch.randn(1000), torch.randn(1_000_000)  # too large to be cloned instead
+    owned, other = torch.randn(1000, requires_grad=True), torch.randn(1_000_000)  # too large to be cloned instead
     ops = FaultyOps()
     with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=512 << 10)) as run:
         optimizer = torch.optim.SGD([owned], lr=0.1)
-        run.watch(optimizer)
+        let_all_be_deferred(run).watch(optimizer)
         run.save(1, {"owned": owned, "other": other}).result()
         run._store.ops = ops
         acquire = run._arena.acquire
