@@ -234,7 +234,7 @@ def test_a_disk_error_while_the_training_thread_copies_is_not_thrown_at_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a watched optimizer ``save`` raised the bare error of the background, without step or path."""
-    owned, other = torch.randn(1000), torch.randn(1_000_000)  # too large to be cloned instead
+    owned, other = torch.randn(1000, requires_grad=True), torch.randn(1_000_000)  # too large to be cloned instead
     ops = FaultyOps()
     with Checkpointer(tmp_path / "run", files=Safetensors(extent_bytes=512 << 10)) as run:
         optimizer = torch.optim.SGD([owned], lr=0.1)
