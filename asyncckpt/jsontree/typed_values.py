@@ -70,7 +70,7 @@ def encode(encoder: Encoder, value: Any) -> JsonValue:
 
 def _dataclass(encoder: Encoder, value: Any) -> JsonValue:
     names = [field.name for field in dataclasses.fields(value)]
-    extra = [name for name in getattr(value, "__dict__", ()) if name not in names and not _is_cached(value, name)]
+    extra = attributes_beside_fields(value)
     if extra:
         encoder.refuse(
             value,
@@ -81,6 +81,12 @@ def _dataclass(encoder: Encoder, value: Any) -> JsonValue:
     if absent:
         encoder.refuse(value, f"has no value for its field {absent[0]!r}", "give it one, or convert it to a dict")
     return {"$": "dataclass", "v": encoder.mapping({name: getattr(value, name) for name in names}, owner=value)}
+
+
+def attributes_beside_fields(value: Any) -> list[str]:
+    """Return the names of a dataclass's attributes that are no fields of it, and would be lost."""
+    names = {field.name for field in dataclasses.fields(value)}
+    return [name for name in getattr(value, "__dict__", ()) if name not in names and not _is_cached(value, name)]
 
 
 def _is_cached(value: Any, name: str) -> bool:

@@ -13,13 +13,12 @@ from typing import Any, TypeAlias
 
 from asyncckpt import jsontree
 from asyncckpt.errors import RanksDisagree
+from asyncckpt.state.optimizer import BY_PARAMETER
 from asyncckpt.types import JsonValue
 
 _Path: TypeAlias = tuple[str, ...]
 #: Dicts whose keys are no plain text are stored as a list of keys and values, under one of these tags.
 _PAIRED = frozenset({"dict", "OrderedDict", "defaultdict"})
-#: What a group has for each of its parameters; everything else in it holds for all of them.
-_BY_PARAMETER = ("params", "param_names")
 
 
 def merge_trees(
@@ -121,10 +120,10 @@ def _unite_groups(
             content = _content(group, digests)
             number = counts[content] = counts.get(content, -1) + 1
             fresh = _fresh(component, group, content, rank, places, first_is_right)
-            known = united.setdefault((content, number), {**group, **{k: [] for k in _BY_PARAMETER if k in group}})
+            known = united.setdefault((content, number), {**group, **{k: [] for k in BY_PARAMETER if k in group}})
             for index in fresh:
                 places[group["params"][index]] = content, rank
-                for key in _BY_PARAMETER:
+                for key in BY_PARAMETER:
                     if key in group and key in known:
                         known[key].append(group[key][index])
     # a group that another rank's parameters are in already would come back as one that nobody has
@@ -155,7 +154,7 @@ def _fresh(
 
 def _content(group: Mapping[str, Any], digests: Mapping[str, str]) -> str:
     """Return what two groups must have in common to be one, as JSON text."""
-    shared = {key: _with_digests(value, digests) for key, value in group.items() if key not in _BY_PARAMETER}
+    shared = {key: _with_digests(value, digests) for key, value in group.items() if key not in BY_PARAMETER}
     return jsontree.dumps(dict(sorted(shared.items()))).decode()
 
 

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncckpt import jsontree
+from asyncckpt.state.optimizer import BY_PARAMETER
 from asyncckpt.types import JsonValue
-
-#: What a group has for each of its parameters, and what is no hyper-parameter therefore.
-_BY_PARAMETER = frozenset({"params", "param_names"})
 
 
 def sources_of(
@@ -44,10 +42,10 @@ def _names(group: Mapping[str, JsonValue]) -> list[Any]:
 
 def _differing(groups: Sequence[Mapping[str, JsonValue]]) -> list[str]:
     """Return the hyper-parameters that are not alike in all of the groups."""
-    keys = {key: None for group in groups for key in group if key not in _BY_PARAMETER}
+    keys = {key: None for group in groups for key in group if key not in BY_PARAMETER}
     return [key for key in keys if len({jsontree.dumps([group.get(key, "")]) for group in groups}) > 1]
 
 
 def hyper_parameters(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return what holds for all parameters of a group."""
-    return {key: value for key, value in group.items() if key not in _BY_PARAMETER}
+    return {key: value for key, value in group.items() if key not in BY_PARAMETER}

@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from asyncckpt.errors import UnsupportedValue
+from asyncckpt.jsontree.typed_values import attributes_beside_fields, is_dataclass
 from asyncckpt.protocols import Stateful
 from asyncckpt.state.zero_redundancy import local_optimizer
 from asyncckpt.types import JsonValue, LocalTensor
 
+#: What a parameter group has for each of its parameters; everything else in it holds for all of them.
+BY_PARAMETER = ("params", "param_names")
 #: The keys of the ``state_dict`` that torch's own optimizers have.
 TORCH_KEYS = frozenset({"state", "param_groups"})
 
@@ -158,7 +161,8 @@ def _is_lazy(parameter: torch.Tensor) -> bool:
 
 def object_state(value: Any) -> tuple[str, Any] | None:
     """Return the class's name and the state of an object in an optimizer's state: what its ``state_dict`` returns, a
-    dataclass's fields, or the value of a member of an enumeration. Return None for any other object."""
+    dataclass's fields, or the value of a member of an enumeration. Return None for any other object, and for a
+    dataclass with attributes that are no fields, which would be lost."""
     if isinstance(value, type):
         return None
     name = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -166,7 +170,7 @@ def object_state(value: Any) -> tuple[str, Any] | None:
         return name, value.state_dict()
     if isinstance(value, enum.Enum):
         return name, value.value
-    if dataclasses.is_dataclass(value):
+    if is_dataclass(value) and not attributes_beside_fields(value):
         return name, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return None
 

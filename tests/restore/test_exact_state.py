@@ -158,6 +158,15 @@ def test_objects_with_a_state_come_back_and_others_are_refused_by_name(tmp_path:
         save(tmp_path / "other", model=model, optimizer=optimizer)
 
 
+def test_a_dataclass_with_more_than_its_fields_is_refused_rather_than_cut(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = Keeping(model.parameters(), lr=0.1)
+    optimizer.keep(model.weight)
+    optimizer.state[model.weight]["scales"].note = "set later"
+    with pytest.raises(UnsupportedValue, match=r"scales.*no fields of it \(note\)"):
+        save(tmp_path, model=model, optimizer=optimizer)
+
+
 class Rule(enum.Enum):
     """What a parameter group may hold beside numbers."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from support.deferring import with_momentum
 
 from asyncckpt import ChangedWhileCopied, Checkpointer, InvalidOption, Safetensors, StagingOptions
 from asyncckpt.errors import AsyncCkptError
@@ -49,11 +49,7 @@ class GpuLoop:
     """A loop of 32 MB on a GPU."""
 
     def __init__(self, path: Path, codec: Any = "none") -> None:
-        self.model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(4)))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        for parameter in self.model.parameters():
-            parameter.grad = torch.full_like(parameter, 0.01)
-        self.optimizer.step()
+        self.model, self.optimizer = with_momentum(1024, 4, "cuda")
         self.state = {"model": self.model, "optimizer": self.optimizer}
         self.events: list[Event] = []
         # the staging memory holds a quarter of the state: most of it is copied late

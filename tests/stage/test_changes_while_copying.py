@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.deferring import let_all_be_deferred
+from support.deferring import let_all_be_deferred, with_momentum
 from torch import nn
 
 from asyncckpt import ChangedWhileCopied, Checkpointer, Safetensors
@@ -29,11 +29,7 @@ class Loop:
     """A loop of a few MB, with gradients. ``change`` is made between each save and the update."""
 
     def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-        self.model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        for parameter in self.model.parameters():
-            parameter.grad = torch.full_like(parameter, 0.01)
-        self.optimizer.step()
+        self.model, self.optimizer = with_momentum(WIDTH, 3)
         self.state = {"model": self.model, "optimizer": self.optimizer}
         self.events: list[Event] = []
         self.run = Checkpointer(path, on_event=self.events.append, **options)
