@@ -50,6 +50,8 @@ class Asyncckpt(Session):
         self.checkpointer.restore(self.state, step=step)
 
     def forget(self, step: int) -> None:
+        with self.checkpointer.guard():  # as a training step between two saves does: what stayed as it was is deferred
+            pass
         # asyncckpt's own retention deletes in the background; until that is over, it would disturb the next measurement
         give_up = time.monotonic() + _DELETION_SECONDS
         while time.monotonic() < give_up and (
