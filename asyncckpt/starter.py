@@ -9,9 +9,9 @@ from typing import Any
 from asyncckpt.catalog.steps import StepRegistry, numbers
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlight
-from asyncckpt.commit.pending import PendingSave
-from asyncckpt.errors import ArenaBusy
-from asyncckpt.events import EventBus, SaveStarted
+from asyncckpt.commit.pending import PendingSave, failed
+from asyncckpt.errors import ArenaBusy, PlanChanged
+from asyncckpt.events import EventBus, Failed, SaveStarted
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
 from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.saver import SaveBuilder
@@ -46,24 +46,55 @@ class SaveStarter:
         self._streams = CopyStreams()
         self.stager = Stager()
 
-    def start(
+    def begin(
+        self,
+        coordinator: Coordinator | None,
+        step: int,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        *,
+        kind: str,
+        may_skip: bool,
+        began: float,
+        patience: float | None = None,
+    ) -> PendingSave:
+        """Start a save, and return once training may go on. Blocks as ``Checkpointer.save`` does.
+
+        ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``began``: when it was asked for, by
+        ``time.perf_counter``. ``patience``: how many seconds to wait for earlier saves, and for the copies, where that
+        is less than the options say. A save for which the ranks have to plan anew is returned as one that failed:
+        training goes on, here as on the others. Raises ``Skipped``, and as ``Checkpointer.save`` does; the other ranks
+        are told, and the step is free again then."""
+        number = coordinator.next_save() if coordinator is not None else 0
+        try:
+            values = numbers(metrics)
+            return self._start(coordinator, number, step, state, values, kind, may_skip, began, patience)
+        except Skipped:
+            raise
+        except PlanChanged as error:
+            self._committer.plan_changed.set()
+            self._events.emit(Failed(step=step, error=error))
+            return failed(step, error)
+        except BaseException as error:
+            if coordinator is not None:
+                coordinator.give_up(number, error)
+            raise
+
+    def _start(
         self,
         coordinator: Coordinator | None,
         number: int,
         step: int,
         state: Mapping[str, Any],
-        *,
-        metrics: Mapping[str, Any] | None,
+        values: dict[str, float],
         kind: str,
         may_skip: bool,
         began: float,
+        patience: float | None,
     ) -> PendingSave:
-        """Start a save, and return once training may go on. Blocks as ``Checkpointer.save`` does.
-
-        ``number``: which of the job's calls this is. ``may_skip``: whether ``on_busy="skip"`` holds for this one.
-        ``began``: when it was asked for, by ``time.perf_counter``. Raises ``Skipped``, and as ``Checkpointer.save``
-        does; the step is free again then."""
-        values = numbers(metrics)
+        """Do what ``begin`` says; ``number``: which of the job's calls this is. Where it raises, the step is free."""
+        longest = self._options.stall_timeout_seconds
+        patience = longest if patience is None else min(patience, longest)
         claim = self._steps.reserve(step, kind, values)
         try:
             weights_only = kind == "weights"
@@ -73,7 +104,7 @@ class SaveStarter:
             layout, pieces = planned.layout, planned.pieces
             self._builder.grow_arena(planned)
             policy: OnBusy = "wait" if self._options.on_busy == "skip" and not may_skip else self._options.on_busy
-            self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy)
+            self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, began)
             deferred = bool(self._watched)
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
@@ -94,9 +125,9 @@ class SaveStarter:
         except BaseException:
             self._steps.release(step, kind, claim)
             raise
-        pending = PendingSave(step, staging, self._committer.overdue(save))
+        pending = PendingSave(step, self._events.notifier, staging, self._committer.overdue(save))
         flight = InFlight(save, staging, pending, claim, division.deferred)
-        deadline = time.monotonic() + self._options.stall_timeout_seconds
+        deadline = time.monotonic() + patience
         try:
             if deferred:
                 staging.stage_now(division.eager, deadline)
@@ -114,15 +145,15 @@ class SaveStarter:
         self._committer.submit(flight)
         self.stager.submit(flight.job)
 
-    def _admit(self, coordinator: Coordinator | None, step: int, nbytes: int, policy: OnBusy) -> None:
+    def _admit(self, coordinator: Coordinator | None, step: int, nbytes: int, policy: OnBusy, patience: float) -> None:
         """Apply back-pressure. Where the policy is not to wait, a save that one rank cannot begin is begun by none."""
         arena = self._builder.arena
         if coordinator is None or policy == "wait":
-            self._committer.admit(step, nbytes, arena, policy)
+            self._committer.admit(step, nbytes, arena, policy, patience)
             return
         busy: BaseException | None = None
         try:
-            self._committer.admit(step, nbytes, arena, policy)
+            self._committer.admit(step, nbytes, arena, policy, patience)
         except (Skipped, ArenaBusy) as error:
             busy = error
         if coordinator.any_rank("busy", busy is not None):

@@ -167,6 +167,7 @@ class SaveTransaction:
         def before() -> None:
             self.scope.raise_if_failed()
             check_lease()
+            self.scope.begin_publish()
 
         beside = [manifest.whole_file(name, data, self.digest) for name, data in small.items()]
         return publish(
