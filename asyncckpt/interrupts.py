@@ -124,8 +124,21 @@ def deferred() -> Iterator[None]:
 def deliver() -> None:
     """Run the handlers of signals that came inside ``deferred``, now. Call it where the main thread waits, with no lock
     held, and at a place where whatever they raise leaves everything whole. Does nothing on other threads."""
-    if _deferral.came and _on_main_thread():
+    if pending():
         _deferral.deliver()
+
+
+def pending() -> bool:
+    """Whether the main thread asks, and ``deliver`` would run a handler. Never blocks."""
+    return bool(_deferral.came) and _on_main_thread()
+
+
+def slice_of(seconds: float | None) -> float | None:
+    """Return how long to block at once in a wait of ``seconds`` (None: without end): on the main thread a short time,
+    so that it can ``deliver`` in between."""
+    if not _on_main_thread():
+        return seconds
+    return SLICE_SECONDS if seconds is None else min(seconds, SLICE_SECONDS)
 
 
 def wait_for(wait: Callable[[float], bool], timeout_seconds: float | None) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from asyncckpt import interrupts
 from asyncckpt.commit.in_flight import InFlight, InFlightSaves
 from asyncckpt.errors import InvalidOption
 from asyncckpt.stage.eager import OwnedMemory, storages
@@ -65,9 +66,10 @@ class WatchedOptimizers:
                 continue
             if optimizer is not None and not flight.job.done and not self._concerns(optimizer, flight):
                 continue
-            began = time.perf_counter()
-            flight.job.finish(time.monotonic() + self._stall_timeout_seconds)
-            flight.job.note_stall(began, where)
+            with interrupts.deferred():
+                began = time.perf_counter()
+                flight.job.finish(time.monotonic() + self._stall_timeout_seconds)
+                flight.job.note_stall(began, where)
 
     def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
         """Whether a step of the optimizer may change what is not copied yet."""

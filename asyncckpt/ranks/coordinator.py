@@ -25,6 +25,7 @@ from asyncckpt.ranks.collective_save import RankSave
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.restore.restore import Stages
+from asyncckpt.storage.lease import boot_id
 from asyncckpt.types import ComponentSnapshot
 
 #: On a network file system, a file that another host has just written may stay invisible for so long.
@@ -59,6 +60,8 @@ class Coordinator:
         self._session = ""
         self._number = -1
         self._replanned = -1
+        #: How many ranks run on this host, this one included; known once the run is open.
+        self.ranks_here = 1
         self.announcements = Announcements(ranks)
 
     @property
@@ -80,7 +83,9 @@ class Coordinator:
                 body = {"session": uuid.uuid4().hex, "owner": owner, "known": known}
             except BaseException as error:
                 body, own = {"error": error_to_json(error)}, error
-        answer = self.ranks.agree("open", body)[0]
+        bodies = self.ranks.agree("open", body | {"host": boot_id()})
+        answer = bodies[0]
+        self.ranks_here = sum(one["host"] == boot_id() for one in bodies)
         if own is not None:
             raise own
         if "error" in answer:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, Protocol, TypeVar
 
+from asyncckpt import interrupts
 from asyncckpt.errors import RankLost
 
 _PAUSE_SECONDS: Final = 0.002
@@ -116,5 +117,6 @@ def _until(there: Callable[[], _Found | None], timeout_seconds: float) -> _Found
     pause = _PAUSE_SECONDS
     while (found := there()) is None and time.monotonic() < deadline:
         time.sleep(pause)
+        interrupts.deliver()
         pause = min(_LONGEST_PAUSE_SECONDS, 1.3 * pause)
     return found

@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 import zstandard
 
-from asyncckpt import errors, forks
+from asyncckpt import errors, forks, interrupts
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
 from asyncckpt.ranks.rendezvous import rendezvous
 from asyncckpt.state.dtensor import job_size
@@ -170,6 +170,7 @@ class RankStore:
         """Sleep between two looks at the store: the longer, the longer the rank has waited."""
         shortest = max(_SHORTEST_PAUSE_SECONDS, self.size / _LOOKS_A_SECOND)
         time.sleep(min(_LONGEST_PAUSE_SECONDS, max(shortest, _LATENESS * waited_seconds)))
+        interrupts.deliver()
 
     def forget(self, *keys: str) -> None:
         """Take messages out of the store. Never raises."""
@@ -246,7 +247,7 @@ class _Connection:
         future: Future[Any] = Future()
         if not self._lost:
             self._calls.put((name, args, future))
-            wait([future], self._timeout_seconds)
+            interrupts.wait_for(lambda seconds: bool(wait([future], seconds)[0]), self._timeout_seconds)
         if not future.done():
             self._lost = True
             raise RankLost(

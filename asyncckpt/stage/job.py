@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from asyncckpt import interrupts
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged, Stalled
 from asyncckpt.memory.arena import Arena, QueuedCopy, StagingBuffer
@@ -31,6 +32,8 @@ log = logging.getLogger("asyncckpt")
 
 #: On these devices, splitting chunks into planes before the copy costs next to nothing.
 _DEVICES = {"cuda"}
+#: A copy that has begun is milliseconds from its end; one that hangs even for this long must not hold training.
+_COPY_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,7 @@ class StagingJob:
                 work = queue.popleft()
                 self._working += 1
             try:
+                interrupts.deliver()  # a large state takes seconds: whoever wants to leave need not wait for all of it
                 self._stage(work, deadline, digest)
             except ArenaBusy as error:
                 self.cancel(self._too_slow(error))
@@ -151,9 +155,9 @@ class StagingJob:
         self.run(deadline)
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            if not self._done.wait(remaining):
+            if not interrupts.wait_for(self._done.wait, remaining):
                 self.cancel(self._too_slow(None))
-                self._done.wait()  # a copy that has begun is milliseconds from its end
+                interrupts.wait_for(self._done.wait, _COPY_SECONDS)
         except BaseException as error:  # nobody knows what is changed now, while a thread of ours copies
             self.cancel(self._interrupted(error))
             raise
