@@ -224,7 +224,8 @@ class Checkpointer(RunOwnership):
         """Wrap in-place changes of watched parameters outside ``optimizer.step`` (EMA swaps, weight clipping, a
         ``load_state_dict``) in this: it waits until no copy of them is pending, then runs the body. A save whose copy
         takes longer than ``StagingOptions.stall_timeout_seconds`` fails instead."""
-        self._watched.before_change("guard")
+        with interrupts.deferred():
+            self._watched.before_change("guard")
         yield
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -343,8 +344,6 @@ class Checkpointer(RunOwnership):
             self.close()
         except Exception as background:
             error.add_note(f"asyncckpt: a background save failed too: {background}")
-
-    # -- inside ------------------------------------------------------------------------------------------------------
 
     def _save(
         self,

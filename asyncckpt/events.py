@@ -17,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from asyncckpt.notifier import Notifier
+from asyncckpt.repeated_lines import hold_back_repeated
 
 log = logging.getLogger("asyncckpt")
+hold_back_repeated(log)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from asyncckpt import interrupts
+
 log = logging.getLogger("asyncckpt")
 
 #: After so long, whoever waits for the functions of others says which one it waits for.
@@ -34,7 +36,7 @@ class Notifier:
         training. After ``close`` it is called at once, on this thread."""
         if os.getpid() != self._pid:
             return
-        with self._changed:
+        with interrupts.deferred(), self._changed:
             closed = self._closed
             if not closed:
                 self._queue.append((what, call))
@@ -61,11 +63,11 @@ class Notifier:
                 return True
         self.post("the end", done.set)
         began = time.monotonic()
-        if done.wait(min(_SLOW_SECONDS, timeout_seconds)):
+        if interrupts.wait_for(done.wait, min(_SLOW_SECONDS, timeout_seconds)):
             return True
         if timeout_seconds > _SLOW_SECONDS:
             log.warning("waiting for %s to return, for at most %.0f s more", self._running, timeout_seconds)
-            if done.wait(began + timeout_seconds - time.monotonic()):
+            if interrupts.wait_for(done.wait, began + timeout_seconds - time.monotonic()):
                 return True
         log.warning("%s has not returned; what it still does may be cut off", self._running or "a callback")
         return False

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from asyncckpt.catalog.steps import StepRegistry, numbers
 from asyncckpt.commit.committer import Committer, Skipped
@@ -13,6 +16,7 @@ from asyncckpt.commit.pending import PendingSave, failed
 from asyncckpt.errors import ArenaBusy, PlanChanged
 from asyncckpt.events import EventBus, Failed, SaveStarted
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
+from asyncckpt.plan.planned import Planned
 from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.saver import SaveBuilder
 from asyncckpt.stage.eager import Division, divide
@@ -20,6 +24,8 @@ from asyncckpt.stage.job import StagingJob
 from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams
+
+log = logging.getLogger("asyncckpt")
 
 
 class SaveStarter:
@@ -45,6 +51,8 @@ class SaveStarter:
         self._events = events
         self._streams = CopyStreams()
         self.stager = Stager()
+        #: The components of which was said that they store nothing.
+        self._told: set[str] = set()
 
     def begin(
         self,
@@ -102,6 +110,7 @@ class SaveStarter:
                 coordinator, state, step, weights_only=weights_only, call=f"save/{number}", number=number
             )
             layout, pieces = planned.layout, planned.pieces
+            self._tell_of_nothing(state, planned)
             self._builder.grow_arena(planned)
             policy: OnBusy = "wait" if self._options.on_busy == "skip" and not may_skip else self._options.on_busy
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
@@ -139,6 +148,24 @@ class SaveStarter:
                 self._submit(flight)
         staging.note_stall(began, "save")
         return pending
+
+    def _tell_of_nothing(self, state: Mapping[str, Any], planned: Planned) -> None:
+        """Log, once, which modules have nothing that is stored: they come back as they are made."""
+        stored = {shard.component for shard in planned.layout.shards}
+        for component in planned.components:
+            name, module = component.name, state.get(component.name)
+            empty = component.kind == "module" and not component.pieces and not component.tree and name not in stored
+            if not empty or name in self._told or not isinstance(module, torch.nn.Module):
+                continue
+            self._told.add(name)
+            lost = [found for found, _ in module.named_buffers()][:8]
+            why = f"; its buffers {', '.join(lost)} are not persistent" if lost else ""
+            log.warning(
+                "component %r has nothing to store%s: its state_dict is empty, so a resumed run gets it as it is made. "
+                "Register what is to come back as persistent, or leave the component out",
+                name,
+                why,
+            )
 
     def _submit(self, flight: InFlight) -> None:
         """Leave the rest of the save to background threads."""

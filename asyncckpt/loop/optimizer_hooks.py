@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
@@ -66,10 +67,9 @@ class WatchedOptimizers:
                 continue
             if optimizer is not None and not flight.job.done and not self._concerns(optimizer, flight):
                 continue
-            with interrupts.deferred():
-                began = time.perf_counter()
-                flight.job.finish(time.monotonic() + self._stall_timeout_seconds)
-                flight.job.note_stall(began, where)
+            began = time.perf_counter()
+            flight.job.finish(time.monotonic() + self._stall_timeout_seconds)
+            flight.job.note_stall(began, where)
 
     def _concerns(self, optimizer: torch.optim.Optimizer, flight: InFlight) -> bool:
         """Whether a step of the optimizer may change what is not copied yet."""
@@ -94,10 +94,12 @@ class WatchedOptimizers:
         return memory
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.before_change("optimizer.step", optimizer)
+        with interrupts.deferred() if self._saves.all() else contextlib.nullcontext():
+            self.before_change("optimizer.step", optimizer)
 
     def _before_load(self, _optimizer: torch.optim.Optimizer) -> None:
-        self.before_change("guard")
+        with interrupts.deferred():
+            self.before_change("guard")
 
     def __bool__(self) -> bool:
         return bool(self._alive())

@@ -100,6 +100,7 @@ class Coordinator:
         its process. Never raises."""
         with contextlib.suppress(RuntimeError, AsyncCkptError):
             if self.leads:
+                self.ranks.post("closed/0", True)
                 self.ranks.gather("closed", _FAREWELL_SECONDS, "close")
             else:
                 self.ranks.post(f"closed/{self.ranks.rank}", True)
