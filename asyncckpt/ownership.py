@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, newest_of
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.publication import take_over
-from asyncckpt.errors import CheckpointerClosed, InvalidOption, SaveAbandoned, storage_errors
+from asyncckpt.errors import CheckpointerClosed, InvalidOption, RunLocked, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
 from asyncckpt.formats.options import Files
 from asyncckpt.protocols import Capability, Hold, Store
@@ -24,7 +25,7 @@ from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankOptions, RankStore
 from asyncckpt.restore import restore as restoring
 from asyncckpt.run import Run
-from asyncckpt.storage.lease import HeldLease
+from asyncckpt.storage.lease import HeldLease, boot_id
 from asyncckpt.types import LayoutOptions, LeaseOptions
 
 log = logging.getLogger("asyncckpt")
@@ -106,9 +107,9 @@ class RunOwnership(Run):
         self._join()
         try:
             if self._coordinator is None:
-                found = list(map(Known.of, self._acquire()[1]))
+                found = list(map(Known.of, self._acquire_after_dropped()[1]))
             else:
-                found = self._coordinator.open(self._store, self._acquire)
+                found = self._coordinator.open(self._store, self._acquire_after_dropped)
             self._learn(found)
             self._opened = True
             _open_here[self._store.address] = weakref.ref(self)
@@ -157,6 +158,22 @@ class RunOwnership(Run):
                     )
                 shard_format, codec = formats.get(self._files.format), codecs.get(self._files.codec)
                 self._coordinator = Coordinator(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
+
+    def _acquire_after_dropped(self) -> tuple[str, list[CheckpointInfo]]:
+        """Take the lease. Where a run of this process that nobody has any more still holds it, because a save of it is
+        in flight, waits for that."""
+        deadline = time.monotonic() + self._patience_seconds
+        while True:
+            try:
+                return self._acquire()
+            except RunLocked:
+                reference, holder = _open_here.get(self._store.address), self._store.holder()
+                was_dropped = reference is not None and reference() is None
+                ours = holder is not None and (holder.pid, holder.boot) == (self._pid, boot_id())
+                if not (was_dropped and ours) or time.monotonic() > deadline:
+                    raise
+                time.sleep(interrupts.SLICE_SECONDS)
+                interrupts.deliver()
 
     def _acquire(self) -> tuple[str, list[CheckpointInfo]]:
         """Take the lease and remove leftovers; return the lease's owner and the checkpoints that are there, which

@@ -18,7 +18,9 @@ class SaveTriggers:
     settled with the other ranks: see ``Announcements``."""
 
     def __init__(self, every: cadence.Every, preempt: Preemption | None) -> None:
-        self._by_step, self._by_clock = cadence.by_step_and_by_clock(cadence.parse(every))
+        parsed = cadence.parse(every)
+        self._decides = not isinstance(parsed, cadence.Never)
+        self._by_step, self._by_clock = cadence.by_step_and_by_clock(parsed)
         self.signals = SignalWatch(preempt) if preempt is not None else None
         self._last_saved_seconds = time.monotonic()
         #: The newest step that was asked about, or None.
@@ -56,8 +58,7 @@ class SaveTriggers:
         """Log which last steps no checkpoint has, where a cadence decides; ``last`` is the newest step saved. Says so
         once."""
         step, self._last_step = self._last_step, None
-        never = isinstance(self._by_step, cadence.Never) and isinstance(self._by_clock, cadence.Never)
-        if step is None or never or (last is not None and last >= step):
+        if step is None or not self._decides or (last is not None and last >= step):
             return
         kept = f"the newest checkpoint is that of step {last}" if last is not None else "nothing was saved"
         log.warning(
