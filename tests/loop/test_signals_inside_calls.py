@@ -168,14 +168,14 @@ def test_preemption_past_its_deadline_leaves_with_its_code_and_publishes_nothing
 ) -> None:
     events: list[Event] = []
     preemption = Preemption((signal.SIGUSR1,), deadline_seconds=0.3)
-    began = time.monotonic()
     with pytest.raises(Preempted) as caught, Checkpointer(tmp_path / "run", preemption=preemption) as run:
         run.events.subscribe(events.append)
         run.save(1, STATE).result(20)
         ops = run._store.ops = GatedOps()
+        began = time.monotonic()
         os.kill(os.getpid(), signal.SIGUSR1)
         run.step(2, STATE)
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25, "it waited for the storage, not for its deadline"
     assert (caught.value.code, caught.value.step, caught.value.durable) == (128 + signal.SIGUSR1, 2, False)
     assert "step 2 is not durable 0 s after SIGUSR1, and is given up" in caplog.text
     ops.gate.set()
