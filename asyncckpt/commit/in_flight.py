@@ -50,9 +50,9 @@ class InFlightSaves:
             self._changed.notify_all()
 
     def all(self) -> list[InFlight]:
-        """Return a copy of the list."""
-        with self._changed:
-            return list(self._flights)
+        """Return a copy of the list. Takes no lock, as each training step calls it: an exception of a signal's handler
+        could come while the lock is taken, which would then be held for ever."""
+        return list(self._flights)
 
     def wait_below(self, count: int, timeout_seconds: float) -> bool:
         """Block until fewer than ``count`` are left; return False where ``timeout_seconds`` passed first."""
