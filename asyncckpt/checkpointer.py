@@ -383,7 +383,7 @@ class Checkpointer(RunOwnership):
                 raise
             durable = False
             signals.tell_of_lost(step, self.path)
-        self._end(None if durable else 0.0)
+        self._end(max(1.0, left()) if durable else 0.0)  # what tidies up after a durable save may hang, too
         raise Preempted(signals.exit_code(), step, durable=durable)
 
     def _surface(self) -> None:

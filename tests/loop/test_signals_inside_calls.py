@@ -170,14 +170,30 @@ def test_preemption_past_its_deadline_leaves_with_its_code_and_publishes_nothing
     preemption = Preemption((signal.SIGUSR1,), deadline_seconds=0.3)
     with pytest.raises(Preempted) as caught, Checkpointer(tmp_path / "run", preemption=preemption) as run:
         run.events.subscribe(events.append)
-        run.save(1, STATE).result(20)
+        run.save(1, STATE)
+        assert run.wait(20)
         ops = run._store.ops = GatedOps()
         began = time.monotonic()
         os.kill(os.getpid(), signal.SIGUSR1)
-        run.step(2, STATE)
+        run.step(2, {"w": STATE["w"] + 1})  # what is unchanged would be linked, and not written
     assert time.monotonic() - began < 25, "it waited for the storage, not for its deadline"
     assert (caught.value.code, caught.value.step, caught.value.durable) == (128 + signal.SIGUSR1, 2, False)
     assert "step 2 is not durable 0 s after SIGUSR1, and is given up" in caplog.text
     ops.gate.set()
     time.sleep(0.3)
     assert [entry.step for entry in run.ls()] == [1], "published after it was given up"
+
+
+def test_preemption_leaves_at_its_deadline_where_the_save_is_durable_and_tidying_up_hangs(tmp_path: Path) -> None:
+    preemption = Preemption((signal.SIGUSR1,), deadline_seconds=2.0)
+    with pytest.raises(Preempted) as caught, Checkpointer(tmp_path / "run", preemption=preemption) as run:
+        run.save(1, STATE)
+        assert run.wait(20)
+        ops = run._store.ops = GatedOps()
+        began = time.monotonic()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        run.step(2, STATE)  # linked to step 1 as a whole; the gate holds the pointer to the latest one
+    assert time.monotonic() - began < 25, "it waited for the storage, not for its deadline"
+    assert caught.value.durable
+    ops.gate.set()
+    assert [entry.step for entry in run.ls()] == [1, 2]
