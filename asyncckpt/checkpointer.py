@@ -322,7 +322,9 @@ class Checkpointer(RunOwnership):
             try:
                 if not self._committer.wait_below(1, timeout):
                     self._committer.give_up_all(f"{self.path} was closed")
-                self.events.notifier.drain(self._callback_seconds if timeout is None else max(1.0, timeout))
+                patience = self._callback_seconds if timeout is None else max(1.0, timeout)
+                interrupts.wait_for(self._in_flight.wait_told, patience)  # what is not posted yet cannot be waited for
+                self.events.notifier.drain(patience)
             finally:
                 self._closed = True
                 self._watched.close()

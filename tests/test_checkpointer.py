@@ -78,6 +78,8 @@ def test_a_pending_save_is_a_future_for_threads_and_for_asyncio(tmp_path: Path) 
             return (await pending).step
 
         assert asyncio.run(wait_for_it()) == 1
+        assert run.wait(10)
+        assert run._in_flight.wait_told(10)
         assert run.events.notifier.drain(10)
         assert seen == [pending]
         assert pending.result().nbytes == sum(f.stat().st_size for f in Path(pending.result().path).iterdir())

@@ -381,9 +381,12 @@ class Committer:
                     with self._lock:
                         self._failed.append(flight.pending)
             self._saves.remove(flight)
-            if error is not None:
-                self._events.emit(Failed(step=flight.save.step, error=error))
-            flight.pending.announce()
+            try:
+                if error is not None:
+                    self._events.emit(Failed(step=flight.save.step, error=error))
+                flight.pending.announce()
+            finally:
+                self._saves.told(flight)
 
 
 @contextlib.contextmanager

@@ -43,11 +43,23 @@ class InFlightSaves:
             return True
 
     def remove(self, flight: InFlight) -> None:
-        """Remove a save that has ended, and wake whoever waits for that."""
+        """Remove a save that has ended, and wake whoever waits for that. ``told`` follows."""
         with self._changed:
             self._flights.remove(flight)
+            self._changed.notify_all()
+
+    def told(self, flight: InFlight) -> None:
+        """Note that whoever wants to hear of the end of this save, which was removed, has been put on the list of those
+        who will."""
+        with self._changed:
             self._ending.remove(flight)
             self._changed.notify_all()
+
+    def wait_told(self, timeout_seconds: float) -> bool:
+        """Block until ``told`` was called of every save that was removed; False where ``timeout_seconds`` passed
+        first."""
+        with self._changed:
+            return self._changed.wait_for(lambda: all(one in self._flights for one in self._ending), timeout_seconds)
 
     def all(self) -> list[InFlight]:
         """Return a copy of the list. Takes no lock, as each training step calls it: an exception of a signal's handler

@@ -161,3 +161,19 @@ def test_what_close_gave_up_is_not_published_when_the_storage_is_back(tmp_path: 
     ops.gate.set()
     time.sleep(0.2)
     assert run.ls() == []
+
+
+def test_close_waits_for_a_callback_that_the_committer_has_not_posted_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce = PendingSave.announce
+
+    def late(pending: PendingSave) -> None:
+        time.sleep(0.3)
+        announce(pending)
+
+    monkeypatch.setattr(PendingSave, "announce", late)
+    heard: list[str] = []
+    with Checkpointer(tmp_path / "run") as run:
+        run.save(1, STATE).add_done_callback(lambda _: heard.append(threading.current_thread().name))
+    assert heard == ["asyncckpt-notifier"]
