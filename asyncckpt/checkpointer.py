@@ -12,7 +12,7 @@ from typing import Any, Self, SupportsIndex
 
 import torch
 
-from asyncckpt import forks
+from asyncckpt import forks, interrupts
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.listing import CheckpointInfo
@@ -20,32 +20,25 @@ from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlightSaves
-from asyncckpt.commit.pending import PendingSave, failed
-from asyncckpt.errors import (
-    CheckpointNotFound,
-    InvalidOption,
-    PlanChanged,
-    SaveAbandoned,
-    storage_errors,
-)
-from asyncckpt.events import EventBus, Failed, Preempting, Subscriber, subscribers_of
+from asyncckpt.commit.pending import PendingSave
+from asyncckpt.errors import ArenaBusy, CheckpointNotFound, InvalidOption, PlanChanged, storage_errors
+from asyncckpt.events import EventBus, Preempting, Subscriber, subscribers_of
 from asyncckpt.formats.options import Files, FilesName, Safetensors, files_of
 from asyncckpt.loop import cadence
 from asyncckpt.loop.at_exit import drain_at_exit
+from asyncckpt.loop.calls import TrainingCalls
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
 from asyncckpt.loop.preemption import Preempted, Preemption, SignalWatch
 from asyncckpt.loop.triggers import SaveTriggers
-from asyncckpt.ownership import RunOptions, RunOwnership
+from asyncckpt.ownership import RunOptions, RunOwnership, check_kinds, check_kinds_or_none
 from asyncckpt.ranks.coordinator import Known
 from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.saver import SaveBuilder
 from asyncckpt.stage.options import StagingOptions
-from asyncckpt.stage.stager import Stager
 from asyncckpt.starter import SaveStarter
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
-from asyncckpt.write.threads import Pools
 
 log = logging.getLogger("asyncckpt")
 
@@ -60,7 +53,7 @@ class Checkpointer(RunOwnership):
     ``every``: when ``step`` saves: an int (steps), ``Steps``, ``Minutes``, ``Milestones``, several in a list, or None.
     ``keep``: which checkpoints stay: all that ``KeepLast`` or another policy names; without a policy, every one.
     ``preemption``: save on SIGTERM and such, then leave.
-    ``on_event``: called with every event, on the thread where it happens.
+    ``on_event``: called with every event, on a thread of its own: see ``asyncckpt.events``.
     ``config``: plain values that every manifest records.
     ``files``: what checkpoints are made of: ``Safetensors(...)`` (default), ``Zarr(...)``, or one of their names.
     ``staging``, ``writer``: how the state is copied, and how it is written.
@@ -72,11 +65,13 @@ class Checkpointer(RunOwnership):
     checkpointer and the same calls (docs/parallelism.md). A call that needs the others waits for each of their answers
     at most ``RankOptions.timeout_seconds``, then raises ``RankLost``.
 
-    Call ``step``, ``save``, ``prepare``, ``watch``, ``guard``, ``resume`` and ``restore`` from the training thread;
-    everything else from any thread. Errors of background saves are raised by the next ``step``, ``save``, ``wait`` or
-    ``close``, unless the ``PendingSave`` delivered them already. After ``close`` and in a forked child, ``step``,
-    ``save`` and ``wait`` raise ``CheckpointerClosed``. The first ``step``, ``save``, ``prepare``, ``resume`` or
-    ``prune`` opens the run: before it nothing is written, and no lease is needed. Raises ``InvalidOption``.
+    Call ``step``, ``save``, ``prepare``, ``watch``, ``guard``, ``resume`` and ``restore`` from the training thread, or
+    from a callback where the state does not change meanwhile; everything else from any thread. Signals that come
+    during a call are acted on when it waits or ends. Errors of background saves are raised by the next ``step``,
+    ``save``, ``wait`` or ``close``, unless the ``PendingSave`` delivered them already. After ``close`` and in a forked
+    child, ``step``, ``save`` and ``wait`` raise ``CheckpointerClosed``. The first ``step``, ``save``, ``prepare``,
+    ``resume`` or ``prune`` opens the run: before it nothing is written, and no lease is needed. One that the same
+    thread has opened there before, outside ``with``, is closed then. Raises ``InvalidOption``.
     """
 
     def __init__(
@@ -94,8 +89,8 @@ class Checkpointer(RunOwnership):
         ranks: RankOptions | None = _RANKS,
         run: RunOptions = _RUN,
     ) -> None:
-        _check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
-        _check_kinds(ranks=(ranks, RankOptions), preemption=(preemption, Preemption))
+        check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
+        check_kinds_or_none(ranks=(ranks, RankOptions), preemption=(preemption, Preemption))
         files = files_of(files)
         if files.chain and not writer.reuse_unchanged:
             raise InvalidOption("Safetensors(delta=…) builds on the checkpoint before: it needs reuse_unchanged=True")
@@ -146,9 +141,12 @@ class Checkpointer(RunOwnership):
         self._starter = SaveStarter(self._builder, self._committer, self._steps, self._watched, staging, self.events)
         self._prepared = False
         self._preparations = 0
+        self._calls = TrainingCalls(self.path, staging.stall_timeout_seconds)
+        self._callback_seconds = writer.durable_timeout_seconds
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        forks.finalize(self, _end_threads, self._starter.stager, self._builder.pools, self._committer)
+        self._threads = (self._starter.stager, self._builder.pools, self._committer, self.events.notifier)
+        forks.finalize(self, forks.close_all, *self._threads)
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -161,8 +159,8 @@ class Checkpointer(RunOwnership):
         In a job with ``preemption``, or with a cadence that looks at a clock (``Minutes``), each step asks the job's
         store: a message, or at most a second where the store has stopped.
         The first call does what ``prepare`` does. Blocks and raises as ``save`` does, but returns None where
-        ``on_busy="skip"`` skips. After a preemption signal it saves, waits until that is durable, closes, and raises
-        ``Preempted`` (a ``SystemExit``), or ``TimeoutError`` at ``Preemption.deadline_seconds``.
+        ``on_busy="skip"`` skips. After a preemption signal it saves, waits until that is durable, for at most
+        ``Preemption.deadline_seconds``, closes, and raises ``Preempted`` (a ``SystemExit``).
         """
         self._surface()
         step = step_number(step)
@@ -204,14 +202,15 @@ class Checkpointer(RunOwnership):
         most ``StagingOptions.stall_timeout_seconds``, and in a job for the other ranks. Raises ``RunLocked``,
         ``RunPathError``, ``StorageFailed``, ``SaveAbandoned`` (the storage does not answer), ``RankLost``,
         ``RanksDisagree``, ``UnsupportedValue``, ``NotEnoughMemory``."""
-        self._open()
-        self._committer.is_follower = self._coordinator is not None and not self._coordinator.leads
-        planned = self._builder.plan(
-            self._coordinator, state, 0, weights_only=False, call=f"prepare/{self._preparations}"
-        )
-        self._builder.grow_arena(planned)
-        self._preparations += 1
-        self._prepared = True
+        self._check_usable()
+        with self._calls.one():
+            self._open()
+            planned = self._builder.plan(
+                self._coordinator, state, 0, weights_only=False, call=f"prepare/{self._preparations}"
+            )
+            self._builder.grow_arena(planned)
+            self._preparations += 1
+            self._prepared = True
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
         """Let snapshots overlap forward and backward: ``save`` returns at once, and the trained parameters and the
@@ -233,13 +232,16 @@ class Checkpointer(RunOwnership):
         """Wrap in-place changes of watched parameters outside ``optimizer.step`` (EMA swaps, weight clipping, a
         ``load_state_dict``) in this: it waits until no copy of them is pending, then runs the body. A save whose copy
         takes longer than ``StagingOptions.stall_timeout_seconds`` fails instead."""
-        self._watched.before_change("guard")
+        with interrupts.deferred():
+            self._watched.before_change("guard")
         yield
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until every save has ended; False where ``timeout`` seconds passed first. Raises background errors."""
+        """Block until every save has ended; False where ``timeout`` seconds passed first. Callbacks and subscribers may
+        still be told of it then: ``close`` waits for them. Raises background errors."""
         self._check_usable()
-        drained = self._committer.wait_below(1, timeout)
+        with interrupts.deferred():
+            drained = self._committer.wait_below(1, timeout)
         self._surface()
         return drained
 
@@ -247,9 +249,9 @@ class Checkpointer(RunOwnership):
         """Apply the retention policies now; return the checkpoints deleted (or that would be). Blocks on the disk. In a
         job, first call ``prepare``: then only rank 0 prunes. Raises ``LeaseLost``, and as ``prepare`` does."""
         self._check_process()
-        if not dry_run:
-            self._open()
-        with storage_errors(self.path):
+        with contextlib.nullcontext() if dry_run else self._calls.one(), storage_errors(self.path):
+            if not dry_run:
+                self._open()
             return self._committer.prune(dry_run=dry_run)
 
     def resume(self, state: Mapping[str, Any]) -> int:
@@ -260,7 +262,9 @@ class Checkpointer(RunOwnership):
         saved: training may then go on with other bits. Raises ``NoUsableCheckpoint`` where checkpoints exist and
         none can be used (training never starts from scratch in silence), and as ``restore`` and ``prepare`` do.
         """
-        self._open(to_restore=True)
+        self._check_usable()
+        with self._calls.one():
+            self._open(to_restore=True)
         try:
             report = self.restore(state)
         except CheckpointNotFound:
@@ -275,6 +279,7 @@ class Checkpointer(RunOwnership):
         return report.step
 
     def _learn(self, found: list[Known]) -> None:
+        self._committer.is_follower = self._coordinator is not None and not self._coordinator.leads
         for known in found:
             if known.renamed:
                 self._steps.add_foreign(known.step, known.name)
@@ -301,25 +306,44 @@ class Checkpointer(RunOwnership):
     # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Wait until every save is durable or given up (``WriterOptions.durable_timeout_seconds``), give the directory
-        back, and raise the error of a save that failed. Idempotent; does nothing in a forked child."""
+        """Wait until a call that runs on another thread has returned, every save is durable or given up, and callbacks
+        and subscribers have been told, each for ``WriterOptions.durable_timeout_seconds`` at most. Then give the
+        directory back, and raise the error of a save that failed. A warning says which last steps were not saved, where
+        ``every`` is given. Idempotent; does nothing in a forked child, and, in a callback, where another thread closes
+        already."""
         if os.getpid() != self._pid:
             return
-        if not self._closed:
-            try:
-                self._committer.wait_below(1, None)
-            finally:
-                self._closed = True
-                self._watched.close()
-                self._triggers.close()
-                _end_threads(self._starter.stager, self._builder.pools, self._committer)
-                self._arena.close()
-                self._release()
+        self._triggers.tell_of_unsaved(self.path, self._steps.last())
+        self._end(None)
         error = self._committer.take_error()
         if error is not None:
             raise error
 
+    def _end(self, timeout: float | None) -> None:
+        try:
+            self._finish(timeout)
+        finally:  # where signals are not deferred any more: while they are, the handlers are not ours to put back
+            self._triggers.close()
+
+    def _finish(self, timeout: float | None) -> None:
+        with self._calls.ending(at_once=self.events.notifier.on_own_thread()) as ours:
+            if not ours or self._closed:
+                return
+            try:
+                if not self._committer.wait_below(1, timeout):
+                    self._committer.give_up_all(f"{self.path} was closed")
+                patience = self._callback_seconds if timeout is None else max(1.0, timeout)
+                interrupts.wait_for(self._in_flight.wait_told, patience)  # what is not posted yet cannot be waited for
+                self.events.notifier.drain(patience)
+            finally:
+                self._closed = True
+                self._watched.close()
+                forks.close_all(*self._threads)
+                self._arena.close()
+                self._release()
+
     def __enter__(self) -> Self:
+        self._entered = True
         return self
 
     def __exit__(
@@ -328,12 +352,11 @@ class Checkpointer(RunOwnership):
         if error is None:
             self.close()
             return
+        self._triggers.forget_last_step()
         try:  # what the body raised must not be hidden by what a save raised: that goes along as a note
             self.close()
         except Exception as background:
             error.add_note(f"asyncckpt: a background save failed too: {background}")
-
-    # -- inside ------------------------------------------------------------------------------------------------------
 
     def _save(
         self,
@@ -343,57 +366,42 @@ class Checkpointer(RunOwnership):
         *,
         kind: str,
         may_skip: bool,
+        patience: float | None = None,
     ) -> PendingSave:
         began = time.perf_counter()
-        self._open()
-        self._committer.is_follower = self._coordinator is not None and not self._coordinator.leads
-        number = self._coordinator.next_save() if self._coordinator is not None else 0
-        try:
-            step = step_number(step)
-            pending = self._starter.start(
-                self._coordinator, number, step, state, metrics=metrics, kind=kind, may_skip=may_skip, began=began
+        with self._calls.one():
+            self._open()
+            pending = self._starter.begin(
+                self._coordinator, step, state, metrics, kind=kind, may_skip=may_skip, began=began, patience=patience
             )
-        except Skipped:
-            raise
-        except PlanChanged as error:  # training goes on, here as on the other ranks
-            self._committer.plan_changed.set()
-            self.events.emit(Failed(step=step_number(step), error=error))
-            return failed(step_number(step), error)
-        except BaseException as error:
-            if self._coordinator is not None:
-                self._coordinator.give_up(number, error)
-            raise
-        self._triggers.saved()
-        return pending
+            if not isinstance(pending.failure(), PlanChanged):
+                self._triggers.saved()
+            return pending
 
     def _leave(
         self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, signals: SignalWatch
     ) -> None:
-        name = signals.received.name if signals.received is not None else "preemption"
-        deadline = signals.preemption.deadline_seconds
-        self.events.emit(Preempting(step=step, signal=name, deadline_seconds=deadline))
-        if not self._steps.has(step):
-            pending = self._save(step, state, metrics, kind="full", may_skip=False)
-            pending.result(signals.remaining_seconds())
-        elif not self._committer.wait_below(1, signals.remaining_seconds()):
-            raise SaveAbandoned(f"step {step}: not durable within {deadline} s of {name}; the one before is intact")
-        self.close()
-        raise Preempted(signals.exit_code(), step)
+        deadline, left = signals.preemption.deadline_seconds, signals.remaining_seconds
+        self.events.emit(Preempting(step=step, signal=signals.name, deadline_seconds=deadline))
+        durable = True
+        try:
+            if not self._steps.has(step):
+                pending = self._save(step, state, metrics, kind="full", may_skip=False, patience=left())
+                pending.result(left())
+            elif not self._committer.wait_below(1, left()):
+                raise TimeoutError(f"step {step}")
+        except (TimeoutError, ArenaBusy):
+            if left() > 0:  # it is not the deadline that ended this
+                raise
+            durable = False
+            signals.tell_of_lost(step, self.path)
+        self._end(max(1.0, left()) if durable else 0.0)  # what tidies up after a durable save may hang, too
+        raise Preempted(signals.exit_code(), step, durable=durable)
 
     def _surface(self) -> None:
         self._check_usable()
         self._committer.expire()
-        error = self._committer.take_error()
+        with interrupts.deferred() if self._committer.has_error else contextlib.nullcontext():
+            error = self._committer.take_error()
         if error is not None:
             raise error
-
-
-def _check_kinds(**options: tuple[object, type]) -> None:
-    for name, (given, kind) in options.items():
-        if not isinstance(given, kind) and not (given is None and name in ("ranks", "preemption")):
-            raise InvalidOption(f"{name} must be {kind.__name__}(...), not {given!r:.80}")
-
-
-def _end_threads(*threads: Stager | Pools | Committer) -> None:
-    for ended in threads:
-        ended.close()

@@ -1,13 +1,15 @@
 """Every stage of a save emits a typed event, which loggers, dashboards and traces subscribe to.
 
 Durations are in seconds and sizes in bytes. ``at_seconds`` is the time at which the event happened, the end of what it
-reports, on the clock of ``time.perf_counter``. A subscriber is called on the thread where the event happens, and on
-several threads at once, so it must be quick, thread-safe, and must not call back into the checkpointer. An exception
-that it raises is logged, and never harms the save. In a job every rank emits the events of its own part.
+reports, on the clock of ``time.perf_counter``. Subscribers are called on one thread of their own, one event after the
+other: they may block, and may call anything, the checkpointer included. They learn of an event shortly after it has
+happened, of extents along with the event after them; no save waits for them, only ``close`` does. An exception that one
+raises is logged, and never harms the save. In a job every rank emits the events of its own part.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -15,8 +17,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from asyncckpt.errors import InvalidOption
+from asyncckpt.notifier import Notifier
+from asyncckpt.repeated_lines import hold_back_repeated
 
 log = logging.getLogger("asyncckpt")
+hold_back_repeated(log)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,22 +177,26 @@ Subscriber = Callable[[Event], None]
 
 
 class EventBus:
-    """Hands every event to every subscriber, on the thread that emits it. Thread-safe."""
+    """Hands every event to every subscriber, on the thread of ``notifier``. Thread-safe."""
 
     def __init__(self, subscribers: tuple[Subscriber, ...] = ()) -> None:
-        self._subscribers = (log_event, *subscribers)
+        self.notifier = Notifier()
+        self._subscribers = subscribers
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Call ``subscriber`` with every event from now on."""
         self._subscribers = (*self._subscribers, subscriber)
 
     def emit(self, event: Event) -> None:
-        """Call every subscriber with ``event``, on this thread. An exception that one raises is logged."""
+        """Log the event on this thread, and have every subscriber called with it on theirs. Never blocks."""
+        try:
+            log_event(event)
+        except Exception:  # a logging handler of the program's own
+            log.exception("logging %s failed", type(event).__name__)
+        soon = not isinstance(event, ExtentStaged | ExtentWritten)
         for subscriber in self._subscribers:
-            try:
-                subscriber(event)
-            except Exception:
-                log.exception("an event subscriber failed on %s", type(event).__name__)
+            what = f"the event subscriber {subscriber!r:.100} on {type(event).__name__}"
+            self.notifier.post(what, functools.partial(subscriber, event), soon=soon)
 
 
 def subscribers_of(on_event: Subscriber | Sequence[Subscriber]) -> tuple[Subscriber, ...]:
@@ -200,8 +209,8 @@ def subscribers_of(on_event: Subscriber | Sequence[Subscriber]) -> tuple[Subscri
 
 
 def log_event(event: Event) -> None:
-    """Log an event on the logger ``asyncckpt``: stages at DEBUG, commits at INFO, trouble at WARNING and ERROR. Every
-    checkpointer calls it first."""
+    """Log an event on the logger ``asyncckpt``: stages at DEBUG, commits at INFO, trouble at WARNING and ERROR. It is
+    called for every event, on the thread where that happens."""
     match event:
         case Committed():
             log.info(

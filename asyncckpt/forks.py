@@ -24,6 +24,12 @@ class Disarmable(Protocol):
         ...
 
 
+class Closable(Protocol):
+    """A closable object has threads, or other things of the process, to end."""
+
+    def close(self) -> None: ...
+
+
 _armed: weakref.WeakSet[Disarmable] = weakref.WeakSet()
 
 
@@ -36,6 +42,12 @@ def finalize(target: object, function: Callable[..., object], *args: Any) -> wea
     """Have ``function(*args)`` called once ``target`` is collected, or at exit, as ``weakref.finalize`` does, but only
     in this process: a forked child calls nothing. Returns the finalizer."""
     return weakref.finalize(target, _at_home, os.getpid(), function, *args)
+
+
+def close_all(*things: Closable) -> None:
+    """Close each of these, in order. A function that ``finalize`` can call: it keeps nothing else alive."""
+    for thing in things:
+        thing.close()
 
 
 def _at_home(pid: int, function: Callable[..., object], *args: Any) -> None:

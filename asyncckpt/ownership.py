@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import time
+import weakref
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
-from asyncckpt import formats
+from asyncckpt import formats, interrupts
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, newest_of
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.publication import take_over
-from asyncckpt.errors import CheckpointerClosed, InvalidOption, SaveAbandoned, storage_errors
+from asyncckpt.errors import CheckpointerClosed, InvalidOption, RunLocked, SaveAbandoned, storage_errors
 from asyncckpt.events import EventBus
 from asyncckpt.formats.options import Files
 from asyncckpt.protocols import Capability, Hold, Store
@@ -22,8 +25,25 @@ from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankOptions, RankStore
 from asyncckpt.restore import restore as restoring
 from asyncckpt.run import Run
-from asyncckpt.storage.lease import HeldLease
+from asyncckpt.storage.lease import HeldLease, boot_id
 from asyncckpt.types import LayoutOptions, LeaseOptions
+
+log = logging.getLogger("asyncckpt")
+
+#: The run that this process has opened last, by address.
+_open_here: dict[str, weakref.ref[RunOwnership]] = {}
+
+
+def check_kinds(**options: tuple[object, type]) -> None:
+    """Raise ``InvalidOption`` for an option whose value is not of its type. ``options``: by name, value and type."""
+    for name, (given, kind) in options.items():
+        if not isinstance(given, kind):
+            raise InvalidOption(f"{name} must be {kind.__name__}(...), not {given!r:.80}")
+
+
+def check_kinds_or_none(**options: tuple[object, type]) -> None:
+    """Do what ``check_kinds`` does, where None is a value, too."""
+    check_kinds(**{name: option for name, option in options.items() if option[0] is not None})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +95,10 @@ class RunOwnership(Run):
         self._coordinator: Coordinator | None = None
         self._opened = False
         self._closed = False
+        #: Whether a ``with`` block of this run goes on: then it is in use, and gives way to nobody.
+        self._entered = False
+        self._gave_way = False
+        self._thread = threading.get_ident()
         self._pid = os.getpid()
 
     def _open(self, *, to_restore: bool = False) -> None:
@@ -84,19 +108,39 @@ class RunOwnership(Run):
         if self._opened:
             return
         self._check_usable()
+        self._replace_earlier()
         self._join()
         try:
             if self._coordinator is None:
-                found = list(map(Known.of, self._acquire()[1]))
+                found = list(map(Known.of, self._acquire_after_dropped()[1]))
             else:
-                found = self._coordinator.open(self._store, self._acquire)
+                found = self._coordinator.open(self._store, self._acquire_after_dropped)
             self._learn(found)
             self._opened = True
+            _open_here[self._store.address] = weakref.ref(self)
         except BaseException:
             self._close_found()
             raise
         if not to_restore:
             self._close_found()
+
+    def _replace_earlier(self) -> None:
+        """Close a run that the same thread of this process has opened before in this directory, as a notebook does when
+        a cell is run again: its saves end first. One inside a ``with`` block is in use, and stays."""
+        reference = _open_here.get(self._store.address)
+        earlier = reference() if reference is not None else None
+        if earlier is None or earlier._closed or earlier._entered or self._run_options.takeover:
+            return
+        if (earlier._pid, earlier._thread) == (self._pid, self._thread):
+            log.warning("%s: an earlier Checkpointer of this process is closed; this one takes over", self.path)
+            earlier._gave_way = True
+            try:
+                earlier._end(self._patience_seconds)
+            except Exception as error:
+                log.error("%s: closing the earlier one failed: %s", self.path, error)
+
+    def _end(self, timeout: float | None) -> None:
+        """Close the run. Saves that are not durable after ``timeout`` seconds are given up."""
 
     def _close_found(self) -> None:
         """Close what was found when the directory was taken: nothing is restored from it any more."""
@@ -120,6 +164,22 @@ class RunOwnership(Run):
                 shard_format, codec = formats.get(self._files.format), codecs.get(self._files.codec)
                 self._coordinator = Coordinator(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
 
+    def _acquire_after_dropped(self) -> tuple[str, list[CheckpointInfo]]:
+        """Take the lease. Where a run of this process that nobody has any more still holds it, because a save of it is
+        in flight, waits for that."""
+        deadline = time.monotonic() + self._patience_seconds
+        while True:
+            try:
+                return self._acquire()
+            except RunLocked:
+                reference, holder = _open_here.get(self._store.address), self._store.holder()
+                was_dropped = reference is not None and reference() is None
+                ours = holder is not None and (holder.pid, holder.boot) == (self._pid, boot_id())
+                if not (was_dropped and ours) or time.monotonic() > deadline:
+                    raise
+                time.sleep(interrupts.SLICE_SECONDS)
+                interrupts.deliver()
+
     def _acquire(self) -> tuple[str, list[CheckpointInfo]]:
         """Take the lease and remove leftovers; return the lease's owner and the checkpoints that are there, which
         ``_found`` holds too. Raises ``SaveAbandoned`` where the storage does not answer in time; the next call goes on
@@ -130,8 +190,8 @@ class RunOwnership(Run):
             threading.Thread(
                 target=self._take_directory, args=(acquiring,), name="asyncckpt-opening", daemon=True
             ).start()
-        done, _ = wait([self._acquiring], self._patience_seconds)
-        if not done:
+        acquiring = self._acquiring
+        if not interrupts.wait_for(lambda seconds: bool(wait([acquiring], seconds)[0]), self._patience_seconds):
             raise SaveAbandoned(
                 f"{self.path}: the storage has not answered for {self._patience_seconds:.0f} s. Check it and save "
                 f"again, or train into another directory"
@@ -169,6 +229,8 @@ class RunOwnership(Run):
 
     def _check_usable(self) -> None:
         if self._closed:
+            if self._gave_way:
+                raise CheckpointerClosed(f"{self.path}: a newer Checkpointer of this process took over; use that one")
             raise CheckpointerClosed(f"{self.path}: this Checkpointer is closed; make a new one")
         self._check_process()
 

@@ -17,7 +17,8 @@ from asyncckpt.errors import AsyncCkptError
 from asyncckpt.events import EventBus
 from asyncckpt.formats.options import Files
 from asyncckpt.manifest.draft import config_tree, contents_of
-from asyncckpt.memory.arena import Arena, default_budget
+from asyncckpt.memory.arena import Arena
+from asyncckpt.memory.available import default_budget
 from asyncckpt.memory.buffers import padded
 from asyncckpt.plan.layout import LayoutCache
 from asyncckpt.plan.planned import Planned, alone
@@ -73,6 +74,8 @@ class SaveBuilder:
         #: Identifies the layout for which the arena was last found large enough.
         self._fits: tuple[int, int, str] | None = None
         self.arena = Arena()
+        #: How many ranks of the job run on this host, and stage in its memory.
+        self._sharing = 1
         self.pools = Pools(writer.threads)
         self._encoder = Encoder(self._codec, writer.threads)
 
@@ -102,6 +105,7 @@ class SaveBuilder:
                     coordinator.planner.decline(call, error)
             raise
         if coordinator is not None:
+            self._sharing = coordinator.ranks_here
             planner = coordinator.planner
             if self._committer.plan_changed.is_set():
                 self._committer.plan_changed.clear()
@@ -123,7 +127,7 @@ class SaveBuilder:
         if key == self._fits:  # the arena never shrinks
             return
         sizes = [slot_bytes(extent) for extent in extents]
-        budget = default_budget(sizes) if self._budget_bytes is None else self._budget_bytes
+        budget = default_budget(sizes, self._sharing) if self._budget_bytes is None else self._budget_bytes
         pin = any(piece.tensor.is_cuda for piece in planned.pieces)
         self.arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
         if self.arena.budget_bytes >= (self._budget_bytes or sum(map(padded, sizes))):

@@ -19,6 +19,8 @@ class SaveScope:
         self._error: BaseException | None = None
         self._releases: list[Callable[[], None]] = []
         self._verdicts = 0
+        #: When the save passed the point from which on it may become visible, by ``time.perf_counter``.
+        self.publishing_since_seconds: float | None = None
 
     @property
     def error(self) -> BaseException | None:
@@ -33,14 +35,32 @@ class SaveScope:
     def fail(self, error: BaseException) -> None:
         """Let the save fail with ``error``: nothing of it will be published. Only the first error is kept. The
         functions that ``when_failed`` was given are called once, on this thread. Idempotent; does not block."""
+        self._fail(error, visible_too=True)
+
+    def begin_publish(self) -> None:
+        """Pass the point from which on the save may become visible, so that nobody can give it up any more. Raises what
+        made the save fail, if it has failed by then."""
+        with self._changed:
+            self.raise_if_failed()
+            self.publishing_since_seconds = time.perf_counter()
+
+    def give_up(self, error: BaseException) -> bool:
+        """Let the save fail with ``error``, as ``fail`` does, unless it may be visible already. Returns whether it has
+        failed: then nothing of it will ever be published."""
+        return self._fail(error, visible_too=False)
+
+    def _fail(self, error: BaseException, *, visible_too: bool) -> bool:
         with self._changed:
             if self._error is not None:
-                return
+                return True
+            if self.publishing_since_seconds is not None and not visible_too:
+                return False
             self._error = error
             releases, self._releases = self._releases, []
             self._changed.notify_all()
         for release in releases:
             release()
+        return True
 
     def await_verdict(self) -> None:
         """Let nothing be published before ``verdict`` was called once more. Call it before the save has begun."""

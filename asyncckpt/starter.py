@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
+import torch
+
+from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry, numbers
 from asyncckpt.commit.committer import Committer, Skipped
 from asyncckpt.commit.in_flight import InFlight
-from asyncckpt.commit.pending import PendingSave
-from asyncckpt.errors import ArenaBusy, InvalidOption
-from asyncckpt.events import EventBus, SaveStarted
+from asyncckpt.commit.pending import PendingSave, failed
+from asyncckpt.errors import ArenaBusy, InvalidOption, PlanChanged
+from asyncckpt.events import EventBus, Failed, SaveStarted
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
 from asyncckpt.plan.planned import Planned
 from asyncckpt.ranks.coordinator import Coordinator
@@ -25,6 +29,8 @@ from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.stage.samples import Sampler
 from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams, is_capturing
+
+log = logging.getLogger("asyncckpt")
 
 
 class SaveStarter:
@@ -52,29 +58,63 @@ class SaveStarter:
         self._deferral = Deferral(events)
         self._sampler = Sampler()
         self.stager = Stager()
+        #: The components of which was said that they store nothing.
+        self._told: set[str] = set()
 
-    def start(
+    def begin(
+        self,
+        coordinator: Coordinator | None,
+        step: SupportsIndex,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None,
+        *,
+        kind: str,
+        may_skip: bool,
+        began: float,
+        patience: float | None = None,
+    ) -> PendingSave:
+        """Start a save, and return once training may go on. Blocks as ``Checkpointer.save`` does.
+
+        ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``began``: when it was asked for, by
+        ``time.perf_counter``. ``patience``: how many seconds to wait for earlier saves, and for the copies, where that
+        is less than the options say. A save for which the ranks have to plan anew is returned as one that failed:
+        training goes on, here as on the others. Raises ``Skipped``, and as ``Checkpointer.save`` does; the other ranks
+        are told, and the step is free again then."""
+        number = coordinator.next_save() if coordinator is not None else 0
+        try:
+            if is_capturing():
+                raise InvalidOption(
+                    f"step {step}: save cannot be called while a CUDA graph is captured; call it afterwards"
+                )
+            # these two read tensors, which would end a capture
+            step, values = step_number(step), numbers(metrics)
+            return self._start(coordinator, number, step, state, values, kind, may_skip, began, patience)
+        except Skipped:
+            raise
+        except PlanChanged as error:
+            self._committer.plan_changed.set()
+            self._events.emit(Failed(step=step_number(step), error=error))
+            return failed(step_number(step), error)
+        except BaseException as error:
+            if coordinator is not None:
+                coordinator.give_up(number, error)
+            raise
+
+    def _start(
         self,
         coordinator: Coordinator | None,
         number: int,
         step: int,
         state: Mapping[str, Any],
-        *,
-        metrics: Mapping[str, Any] | None,
+        values: dict[str, float],
         kind: str,
         may_skip: bool,
         began: float,
+        patience: float | None,
     ) -> PendingSave:
-        """Start a save, and return once training may go on. Blocks as ``Checkpointer.save`` does.
-
-        ``number``: which of the job's calls this is. ``may_skip``: whether ``on_busy="skip"`` holds for this one.
-        ``began``: when it was asked for, by ``time.perf_counter``. Raises ``Skipped``, and as ``Checkpointer.save``
-        does; the step is free again then."""
-        if is_capturing():
-            raise InvalidOption(
-                f"step {step}: save cannot be called while a CUDA graph is captured; call it afterwards"
-            )
-        values = numbers(metrics)
+        """Do what ``begin`` says; ``number``: which of the job's calls this is. Where it raises, the step is free."""
+        longest = self._options.stall_timeout_seconds
+        patience = longest if patience is None else min(patience, longest)
         claim = self._steps.reserve(step, kind, values)
         try:
             weights_only = kind == "weights"
@@ -82,9 +122,10 @@ class SaveStarter:
                 coordinator, state, step, weights_only=weights_only, call=f"save/{number}", number=number
             )
             layout, pieces = planned.layout, planned.pieces
+            self._tell_of_nothing(state, planned)
             self._builder.grow_arena(planned)
             policy: OnBusy = "wait" if self._options.on_busy == "skip" and not may_skip else self._options.on_busy
-            self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy)
+            self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, began)
             checks, division = self._divide(planned, save.scope)
             deferred = bool(division.deferred)
@@ -105,9 +146,9 @@ class SaveStarter:
         except BaseException:
             self._steps.release(step, kind, claim)
             raise
-        pending = PendingSave(step, staging, self._committer.overdue(save))
+        pending = PendingSave(step, self._events.notifier, staging, self._committer.overdue(save))
         flight = InFlight(save, staging, pending, claim)
-        deadline = time.monotonic() + self._options.stall_timeout_seconds
+        deadline = time.monotonic() + patience
         try:
             if deferred:
                 staging.stage_now(division.eager, deadline)
@@ -133,20 +174,38 @@ class SaveStarter:
         self._watched.check(checks)
         return checks, division
 
+    def _tell_of_nothing(self, state: Mapping[str, Any], planned: Planned) -> None:
+        """Log, once, which modules have nothing that is stored: they come back as they are made."""
+        stored = {shard.component for shard in planned.layout.shards}
+        for component in planned.components:
+            name, module = component.name, state.get(component.name)
+            empty = component.kind == "module" and not component.pieces and not component.tree and name not in stored
+            if not empty or name in self._told or not isinstance(module, torch.nn.Module):
+                continue
+            self._told.add(name)
+            lost = [found for found, _ in module.named_buffers()][:8]
+            why = f"; its buffers {', '.join(lost)} are not persistent" if lost else ""
+            log.warning(
+                "component %r has nothing to store%s: its state_dict is empty, so a resumed run gets it as it is made. "
+                "Register what is to come back as persistent, or leave the component out",
+                name,
+                why,
+            )
+
     def _submit(self, flight: InFlight) -> None:
         """Leave the rest of the save to background threads."""
         self._committer.submit(flight)
         self.stager.submit(flight.job)
 
-    def _admit(self, coordinator: Coordinator | None, step: int, nbytes: int, policy: OnBusy) -> None:
+    def _admit(self, coordinator: Coordinator | None, step: int, nbytes: int, policy: OnBusy, patience: float) -> None:
         """Apply back-pressure. Where the policy is not to wait, a save that one rank cannot begin is begun by none."""
         arena = self._builder.arena
         if coordinator is None or policy == "wait":
-            self._committer.admit(step, nbytes, arena, policy)
+            self._committer.admit(step, nbytes, arena, policy, patience)
             return
         busy: BaseException | None = None
         try:
-            self._committer.admit(step, nbytes, arena, policy)
+            self._committer.admit(step, nbytes, arena, policy, patience)
         except (Skipped, ArenaBusy) as error:
             busy = error
         if coordinator.any_rank("busy", busy is not None):

@@ -78,6 +78,9 @@ def test_a_pending_save_is_a_future_for_threads_and_for_asyncio(tmp_path: Path) 
             return (await pending).step
 
         assert asyncio.run(wait_for_it()) == 1
+        assert run.wait(10)
+        assert run._in_flight.wait_told(10)
+        assert run.events.notifier.drain(10)
         assert seen == [pending]
         assert pending.result().nbytes == sum(f.stat().st_size for f in Path(pending.result().path).iterdir())
         assert pending.exception() is None
@@ -109,6 +112,7 @@ def test_on_busy_skip_leaves_step_free_and_explicit_saves_wait(tmp_path: Path) -
         ops = run._store.ops = GatedOps()
         assert run.step(1, STATE) is not None
         assert run.step(2, STATE) is None
+        assert run.events.notifier.drain(10)
         assert [event.policy for event in events if isinstance(event, Busy)] == ["skip"]
         threading.Timer(0.05, ops.gate.set).start()
         run.save(3, STATE).result()

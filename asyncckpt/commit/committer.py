@@ -6,8 +6,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from asyncckpt import interrupts
 from asyncckpt.catalog.catalog import LATEST, Catalog
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.quarantine import Quarantine
@@ -93,11 +94,11 @@ class Committer:
         self._saves.add(flight)
         self._pool.submit(lambda: self._commit(flight))
 
-    def admit(self, step: int, nbytes: int, arena: Arena, policy: OnBusy) -> None:
+    def admit(self, step: int, nbytes: int, arena: Arena, policy: OnBusy, timeout: float) -> None:
         """Apply back-pressure to a save of ``nbytes`` that is due. Blocks under ``wait``.
 
         Raises ``Skipped`` or ``ArenaBusy`` where earlier saves hold the arena and the policy says so, and
-        ``ArenaBusy`` after the stall timeout.
+        ``ArenaBusy`` after ``timeout`` seconds.
         """
         flights = self._saves.all()
         if not flights:
@@ -112,24 +113,23 @@ class Committer:
         if policy == "error":
             raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) are not durable yet; save less often")
         # memory comes free extent by extent, so only the number of saves has to be waited for here
-        timeout = self._staging.stall_timeout_seconds
         if not self.wait_below(self._staging.max_in_flight, timeout):
             raise ArenaBusy(f"step {step}: earlier saves (steps {steps}) still not durable after {timeout:.0f} s")
 
     def wait_below(self, count: int, timeout: float | None) -> bool:
         """Block until fewer than ``count`` saves are in flight; False where ``timeout`` seconds passed first."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
+
+        def below(seconds: float) -> bool:
             self.expire()
-            remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
-            if self._saves.wait_below(count, remaining):
-                return True
-            if remaining <= 0:
-                return False
+            return self._saves.wait_below(count, seconds)
+
+        return interrupts.wait_for(below, timeout)
 
     def take_error(self) -> BaseException | None:
         """Return the oldest error of a failed save that nobody has seen yet, with the others as notes, or None. Each is
         handed out once."""
+        if not self._failed:
+            return None
         with self._lock:
             failed, self._failed = self._failed, []
             errors = [error for error in (pending.unobserved_error() for pending in failed) if error is not None]
@@ -140,18 +140,44 @@ class Committer:
 
     def overdue(self, save: SaveTransaction) -> Overdue:
         """Say when the save is given up although its committer reports nothing."""
-        error = SaveAbandoned(f"step {save.step}: storage under {self._store.address} hangs; the save was given up")
-        at_seconds = save.started_seconds + self._options.durable_timeout_seconds + _GRACE_SECONDS
-        return Overdue(save.scope, at_seconds, error)
+        where = f"step {save.step}: storage under {self._store.address} hangs"
+        return Overdue(
+            scope=save.scope,
+            at_seconds=save.started_seconds + self._options.durable_timeout_seconds + _GRACE_SECONDS,
+            grace_seconds=_GRACE_SECONDS,
+            error=SaveAbandoned(f"{where}; the save was given up, and nothing of it will be published"),
+            unknown=DurabilityUnknown(
+                f"{where} while the checkpoint gets its name: it is complete, and nobody can say whether it is visible "
+                f"and durable. Look there once the storage answers, and save again"
+            ),
+        )
 
     def expire(self) -> None:
-        """Give up saves whose committer hangs in the kernel, and replace its thread."""
+        """Give up saves whose committer hangs in the kernel, and replace its thread. On the main thread, signals wait
+        until each is given up whole."""
         for flight in self._saves.all():
             overdue = self.overdue(flight.save)
-            if time.perf_counter() > overdue.at_seconds:
-                flight.save.scope.fail(overdue.error)
-                self._end(flight, overdue.error)
-                self._pool.replace_stuck(_GRACE_SECONDS)
+            if time.perf_counter() <= overdue.at_seconds:
+                continue
+            with interrupts.deferred():
+                error = overdue.give_up()
+                if error is not None:
+                    if isinstance(error, DurabilityUnknown):
+                        self._quarantine.add(flight.save.contents.draft.name)
+                    self._end(flight, error)
+                    self._pool.replace_stuck(_GRACE_SECONDS)
+
+    @property
+    def has_error(self) -> bool:
+        """Whether ``take_error`` may have something to hand out."""
+        return bool(self._failed)
+
+    def give_up_all(self, why: str) -> None:
+        """Give up every save that is not visible yet. Does not block."""
+        for flight in self._saves.all():
+            error = SaveAbandoned(f"step {flight.save.step}: {why} before this save was durable, so it was given up")
+            if flight.save.scope.give_up(error):
+                self._end(flight, error)
 
     def close(self) -> None:
         """End the thread once it has done what was submitted. Does not wait."""
@@ -249,13 +275,16 @@ class Committer:
                     commit_seconds=now - max(began, save.written_seconds),
                 )
             )
-            self._reuse.learn(written.kind, written.name, save.shards.files())
+            with _logged(f"step {save.step} is durable, but the next save cannot build on it"):
+                self._reuse.learn(written.kind, written.name, save.shards.files())
             flight.pending.resolve(report)
         except BaseException as caught:
             error = caught
             save.scope.fail(caught)
-        save.close()
+        with _logged(f"step {save.step}: closing the checkpoint before failed"):
+            save.close()
         if error is None:
+            self._quarantine.discard(written.name)  # where it hung so long that nobody knew whether it would come
             self._replaced += replaced
             self._after_commit(save, written.name)
         elif isinstance(error, DurabilityUnknown):  # the next run looks which of the two the disk has
@@ -357,5 +386,18 @@ class Committer:
                     with self._lock:
                         self._failed.append(flight.pending)
             self._saves.remove(flight)
-        if error is not None:
-            self._events.emit(Failed(step=flight.save.step, error=error))
+            try:
+                if error is not None:
+                    self._events.emit(Failed(step=flight.save.step, error=error))
+                flight.pending.announce()
+            finally:
+                self._saves.told(flight)
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """Log what the body raises: the save that it follows is durable, and nobody may be told otherwise."""
+    try:
+        yield
+    except Exception:
+        log.exception("%s", what)

@@ -43,16 +43,28 @@ class InFlightSaves:
             return True
 
     def remove(self, flight: InFlight) -> None:
-        """Remove a save that has ended, and wake whoever waits for that."""
+        """Remove a save that has ended, and wake whoever waits for that. ``told`` follows."""
         with self._changed:
             self._flights.remove(flight)
+            self._changed.notify_all()
+
+    def told(self, flight: InFlight) -> None:
+        """Note that whoever wants to hear of the end of this save, which was removed, has been put on the list of those
+        who will."""
+        with self._changed:
             self._ending.remove(flight)
             self._changed.notify_all()
 
-    def all(self) -> list[InFlight]:
-        """Return a copy of the list."""
+    def wait_told(self, timeout_seconds: float) -> bool:
+        """Block until ``told`` was called of every save that was removed; False where ``timeout_seconds`` passed
+        first."""
         with self._changed:
-            return list(self._flights)
+            return self._changed.wait_for(lambda: all(one in self._flights for one in self._ending), timeout_seconds)
+
+    def all(self) -> list[InFlight]:
+        """Return a copy of the list. Takes no lock, as each training step calls it: an exception of a signal's handler
+        could come while the lock is taken, which would then be held for ever."""
+        return list(self._flights)
 
     def wait_below(self, count: int, timeout_seconds: float) -> bool:
         """Block until fewer than ``count`` are left; return False where ``timeout_seconds`` passed first."""

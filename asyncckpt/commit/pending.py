@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -12,12 +13,16 @@ from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass
 from typing import Any
 
-from asyncckpt import forks
+from asyncckpt import forks, interrupts
 from asyncckpt.errors import CheckpointerClosed
+from asyncckpt.notifier import Notifier
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.job import StagingJob
 
 log = logging.getLogger("asyncckpt")
+
+#: Whoever awaits a save looks so often whether its time is over.
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +46,25 @@ class SaveReport:
 @dataclass(frozen=True, slots=True)
 class Overdue:
     """Says when a save is given up because its committer hangs in the kernel and reports nothing. ``at_seconds``: by
-    ``time.perf_counter``. ``error``: what the save then fails with."""
+    ``time.perf_counter``. ``error``: what the save then fails with. ``unknown``: the same where the save hangs while it
+    is made visible, which may still happen; that may take ``grace_seconds``."""
 
     scope: SaveScope
     at_seconds: float
+    grace_seconds: float
     error: BaseException
+    unknown: BaseException
+
+    def give_up(self) -> BaseException | None:
+        """Give the save up if its time has come, and return the error that it ends with; None before that. Never
+        blocks."""
+        now = time.perf_counter()
+        if now <= self.at_seconds:
+            return None
+        if self.scope.give_up(self.error):
+            return self.error
+        since = self.scope.publishing_since_seconds
+        return self.unknown if since is not None and now > since + self.grace_seconds else None
 
 
 class PendingSave:
@@ -56,8 +75,18 @@ class PendingSave:
 
     step: int
 
-    def __init__(self, step: int, job: StagingJob | None = None, overdue: Overdue | None = None) -> None:
+    def __init__(
+        self,
+        step: int,
+        notifier: Notifier | None = None,
+        job: StagingJob | None = None,
+        overdue: Overdue | None = None,
+    ) -> None:
         self.step = step
+        self._notifier = notifier or Notifier()
+        self._lock = threading.Lock()
+        #: What ``add_done_callback`` was given; None once it was posted.
+        self._callbacks: list[Callable[[PendingSave], object]] | None = []
         self._future: Future[SaveReport] = Future()
         self._future.set_running_or_notify_cancel()
         self._job = job
@@ -70,6 +99,8 @@ class PendingSave:
 
     def disarm(self) -> None:
         self._future = Future()
+        self._lock = threading.Lock()
+        self._callbacks = None
         self._job = None
         if isinstance(self._outcome, SaveReport):
             self._future.set_result(self._outcome)
@@ -83,7 +114,10 @@ class PendingSave:
     def staged(self, timeout: float | None = None) -> bool:
         """Block until training may change anything: the snapshot is copied (CUDA: the copies are enqueued), or the
         save failed. Returns False where ``timeout`` seconds passed first. Does not raise what made the save fail."""
-        return self._job is None or self._job.wait(timeout)
+        if self._job is None:
+            return True
+        with interrupts.deferred():
+            return interrupts.wait_for(self._job.wait, timeout)
 
     def result(self, timeout: float | None = None) -> SaveReport:
         """Block until the checkpoint is durable, and return its report.
@@ -115,50 +149,67 @@ class PendingSave:
         return self._future.done() and self._future.exception() is not None
 
     def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
-        """Call ``callback(self)`` once the save is durable or failed: on the thread where that happens, which must not
-        be held up, or at once on this one if it has happened. What ``callback`` raises is logged."""
-        caller = threading.get_ident()
+        """Call ``callback(self)`` once the save is durable or failed: on a thread that the callbacks and subscribers of
+        a checkpointer share, after the save was taken off its list, so ``callback`` may block and may call anything; or
+        at once on this thread if that has happened. What ``callback`` raises is logged. ``close`` waits for it."""
+        with self._lock:
+            if self._callbacks is not None:
+                self._callbacks.append(callback)
+                return
+        try:
+            callback(self)
+        except Exception:
+            log.exception("step %d: a callback raised", self.step)
 
-        def call(_: Future[SaveReport]) -> None:
-            try:
-                callback(self)
-            except BaseException as error:
-                if threading.get_ident() == caller and not isinstance(error, Exception):  # Ctrl-C, while it is added
-                    raise
-                # on the committer's thread, this would keep the outcome from whoever else waits for it
-                log.exception("step %d: a callback raised", self.step)
-
-        self._future.add_done_callback(call)
-        caller = 0
+    def announce(self) -> None:
+        """Called by the committer: have the callbacks called, as the save is on no list any more. Idempotent; does not
+        block."""
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks or [], None
+        for callback in callbacks:
+            what = f"step {self.step}: a callback"
+            self._notifier.post(what, functools.partial(callback, self))
 
     def __await__(self) -> Generator[Any, None, SaveReport]:
         try:
-            report = yield from asyncio.wrap_future(self._future).__await__()
+            report = yield from self._awaited().__await__()
         except BaseException as error:  # the save's own, or whatever ends the waiting: a time limit, a cancelled task
             self._observed = self._observed or error is self.failure()
             raise
         self._observed = True
         return report
 
+    async def _awaited(self) -> SaveReport:
+        """Wait as ``result`` does, on an event loop."""
+        wrapped = asyncio.wrap_future(self._future)
+        while not wrapped.done():
+            await asyncio.wait([wrapped], timeout=_LOOK_SECONDS)
+            self._expire()
+        return wrapped.result()
+
     def _deliver(self, timeout: float | None) -> None:
         """Wait until the save is done, and mark its outcome as seen: the caller hands it out. Raises
         ``TimeoutError``."""
-        if not self._wait(timeout):
+        with interrupts.deferred():
+            done = self._wait(timeout)
+        if not done:
             raise TimeoutError(f"step {self.step}: not done after {timeout} s; the save goes on")
         self._observed = True
 
     def _wait(self, timeout: float | None) -> bool:
         """Whether the save is done within ``timeout`` seconds. Gives it up where the committer hangs in the kernel."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._future.done():
-            remaining = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
-            if remaining <= 0:
-                return False
-            wait([self._future], remaining)
-            if self._overdue is not None and time.perf_counter() > self._overdue.at_seconds:
-                self._overdue.scope.fail(self._overdue.error)
-                self.reject(self._overdue.error)
-        return True
+
+        def done(seconds: float) -> bool:
+            wait([self._future], seconds)
+            self._expire()
+            return self._future.done()
+
+        return self._future.done() or interrupts.wait_for(done, timeout)
+
+    def _expire(self) -> None:
+        error = self._overdue.give_up() if self._overdue is not None and not self._future.done() else None
+        if error is not None:
+            self.reject(error)
 
     def __repr__(self) -> str:
         state = "in flight" if not self.done() else "failed" if self.failed() else "durable"
@@ -188,4 +239,5 @@ def failed(step: int, error: BaseException) -> PendingSave:
     """Return the handle of a save that failed before it began."""
     pending = PendingSave(step)
     pending.reject(error)
+    pending.announce()
     return pending

@@ -29,6 +29,7 @@ from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena
 from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store
 from asyncckpt.scope import SaveScope
+from asyncckpt.storage.lease import run_is_gone
 from asyncckpt.write.directory import SaveDirectory
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.progress import progress_of
@@ -174,6 +175,7 @@ class SaveTransaction:
         def before() -> None:
             self.scope.raise_if_failed()
             check_lease()
+            self.scope.begin_publish()
 
         beside = [manifest.whole_file(name, data, self.digest) for name, data in small.items()]
         return publish(
@@ -194,6 +196,8 @@ class SaveTransaction:
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
             return error
         path = self._directory.path
+        if isinstance(error, FileNotFoundError) and self._directory.run_is_gone():
+            return run_is_gone(self._directory.run)
         code = error.errno if isinstance(error, OSError) else None
         if isinstance(error, OSError) and code in (errno.ENOSPC, errno.EDQUOT):
             return NotEnoughSpace(

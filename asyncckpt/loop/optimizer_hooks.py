@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import weakref
@@ -12,6 +13,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from asyncckpt import interrupts
 from asyncckpt.commit.in_flight import InFlightSaves
 from asyncckpt.errors import ChangedWhileCopied, InvalidOption
 from asyncckpt.stage.checks import SnapshotChecks
@@ -134,10 +136,13 @@ class WatchedOptimizers:
         return memory
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.before_change("optimizer.step", optimizer)
+        busy = self._saves.all() or any(checks.awaits_update for checks in self._checks)
+        with interrupts.deferred() if busy else contextlib.nullcontext():
+            self.before_change("optimizer.step", optimizer)
 
     def _before_load(self, _optimizer: torch.optim.Optimizer) -> None:
-        self.before_change("guard")
+        with interrupts.deferred():
+            self.before_change("guard")
 
     def __bool__(self) -> bool:
         return bool(self._alive())

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from asyncckpt import forks
+from asyncckpt import forks, interrupts
 from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughMemory
 from asyncckpt.memory.available import available_memory_bytes
 from asyncckpt.memory.buffers import _in_huge_pages, padded
@@ -27,6 +27,8 @@ from asyncckpt.types import ALIGNMENT_BYTES
 log = logging.getLogger("asyncckpt")
 
 _FAULT_IN_BYTES = 16 << 20
+#: After so many bytes that were faulted in, the memory that is free is looked at again.
+_LOOK_BYTES = 64 << 20
 _MADV_POPULATE_WRITE = 23  # needs Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -65,14 +67,6 @@ class StagingBuffer:
     tensor: torch.Tensor
     split: bool = False
     copies: tuple[QueuedCopy, ...] = ()
-
-
-def default_budget(extent_bytes: Sequence[int]) -> int:
-    """Return the budget, in bytes, for a state whose extents have these sizes: all of them, but at most a quarter of
-    the memory that is free now, and at least four times the largest, so that one extent is staged while others are
-    written."""
-    needed = sum(padded(nbytes) for nbytes in extent_bytes)
-    return min(needed, max(available_memory_bytes() // 4, 4 * max(extent_bytes, default=0)))
 
 
 class _Memory(mmap.mmap):
@@ -161,10 +155,10 @@ class Arena:
             self._faulting += 1
             self._cold_bytes += region.nbytes
         try:
-            prepared = (number, region, pin)
+            prepared = (number, region, pin, max(least, ALIGNMENT_BYTES))
             threading.Thread(target=self._prepare, args=prepared, name="asyncckpt-arena", daemon=True).start()
         except RuntimeError:  # the system gives no more threads
-            self._prepare(number, region, pin)
+            self._prepare(*prepared)
 
     def _allocate(self, wanted: int, least: int) -> _Region | None:
         """Return as much of ``wanted`` bytes as the system gives, at least ``least``. Returns None where it gives
@@ -197,7 +191,14 @@ class Arena:
         Raises ``ArenaBusy`` once ``time.monotonic()`` passes ``deadline``, ``cancelled()`` is true (see ``wake``) or
         the arena is closed, and ``InvalidOption`` where no region can ever hold the slot.
         """
-        need = padded(nbytes)
+        while (slot := self._acquire(padded(nbytes), deadline, cancelled, if_short)) is None:
+            interrupts.deliver()
+        return slot
+
+    def _acquire(
+        self, need: int, deadline: float | None, cancelled: Callable[[], bool], if_short: Callable[[], None]
+    ) -> StagingBuffer | None:
+        """Do what ``acquire`` says; returns None early where a signal is to be acted on."""
         with self._changed:
             if need > self._largest_bytes() and not self._closed:
                 raise InvalidOption(
@@ -214,9 +215,9 @@ class Arena:
                     remaining = None if deadline is None else deadline - time.monotonic()
                     if self._closed or cancelled() or (remaining is not None and remaining <= 0):
                         raise ArenaBusy(f"no {need} bytes of the {self.budget_bytes} byte arena came free in time")
-                    self._changed.wait(remaining)
+                    self._changed.wait(interrupts.slice_of(remaining))
                     slot = self._take(need)
-                    if slot is not None:
+                    if slot is not None or interrupts.pending():
                         return slot
             finally:
                 self.waiting -= 1
@@ -293,22 +294,45 @@ class Arena:
     def _largest_bytes(self) -> int:
         return max((region.nbytes for region in self._regions.values()), default=0)
 
-    def _prepare(self, number: int, region: _Region, pin: bool) -> None:
+    def _prepare(self, number: int, region: _Region, pin: bool, least: int) -> None:
         try:
-            if pin:
+            if pin:  # all of it is faulted in at once
+                self._shorten(region, 0, least)
                 region.pin()
-            for offset in range(0, region.nbytes, _FAULT_IN_BYTES):
-                if self._closed:
-                    return
+            offset = 0
+            while offset < region.nbytes and not self._closed:
+                if not pin and offset % _LOOK_BYTES == 0:
+                    self._shorten(region, offset, least)
                 size = min(_FAULT_IN_BYTES, region.nbytes - offset)
+                if size <= 0:
+                    return
                 region.fault_in(offset, size)
                 with self._changed:
                     self._cold_bytes -= size
                 self._put(number, offset, size)
+                offset += size
         finally:
             with self._changed:
                 self._faulting -= 1
                 self._changed.notify_all()
+
+    def _shorten(self, region: _Region, offset: int, least: int) -> None:
+        """Do without the rest of a region, from ``offset`` on, as far as it would take more than half of the memory
+        that is free now: since the budget was made, others may have taken theirs. ``least`` bytes stay in any case."""
+        affordable = available_memory_bytes() // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        nbytes = max(offset + affordable, least, offset)
+        if nbytes >= region.nbytes:
+            return
+        log.warning(
+            "memory is short: %d bytes of staging memory instead of %d; saves take longer",
+            self.budget_bytes - (region.nbytes - nbytes),
+            self.budget_bytes,
+        )
+        with self._changed:
+            self.budget_bytes -= region.nbytes - nbytes
+            self._cold_bytes -= region.nbytes - nbytes
+            region.nbytes = nbytes  # the rest stays mapped, and is never touched
+            self._changed.notify_all()
 
     def _put(self, region: int, offset: int, nbytes: int, copies: tuple[QueuedCopy, ...] = ()) -> None:
         with self._changed:

@@ -93,7 +93,7 @@ class Follower:
         read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
         directory.sync_directory()
-        save.scope.raise_if_failed()
+        save.scope.begin_publish()  # from the report on, rank 0 may publish
         rank_save = self._rank_save
         beside = [manifest.whole_file(name, data, save.digest) for name, data in small.items()]
         files = [*save.shards.records(), *beside]

@@ -22,6 +22,7 @@ from asyncckpt.ranks.collective_save import RankSave
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.restore.restore import Stages
+from asyncckpt.storage.lease import boot_id
 
 #: On a network file system, a file that another host has just written may stay invisible for so long.
 _VISIBLE_SECONDS: Final = 30.0
@@ -54,6 +55,8 @@ class Coordinator:
         self.planner = planner
         self._session = ""
         self._number = -1
+        #: How many ranks run on this host, this one included; known once the run is open.
+        self.ranks_here = 1
         self.announcements = Announcements(ranks)
 
     @property
@@ -75,7 +78,9 @@ class Coordinator:
                 body = {"session": uuid.uuid4().hex, "owner": owner, "known": known}
             except BaseException as error:
                 body, own = {"error": error_to_json(error)}, error
-        answer = self.ranks.agree("open", body)[0]
+        bodies = self.ranks.agree("open", body | {"host": boot_id()})
+        answer = bodies[0]
+        self.ranks_here = sum(one["host"] == boot_id() for one in bodies)
         if own is not None:
             raise own
         if "error" in answer:
@@ -90,6 +95,7 @@ class Coordinator:
         its process. Never raises."""
         with contextlib.suppress(RuntimeError, AsyncCkptError):
             if self.leads:
+                self.ranks.post("closed/0", True)
                 self.ranks.gather("closed", _FAREWELL_SECONDS, "close")
             else:
                 self.ranks.post(f"closed/{self.ranks.rank}", True)

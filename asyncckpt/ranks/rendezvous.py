@@ -13,7 +13,9 @@ import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, Protocol, TypeVar
 
+from asyncckpt import interrupts
 from asyncckpt.errors import RankLost
+from asyncckpt.ranks.lateness import LateNotice
 
 _PAUSE_SECONDS: Final = 0.002
 _LONGEST_PAUSE_SECONDS: Final = 0.1
@@ -52,7 +54,9 @@ def _follow(messages: Messages, rank: int, timeout_seconds: float) -> str:
         found = json.loads(messages.get("all"))
         return found if found["nonces"].get(str(rank)) == nonce else None
 
-    answer = _until(listed, timeout_seconds + _GRACE_SECONDS)
+    notice = LateNotice("begin", timeout_seconds)
+    who = "rank 0, or another rank,"
+    answer = _until(listed, timeout_seconds + _GRACE_SECONDS, lambda waited: notice.look(waited, who))
     if answer is None:
         raise RankLost(f"rank 0 did not begin within {timeout_seconds:.0f} s. Every rank has to make the same calls")
     if "lost" in answer:
@@ -87,11 +91,11 @@ def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
                 missing.add(rank)
         return None if missing else True
 
-    if _until(all_met, timeout_seconds) is None:
-        who = ", ".join(f"rank {rank}" for rank in sorted(missing)[:16])
+    notice = LateNotice("begin", timeout_seconds)
+    if _until(all_met, timeout_seconds, lambda waited: notice.look(waited, _ranks(missing))) is None:
         lost = (
-            f"{who} did not begin within {timeout_seconds:.0f} s. Every rank has to make the same calls; one that died "
-            f"or hangs has to be restarted with the job"
+            f"{_ranks(missing)} did not begin within {timeout_seconds:.0f} s. Every rank has to make the same calls; "
+            f"one that died or hangs has to be restarted with the job"
         )
         here = {rank for rank in others if messages.check([f"here/{rank}"])}
         known = {str(rank): messages.get(f"here/{rank}").decode() for rank in here}
@@ -111,10 +115,18 @@ def _missing(messages: Messages, kind: str, ranks: Collection[int]) -> set[int]:
     return {rank for rank in ranks if not messages.check([f"{kind}/{rank}"])}
 
 
-def _until(there: Callable[[], _Found | None], timeout_seconds: float) -> _Found | None:
-    deadline = time.monotonic() + timeout_seconds
+def _ranks(missing: Collection[int]) -> str:
+    return ", ".join(f"rank {rank}" for rank in sorted(missing)[:16])
+
+
+def _until(there: Callable[[], _Found | None], timeout_seconds: float, look: Callable[[float], None]) -> _Found | None:
+    """Ask ``there`` until it returns something, and ``look`` meanwhile with the seconds waited so far."""
+    began = time.monotonic()
+    deadline = began + timeout_seconds
     pause = _PAUSE_SECONDS
     while (found := there()) is None and time.monotonic() < deadline:
         time.sleep(pause)
+        interrupts.deliver()
+        look(time.monotonic() - began)
         pause = min(_LONGEST_PAUSE_SECONDS, 1.3 * pause)
     return found

@@ -21,8 +21,9 @@ from typing import Any, Final
 import torch
 import zstandard
 
-from asyncckpt import errors, forks
+from asyncckpt import errors, forks, interrupts
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
+from asyncckpt.ranks.lateness import LateNotice
 from asyncckpt.ranks.rendezvous import rendezvous
 from asyncckpt.state.dtensor import job_size
 
@@ -37,6 +38,10 @@ _LOOKS_A_SECOND: Final = 10_000
 _A_WHILE_SECONDS: Final = 0.4
 #: A report is a list of digests: this is ten million of them.
 _MAX_MESSAGE_BYTES: Final = 1 << 30
+
+_SAME_CALLS: Final = "Every rank has to make the same calls"
+#: Under this key, and its number, a rank that has closed its checkpointer says so.
+_CLOSED: Final = "closed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +118,7 @@ class RankStore:
         message it is, after the timeout or where the store is gone (with the process that ran it), and ``PlanChanged``
         once there is a message under ``cancel_key`` and still none under ``key``."""
         store = self._connection()
+        notice = LateNotice("answer", timeout_seconds)
         began = time.monotonic()
         while not _checked(store, [key], peer):
             if cancel_key is not None and _checked(store, [cancel_key], peer):
@@ -122,6 +128,9 @@ class RankStore:
             waited = time.monotonic() - began
             if waited >= timeout_seconds:
                 raise RankLost(f"{peer} did not answer within {timeout_seconds:.0f} s: it died, hangs, or was stopped")
+            if waited >= _A_WHILE_SECONDS and store.check([_closed(0)]) and not store.check([key]):
+                raise RankLost(f"{peer} has closed its Checkpointer, and answers no more. {_SAME_CALLS}")
+            notice.look(waited, peer)
             self._pause(waited)
         return _unpacked(store.get(key))
 
@@ -143,6 +152,7 @@ class RankStore:
         store = self._connection()
         found: list[Any] = [None] * self.size
         missing = set(range(1, self.size))
+        notice = LateNotice(operation, timeout_seconds)
         began = time.monotonic()
         while missing:
             waited = time.monotonic() - began
@@ -161,9 +171,14 @@ class RankStore:
                 break
             if waited >= timeout_seconds:
                 raise RankLost(
-                    f"{_names(missing)} did not {operation} within {timeout_seconds:.0f} s. Every rank has to make the "
-                    f"same calls; one that died or hangs has to be restarted with the job"
+                    f"{_names(missing)} did not {operation} within {timeout_seconds:.0f} s. {_SAME_CALLS}; one that "
+                    f"died or hangs has to be restarted with the job"
                 )
+            if late and key != _CLOSED:
+                left = {rank for rank in missing if store.check([_closed(rank)]) and not store.check([f"{key}/{rank}"])}
+                if left:
+                    raise RankLost(f"{_names(left)} closed its Checkpointer, and will not {operation}. {_SAME_CALLS}")
+            notice.look(waited, _names(missing))
             self._pause(waited)
         return found
 
@@ -171,6 +186,7 @@ class RankStore:
         """Sleep between two looks at the store: the longer, the longer the rank has waited."""
         shortest = max(_SHORTEST_PAUSE_SECONDS, self.size / _LOOKS_A_SECOND)
         time.sleep(min(_LONGEST_PAUSE_SECONDS, max(shortest, _LATENESS * waited_seconds)))
+        interrupts.deliver()
 
     def forget(self, *keys: str) -> None:
         """Take messages out of the store. Never raises."""
@@ -256,7 +272,7 @@ class _Connection:
         future: Future[Any] = Future()
         if not self._lost:
             self._calls.put((name, args, future))
-            wait([future], self._timeout_seconds)
+            interrupts.wait_for(lambda seconds: bool(wait([future], seconds)[0]), self._timeout_seconds)
         if not future.done():
             self._lost = True
             raise RankLost(
@@ -280,6 +296,10 @@ def _serve(store: Any, calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Futu
         except BaseException as error:
             future.set_exception(error)
         del call, args, future
+
+
+def _closed(rank: int) -> str:
+    return f"{_CLOSED}/{rank}"
 
 
 def _checked(store: _Connection, keys: Sequence[str], peer: str) -> bool:

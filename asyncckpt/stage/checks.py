@@ -182,6 +182,11 @@ class SnapshotChecks:
         """Whether something deferred may still have changed before it was copied, as far as is known."""
         return bool(self._open)
 
+    @property
+    def awaits_update(self) -> bool:
+        """Whether ``update_begins`` has something to look at. Takes no lock."""
+        return bool(self._untouched) or self._trial.awaits_update
+
     def waits_for_device(self) -> bool:
         """Take in what a device has found out by now; return whether there is more to come. For the training thread,
         not while a CUDA graph is captured."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from asyncckpt import interrupts
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged, Stalled
 from asyncckpt.memory.arena import Arena, QueuedCopy, StagingBuffer
@@ -33,6 +34,8 @@ log = logging.getLogger("asyncckpt")
 
 #: On these devices, splitting chunks into planes before the copy costs next to nothing.
 _DEVICES = {"cuda"}
+#: A copy that has begun is milliseconds from its end; one that hangs even for this long must not hold training.
+_COPY_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +149,7 @@ class StagingJob:
                 work = queue.popleft()
                 self._working.append(work)
             try:
+                interrupts.deliver()  # a large state takes seconds: whoever wants to leave need not wait for all of it
                 self._stage(work, deadline, digest)
             except ArenaBusy as error:
                 self.cancel(self._too_slow(error))
@@ -180,17 +184,22 @@ class StagingJob:
         try:
             if not self._wait_for(pieces, remaining):
                 self.cancel(self._too_slow(None))
-                self._wait_for(pieces, None)  # a copy that has begun is milliseconds from its end
+                self._wait_for(pieces, _COPY_SECONDS)
         except BaseException as error:  # nobody knows what is changed now, while a thread of ours copies
             self.cancel(self._interrupted(error))
             raise
         self._hold_training_back()
 
     def _wait_for(self, pieces: Collection[int] | None, timeout: float | None) -> bool:
+        """Block until every copy of ``pieces`` is done (None: of all); False when ``timeout`` seconds passed first."""
         if pieces is None:
-            return self._done.wait(timeout)
-        with self._worked:
-            return self._worked.wait_for(lambda: not any(work.holds(pieces) for work in self._working), timeout)
+            return interrupts.wait_for(self._done.wait, timeout)
+
+        def copied(seconds: float) -> bool:
+            with self._worked:
+                return self._worked.wait_for(lambda: not any(work.holds(pieces) for work in self._working), seconds)
+
+        return interrupts.wait_for(copied, timeout)
 
     def wait(self, timeout: float | None) -> bool:
         """Block until every copy is done (CUDA: has run, if deferred), without helping; False when ``timeout`` seconds

@@ -70,6 +70,11 @@ class Trial:
                     self._staged[segment.piece][segment.source_offset] = digest
                 self._judge([segment.piece])
 
+    @property
+    def awaits_update(self) -> bool:
+        """Whether there are tensors whose update has not begun yet. Takes no lock."""
+        return bool(self._live)
+
     def update_begins(self, indexes: Collection[int] | None) -> None:
         """Look at the tensors with these indexes, None for all, as their update is about to begin; each is looked at
         once. For the training thread."""

@@ -182,8 +182,11 @@ class Lease:
 
     def check(self) -> None:
         """Raise ``LeaseLost`` where another run has taken the directory over, and ``OSError`` where that cannot be
-        told (no descriptor left, a disk that fails). Called right before a publish."""
+        told (no descriptor left, a disk that fails); ``RunPathError`` where the directory was deleted. Called right
+        before a publish."""
         holder = _read_record(self.directory)
+        if holder is None and not os.path.lexists(os.path.join(self.directory, LOCK_FILE)):
+            raise run_is_gone(self.directory)
         try:
             same_lock = os.stat(os.path.join(self.directory, LOCK_FILE)).st_ino == self._inode
         except FileNotFoundError:
@@ -210,13 +213,13 @@ class Lease:
             log.warning("%s: the storage hangs; the lease is given back when it goes on", self.directory)
 
     def _give_back(self) -> None:
-        with contextlib.suppress(OSError, LeaseLost):
+        with contextlib.suppress(OSError):
             self.check()
             self._write(released=True)
         self._finalizer()
 
     def _renew(self) -> None:
-        with contextlib.suppress(OSError, LeaseLost):
+        with contextlib.suppress(OSError):
             self.check()
             self._write(released=False)
 
@@ -264,6 +267,15 @@ def locked(directory: str, holder: Holder | None) -> RunLocked:
     return RunLocked(
         f"{directory} is in use by another live run ({holder or 'holder unknown'}). Stop that process, or use another "
         f"directory; if it can no longer be reached, take over with Checkpointer(..., run=RunOptions(takeover=True))"
+    )
+
+
+def run_is_gone(directory: str) -> RunPathError:
+    """Return the error for a run whose directory, or whose lease in it, somebody has deleted while it was in use."""
+    gone = "is gone" if not os.path.isdir(directory) else "has lost its lease files"
+    return RunPathError(
+        f"{directory} {gone}: somebody deleted, moved or emptied it under this run; nobody has taken it over. What was "
+        f"in flight is not saved. Put it back, or make a new Checkpointer, which begins again with an empty directory"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store
@@ -46,6 +47,17 @@ class SaveDirectory:
     def path(self) -> str:
         """The directory's path; before it is made, that of the run."""
         return self._made.path if self._made is not None else self._store.address
+
+    @property
+    def run(self) -> str:
+        """The run's address."""
+        return self._store.address
+
+    def run_is_gone(self) -> bool:
+        """Whether the run's own record of who holds it is not there any more. Blocks on the disk."""
+        with contextlib.suppress(OSError):
+            return self._store.holder() is None
+        return False
 
     def open(self) -> PendingDirectory:
         """Return the directory, and make it the first time. Blocks on the disk. Raises ``NotEnoughSpace``, and what

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.committing import STATE, checkpointer
 
-from asyncckpt import PendingSave, SaveFailed
+from asyncckpt import Checkpointer, PendingSave, SaveFailed
 from asyncckpt.storage.posix import PosixOps
 
 
@@ -116,10 +116,15 @@ def test_an_error_that_was_awaited_is_not_raised_again(tmp_path: Path) -> None:
     run.close()
 
 
+def everybody_is_told(run: Checkpointer) -> None:
+    assert run._in_flight.wait_below(1, 10)
+    assert run._in_flight.wait_told(10)
+    assert run.events.notifier.drain(10)
+
+
 def test_a_callback_that_ends_its_thread_keeps_no_outcome_from_others(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The committer's thread, that is: the error was neither raised by a later call nor heard of by who awaited it."""
     run = checkpointer(tmp_path, ops := Refused())
     pending = run.save(2, STATE)
     heard: list[PendingSave] = []
@@ -137,6 +142,7 @@ def test_a_callback_that_ends_its_thread_keeps_no_outcome_from_others(
             await asyncio.wait_for(task, 30)
 
     asyncio.run(all_of_it())
+    everybody_is_told(run)
     assert heard == [pending]
     assert "step 2: a callback raised" in caplog.text
     with pytest.raises(SystemExit):  # on the thread of whoever adds it, at once: its own affair
@@ -144,6 +150,7 @@ def test_a_callback_that_ends_its_thread_keeps_no_outcome_from_others(
     again = run.save(3, STATE)
     again.add_done_callback(leaves)
     outcome(again)
+    everybody_is_told(run)
     with pytest.raises(SaveFailed, match="step 3"):
         run.wait()
     run.close()

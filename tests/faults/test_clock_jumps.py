@@ -130,13 +130,12 @@ def test_minutes_between_saves_are_not_those_of_the_wall_clock(
 @pytest.fixture
 def gated(tmp_path: Path) -> Iterator[tuple[Checkpointer, GatedOps]]:
     """A run whose second save is in flight until its gate opens."""
-    run = Checkpointer(tmp_path / "run", writer=WriterOptions(reuse_unchanged=False))
-    run.save(1, state_of(1)).result()
-    run.wait()
-    ops = run._store.ops = GatedOps()
-    yield run, ops
-    ops.gate.set()
-    run.close()
+    with Checkpointer(tmp_path / "run", writer=WriterOptions(reuse_unchanged=False)) as run:
+        run.save(1, state_of(1)).result()
+        run.wait()
+        ops = run._store.ops = GatedOps()
+        yield run, ops
+        ops.gate.set()
 
 
 @pytest.mark.parametrize("seconds", [YEARS, -YEARS, DAY, -DAY])

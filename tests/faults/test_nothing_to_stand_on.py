@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import gc
+import multiprocessing
 import os
 import resource
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.scenarios import SCENARIOS, check_visible, fork, generation_in, state_of
+from support.scenarios import SCENARIOS, check_visible, generation_in, state_of
 
 from asyncckpt import AsyncCkptError, Checkpointer, NotEnoughMemory, Run
 from asyncckpt.memory import arena
@@ -88,29 +89,29 @@ def _left(run: Checkpointer) -> None:
         run.close()
 
 
-def test_a_state_for_which_there_is_little_memory_is_staged_in_parts(tmp_path: Path) -> None:
-    def child(_pipe: int) -> None:
-        signal.alarm(60)  # it ends, whatever happens
-        # an arena of malloc's for each thread reserves 64 MiB of addresses: how many there are is not to decide
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-        run = SCENARIOS["safetensors"].checkpointer(tmp_path / "run", keep=(), staging_bytes=None)
-        run.save(1, state_of(1)).result()
-        gc.collect()  # what other tests left and is freed only now would be room
-        before = resource.getrlimit(resource.RLIMIT_AS)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        large = {**state_of(2), "large": torch.zeros(80 << 20)}
-        # a thread takes 8 MiB of stack; without even that, Python's own Thread.start waits for ever.
-        # In all it is less than the tensor takes, so that no machine's slack lets the whole of it be staged.
-        room = large["large"].nbytes * 3 // 4
-        resource.setrlimit(resource.RLIMIT_AS, (used + room, before[1]))
-        run.save(2, large).result(60)
-        assert run._arena.budget_bytes < large["large"].nbytes, "the limit was never felt"
-        resource.setrlimit(resource.RLIMIT_AS, before)
-        run.close()
+def _save_with_little_memory(root: Path) -> None:
+    signal.alarm(60)  # it ends, whatever happens
+    # an arena of malloc's for each thread reserves 64 MiB of addresses: how many there are is not to decide
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    run = SCENARIOS["safetensors"].checkpointer(root, keep=(), staging_bytes=None)
+    run.save(1, state_of(1)).result()
+    large = {**state_of(2), "large": torch.zeros(40 << 20)}
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    # a thread takes 8 MiB of stack; without even that, Python's own Thread.start waits for ever
+    resource.setrlimit(resource.RLIMIT_AS, (used + large["large"].nbytes // 2, before[1]))
+    run.save(2, large).result(60)
+    assert run._arena.budget_bytes < large["large"].nbytes, "the limit was never felt"
+    resource.setrlimit(resource.RLIMIT_AS, before)
+    run.close()
 
-    pid, pipe = fork(child)
-    os.close(pipe)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+def test_a_state_for_which_there_is_little_memory_is_staged_in_parts(tmp_path: Path) -> None:
+    # a process of its own: in a fork of this one, what other tests left and is freed only then would be room
+    child = multiprocessing.get_context("spawn").Process(target=_save_with_little_memory, args=(tmp_path / "run",))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
     assert Run(tmp_path / "run").verify(2) == []
 
 

@@ -121,13 +121,14 @@ def test_what_gives_way_under_another_name_goes_once_the_new_one_is_durable(made
 
 
 def test_a_run_in_a_bucket_has_one_writer_at_a_time(made: Callable[..., Checkpointer]) -> None:
-    first, state = made(), _trained()
-    first.save(1, state).result(30)
-    with pytest.raises(RunLocked):
-        made().save(2, state)
-    with made(run={"takeover": True}) as second:
-        second.save(2, state).result(30)
-        assert first.save(3, state).exception(30) is not None, "published after it was cut off"
+    state = _trained()
+    with made() as first:
+        first.save(1, state).result(30)
+        with pytest.raises(RunLocked):
+            made().save(2, state)
+        with made(run={"takeover": True}) as second:
+            second.save(2, state).result(30)
+            assert first.save(3, state).exception(30) is not None, "published after it was cut off"
         assert [entry.step for entry in second.ls()] == [1, 2]
 
 
