@@ -24,6 +24,7 @@
     ├── CheckpointDamaged     (ValueError)         bytes, sizes or structure are not what was saved
     │   ├── ManifestInvalid                        the manifest itself is damaged, hostile or malformed
     │   ├── DigestMismatch                         it is not the checkpoint the caller expects
+    │   ├── NewestDamaged                          the newest one is, and no older one was asked for
     │   └── NoUsableCheckpoint                     checkpoints exist and none of them verifies
     ├── VersionUnsupported    (ValueError)         written by a newer format version
     ├── StateMismatch         (KeyError)           names, shapes or dtypes differ from the live state
@@ -171,6 +172,13 @@ class ManifestInvalid(CheckpointDamaged):
 class DigestMismatch(CheckpointDamaged):
     """The manifest is not the one whose digest the caller gave (``expect_digest``). The checkpoint may still be
     undamaged."""
+
+
+class NewestDamaged(CheckpointDamaged):
+    """The newest checkpoint is damaged, and the caller named no other: an older one is never read in its place. The
+    message says what is wrong with it. ``usable_step``: the step of the newest checkpoint that looks whole, or None."""
+
+    usable_step: int | None = None
 
 
 class NoUsableCheckpoint(CheckpointDamaged):

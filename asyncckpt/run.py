@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of
 from asyncckpt.catalog.misplaced import is_checkpoint
+from asyncckpt.catalog.newest import refusal, tell_of_missing
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, DigestMismatch, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
-from asyncckpt.read.verify import Progress, verify
+from asyncckpt.read.verify import Progress, required_components, verify
 from asyncckpt.storage import open_store
 from asyncckpt.types import MANIFEST_FILE
 
@@ -76,25 +77,52 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).listing(prefer)
 
+    def newest(self) -> CheckpointInfo:
+        """Return the row of the newest checkpoint, damaged or not (``.damage`` says why): the full one that was saved
+        last, or, in a run that has no full one, the last weights-only one. ``verify``, ``load_tensors`` and ``open``
+        mean this one where they are given no step, and so do the command's verbs by ``latest``. Copies and renamed
+        checkpoints never are. Raises ``CheckpointNotFound``."""
+        with storage_errors(self.path):
+            return Catalog(self._store, self.path).newest()
+
+    def tell_of_missing(self, newest: CheckpointInfo) -> None:
+        """Log where the run has saved a later checkpoint than this one, and it is not there any more: retention deletes
+        no newest one, so somebody else has taken it away."""
+        with storage_errors(self.path):
+            tell_of_missing(self._store, self.path, newest)
+
     def verify(
-        self, step: int | None = None, *, progress: Progress | None = None, expect_digest: str | None = None
+        self,
+        step: int | None = None,
+        *,
+        progress: Progress | None = None,
+        expect_digest: str | None = None,
+        require: str | Sequence[str] = (),
     ) -> list[Damage]:
-        """Read every byte of a checkpoint (default: the newest) past the page cache, and return what is damaged: an
-        empty list means that it is good. Blocks for the whole read.
+        """Read every byte of a checkpoint (default: the newest, see ``newest``) past the page cache, and return what is
+        damaged: an empty list means that it is good. Blocks for the whole read.
 
         ``progress(done_bytes, total_bytes)`` is called on reader threads. ``expect_digest``: see ``restore``; a
-        manifest of another digest is damage. Raises ``CheckpointNotFound``, ``VersionUnsupported``, ``MissingExtra``
-        and ``MemoryError``."""
+        manifest of another digest is damage. ``require``: names of components, such as ``("model", "optimizer")``; each
+        that the checkpoint lacks is among the damage. Raises ``CheckpointNotFound``, ``VersionUnsupported``,
+        ``MissingExtra``, ``InvalidOption`` and ``MemoryError``."""
+        required = required_components(require)
         with storage_errors(self.path):
             entry, reader = self._open_to_verify(step)
-            return _verified(entry, reader, progress, expect_digest)
+            return _verified(entry, reader, progress, expect_digest, required)
 
     def verify_entry(
-        self, entry: CheckpointInfo, *, progress: Progress | None = None, expect_digest: str | None = None
+        self,
+        entry: CheckpointInfo,
+        *,
+        progress: Progress | None = None,
+        expect_digest: str | None = None,
+        require: str | Sequence[str] = (),
     ) -> list[Damage]:
         """Verify the checkpoint of one row of ``ls``: a step can have a full and a weights-only one. See ``verify``."""
+        required = required_components(require)
         with storage_errors(self.path):
-            return _verified(entry, self._store.open(entry.name), progress, expect_digest)
+            return _verified(entry, self._store.open(entry.name), progress, expect_digest, required)
 
     def restore(
         self,
@@ -147,12 +175,14 @@ class Run:
         dtype: torch.dtype | None = None,
         expect_digest: str | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Read tensors of a checkpoint (default: the newest) into new memory, verified. Blocks for the whole read.
+        """Read tensors of a checkpoint (default: the newest, see ``newest``) into new memory, verified. Blocks for the
+        whole read.
 
         Returns ``{"model.wte.weight": tensor, …}``, each of its stored shape. ``names``: qualified names, prefixes of
         them that end before a dot, or components; None takes all. ``device``: the tensors' (default: torch's).
         ``dtype``: the dtype of the floating ones (default: as stored). ``expect_digest``: see ``restore``.
-        Raises ``UnknownName``, ``CheckpointNotFound``, ``CheckpointDamaged``, ``VersionUnsupported``.
+        Raises ``UnknownName``, ``CheckpointNotFound``, ``CheckpointDamaged``, ``VersionUnsupported``, and
+        ``NewestDamaged`` where no step was given: an older checkpoint is never read in place of the newest.
         """
         from asyncckpt.restore.restore import load_tensors
 
@@ -162,16 +192,20 @@ class Run:
                 with opened as checkpoint:
                     try:
                         return load_tensors(checkpoint, names, device=device, dtype=dtype, expect_digest=expect_digest)
-                    except CheckpointDamaged:
+                    except CheckpointDamaged as error:
                         # where the file system has no locks, it may be deleted or replaced while it is read
-                        if not looks_left or not self._is_gone(entry):
-                            raise
+                        if looks_left and self._is_gone(entry):
+                            continue
+                        if step is None and not isinstance(error, DigestMismatch):
+                            raise refusal(self.ls(), entry, error) from error
+                        raise
         raise AssertionError("unreachable")
 
     def open(self, step: int | None = None) -> OpenCheckpoint:
-        """Open a checkpoint (default: the newest of any kind), which retention spares until it is closed. Raises
+        """Open a checkpoint (default: the newest, see ``newest``), which retention spares until it is closed. Raises
         ``CheckpointNotFound``, ``VersionUnsupported``, and ``CheckpointDamaged`` where files are missing or have other
-        sizes than the manifest says, or where it holds another step than its name says."""
+        sizes than the manifest says, or where it holds another step than its name says: ``NewestDamaged`` where no step
+        was given."""
         with storage_errors(self.path):
             return self._open_chosen(step)[1]
 
@@ -192,23 +226,41 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step, pinned=False)
 
+    def annotate(self, step: int, metrics: Mapping[str, Any]) -> CheckpointInfo:
+        """Give a checkpoint metrics that were found after it was saved, such as ``{"val_loss": 0.3}``; return its row.
+
+        They are durable when this returns, lie beside the checkpoint (its files and its digest stay what they are), and
+        count like those that it was saved with: for ``ls``, and for ``KeepBest`` at the writer's next retention, which
+        may be that of another process. Of two of one name the later counts. They belong to this save: a step that is
+        saved again has none of them, and they are deleted with the checkpoint. Of a step's two kinds the full one is
+        meant. Needs no lease; blocks on the disk. In a job, call it on one rank. Raises ``CheckpointNotFound``,
+        ``CheckpointDamaged`` (it cannot be used), ``InvalidOption`` (names or numbers) and ``RunPathError``."""
+        with storage_errors(self.path):
+            return Catalog(self._store, self.path).annotate(step, metrics)
+
     def _open_chosen(self, step: int | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
-        """Find the checkpoint of that step, or the newest of any kind, and hand it over open."""
+        """Find the checkpoint of that step, or the newest, and hand it over open."""
         for looks_left in reversed(range(_LOOKS)):
             with Catalog(self._store, self.path).find_open(step) as listing:
-                entry = _of_its_name(listing.entries[0])
+                entry = listing.entries[0]
                 try:
-                    return entry, listing.open(entry)
+                    return entry, listing.open(_of_its_name(entry))
                 except CheckpointNotFound:  # retention took it meanwhile, because a newer one is there
                     if not looks_left:
                         raise
+                except CheckpointDamaged as error:
+                    if looks_left and self._is_gone(entry):
+                        continue
+                    if step is None:
+                        raise refusal(self.ls(), entry, error) from error
+                    raise
         raise AssertionError("unreachable")
 
     def _open_to_verify(self, step: int | None) -> tuple[CheckpointInfo, Reader]:
         """Find the checkpoint as ``_open_chosen`` does, and open it without looking at anything in it."""
         catalog = Catalog(self._store, self.path)
         for looks_left in reversed(range(_LOOKS)):
-            entry = catalog.newest(None) if step is None else catalog.find(step)
+            entry = catalog.newest() if step is None else catalog.find(step)
             try:
                 return entry, self._store.open(entry.name)
             except CheckpointNotFound:
@@ -329,10 +381,14 @@ def _refuse(listing: Listing, entry: CheckpointInfo) -> None:
 
 
 def _verified(
-    entry: CheckpointInfo, opened: Reader, progress: Progress | None, expect_digest: str | None
+    entry: CheckpointInfo,
+    opened: Reader,
+    progress: Progress | None,
+    expect_digest: str | None,
+    require: Sequence[str],
 ) -> list[Damage]:
     with contextlib.closing(opened) as reader:
-        damage = verify(reader, progress=progress, expect_digest=expect_digest)
+        damage = verify(reader, progress=progress, expect_digest=expect_digest, require=require)
     if entry.damage is not None and not damage:  # such as a name that is not the manifest's
         damage = [Damage(MANIFEST_FILE, 0, 0, entry.damage)]
     return damage

@@ -8,13 +8,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
+from asyncckpt.catalog import newest, remains
+from asyncckpt.catalog.annotations import ANNOTATIONS, Annotation, Annotations, check_names, is_attempt
 from asyncckpt.catalog.lineage import abandoned
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of, of_step
 from asyncckpt.catalog.misplaced import refuse_checkpoint
+from asyncckpt.catalog.names import form_of, step_in
 from asyncckpt.catalog.retention import age
+from asyncckpt.catalog.steps import numbers
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointDamaged,
@@ -31,11 +36,8 @@ from asyncckpt.read.opening import OpenCheckpoint
 log = logging.getLogger("asyncckpt")
 
 PINS = ".pins"
-#: This text file names the newest full checkpoint. It is a hint, never truth.
-LATEST = "latest"
 #: A listing is repeated so often while another process publishes and deletes.
 _LIST_RETRIES = 20
-_STEP_IN_NAME = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 
 
 class Catalog:
@@ -45,6 +47,9 @@ class Catalog:
     def __init__(self, store: Store, path: str) -> None:
         self._store = store
         self.path = path
+        self.annotations = Annotations(store)
+        #: The attempts of which was said that their annotations cannot be read.
+        self._told: set[str] = set()
         self._known: dict[str, CheckpointInfo] = {}
 
     def entries(self, *, fresh: bool = True, listing: Listing | None = None) -> list[CheckpointInfo]:
@@ -60,16 +65,37 @@ class Catalog:
             known.update((name, entry) for name, entry in inspected.items() if entry is not None)
             # one that vanished meanwhile was deleted because something newer is there: that has to be found, too
             vanished = any(entry is None and self._store.identity(name) is None for name, entry in inspected.items())
-            hinted = not known and self._store.identity(LATEST) is not None
+            hinted = not known and self._store.identity(newest.LATEST) is not None
             if not vanished and not hinted:
                 break
-        self._known = known
-        if not known:
+        self._known = known = remains.without_others(self._store, known)
+        rows = [*known.values(), *remains.emptied(self._store, self.path, known, names - set(known))]
+        if not rows:
             refuse_checkpoint(self._store)
-        pins = self.pins()
-        left = abandoned(known.values())
-        found = [replace(e, pinned=e.name in pins, abandoned=e.name in left) for e in known.values()]
-        return _oldest_first(found)
+        left = abandoned(rows)
+        found = _oldest_first([replace(row, abandoned=row.name in left) for row in self._with_marks(rows)])
+        unreadable = {row.name for row in found if not row.attempt and not row.renamed}
+        saved_last = newest.hint(self._store) if unreadable else ""
+        # nobody can tell from its manifest, but where the run noted it, that it was saved last
+        return sorted(found, key=lambda row: row.name in unreadable and row.name == saved_last)
+
+    def _with_marks(self, rows: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
+        """Add what lies beside the checkpoints: which are pinned, and the metrics that they were given later."""
+        pins, annotations = self.pins(), self.annotations.all()
+        found: list[CheckpointInfo] = []
+        for row in rows:
+            given = annotations.get(row.attempt, Annotation())
+            if given.problem is not None and row.attempt not in self._told:
+                self._told.add(row.attempt)
+                log.warning("%s: its annotations cannot be read, so it is kept: %s", row.path, given.problem)
+            marked = replace(row, pinned=row.name in pins, annotation_problem=given.problem)
+            found.append(replace(marked, metrics={**row.metrics, **given.metrics}, annotated=dict(given.metrics)))
+        return found
+
+    def marks(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the pins and the annotations' objects that there are now. While this stays the same, what ``entries``
+        said of them holds."""
+        return frozenset(self.pins()), frozenset(self.annotations.keys().values())
 
     def listing(self, prefer: Preference | None = None) -> Listing:
         """List all checkpoints as ``entries`` does, and keep the one open that is preferred."""
@@ -100,12 +126,11 @@ class Catalog:
         def choice(entry: CheckpointInfo) -> tuple[bool, bool, bool, int]:
             return entry.renamed, entry.damage is not None, entry.kind != "full", -entry.sequence
 
-        near = [self.inspect(name, listing) for name in self._store.names() if _step_in(name) == step]
+        near = [self.inspect(name, listing) for name in self._store.names() if step_in(name) == step]
         here = [entry for entry in near if entry is not None and entry.step == step and kind in (None, entry.kind)]
         good = [entry for entry in here if entry.damage is None and not entry.renamed]
         if good:  # then the manifests of all others, which may be long, need not be read
-            found = min(good, key=choice)
-            return replace(found, pinned=found.name in self.pins())
+            return self._with_marks([min(good, key=choice)])[0]
         entries = self.entries(listing=listing)
         matches = [entry for entry in entries if entry.step == step and kind in (None, entry.kind)]
         if not matches:
@@ -113,14 +138,20 @@ class Catalog:
             raise CheckpointNotFound(f"{self.path}: no checkpoint of step {step}; the newest steps there: {have}")
         return min(matches, key=choice)
 
-    def newest(self, kind: str | None = "full", listing: Listing | None = None) -> CheckpointInfo:
-        """Find the checkpoint of the run's own that was saved last and looks whole. ``listing`` keeps the one open that
-        it prefers. Raises ``CheckpointNotFound``."""
-        own = [entry for entry in self.entries(listing=listing) if not entry.renamed]
-        usable = [entry for entry in own if entry.damage is None and kind in (None, entry.kind)]
-        if not usable:
-            raise CheckpointNotFound(f"{self.path}: no checkpoint here")
-        return usable[-1]
+    def newest(self, kind: str | None = None, listing: Listing | None = None) -> CheckpointInfo:
+        """Find the checkpoint that ``newest.newest`` names, damaged or not. ``listing`` keeps the one open that it
+        prefers. Raises ``CheckpointNotFound``."""
+        entries = self.entries(listing=listing)
+        found = newest.newest(entries, kind)
+        if found is None:
+            others = ", ".join(entry.name for entry in entries[-10:])
+            why = (
+                f" of the kind {kind}" if kind is not None else " of its own: they are copies, or renamed; give a step"
+            )
+            listed = f"{why} (there: {others})" if entries else ""
+            raise CheckpointNotFound(f"{self.path}: no checkpoint here{listed}")
+        newest.tell_of_missing(self._store, self.path, found)
+        return found
 
     def forget(self, name: str) -> None:
         """Read the checkpoint of this name anew next time."""
@@ -180,6 +211,33 @@ class Catalog:
             raise RunPathError(f"{where}: cannot change the pin of {entry.name} ({error}); repair the path") from error
         return replace(entry, pinned=pinned)
 
+    def annotate(self, step: int, metrics: Mapping[str, Any]) -> CheckpointInfo:
+        """Give a checkpoint metrics, durably, and return its row. Safe while another process saves and prunes: where
+        this returns, the checkpoint was there, and whoever decides later what to delete knows of them. Raises
+        ``CheckpointNotFound``, ``CheckpointDamaged``, ``InvalidOption`` and ``RunPathError``."""
+        check_names(metrics)
+        values = numbers(metrics)
+        entry = self.find(step)
+        if entry.damage is not None or not is_attempt(entry.attempt):
+            raise CheckpointDamaged(
+                f"{entry.path}: {entry.damage or 'its manifest names no attempt'}. A checkpoint that cannot be used "
+                f"takes no metrics"
+            )
+        with contextlib.closing(self._store.open(entry.name)):  # retention spares it until they are durable
+            try:
+                key, given = self.annotations.add(entry.attempt, values)
+                stayed = self._store.identity(entry.name) == entry.inode
+                if not stayed:
+                    self.annotations.withdraw(key)
+            except CheckpointDamaged:
+                raise
+            except OSError as error:
+                where = os.path.join(self.path, ANNOTATIONS)
+                raise RunPathError(f"{where}: cannot annotate {entry.name} ({error}); repair the path") from error
+        if not stayed:
+            raise CheckpointNotFound(f"{entry.path} was deleted or saved again meanwhile: it was not annotated")
+        return replace(entry, metrics={**entry.metrics, **given}, annotated=given, annotation_problem=None)
+
     def inspect(self, name: str, listing: Listing | None = None) -> CheckpointInfo | None:
         """Describe the checkpoint of this name; None where there is none. Damage only counts in a directory that
         stayed: one that is deleted or replaced while it is read looks damaged, and is not."""
@@ -198,7 +256,7 @@ class Catalog:
 
     def _inspect_once(self, name: str, listing: Listing | None, inode: int | None) -> CheckpointInfo | None:
         path = os.path.join(self.path, name)
-        step = _step_in(name)
+        step = step_in(name)
         try:
             reader = self._store.open(name)
         except CheckpointNotFound:
@@ -210,7 +268,7 @@ class Catalog:
         try:
             manifest = manifests.load(reader)
             renamed = name != manifest.name
-            if renamed and step != manifest.step and _digits_aside(name) == _digits_aside(manifest.name):
+            if renamed and step != manifest.step and form_of(name) == form_of(manifest.name):
                 problem = f"its manifest is that of {manifest.name}; a copy wants a name that says no other step"
                 return CheckpointInfo(step=step, name=name, path=path, damage=problem, misnamed=True, inode=inode)
             damage, extra = check_files(reader, manifest)
@@ -236,7 +294,7 @@ class Catalog:
         except (AsyncCkptError, OSError) as error:
             problem = str(error)
             try:
-                if isinstance(error, ManifestInvalid) and not self._looks_ours(name):
+                if isinstance(error, ManifestInvalid) and not remains.looks_ours(self._store.listing(name)):
                     return None
             except OSError as worse:
                 problem = str(worse)
@@ -244,14 +302,6 @@ class Catalog:
         finally:
             if not handed_on:
                 reader.close()
-
-    def _looks_ours(self, name: str) -> bool:
-        """Whether a directory is or was a checkpoint: it has a manifest, or shards, or ``state.json``."""
-        listing = self._store.listing(name)
-        return manifests.FILE_NAME in listing or any(
-            info.kind == "file" and (file == manifests.STATE_FILE or re.search(r"-\d{5}-of-\d{5}\.", file) is not None)
-            for file, info in listing.items()
-        )
 
 
 def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
@@ -266,14 +316,3 @@ def _oldest_first(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
         return sequence, step, entry.kind, entry.name
 
     return sorted(entries, key=key)
-
-
-def _digits_aside(name: str) -> str:
-    """Return a name with its numbers replaced, so that names of one template are equal."""
-    return re.sub(r"\d+", "#", name)
-
-
-def _step_in(name: str) -> int:
-    """Return the step in a directory's name, -1 where it has none."""
-    match = _STEP_IN_NAME.search(name)
-    return int(match.group(1) or match.group(2)) if match else -1

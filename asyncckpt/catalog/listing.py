@@ -24,7 +24,9 @@ class CheckpointInfo:
     files in the directory that the manifest does not list; they are never read. ``parent``: the ``attempt`` of the
     checkpoint that training came from, empty where it began anew or nobody knows. ``abandoned``: training went back and
     left this checkpoint: the newest one certainly does not descend from it. ``inode``: what ``Store.identity`` said of
-    the directory when it was looked at."""
+    the directory when it was looked at. ``annotated``: what ``Run.annotate`` has given it; ``metrics`` has these, too,
+    and of two of one name the one that was annotated. ``annotation_problem``: why its annotations cannot be read;
+    retention keeps it then."""
 
     step: int
     name: str
@@ -43,6 +45,8 @@ class CheckpointInfo:
     parent: str = ""
     abandoned: bool = False
     inode: int | None = None
+    annotated: Mapping[str, float] = field(default_factory=dict)
+    annotation_problem: str | None = None
 
 
 #: Says how much a usable checkpoint is wanted: of several, the one with the largest answer; None: not at all.
@@ -50,11 +54,12 @@ Preference = Callable[[CheckpointInfo], tuple[int | str, ...] | None]
 
 
 def newest_of(kind: str | None) -> Preference:
-    """Prefer the checkpoint of the run's own that was saved last; ``kind``: full or weights, None for either."""
+    """Prefer the checkpoint of the run's own that was saved last. ``kind``: full or weights; None: a full one, where
+    there is one. It is the one that ``newest.newest`` finds, unless that is damaged."""
 
     def preference(entry: CheckpointInfo) -> tuple[int | str, ...] | None:
         wanted = not entry.renamed and kind in (None, entry.kind)
-        return (*age(entry), entry.kind, entry.name) if wanted else None
+        return (entry.kind == "full", *age(entry), entry.kind, entry.name) if wanted else None
 
     return preference
 

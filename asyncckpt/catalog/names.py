@@ -10,6 +10,7 @@ from asyncckpt.errors import InvalidOption
 
 DEFAULT = "step-{step:08d}"
 _SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}\Z")
+_STEP = re.compile(r"step[-_=]?(\d+)|(\d+)", re.IGNORECASE)
 
 
 class NameTemplate:
@@ -46,3 +47,14 @@ class NameTemplate:
         if not _SAFE.match(text):
             raise InvalidOption(f"step {step}: {text!r} is no plain directory name; change name={self._template!r}")
         return text
+
+
+def step_in(name: str) -> int:
+    """Return the step in a directory's name, -1 where it has none."""
+    match = _STEP.search(name)
+    return int(match.group(1) or match.group(2)) if match else -1
+
+
+def form_of(name: str) -> str:
+    """Return a name with its numbers replaced, so that names of one template are equal."""
+    return re.sub(r"\d+", "#", name)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from asyncckpt.cli.annotate import annotate
 from asyncckpt.cli.common import EXIT_CODES, LATEST_HELP
 from asyncckpt.cli.convert import convert
 from asyncckpt.cli.demo import demo
@@ -26,7 +27,7 @@ from asyncckpt.manifest.environment import version
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Look": (ls, show, diff),
     "Check": (verify, doctor),
-    "Change": (pin, unpin, prune),
+    "Change": (pin, unpin, annotate, prune),
     "Convert": (export, convert),
     "Try it out": (demo,),
 }

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
-from asyncckpt.catalog.listing import CheckpointInfo, Preference, of_step
-from asyncckpt.catalog.retention import age as saved_at
+from asyncckpt.catalog.listing import CheckpointInfo, Preference, newest_of, of_step
+from asyncckpt.catalog.newest import newest, refusal
 from asyncckpt.errors import (
     AsyncCkptError,
     CheckpointDamaged,
     CheckpointNotFound,
     InvalidOption,
+    NewestDamaged,
     RunLocked,
     RunPathError,
     UnknownName,
@@ -99,10 +100,6 @@ def _settled(entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
     return [entry for entry in entries if entry.damage is None or os.path.lexists(entry.path)]
 
 
-class _Refused(CheckpointDamaged):
-    """Says that ``latest`` is damaged; the message already names what to use instead."""
-
-
 def find(run: Run, step: str) -> CheckpointInfo:
     """Return the checkpoint that a user named.
 
@@ -111,7 +108,7 @@ def find(run: Run, step: str) -> CheckpointInfo:
     """
     entry = find_all(run, step)[0]
     if step == LATEST and entry.damage is not None:
-        raise _refusal(run, entry, f"{entry.path}: {entry.damage}")
+        raise refusal(checkpoints(run), entry, f"{entry.path}: {entry.damage}")
     return entry
 
 
@@ -126,10 +123,11 @@ def find_all(run: Run, step: str) -> list[CheckpointInfo]:
 
 def _choose(run: Run, step: str, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
     if step == LATEST:
-        newest = _newest(entries)
-        if newest is None:
+        found = newest(entries)
+        if found is None:
             raise CheckpointNotFound(f"{run.path}: the run has no checkpoint of its own here")
-        return [newest]
+        run.tell_of_missing(found)
+        return [found]
     if not step.isdecimal():
         raise InvalidOption(f"{step!r} is no step: give a whole number or 'latest'")
     matches = [entry for entry in entries if entry.step == int(step)]
@@ -143,24 +141,7 @@ def _preferred(step: str) -> Preference:
     """Keep the checkpoint open that ``_choose`` puts first, as long as it is usable."""
     if step != LATEST:
         return of_step(int(step) if step.isdecimal() else -1)
-    return lambda entry: None if entry.renamed else (entry.kind == "full", *saved_at(entry))
-
-
-def _newest(entries: list[CheckpointInfo]) -> CheckpointInfo | None:
-    """Return the checkpoint that ``latest`` means among entries, which are in the order they were saved in; None if
-    none."""
-    own = [entry for entry in entries if not entry.renamed]
-    full = [entry for entry in own if entry.kind == "full"]
-    return next(reversed(full or own), None)
-
-
-def _refusal(run: Run, entry: CheckpointInfo, damage: object) -> _Refused:
-    """Make the error for a damaged ``latest``, which names the checkpoint that ``latest`` would mean without the
-    damage."""
-    usable = _newest([other for other in checkpoints(run) if other.damage is None and other.name != entry.name])
-    way_out = "no other one of this run is usable" if usable is None else f"the newest usable one is {usable.step}"
-    reason = str(damage).rstrip(".")
-    return _Refused(f"{reason}. 'latest' is this damaged checkpoint; to use an older one, give its step: {way_out}")
+    return newest_of(None)
 
 
 def _is_of(error: Exception, entry: CheckpointInfo) -> bool:
@@ -183,19 +164,21 @@ def read(run: Run, step: str, use: Callable[[CheckpointInfo, OpenCheckpoint], T]
                     if step == LATEST and entry.misnamed:
                         raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
                     return use(entry, checkpoint)
-            except _Refused:  # ``use`` reads a second checkpoint, and the error is about that one
+            except NewestDamaged:  # ``use`` reads a second checkpoint, and the error is about that one
                 raise
             except (CheckpointDamaged, FileNotFoundError) as error:
                 stayed = before is not None and _identity(entry.path) == before
                 if attempt < _ATTEMPTS - 1 and not stayed:
                     continue
                 if step == LATEST and _is_of(error, entry):
-                    raise _refusal(run, entry, error) from error
+                    raise refusal(checkpoints(run), entry, error) from error
                 raise
     raise AssertionError("unreachable")
 
 
-def verified(run: Run, entry: CheckpointInfo, expect_digest: str | None = None) -> list[Damage] | None:
+def verified(
+    run: Run, entry: CheckpointInfo, expect_digest: str | None = None, require: Sequence[str] = ()
+) -> list[Damage] | None:
     """Verify every byte of a checkpoint, with a progress bar on stderr. Return its damage, or None where a live run
     deleted it meanwhile."""
     before = _identity(entry.path)
@@ -207,6 +190,7 @@ def verified(run: Run, entry: CheckpointInfo, expect_digest: str | None = None) 
                 entry,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
                 expect_digest=expect_digest,
+                require=require,
             )
         except FileNotFoundError:
             return None
@@ -298,6 +282,7 @@ def as_json(entry: CheckpointInfo) -> dict[str, Any]:
         "path": entry.path,
         "kind": entry.kind,
         "metrics": dict(entry.metrics),
+        "annotated": dict(entry.annotated),
         "nbytes": entry.nbytes,
         "created_unix_seconds": entry.created_unix_seconds,
         "pinned": entry.pinned,

@@ -27,6 +27,7 @@ def _good(entry: CheckpointInfo) -> str:
     notes = [
         *(["a copy or renamed"] if entry.renamed else []),
         *(["training went back and left it"] if entry.abandoned else []),
+        *(["its annotations cannot be read"] if entry.annotation_problem is not None else []),
         *([f"with {len(entry.extra)} files of somebody else's"] if entry.extra else []),
     ]
     return ", ".join(["ok", *notes])

@@ -13,6 +13,7 @@ from asyncckpt.cli.common import (
     as_json,
     clean,
     console,
+    errors,
     exits,
     find,
     open_run,
@@ -41,3 +42,5 @@ def _set(path: str, step: str, pinned: bool, json: bool) -> None:
             print_json(as_json(entry))
         else:
             console.print(f"{clean(entry.path)} is {'pinned' if pinned else 'not pinned any more'}")
+        if entry.damage is not None:
+            errors.print(f"warning: it cannot be used: {clean(entry.damage)}", soft_wrap=True)

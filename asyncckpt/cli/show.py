@@ -87,6 +87,10 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
     )
     if manifest.metrics:
         console.print(f"metrics: {numbers(manifest.metrics)}")
+    if entry.annotated:
+        console.print(f"annotated later: {numbers(entry.annotated)}")
+    if entry.annotation_problem is not None:
+        console.print(f"annotations that cannot be read: {clean(entry.annotation_problem)}")
     made_with = ", ".join(f"{key} {value}" for key, value in manifest.environment.items() if value is not None)
     console.print(f"made with: {clean(made_with)}")
     if manifest.config is not None:

@@ -28,6 +28,7 @@ from asyncckpt.cli.common import (
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.manifest.json import check_expected
 from asyncckpt.read.damage import Damage
+from asyncckpt.read.verify import required_components
 
 _LOOKS = 20
 
@@ -39,22 +40,27 @@ def verify(
     expect_digest: Annotated[
         str | None, typer.Option(metavar="SHA256", help="what `show` called the manifest when you trusted it")
     ] = None,
+    require: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="components that must be there, such as model,optimizer")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Read every byte of a checkpoint and check it. Safe on a directory you do not trust.
 
-    Bytes are read from the disk, past the page cache. The command exits with 1 where anything is damaged. Files that
-    the manifest does not list are named, and are neither read nor damage."""
+    Bytes are read from the disk, past the page cache. The command exits with 1 where anything is damaged, and where
+    a component of --require is not in a checkpoint. Files that the manifest does not list are named, and are neither
+    read nor damage."""
     with exits():
         opened = open_run(run)
         if every and expect_digest is not None:
             raise InvalidOption("give a step with --expect-digest: it is the digest of one checkpoint")
         check_expected(expect_digest)
+        required = required_components([name.strip() for name in require.split(",")] if require is not None else ())
         found: list[tuple[CheckpointInfo, list[Damage]]] = []
         # a live run may delete all of them while they are read: then look again at what is there
         for _ in range(_LOOKS):
             entries = checkpoints(opened) if every else find_all(opened, step)
-            checked = [(entry, verified(opened, entry, expect_digest)) for entry in entries]
+            checked = [(entry, verified(opened, entry, expect_digest, required)) for entry in entries]
             found = [(entry, damage) for entry, damage in checked if damage is not None]
             if found or not entries:
                 break

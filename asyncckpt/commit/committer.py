@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from asyncckpt import interrupts
-from asyncckpt.catalog.catalog import LATEST, Catalog
+from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo
+from asyncckpt.catalog.newest import LATEST
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.catalog.retention import Policy, plan, unreported
+from asyncckpt.catalog.retention import Policy
 from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.commit.in_flight import InFlight, InFlightSaves
 from asyncckpt.commit.pending import Overdue, PendingSave, SaveReport
+from asyncckpt.commit.pruner import Pruner
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import (
     ArenaBusy,
@@ -25,7 +27,7 @@ from asyncckpt.errors import (
     PlanChanged,
     SaveAbandoned,
 )
-from asyncckpt.events import Busy, Committed, EventBus, Failed, Pruned
+from asyncckpt.events import Busy, Committed, EventBus, Failed
 from asyncckpt.memory.arena import Arena
 from asyncckpt.protocols import PendingDirectory, Replaced, Store, renaming
 from asyncckpt.read.damage import Damage
@@ -65,7 +67,6 @@ class Committer:
         saves: InFlightSaves,
     ) -> None:
         self._staging = staging
-        self.policies = tuple(policies)
         self._store = store
         self._catalog = Catalog(store, store.address)
         self._options = options
@@ -78,10 +79,9 @@ class Committer:
         #: Failed saves with a write that hangs. For the committer's thread.
         self._abandoned: list[SaveTransaction] = []
         self._lock = threading.Lock()
-        self._retention_lock = threading.Lock()
-        self._told_metrics: set[str] = set()
         self._quarantine = quarantine
         self._steps = steps
+        self._pruner = Pruner(store, self._catalog, policies, lease, quarantine, steps, events)
         #: Checkpoints that a durable one has replaced, but that somebody still reads.
         self._replaced: list[Replaced] = []
         #: Whether another rank of the job publishes and looks after the directory.
@@ -203,44 +203,8 @@ class Committer:
             )
 
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
-        """Apply the policies now; return what was deleted (or would be). Unusable checkpoints are evidence and stay.
-        Raises ``LeaseLost``."""
-        if self.is_follower:
-            return []
-        with self._retention_lock:
-            own = self._own()
-            self._tell_unreported(own)
-            to_delete = plan(own, self.policies)
-            if dry_run:
-                return to_delete
-            deleted: list[CheckpointInfo] = []
-            for entry in to_delete:
-                self._lease.check()
-                if self._store.remove(entry.name):
-                    deleted.append(entry)
-                    self._catalog.forget(entry.name)
-                    self._steps.deleted(entry.step, entry.kind, entry.name)
-                self._events.emit(Pruned(step=entry.step, name=entry.name, deleted=entry in deleted))
-            return deleted
-
-    def _tell_unreported(self, own: Sequence[CheckpointInfo]) -> None:
-        for metric in unreported(own, self.policies):
-            if metric not in self._told_metrics:
-                self._told_metrics.add(metric)
-                known = ", ".join(sorted({name for entry in own for name in entry.metrics})) or "none"
-                log.warning(
-                    "KeepBest(%r): no checkpoint in %s has that metric, so all are kept; metrics there: %s. Report it "
-                    "with save(..., metrics={%r: …})",
-                    metric,
-                    self._store.address,
-                    known,
-                    metric,
-                )
-
-    def _own(self) -> list[CheckpointInfo]:
-        """List the usable checkpoints that this run made itself, the oldest save first."""
-        entries = self._catalog.entries(fresh=False)
-        return [e for e in entries if e.damage is None and not e.renamed and e.name not in self._quarantine]
+        """Apply the policies now; see ``Pruner.prune``."""
+        return [] if self.is_follower else self._pruner.prune(dry_run=dry_run)
 
     def _commit(self, flight: InFlight) -> None:
         save = flight.save
@@ -343,7 +307,7 @@ class Committer:
                 store.empty_trash()  # this save read the one that it has replaced
             if save.contents.draft.kind == "full":
                 self._store.put(LATEST, f"{name}\n".encode(), replace=True)
-            if self.policies:
+            if self._pruner.policies:
                 self.prune()
         except Exception as error:
             log.warning("step %d is durable, but tidying up after it failed: %s", save.step, error)

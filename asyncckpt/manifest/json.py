@@ -140,7 +140,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "shard_format": manifest.shard_format,
         "digest": manifest.digest,
         "layout": manifest.layout,
-        "metrics": {name: _metric_to_json(value) for name, value in manifest.metrics.items()},
+        "metrics": {name: metric_to_json(value) for name, value in manifest.metrics.items()},
         "config": manifest.config,
         "environment": dict(manifest.environment),
         "files": [file_to_json(record) for record in manifest.files],
@@ -221,7 +221,7 @@ def decode(data: bytes, where: str) -> Manifest:
         shard_format=body.take("shard_format", str),
         digest=digest,
         layout=body.take("layout", str),
-        metrics={name: _metric_from_json(value, body) for name, value in body.take("metrics", dict).items()},
+        metrics={name: metric_from_json(value, body) for name, value in body.take("metrics", dict).items()},
         config=body.take("config", object),
         environment=body.take("environment", dict),
         files=files,
@@ -347,11 +347,13 @@ def _tensor_json(tensor: StoredTensor) -> Any:
     return _chunked_row(tensor) | {"parts": [_part_row(part) for part in tensor.parts]}
 
 
-def _metric_to_json(value: float) -> JsonValue:
+def metric_to_json(value: float) -> JsonValue:
+    """Return a metric as JSON has it: not-a-number and infinities are text."""
     return value if value == value and abs(value) != float("inf") else repr(value)
 
 
-def _metric_from_json(value: Any, body: Body) -> float:
+def metric_from_json(value: Any, body: Body) -> float:
+    """Return the metric that ``metric_to_json`` has written. Raises ``ManifestInvalid`` for anything else."""
     if value in ("nan", "inf", "-inf") or is_number(value):
         return float(value)
     return body.fail("has a metric that is no number")

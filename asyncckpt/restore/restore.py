@@ -26,7 +26,7 @@ from asyncckpt.restore.saved_parameters import SavedParameters
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.markers import without_owners
-from asyncckpt.state.rank_names import rank_name
+from asyncckpt.state.rank_names import rank_name, without_rank
 
 log = logging.getLogger("asyncckpt")
 
@@ -151,7 +151,7 @@ def restore(
         and include is None
         and not (plan.missing or plan.unexpected or plan.mismatched)
         and len(stored) == sum(1 for _ in qualified_records(manifest.components))
-        and {_without_rank(name) for name in manifest.components} <= set(state)
+        and {without_rank(name) for name in manifest.components} <= set(state)
     )
     return RestoreReport(
         step=manifest.step,
@@ -169,12 +169,6 @@ def restore(
         changed=tuple(environment.changes(manifest.environment, manifest.world_size, together.size)),
         whole=bool(together.in_all(["whole"] if whole else [])),
     )
-
-
-def _without_rank(component: str) -> str:
-    """Return the name that a component has on every rank; ``rank_name`` makes the opposite."""
-    name, _, rank = component.rpartition("+")
-    return name if name and rank.isdecimal() else component
 
 
 def load_tensors(
@@ -240,7 +234,7 @@ def _under(name: str, source: str, manifest: Manifest) -> dict[str, StoredTensor
 
 def _of_rank(manifest: Manifest, rank: int) -> dict[str, ComponentRecord]:
     """Return the components by the names that they have on this rank."""
-    names = {_without_rank(name) for name in manifest.components}
+    names = {without_rank(name) for name in manifest.components}
     found = {name: manifest.components.get(rank_name(name, rank), manifest.components.get(name)) for name in names}
     return {name: component for name, component in found.items() if component is not None}
 

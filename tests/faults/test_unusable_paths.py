@@ -59,7 +59,7 @@ def test_too_little_space_runs_retention_before_giving_up(tmp_path: Path, monkey
     for step in (1, 2, 3):
         run.save(step, STATE).result()
     run.wait()
-    run._committer.policies = (KeepLast(1),)
+    run._committer._pruner.policies = (KeepLast(1),)
     space = lambda: 1 << 30 if len(run.ls()) < 3 else 0  # noqa: E731
     monkeypatch.setattr(run._store, "free_bytes", space)
     run.save(4, STATE).result()

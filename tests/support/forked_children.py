@@ -78,7 +78,7 @@ def locks_of(run: Checkpointer) -> list[Any]:
         run._in_flight._changed,
         run._quarantine._lock,
         run._reuse._lock,
-        run._committer._retention_lock,
+        run._committer._pruner._lock,
         *(pool._lock for pool in (pools.writing, pools.small, pools.encoding, run._committer._pool)),
         *(pool._start_lock for pool in (pools.writing, pools.small, pools.encoding, run._committer._pool)),
         run._builder._encoder._changed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -27,20 +28,21 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.errors import CheckpointNotFound, InvalidOption, RanksDisagree
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, InvalidOption, RanksDisagree, RunPathError
 from asyncckpt.integrations.dcp.names import Names, names_of
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
 from asyncckpt.read.boxes import TargetBox
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
+from asyncckpt.run import Run
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage import local_path, open_store
 
 
 class Reader(StorageReader):
-    """``dcp.load(state, storage_reader=Reader("run"))`` loads the newest usable checkpoint of a run; a path such as
+    """``dcp.load(state, storage_reader=Reader("run"))`` loads the newest checkpoint of a run (see
+    ``Run.newest``), and raises ``NewestDamaged`` rather than load an older one in its place; a path such as
     ``Reader("run/step-00000100")``, or ``checkpoint_id``, names another one. It also loads what a ``Checkpointer``
     saved: its tensors, by qualified name.
 
@@ -158,18 +160,24 @@ class Reader(StorageReader):
 
 
 def _open(path: str | None, expect_digest: str | None) -> OpenCheckpoint:
-    """Open a checkpoint by its path, or the newest usable one of a run. Raises ``CheckpointNotFound``,
-    ``CheckpointDamaged`` and ``DigestMismatch``."""
+    """Open a checkpoint by its path, or the newest of a run. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` and
+    ``DigestMismatch``."""
     if path is None:
         raise InvalidOption("say which: Reader('run'), or dcp.load(..., checkpoint_id='run/step-100')")
+    run, name = os.path.split(path.rstrip("/"))
     if os.path.lexists(os.path.join(path, manifests.FILE_NAME)):
-        run, name = os.path.split(path)
         return open_checkpoint(open_store(run).open(name), expect_digest)
     if not os.path.isdir(path):
         raise CheckpointNotFound(f"{path}: no such directory")
-    store = open_store(path)
-    with Catalog(store, store.address).find_open(None, "full") as listing:
-        checkpoint = listing.open(listing.entries[0])
+    opened = Run(path)
+    try:
+        checkpoint = opened.open()
+    except CheckpointNotFound:
+        with contextlib.suppress(RunPathError, OSError):
+            for entry in Run(run).ls():  # what is left of a checkpoint, which is no run without one
+                if entry.name == name:
+                    raise CheckpointDamaged(f"{path}: {entry.damage}") from None
+        raise
     try:
         checkpoint.require_digest(expect_digest)
     except BaseException:

@@ -10,8 +10,7 @@ from typing import Any
 
 from asyncckpt import run
 from asyncckpt.catalog import catalog, retention
-from asyncckpt.commit import committer
-from asyncckpt.commit.committer import Committer
+from asyncckpt.commit import pruner
 from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
 from asyncckpt.storage import lease, local
 from asyncckpt.storage.local import LocalStore
@@ -25,7 +24,7 @@ from faults.mutants.registry import Patch, around, mutant, remove_though_read
 
 @mutant("retention takes the newest", TWO, checks.retention_keeps_what_it_must)
 def _(patch: Patch) -> None:
-    patch.setattr(committer, "plan", lambda entries, policies: [e for e in entries if not e.pinned][-1:])
+    patch.setattr(pruner, "plan", lambda entries, policies: [e for e in entries if not e.pinned][-1:])
 
 
 @mutant("retention takes pinned checkpoints", checks.retention_keeps_what_it_must)
@@ -34,7 +33,7 @@ def _(patch: Patch) -> None:
         bare = [replace(entry, pinned=False) for entry in entries]
         return retention.plan(bare, policies)
 
-    patch.setattr(committer, "plan", plan)
+    patch.setattr(pruner, "plan", plan)
 
 
 @mutant("retention takes a checkpoint that is being read", checks.retention_keeps_what_it_must)
@@ -127,10 +126,10 @@ def _(patch: Patch) -> None:
 
 @mutant("retention takes copies that somebody made", checks.what_others_made_stays)
 def _(patch: Patch) -> None:
-    def own(self: Committer) -> Any:
-        return [entry for entry in self._catalog.entries(fresh=False) if entry.damage is None]
+    def entries(original: Any, self: catalog.Catalog, **options: Any) -> Any:
+        return [replace(entry, renamed=False) for entry in original(self, **options)]
 
-    patch.setattr(Committer, "_own", own)
+    around(patch, catalog.Catalog, "entries", entries)
 
 
 @mutant("whatever begins with .tmp- is deleted", checks.what_others_made_stays)
