@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.chosen import LOOKS, damaged_newest, is_gone, of_its_name, open_chosen, open_unseen
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of
 from asyncckpt.catalog.misplaced import is_checkpoint
-from asyncckpt.catalog.newest import refusal, tell_of_missing
+from asyncckpt.catalog.newest import tell_of_missing
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, DigestMismatch, NoUsableCheckpoint, storage_errors
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from asyncckpt.restore.restore import Rename, RestoreReport, Stages
 
 log = logging.getLogger("asyncckpt")
-
-#: The newest checkpoint is looked for anew so many times, while another process publishes and deletes.
-_LOOKS = 20
 
 
 class Run:
@@ -108,7 +106,7 @@ class Run:
         ``MissingExtra``, ``InvalidOption`` and ``MemoryError``."""
         required = required_components(require)
         with storage_errors(self.path):
-            entry, reader = self._open_to_verify(step)
+            entry, reader = open_unseen(self._store, step)
             return _verified(entry, reader, progress, expect_digest, required)
 
     def verify_entry(
@@ -187,8 +185,8 @@ class Run:
         from asyncckpt.restore.restore import load_tensors
 
         with storage_errors(self.path):
-            for looks_left in reversed(range(_LOOKS)):
-                entry, opened = self._open_chosen(step)
+            for looks_left in reversed(range(LOOKS)):
+                entry, opened = open_chosen(self._store, step)
                 with opened as checkpoint:
                     try:
                         return load_tensors(checkpoint, names, device=device, dtype=dtype, expect_digest=expect_digest)
@@ -197,7 +195,7 @@ class Run:
                         if looks_left and self._is_gone(entry):
                             continue
                         if step is None and not isinstance(error, DigestMismatch):
-                            raise refusal(self.ls(), entry, error) from error
+                            raise damaged_newest(self._store, entry, error) from error
                         raise
         raise AssertionError("unreachable")
 
@@ -207,7 +205,7 @@ class Run:
         sizes than the manifest says, or where it holds another step than its name says: ``NewestDamaged`` where no step
         was given."""
         with storage_errors(self.path):
-            return self._open_chosen(step)[1]
+            return open_chosen(self._store, step)[1]
 
     def open_entry(self, entry: CheckpointInfo) -> OpenCheckpoint:
         """Open the checkpoint of one row of ``ls``; see ``open``. Raises ``CheckpointNotFound`` where it was deleted
@@ -238,43 +236,13 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).annotate(step, metrics)
 
-    def _open_chosen(self, step: int | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
-        """Find the checkpoint of that step, or the newest, and hand it over open."""
-        for looks_left in reversed(range(_LOOKS)):
-            with Catalog(self._store, self.path).find_open(step) as listing:
-                entry = listing.entries[0]
-                try:
-                    return entry, listing.open(_of_its_name(entry))
-                except CheckpointNotFound:  # retention took it meanwhile, because a newer one is there
-                    if not looks_left:
-                        raise
-                except CheckpointDamaged as error:
-                    if looks_left and self._is_gone(entry):
-                        continue
-                    if step is None:
-                        raise refusal(self.ls(), entry, error) from error
-                    raise
-        raise AssertionError("unreachable")
-
-    def _open_to_verify(self, step: int | None) -> tuple[CheckpointInfo, Reader]:
-        """Find the checkpoint as ``_open_chosen`` does, and open it without looking at anything in it."""
-        catalog = Catalog(self._store, self.path)
-        for looks_left in reversed(range(_LOOKS)):
-            entry = catalog.newest() if step is None else catalog.find(step)
-            try:
-                return entry, self._store.open(entry.name)
-            except CheckpointNotFound:
-                if not looks_left:
-                    raise
-        raise AssertionError("unreachable")
-
     def _restore_chosen(self, step: int | None, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
         """Restore the checkpoint of that step, or the newest full one, and no other."""
         with contextlib.ExitStack() as open_until_restored:
             with self._stages().stage("find"):
                 found = Catalog(self._store, self.path).find_open(step, "full" if step is None else None)
                 listing = open_until_restored.enter_context(found)
-                entry = _of_its_name(listing.entries[0])
+                entry = of_its_name(listing.entries[0])
             return self._restore(listing, entry, state, options)
 
     def _restore(
@@ -322,16 +290,17 @@ class Run:
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
         """Return whether this very directory is not there any more: another one may have its name by now."""
-        there = self._store.identity(entry.name)
-        return there is None or (entry.inode is not None and there != entry.inode)
+        return is_gone(self._store, entry)
 
     def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
         reasons: dict[str, str] = {}
-        for looks_left in reversed(range(_LOOKS)):
+        for looks_left in reversed(range(LOOKS)):
             with self._candidates() as listing:
                 entries = listing.entries
                 vanished = False
                 own = [entry for entry in entries if not entry.renamed]
+                if own and not reasons:
+                    tell_of_missing(self._store, self.path, own[-1])
                 for entry in reversed([one for one in own if one.kind == "full" and one.name not in reasons]):
                     try:
                         with self._stages().stage("choose"):
@@ -365,13 +334,6 @@ class Run:
             f"{self.path}: {len(entries)} checkpoints and none can be restored; nothing was deleted. Look with "
             f"`asyncckpt verify`, or train into another directory. " + "; ".join(reasons.values())
         )
-
-
-def _of_its_name(entry: CheckpointInfo) -> CheckpointInfo:
-    """Return the entry. Raises ``CheckpointDamaged`` where it holds another step than its name says."""
-    if entry.misnamed:
-        raise CheckpointDamaged(f"{entry.path}: {entry.damage}")
-    return entry
 
 
 def _refuse(listing: Listing, entry: CheckpointInfo) -> None:

@@ -167,6 +167,7 @@ class SaveStarter:
         if not self._watched:
             return None, Division(set(range(len(pieces))), [], {})
         self._watched.training_waits()
+        self._watched.tell_of_unused_gradients(scope.step)
         owned = self._watched.owned()
         keys = self._deferral.keys((planned.layout.fingerprint, len(pieces)), planned.components)
         division = divide(pieces, owned, self._deferral.earned(keys))

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from asyncckpt import interrupts
 from asyncckpt.commit.in_flight import InFlightSaves
 from asyncckpt.errors import ChangedWhileCopied, InvalidOption
+from asyncckpt.loop.unused_gradients import UnusedGradients
 from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.eager import OwnedMemory, storages
 from asyncckpt.stage.streams import is_capturing
@@ -43,6 +44,7 @@ class WatchedOptimizers:
         self._captured: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         #: Of the latest save, and of those before that a device has not answered for yet.
         self._checks: list[SnapshotChecks] = []
+        self._gradients = UnusedGradients()
 
     def add(self, *optimizers: torch.optim.Optimizer) -> None:
         """Watch these optimizers, or the ones that they wrap. Idempotent. Raises ``InvalidOption`` for anything else,
@@ -54,9 +56,12 @@ class WatchedOptimizers:
                 continue
             # neither torch's table of hooks nor an optimizer may keep this object alive
             if not self._handles:
-                handle = register_optimizer_step_pre_hook(_hook(weakref.WeakMethod(self._before_step)))
-                self._handles.append(handle)
-                weakref.finalize(self, _retired.append, handle)
+                for handle in (
+                    register_optimizer_step_pre_hook(_hook(weakref.WeakMethod(self._before_step))),
+                    register_optimizer_step_post_hook(_hook(weakref.WeakMethod(self._after_step))),
+                ):
+                    self._handles.append(handle)
+                    weakref.finalize(self, _retired.append, handle)
             # load_state_dict replaces the state by copies, but changes its groups' tensors (a tensor lr) in place
             loading = _hook(weakref.WeakMethod(self._before_load))
             self._handles.append(stepping.register_load_state_dict_pre_hook(loading))
@@ -139,6 +144,13 @@ class WatchedOptimizers:
         busy = self._saves.all() or any(checks.awaits_update for checks in self._checks)
         with interrupts.deferred() if busy else contextlib.nullcontext():
             self.before_change("optimizer.step", optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._gradients.used(optimizer)
+
+    def tell_of_unused_gradients(self, step: int) -> None:
+        """Log, once, where a save comes between backward and the step of a watched optimizer. Never blocks."""
+        self._gradients.tell(step, (one for one in self._alive() if id(one) not in self._captured))
 
     def _before_load(self, _optimizer: torch.optim.Optimizer) -> None:
         with interrupts.deferred():

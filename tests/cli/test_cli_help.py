@@ -32,7 +32,7 @@ def test_verbs_stand_in_panels_the_demo_in_the_last() -> None:
     assert rows == {
         "Look": ["ls", "show", "diff"],
         "Check": ["verify", "doctor"],
-        "Change": ["pin", "unpin", "prune"],
+        "Change": ["pin", "unpin", "annotate", "prune"],
         "Convert": ["export", "convert"],
         "Try it out": ["demo"],
     }
@@ -41,7 +41,7 @@ def test_verbs_stand_in_panels_the_demo_in_the_last() -> None:
 
 def test_latest_is_explained_where_it_can_be_given() -> None:
     assert "damaged or not" in " ".join(_help().split())
-    for verb in ("show", "diff", "verify", "pin", "unpin", "export"):
+    for verb in ("show", "diff", "verify", "pin", "unpin", "annotate", "export"):
         assert "'latest'" in _help(verb), verb
 
 

@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.chosen import open_chosen
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, InvalidOption, RanksDisagree, RunPathError
 from asyncckpt.integrations.dcp.names import Names, names_of
 from asyncckpt.manifest import json as manifests
@@ -35,7 +37,6 @@ from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
 from asyncckpt.read.boxes import TargetBox
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
-from asyncckpt.run import Run
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.storage import local_path, open_store
 
@@ -169,12 +170,13 @@ def _open(path: str | None, expect_digest: str | None) -> OpenCheckpoint:
         return open_checkpoint(open_store(run).open(name), expect_digest)
     if not os.path.isdir(path):
         raise CheckpointNotFound(f"{path}: no such directory")
-    opened = Run(path)
     try:
-        checkpoint = opened.open()
+        checkpoint = open_chosen(open_store(path), None)[1]
     except CheckpointNotFound:
         with contextlib.suppress(RunPathError, OSError):
-            for entry in Run(run).ls():  # what is left of a checkpoint, which is no run without one
+            for entry in Catalog(
+                open_store(run), run
+            ).entries():  # what is left of a checkpoint, which is no run without one
                 if entry.name == name:
                     raise CheckpointDamaged(f"{path}: {entry.damage}") from None
         raise
