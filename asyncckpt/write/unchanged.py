@@ -20,6 +20,7 @@ import torch
 
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import FileRecord, WrittenExtent
 from asyncckpt.memory.arena import Arena, StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
@@ -27,7 +28,7 @@ from asyncckpt.protocols import Codec, Digest, PendingDirectory
 from asyncckpt.read.delta import DeltaReader, layer_name
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import cut_digests, finish_image, slot_bytes, staged_digests
-from asyncckpt.types import FRAME_HEADER_BYTES, Extent, StagedDigests
+from asyncckpt.types import ALIGNMENT_BYTES, FRAME_HEADER_BYTES, Extent, StagedDigests
 from asyncckpt.write.link_checks import LinkRound
 from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import Previous, ReusableFile, ReuseSource
@@ -91,6 +92,7 @@ class Unchanged:
         self._reading = threading.Lock()
         self._has_read_while_short = False
         self._previous: Previous | None = None
+        self._recorded: dict[str, FileRecord] | None = None
         self._layer_reader: DeltaReader | None = None
         #: Files that were linked as layers to build on, and then were not needed.
         self.unused: list[FileRecord] = []
@@ -114,21 +116,27 @@ class Unchanged:
             self._previous = previous
             self._layer_reader = DeltaReader(previous.reader, self._codec, self._digest)
             for progress in self._shards:
-                old = previous.find(progress.shard) if progress.shard.extents else None
+                old = previous.find(progress.shard) if self._may_match(progress) else None
                 if old is not None and self._second is not None and len(old.seconds) != len(progress.shard.extents):
                     old = None  # another process wrote it
                 progress.old = old
                 progress.matching = progress.old is not None
-            self._round = self._source.link_checks.begin(self._written_bytes())
+            own = (extent.nbytes for one in self._shards if not _settled(one) for extent in one.shard.extents)
+            self._round = self._source.link_checks.begin(sum(own))
+
+    def _may_match(self, progress: ShardProgress) -> bool:
+        """Return whether the shard is worth comparing. Of those that several ranks write these are the frozen ones: of
+        the others, some rank's part has nearly always changed, and the ranks whose part has not would learn it late."""
+        shard = progress.shard
+        if shard.multi_writer:
+            return self.links_shared and progress.frozen and bool(shard.extents)
+        return bool(shard.extents)
 
     def expected_bytes(self) -> int:
         """Estimate the bytes that the disk must have room for; frozen tensors that the previous checkpoint holds are
         assumed equal. Blocks as ``begin`` does."""
         self.begin()
-        return self._written_bytes()
-
-    def _written_bytes(self) -> int:
-        return sum(progress.shard.nbytes for progress in self._shards if progress.old is None or not progress.frozen)
+        return sum(progress.shard.nbytes for progress in self._shards if not _settled(progress))
 
     def note(self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer) -> None:
         """Take the second digest of a staged extent, if one is wanted."""
@@ -161,6 +169,10 @@ class Unchanged:
             else:
                 progress.matching = complete = False
                 copies, progress.matched = progress.matched, []
+        if complete and progress.shard.multi_writer:
+            self._take_records(progress, old, lock)
+            progress.held_back = True
+            return Verdict(held=True, linked=True)
         if complete and self._link(progress, old, lock, directory):
             return Verdict(held=True, linked=True)
         progress.matching = False
@@ -250,15 +262,53 @@ class Unchanged:
                 self.unused += linked  # what is linked already stays, listed like everything else
                 return False
             linked.append(layer)
+        self._take_records(progress, old, lock)
+        progress.linked = True
+        return True
+
+    def _take_records(self, progress: ShardProgress, old: ReusableFile, lock: threading.Lock) -> None:
         with lock:
             progress.records = dict(enumerate(old.ordered))
-            known = {record.offset for record in progress.parts()}
-            progress.format_extents = [extent for extent in old.record.extents if extent.offset not in known]
+            if not progress.shard.multi_writer:
+                known = {record.offset for record in progress.parts()}
+                progress.format_extents = [extent for extent in old.record.extents if extent.offset not in known]
             progress.layers = old.bases
             progress.nbytes = old.record.nbytes
-            progress.linked = True
             progress.missing = 0
-        return True
+
+    # -- files that several ranks write --------------------------------------------------------------------------------
+
+    @property
+    def links_shared(self) -> bool:
+        """Whether such files can be linked, as far as is known."""
+        return self._source is not None and self._source.links_shared
+
+    def note_links(self, possible: bool) -> None:
+        """Note what another rank says of that."""
+        if self._source is not None and not possible:
+            self._source.others_link = False
+
+    @property
+    def compared_with(self) -> str:
+        """The name of the checkpoint before, where a second digest of it was compared too, which no manifest has. Empty
+        elsewhere: what the manifest says is enough then, whichever checkpoint's it is."""
+        return self._previous.reader.name if self._previous is not None and self._second is not None else ""
+
+    def link_shared(self, record: FileRecord, directory: PendingDirectory) -> bool:
+        """Link a file of which several ranks say that it is as ``record`` has it. Return False where the manifest of
+        the checkpoint before does not say the same, or the file system cannot. Blocks on the disk."""
+        previous = self._previous
+        if previous is None:
+            return False
+        try:
+            if self._recorded is None:
+                self._recorded = {known.name: known for known in manifests.load(previous.reader).files}
+            if self._recorded.get(record.name) != record:
+                return False
+            return directory.link(previous.reader, record.name, record.nbytes, record.name)
+        except CheckpointDamaged as error:
+            self._distrust(error)
+            return False
 
     def bytes_of(self, progress: ShardProgress, number: int) -> tuple[memoryview, WrittenExtent]:
         """Read an extent's bytes out of the previous checkpoint; return them with their record there. Blocks. Raises
@@ -274,12 +324,13 @@ class Unchanged:
         """Read a part of a file of the previous checkpoint and verify it; see ``bytes_of``."""
         assert self._previous is not None
         reader, name = self._previous.reader, known.record.name
-        buffer = memoryview(aligned_buffer(nbytes))
-        got = reader.read_into(name, buffer, nbytes, offset)
-        if got != nbytes or cut_digests(self._digest, buffer[:nbytes], cuts) != digests:
+        lead = offset % ALIGNMENT_BYTES  # whole blocks are read: past the page cache, too, where a rank's part begins
+        buffer = memoryview(aligned_buffer(lead + nbytes))
+        got = reader.read_into(name, buffer, lead + nbytes, offset - lead)
+        if got != lead + nbytes or cut_digests(self._digest, buffer[lead:got], cuts) != digests:
             where = f"{reader.path}/{name} [{offset}:{offset + nbytes}]"
             raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
-        return buffer
+        return buffer[lead:]
 
     def image_of(self, progress: ShardProgress, number: int) -> StagingBuffer:
         """Read a chunk out of the previous checkpoint, decode it through the files that it builds on, and return it as
@@ -335,3 +386,8 @@ class Unchanged:
         previous, self._previous = self._previous, None
         if previous is not None:
             previous.reader.close()
+
+
+def _settled(progress: ShardProgress) -> bool:
+    """Return whether a shard is expected not to be written: training does not change it, and it is there already."""
+    return progress.old is not None and progress.frozen
