@@ -17,11 +17,10 @@ from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree
 from asyncckpt.manifest import json as manifest
-from asyncckpt.manifest.draft import Contents
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.protocols import PendingDirectory
-from asyncckpt.ranks.merging import merge_trees
 from asyncckpt.ranks.replicas import ReplicaSample, named
+from asyncckpt.ranks.reports import merge_reports
 from asyncckpt.ranks.shared_files import HeldBack, link_unchanged, merge_files
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.types import JsonValue
@@ -192,7 +191,7 @@ class Leader:
         held_back = link_unchanged(save, reports, files)
         if held_back.files:
             self._have_written(save, held_back)
-        contents = _merge_reports(save.contents, rank_save, reports)
+        contents = merge_reports(save.contents, reports, rank_save.rank_local_names, rank_save.owners)
         small = save.write_small(directory, contents)
         orders = {file: order for report in reports for file, order in report["orders"].items()}
         written = save.publish(directory, contents, files, orders, small, check_lease, read_back)
@@ -342,51 +341,6 @@ def _values(tree: JsonValue) -> dict[str, str]:
     digest = get_digest(DEFAULT)
     parts = tree if isinstance(tree, dict) and "$" not in tree else {"": tree}
     return {key: digest(jsontree.dumps(value))[:16] for key, value in parts.items()}
-
-
-def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Mapping[str, Any]]) -> Contents:
-    """Merge all reports into the checkpoint's contents: a shared component's values come from the ranks that lead it,
-    and a rank's own component is kept where it differs from rank 0's."""
-    own_of_lead = set(rank_save.rank_local_names.values())
-    trees: dict[str, JsonValue] = {}
-    shared: dict[str, list[tuple[int, JsonValue]]] = {}
-    aliases: dict[str, dict[str, str]] = {name: {} for name in contents.kinds}
-    descriptions: dict[str, dict[str, Any]] = {name: {} for name in contents.kinds}
-    others: dict[str, JsonValue] = {}
-    groups = {name: digest for report in reports for name, digest in report["groups"].items()}
-    for rank, report in enumerate(reports):
-        for name, tree in report["trees"].items():
-            if name not in report["own"]:
-                shared.setdefault(name, []).append((rank, tree))
-            elif rank == 0:
-                trees[name] = tree
-            else:
-                entry = report["own"][name]
-                base = name.removesuffix(f"+{rank}")
-                if entry["tensors"] or base not in own_of_lead or tree != trees.get(base):
-                    trees[name], others[name] = tree, entry
-        for name, found in report["aliases"].items():
-            _add_aliases(name, aliases[name], found, rank)
-        for name, found in report["descriptions"].items():
-            strides = {**found.get("strides", {}), **descriptions[name].get("strides", {})}
-            descriptions[name] = {**found, **descriptions[name]} | ({"strides": strides} if strides else {})
-    for name, found in shared.items():
-        kind, owner = contents.kinds[name], rank_save.owners.get(name)
-        found.sort(key=lambda item: item[0] != owner)  # the owner's come first
-        digests = {key.removeprefix(f"{name}."): digest for key, digest in groups.items() if key.startswith(f"{name}.")}
-        trees[name] = merge_trees(name, kind, found, digests, first_is_right=owner is not None or kind == "module")
-    described = {**contents.descriptions, **{name: found for name, found in descriptions.items() if found}}
-    return replace(contents, trees=trees, aliases=aliases, descriptions=described, others=others)
-
-
-def _add_aliases(component: str, known: dict[str, str], found: Mapping[str, str], rank: int) -> None:
-    """Add a rank's other names of tied tensors to those of the ranks before it."""
-    for alias, target in found.items():
-        if known.setdefault(alias, target) != target:
-            raise RanksDisagree(
-                f"tensor {component}.{alias} is tied to {target!r} on rank {rank}, and to {known[alias]!r} on a rank "
-                f"before it. Tie it alike on all ranks that have it"
-            )
 
 
 def _try_post(rank_save: RankSave, key: str, body: Any) -> None:

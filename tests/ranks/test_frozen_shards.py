@@ -312,8 +312,8 @@ def test_a_second_round_takes_place_only_where_ranks_differ(
 
 
 def _with_little_room(me: Me, path: str) -> list[str]:
-    """How saves end where there is room for what is trained alone from step 2 on: rank 1 changes the base before step 3,
-    and before step 4 it turns out that nothing can be linked."""
+    """How saves end where there is room for what is trained alone from step 2 on. Rank 1 changes the base before
+    step 3, and before step 4 it turns out that nothing can be linked."""
     state = lora(me)
     found: list[str] = []
     with opened(path) as run:

@@ -20,7 +20,7 @@ from support.harness import Crew, Crews, Fault, Me, Outcome
 import asyncckpt
 from asyncckpt.plan import partition as division
 from asyncckpt.ranks import collective_save as together
-from asyncckpt.ranks import merging, tables
+from asyncckpt.ranks import merging, reports, tables
 from asyncckpt.ranks import planner as planning
 from asyncckpt.ranks import store as distributed
 from asyncckpt.ranks.collective_save import Leader
@@ -295,10 +295,8 @@ def groups_are_those_of_the_first_stage(patch: Patch) -> None:
 
 
 def of_two_values_the_first_is_right(patch: Patch) -> None:
-    real = together.merge_trees
-    patch.setattr(
-        together, "merge_trees", lambda name, _, *rest, **__: real(name, "module", *rest, first_is_right=True)
-    )
+    real = reports.merge_trees
+    patch.setattr(reports, "merge_trees", lambda name, _, *rest, **__: real(name, "module", *rest, first_is_right=True))
 
 
 def a_rank_that_fails_early_tells_nobody(patch: Patch) -> None:
