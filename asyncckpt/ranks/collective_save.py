@@ -187,6 +187,8 @@ class Leader:
         )
         reports = [_report(save, rank_save, save.shards.records()), *bodies[1:]]
         self._check(reports, draft)
+        for name in {report["damaged"] for report in reports} - {""}:
+            save.shards.hear_of_damage(name)
         files = merge_files(reports, save.step)
         held_back = link_unchanged(save, reports, files)
         if held_back.files:
@@ -322,6 +324,7 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
         "layout": contents.draft.layout,
         "attempt": contents.draft.attempt,
         "files": [manifest.file_to_json(record) for record in files],
+        "damaged": save.shards.damaged,
         "held_back": save.shards.held_back(),
         "compared_with": save.shards.compared_with,
         "orders": {file: order for file, order in orders.items() if file in written and order},

@@ -138,6 +138,16 @@ class ShardPipeline:
         """See ``Unchanged.links_shared``."""
         return self._unchanged.links_shared
 
+    @property
+    def damaged(self) -> str:
+        """See ``Unchanged.damaged``."""
+        return self._unchanged.damaged
+
+    def hear_of_damage(self, name: str) -> None:
+        """Note that another rank has found the checkpoint of this name damaged: nothing is taken over from it, and
+        retention does not count it."""
+        self._unchanged.hear(damaged=name)
+
     def held_back(self) -> list[str]:
         """List the files of which this rank has a part that has not changed and is not written."""
         return [progress.shard.file for progress in self._shards if progress.held_back]
@@ -149,7 +159,7 @@ class ShardPipeline:
     def write_held_back(self, files: Collection[str], *, links: bool) -> None:
         """Write this rank's parts of these files after all, out of the checkpoint before: the save is ``unfinished``
         again until they are durable. ``links``: whether such files can be linked at all. Never blocks."""
-        self._unchanged.note_links(links)
+        self._unchanged.hear(links=links)
         for progress in self._shards:
             if not progress.held_back or progress.shard.file not in files:
                 continue

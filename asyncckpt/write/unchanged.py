@@ -9,6 +9,7 @@ difference to the same chunk of the checkpoint before.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Sequence
@@ -29,14 +30,11 @@ from asyncckpt.read.delta import DeltaReader, layer_name
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import cut_digests, finish_image, slot_bytes, staged_digests
 from asyncckpt.types import ALIGNMENT_BYTES, FRAME_HEADER_BYTES, Extent, StagedDigests
-from asyncckpt.write.link_checks import LinkRound
+from asyncckpt.write.link_checks import ReadBack
 from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import Previous, ReusableFile, ReuseSource
 
 log = logging.getLogger("asyncckpt")
-
-#: A thread that waits to read back looks this often whether training waits for memory.
-_LOOK_SECONDS = 0.005
 
 
 class OpensDirectory(Protocol):
@@ -86,16 +84,15 @@ class Unchanged:
         self._chain = chain
         self._lock = threading.Lock()
         self._begun = False
-        self._arena = arena
-        self._round: LinkRound | None = None
-        #: Held while an extent is read back: one at a time, so that other threads go on.
-        self._reading = threading.Lock()
-        self._has_read_while_short = False
+        self._read_back = ReadBack(arena, kind)
         self._previous: Previous | None = None
         self._recorded: dict[str, FileRecord] | None = None
         self._layer_reader: DeltaReader | None = None
         #: Files that were linked as layers to build on, and then were not needed.
         self.unused: list[FileRecord] = []
+
+        #: The name of the checkpoint before, where it was found damaged.
+        self.damaged = ""
 
     @property
     def differs(self) -> bool:
@@ -122,7 +119,7 @@ class Unchanged:
                 progress.old = old
                 progress.matching = progress.old is not None
             own = (extent.nbytes for one in self._shards if not _settled(one) for extent in one.shard.extents)
-            self._round = self._source.link_checks.begin(sum(own))
+            self._read_back.begin(self._source.link_checks, sum(own))
 
     def _may_match(self, progress: ShardProgress) -> bool:
         """Return whether the shard is worth comparing. Of those that several ranks write these are the frozen ones: of
@@ -181,63 +178,37 @@ class Unchanged:
     def _is_stored(self, progress: ShardProgress, old: ReusableFile, number: int) -> bool:
         """Return whether the file of the checkpoint before still has the bytes of an extent; True where it is not its
         turn to be read back. Blocks."""
-        if not progress.matching or self._round is None:
+        if not progress.matching:
             return True  # it is written
         nbytes = sum(base.chunk(number).nbytes for base in old.bases) + old.ordered[number].nbytes
-        turn = f"{self._kind}/{progress.shard.file}", number, nbytes
-        if not self._round.take(*turn):
-            return True
-        if not self._may_read():
-            self._round.give_back(*turn)
-            return True
-        try:
-            if old.bases:
-                self.image_of(progress, number)
-            else:
-                self.bytes_of(progress, number)
-        except (CheckpointDamaged, OSError) as error:
+        read = self.image_of if old.bases else self.bytes_of
+        error = self._read_back.check(progress.shard.file, number, nbytes, lambda: read(progress, number))
+        if error is not None:
             self._distrust(error)
             with progress.lock:
                 if progress.layers is None:
                     progress.layers = ()  # nor is it built on
-            return False
-        finally:
-            self._reading.release()
-        return True
-
-    def _may_read(self) -> bool:
-        """Wait until no other thread reads back, and return True with ``_reading`` held; False where training waits for
-        memory meanwhile. Then one extent of the save is read, because some have to be."""
-        while not self._reading.acquire(timeout=_LOOK_SECONDS):
-            if self._arena.waiting:
-                return False
-        if not self._arena.waiting:
-            return True
-        if self._has_read_while_short:
-            self._reading.release()
-            return False
-        self._has_read_while_short = True
-        return True
+        return error is None
 
     def _has_format_extents(self, old: ReusableFile) -> bool:
         """Return whether what the format itself put into a file, such as its header, is still as it was written; True
         where it is not its turn to be read back. Blocks."""
         ours = {extent.offset for extent in old.ordered}
         for at, extent in enumerate(old.record.extents if old.record.content_key else ()):
-            if extent.offset in ours or self._round is None:
+            if extent.offset in ours:
                 continue
-            if self._round.take(f"{self._kind}/{old.record.name}", -1 - at, extent.nbytes):
-                try:
-                    self._read(old, extent.offset, extent.nbytes, (extent.digest,), ())
-                except (CheckpointDamaged, OSError) as error:
-                    self._distrust(error)
-                    return False
+            read = functools.partial(self._read, old, extent.offset, extent.nbytes, (extent.digest,), ())
+            error = self._read_back.check(old.record.name, -1 - at, extent.nbytes, read, wait=True)
+            if error is not None:
+                self._distrust(error)
+                return False
         return True
 
     def _distrust(self, error: Exception) -> None:
         """Tell that the checkpoint before is damaged; nothing is taken over from it any more after this save."""
         if self._previous is not None and self._source is not None:
             self._source.distrust(self._previous.reader.name)
+            self.damaged = self._previous.reader.name
             log.error(
                 "step %d: a file of the checkpoint before is damaged since it was written (%s); this save writes it "
                 "anew, and retention does not count that checkpoint. Look with `asyncckpt verify --all`: older ones "
@@ -283,10 +254,12 @@ class Unchanged:
         """Whether such files can be linked, as far as is known."""
         return self._source is not None and self._source.links_shared
 
-    def note_links(self, possible: bool) -> None:
-        """Note what another rank says of that."""
-        if self._source is not None and not possible:
+    def hear(self, *, links: bool = True, damaged: str = "") -> None:
+        """Note what another rank says: whether such files can be linked, and which checkpoint it has found damaged."""
+        if self._source is not None and not links:
             self._source.others_link = False
+        if self._source is not None and damaged:
+            self._source.distrust(damaged)
 
     @property
     def compared_with(self) -> str:
@@ -381,8 +354,7 @@ class Unchanged:
 
     def close(self) -> None:
         """Close the previous checkpoint. Call it once the save has ended, whichever way. Idempotent."""
-        if self._round is not None:
-            self._round.end()
+        self._read_back.end()
         previous, self._previous = self._previous, None
         if previous is not None:
             previous.reader.close()

@@ -10,114 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from conftest import unseen_by_crc32c
 from support.fault_points import BOUND_SECONDS, checkpointer
 from support.harness import Crew, Crews, Fault, Me
-from support.options import by_stage
-from support.parallelisms import TIMEOUT
-from torch import nn
+from support.lora import BASE_BYTES, local_part, lora, opened, save, shared_base, spoil, stored, train
 
 import asyncckpt
-from asyncckpt import Checkpointer, SaveFailed
+from asyncckpt import SaveFailed
 from asyncckpt.ranks.store import RankStore
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.storage.shard_file import LocalShardWriter
-
-EXTENT = 64 << 10
-#: Rows of the base; no number of ranks here divides them.
-ROWS = 1003
-BASE_BYTES = (ROWS * 257 + 64 * 96) * 4
-
-
-class LoRA(nn.Module):
-    """Has a frozen base, one part of it odd, and small matrices that are trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base = nn.Linear(256, ROWS).requires_grad_(False)
-        self.more = nn.Linear(64, 96, bias=False).requires_grad_(False)
-        self.down = nn.Linear(256, 8, bias=False)
-        self.up = nn.Linear(8, ROWS, bias=False)
-
-
-def lora(me: Me, way: str = "fsdp2") -> dict[str, Any]:
-    """The state of a LoRA, sharded; the values follow from a seed."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    torch.manual_seed(4)
-    model = LoRA()
-    if me.size > 1 and way == "tp":
-        model = parallelize_module(model, init_device_mesh("cpu", (me.size,)), {"base": ColwiseParallel()})
-    elif me.size > 1:
-        fully_shard(model, mesh=init_device_mesh("cpu", (me.size,)))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    return {"model": model, "optimizer": optimizer}
-
-
-def train(state: dict[str, Any], step: int) -> None:
-    for parameter in state["model"].parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.full_like(parameter, float(step))
-    state["optimizer"].step()
-
-
-def local_part(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[no-any-return]
-
-
-def spoil(state: dict[str, Any], value: float = 5.0) -> None:
-    with torch.no_grad():
-        local_part(state["model"].base.weight)[0, 3] = value
-
-
-def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All values of the model, on every rank."""
-    found = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in state["model"].named_parameters()}
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
-
-
-def wrong_in(run: Checkpointer, step: int, expected: dict[str, torch.Tensor]) -> list[str]:
-    """What is not stored as expected, or damaged."""
-    wrong = [str(one) for one in run.verify(step)]
-    stored = run.load_tensors(step, ["model"])
-    return wrong + [name for name, tensor in expected.items() if not torch.equal(stored[f"model.{name}"], tensor)]
-
-
-def shared_base(path: str, old: int, new: int) -> bool:
-    """Whether two checkpoints share the file of the frozen tensors, and no other of the model's."""
-    before, after = (
-        {file.name: file.stat().st_ino for file in Path(path, f"step-{step:08}").glob("model*")} for step in (old, new)
-    )
-    assert before.keys() == after.keys()
-    same = {name for name in before if before[name] == after[name]}
-    assert same <= {"model-00001-of-00002.safetensors"}, same
-    return bool(same)
-
-
-def opened(path: str, **options: Any) -> Checkpointer:
-    run = Checkpointer(path, **by_stage(**{"extent_bytes": EXTENT, "ranks": TIMEOUT} | options))
-    run._store.reflinks = False  # type: ignore[union-attr]  # an inode says then what was linked
-    return run
-
-
-def save(run: Checkpointer, step: int, state: dict[str, Any]) -> int:
-    """Save, wait until the next save can build on it, and return how many bytes this rank wrote."""
-    report = run.save(step, state).result(60)
-    run.wait()
-    return report.written_bytes
-
-
-def stored(me: Me, run: Checkpointer, step: int, state: dict[str, Any]) -> list[str]:
-    """What of a step is not as the state is now. All ranks have to call."""
-    expected = whole(state)
-    wrong = [f"step {step}: {one}" for one in wrong_in(run, step, expected)] if me.rank == 0 else []
-    dist.barrier()
-    return wrong
-
 
 # -- nothing has changed ---------------------------------------------------------------------------------------------
 
@@ -152,6 +55,18 @@ def test_a_sharded_frozen_base_is_written_once(
     if "keep" not in options:
         assert shared_base(path, 1, 2)
         assert shared_base(path, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"format": "zarr"}, {"format": "zarr", "codec": "planes"}, {"codec": "planes"}, {"per_rank": True}],
+    ids=["zarr", "zarr-planes", "planes", "per-rank"],
+)
+def test_so_are_files_that_one_rank_each_writes(options: dict[str, Any], crews: Crews, tmp_path: Path) -> None:
+    found = crews(2).values(_saves, str(tmp_path / "run"), "fsdp2", options)
+    assert [one["wrong"] for one in found] == [[], []]
+    first, *later = (sum(one["written"][at] for one in found) for at in range(3))
+    assert max(later) < first - 0.7 * BASE_BYTES  # which planes make smaller
 
 
 def test_a_job_that_goes_on_links_what_the_one_before_it_wrote(crews: Crews, tmp_path: Path) -> None:
@@ -247,6 +162,9 @@ def _flipped(me: Me, path: str) -> list[str]:
                 file.write(bytes([byte[0] ^ 4]))
         dist.barrier()
         save(run, 3, state)
+        if me.rank == 0:
+            assert "step-00000002" in run._quarantine, "rank 0 applies retention, and counts it"
+            assert "step-00000003" not in run._quarantine
         return stored(me, run, 3, state)
 
 

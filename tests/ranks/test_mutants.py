@@ -164,7 +164,7 @@ def _again(me: Me, path: str) -> list[str]:
 
 _FSYNC = PosixOps.fsync
 Patch = pytest.MonkeyPatch
-_EMPTY = {"error": None, "files": [], "held_back": [], "compared_with": ""} | {
+_EMPTY = {"error": None, "files": [], "held_back": [], "compared_with": "", "damaged": ""} | {
     key: {} for key in ("orders", "own", "trees", "aliases", "replicas", "sample", "groups", "values", "descriptions")
 }
 
