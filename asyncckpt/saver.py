@@ -190,5 +190,6 @@ class SaveBuilder:
             ReplicaSample(planned, number, rank),
             whole_digests(planned, rank) if self._check_replicas else {},
             planned.met,
+            coordinator.asked_again,
         )
         return Leader(rank_save) if coordinator.leads else Follower(rank_save)

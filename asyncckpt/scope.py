@@ -44,6 +44,11 @@ class SaveScope:
             self.raise_if_failed()
             self.publishing_since_seconds = time.perf_counter()
 
+    def put_off_publish(self) -> None:
+        """Go back before that point, where nothing can become visible before ``begin_publish`` is called again."""
+        with self._changed:
+            self.publishing_since_seconds = None
+
     def give_up(self, error: BaseException) -> bool:
         """Let the save fail with ``error``, as ``fail`` does, unless it may be visible already. Returns whether it has
         failed: then nothing of it will ever be published."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import PendingDirectory
-from asyncckpt.types import Layout
 
 if TYPE_CHECKING:
     from asyncckpt.commit.transaction import SaveTransaction
@@ -19,9 +18,6 @@ class Publisher(Protocol):
     @property
     def keeps_files(self) -> bool:
         """Whether the files of a save that has failed here must stay, because another rank may still publish them."""
-
-    def least_bytes(self, layout: Layout) -> int:
-        """Return the bytes that the save needs on the storage, whatever is taken over from the checkpoint before."""
 
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         """Return how many bytes of a durable checkpoint this process has written."""
@@ -50,9 +46,6 @@ class Solo:
     """Publishes what this process alone has written."""
 
     keeps_files = False
-
-    def least_bytes(self, layout: Layout) -> int:
-        return 0
 
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         return written.nbytes - save.shards.linked_bytes()

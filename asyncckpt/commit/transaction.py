@@ -79,6 +79,8 @@ class SaveTransaction:
         self.step = scope.step
         self.started_seconds = self.written_seconds = started_seconds
         self._publisher = publisher
+        self._space = space
+        self._timeout_seconds = 0.0
         self._events = events
         self._codec = encoder.codec
         draft = contents.draft
@@ -104,7 +106,6 @@ class SaveTransaction:
             name=draft.name,
             attempt=draft.attempt,
             shared=draft.world_size > 1,
-            least_bytes=publisher.least_bytes(contents.layout),
         )
         self.shards = ShardPipeline(
             contents.layout,
@@ -142,7 +143,8 @@ class SaveTransaction:
         try:
             directory = self._directory.open()
             early = self._publisher.prepare(self, directory)
-            self._wait_written(timeout_seconds)
+            self._timeout_seconds = timeout_seconds
+            self.wait_written()
             now = self.written_seconds = time.perf_counter()
             nbytes = self.contents.layout.nbytes
             self._events.emit(
@@ -209,7 +211,15 @@ class SaveTransaction:
             f"earlier checkpoints are untouched. {_WAYS_OUT.get(code or 0, _WAY_OUT)}"
         )
 
-    def _wait_written(self, timeout_seconds: float) -> None:
+    def make_room(self, nbytes: int) -> None:
+        """Make sure that so many more bytes fit. Called by publishers. Blocks on the disk. Raises
+        ``NotEnoughSpace``."""
+        self._space.make_room(nbytes, self.step)
+
+    def wait_written(self) -> None:
+        """Wait until the shards are durable. Called by publishers, where some were to be written after all. Raises what
+        made the save fail, and ``SaveAbandoned`` once its time is over."""
+        timeout_seconds = self._timeout_seconds
         remaining = self.started_seconds + timeout_seconds - time.perf_counter()
         done = self.scope.wait_until(lambda: not self.shards.unfinished and self.scope.judged, remaining)
         self.scope.raise_if_failed()

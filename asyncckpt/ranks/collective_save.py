@@ -15,16 +15,15 @@ from asyncckpt import jsontree
 from asyncckpt.codecs.digests import DEFAULT
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.commit.transaction import SaveTransaction
-from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree, SaveFailed
+from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree
 from asyncckpt.manifest import json as manifest
-from asyncckpt.manifest.draft import Contents
-from asyncckpt.manifest.parse import extent_of
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.protocols import PendingDirectory
-from asyncckpt.ranks.merging import merge_trees
 from asyncckpt.ranks.replicas import ReplicaSample, named
+from asyncckpt.ranks.reports import merge_reports
+from asyncckpt.ranks.shared_files import HeldBack, link_unchanged, merge_files
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
-from asyncckpt.types import JsonValue, Layout
+from asyncckpt.types import JsonValue
 
 #: The other ranks wait so much longer than rank 0's own deadline before they take it for lost.
 _GRACE_SECONDS = 15.0
@@ -36,7 +35,8 @@ class RankSave:
     ``rank_local_names``: component → the name that this rank's own is stored under; ``sends_values_of``,
     ``values_like`` and ``owners``: see ``AgreedPlan``. ``sample``: of the tensors that must be equal on several ranks;
     ``replicas``: their digests, where all of each is compared.
-    ``planned``: all ranks have planned this save together, so one that asked for a plan does not end it."""
+    ``planned``: all ranks have planned this save together, so one that asked for a plan does not end it.
+    ``asked_again``: the numbers of the saves with a second round, which rank 0 keeps."""
 
     ranks: RankStore
     number: int
@@ -47,6 +47,7 @@ class RankSave:
     sample: ReplicaSample | None = None
     replicas: Mapping[str, str] = field(default_factory=dict)
     planned: bool = False
+    asked_again: set[int] = field(default_factory=set)
 
     @property
     def reports(self) -> str:
@@ -55,6 +56,14 @@ class RankSave:
     @property
     def outcome(self) -> str:
         return f"save/{self.number}/outcome"
+
+    @property
+    def second_reports(self) -> str:
+        return f"save/{self.number}/second"
+
+    @property
+    def second_outcome(self) -> str:
+        return f"save/{self.number}/second/outcome"
 
     def replan(self, rank: int) -> str:
         """Return the key under which a rank says that it cannot save without a new plan."""
@@ -67,14 +76,13 @@ class Follower:
     def __init__(self, rank_save: RankSave) -> None:
         self._rank_save = rank_save
         self._reported = self._given_up = False
+        self._report = f"{rank_save.reports}/{rank_save.ranks.rank}"
+        self._outcome = rank_save.outcome
 
     @property
     def keeps_files(self) -> bool:
         # unless rank 0 gave up too, it may be about to publish, and these are its files
         return not self._given_up
-
-    def least_bytes(self, layout: Layout) -> int:
-        return 0
 
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         return save.shards.written_bytes
@@ -97,28 +105,47 @@ class Follower:
         rank_save = self._rank_save
         beside = [manifest.whole_file(name, data, save.digest) for name, data in small.items()]
         files = [*save.shards.records(), *beside]
-        rank_save.ranks.post(f"{rank_save.reports}/{rank_save.ranks.rank}", _report(save, rank_save, files))
+        rank_save.ranks.post(self._report, _report(save, rank_save, files))
         self._reported = True
-        timeout = 2 * rank_save.ranks.options.timeout_seconds + _GRACE_SECONDS
-        outcome = rank_save.ranks.read(rank_save.outcome, timeout, f"step {save.step}: rank 0")
+        outcome = self._read_outcome(save)
+        if "write" in outcome:
+            self._outcome = rank_save.second_outcome
+            self._write_held_back(save, directory, outcome)
+            outcome = self._read_outcome(save)
         if outcome["error"] is not None:
             self._given_up = True
             raise error_from_json(outcome["error"])
         return replace(save.contents.draft, name=outcome["name"], size_bytes=outcome["nbytes"])
 
+    def _read_outcome(self, save: SaveTransaction) -> Any:
+        ranks = self._rank_save.ranks
+        timeout = 2 * ranks.options.timeout_seconds + _GRACE_SECONDS
+        return ranks.read(self._outcome, timeout, f"step {save.step}: rank 0")
+
+    def _write_held_back(self, save: SaveTransaction, directory: PendingDirectory, asked: Mapping[str, Any]) -> None:
+        """Write what this rank has held back of the files that rank 0 asks for, and report again where it has."""
+        if asked["write"].keys().isdisjoint(save.shards.held_back()):
+            return
+        save.scope.put_off_publish()  # until the second report, rank 0 publishes nothing
+        self._reported, self._report = False, f"{self._rank_save.second_reports}/{self._rank_save.ranks.rank}"
+        save.shards.write_held_back(asked["write"], links=asked["links"])
+        save.wait_written()
+        directory.sync_directory()
+        save.scope.begin_publish()
+        self._rank_save.ranks.post(self._report, {"error": None})
+        self._reported = True
+
     def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
         if self._reported:
             return error
         self._reported = True
-        _try_post(
-            self._rank_save, f"{self._rank_save.reports}/{self._rank_save.ranks.rank}", {"error": error_to_json(error)}
-        )
+        _try_post(self._rank_save, self._report, {"error": error_to_json(error)})
         reason = self._reason() if isinstance(save.scope.error, FileNotFoundError) else None
         return error if reason is None else reason
 
     def _reason(self) -> AsyncCkptError | None:
         """Return why rank 0 gave this save up, if it has: the attempt's directory is gone then."""
-        ranks, key = self._rank_save.ranks, self._rank_save.outcome
+        ranks, key = self._rank_save.ranks, self._outcome
         try:
             outcome = ranks.read(key, 10.0, "rank 0") if ranks.exists(key) else {}
         except (RuntimeError, AsyncCkptError):
@@ -134,9 +161,7 @@ class Leader:
     def __init__(self, rank_save: RankSave) -> None:
         self._rank_save = rank_save
         self._told = False
-
-    def least_bytes(self, layout: Layout) -> int:
-        return layout.nbytes
+        self._outcome = rank_save.outcome
 
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
         return save.shards.written_bytes
@@ -162,21 +187,51 @@ class Leader:
         )
         reports = [_report(save, rank_save, save.shards.records()), *bodies[1:]]
         self._check(reports, draft)
-        contents = _merge_reports(save.contents, rank_save, reports)
+        for name in {report["damaged"] for report in reports} - {""}:
+            save.shards.hear_of_damage(name)
+        files = merge_files(reports, save.step)
+        held_back = link_unchanged(save, reports, files)
+        if held_back.files:
+            self._have_written(save, held_back)
+        contents = merge_reports(save.contents, reports, rank_save.rank_local_names, rank_save.owners)
         small = save.write_small(directory, contents)
         orders = {file: order for report in reports for file, order in report["orders"].items()}
-        files = _files(reports, save.step)
         written = save.publish(directory, contents, files, orders, small, check_lease, read_back)
         self._told = True
-        _try_post(rank_save, rank_save.outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
+        _try_post(rank_save, self._outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
         if rank_save.number > 1:  # a rank that has reported for this save has read the outcome of that one
-            rank_save.ranks.forget(replace(rank_save, number=rank_save.number - 2).outcome)
+            old = replace(rank_save, number=rank_save.number - 2)
+            again = [old.second_outcome] if old.number in rank_save.asked_again else []
+            rank_save.asked_again.discard(old.number)
+            rank_save.ranks.forget(old.outcome, *again)
         return written
+
+    def _have_written(self, save: SaveTransaction, held_back: HeldBack) -> None:
+        """Ask the ranks that have held back parts of files which cannot be linked to write them, and wait until all
+        have. Their first reports hold: what they write is what the checkpoint before has."""
+        rank_save = self._rank_save
+        save.make_room(held_back.nbytes)
+        links = save.shards.links_shared
+        rank_save.ranks.post(self._outcome, {"error": None, "write": held_back.files, "links": links})
+        self._outcome = rank_save.second_outcome
+        rank_save.asked_again.add(rank_save.number)
+        save.shards.write_held_back(held_back.files, links=links)
+        save.wait_written()
+        bodies = rank_save.ranks.gather(
+            rank_save.second_reports,
+            rank_save.ranks.options.timeout_seconds,
+            f"write its part of step {save.step}, which other ranks have changed",
+            lambda _rank, body: body["error"] is not None,
+            ranks=held_back.ranks - {rank_save.ranks.rank},
+        )
+        for rank, body in enumerate(bodies):
+            if body is not None and body["error"] is not None:
+                raise error_from_json(body["error"], f"rank {rank}")
 
     def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:
         if not self._told:
             self._told = True
-            _try_post(self._rank_save, self._rank_save.outcome, {"error": error_to_json(error)})
+            _try_post(self._rank_save, self._outcome, {"error": error_to_json(error)})
         return error
 
     def _check(self, reports: Sequence[Any], draft: Manifest) -> None:
@@ -269,6 +324,9 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
         "layout": contents.draft.layout,
         "attempt": contents.draft.attempt,
         "files": [manifest.file_to_json(record) for record in files],
+        "damaged": save.shards.damaged,
+        "held_back": save.shards.held_back(),
+        "compared_with": save.shards.compared_with,
         "orders": {file: order for file, order in orders.items() if file in written and order},
         "own": entries,
         "trees": {name: tree for name, tree in contents.trees.items() if name in sent},
@@ -286,74 +344,6 @@ def _values(tree: JsonValue) -> dict[str, str]:
     digest = get_digest(DEFAULT)
     parts = tree if isinstance(tree, dict) and "$" not in tree else {"": tree}
     return {key: digest(jsontree.dumps(value))[:16] for key, value in parts.items()}
-
-
-def _merge_reports(contents: Contents, rank_save: RankSave, reports: Sequence[Mapping[str, Any]]) -> Contents:
-    """Merge all reports into the checkpoint's contents: a shared component's values come from the ranks that lead it,
-    and a rank's own component is kept where it differs from rank 0's."""
-    own_of_lead = set(rank_save.rank_local_names.values())
-    trees: dict[str, JsonValue] = {}
-    shared: dict[str, list[tuple[int, JsonValue]]] = {}
-    aliases: dict[str, dict[str, str]] = {name: {} for name in contents.kinds}
-    descriptions: dict[str, dict[str, Any]] = {name: {} for name in contents.kinds}
-    others: dict[str, JsonValue] = {}
-    groups = {name: digest for report in reports for name, digest in report["groups"].items()}
-    for rank, report in enumerate(reports):
-        for name, tree in report["trees"].items():
-            if name not in report["own"]:
-                shared.setdefault(name, []).append((rank, tree))
-            elif rank == 0:
-                trees[name] = tree
-            else:
-                entry = report["own"][name]
-                base = name.removesuffix(f"+{rank}")
-                if entry["tensors"] or base not in own_of_lead or tree != trees.get(base):
-                    trees[name], others[name] = tree, entry
-        for name, found in report["aliases"].items():
-            _add_aliases(name, aliases[name], found, rank)
-        for name, found in report["descriptions"].items():
-            strides = {**found.get("strides", {}), **descriptions[name].get("strides", {})}
-            descriptions[name] = {**found, **descriptions[name]} | ({"strides": strides} if strides else {})
-    for name, found in shared.items():
-        kind, owner = contents.kinds[name], rank_save.owners.get(name)
-        found.sort(key=lambda item: item[0] != owner)  # the owner's come first
-        digests = {key.removeprefix(f"{name}."): digest for key, digest in groups.items() if key.startswith(f"{name}.")}
-        trees[name] = merge_trees(name, kind, found, digests, first_is_right=owner is not None or kind == "module")
-    described = {**contents.descriptions, **{name: found for name, found in descriptions.items() if found}}
-    return replace(contents, trees=trees, aliases=aliases, descriptions=described, others=others)
-
-
-def _add_aliases(component: str, known: dict[str, str], found: Mapping[str, str], rank: int) -> None:
-    """Add a rank's other names of tied tensors to those of the ranks before it."""
-    for alias, target in found.items():
-        if known.setdefault(alias, target) != target:
-            raise RanksDisagree(
-                f"tensor {component}.{alias} is tied to {target!r} on rank {rank}, and to {known[alias]!r} on a rank "
-                f"before it. Tie it alike on all ranks that have it"
-            )
-
-
-def _files(reports: Sequence[Mapping[str, Any]], step: int) -> list[FileRecord]:
-    """Merge the records of each file. Raises ``SaveFailed`` where the ranks did not write every byte exactly once."""
-    found: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        for row in report["files"]:
-            known = found.setdefault(row["name"], row)
-            if known is not row:
-                known["extents"] += row["extents"]
-    records: list[FileRecord] = []
-    for name, row in found.items():
-        extents = tuple(extent_of(extent) for extent in sorted(row["extents"]))
-        position = 0
-        for extent in extents:
-            if extent.offset != position:
-                break
-            position += extent.nbytes
-        if position != row["nbytes"]:
-            raise SaveFailed(f"step {step}: the ranks' parts of {name} do not make a whole; nothing was published")
-        plan, bases, order = row.get("plan", ""), tuple(row.get("bases", ())), tuple(row.get("order", ()))
-        records.append(FileRecord(name, row["nbytes"], extents, plan, bases, order))
-    return records
 
 
 def _try_post(rank_save: RankSave, key: str, body: Any) -> None:

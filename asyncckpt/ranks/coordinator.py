@@ -58,6 +58,8 @@ class Coordinator:
         #: How many ranks run on this host, this one included; known once the run is open.
         self.ranks_here = 1
         self.announcements = Announcements(ranks)
+        #: See ``RankSave``.
+        self.asked_again: set[int] = set()
 
     @property
     def leads(self) -> bool:

@@ -141,9 +141,11 @@ class RankStore:
         operation: str,
         stop_when: Callable[[int, Any], bool] = lambda _rank, _body: False,
         skip_missing: Callable[[int], bool] = lambda _rank: False,
+        *,
+        ranks: Collection[int] | None = None,
     ) -> list[Any]:
-        """Block until every other rank has posted under ``key/<rank>``, and return the messages by rank (None for rank
-        0). For rank 0.
+        """Block until every other rank, or each of ``ranks``, has posted under ``key/<rank>``, and return the messages
+        by rank (None for rank 0, and for those that were not to post). For rank 0.
 
         Returns early, with None for ranks that are missing, as soon as ``stop_when(rank, body)`` is true for a message,
         or, after a while, ``skip_missing(rank)`` for a rank that has posted none. Raises ``RankLost`` naming the
@@ -151,7 +153,7 @@ class RankStore:
         """
         store = self._connection()
         found: list[Any] = [None] * self.size
-        missing = set(range(1, self.size))
+        missing = set(range(1, self.size) if ranks is None else ranks)
         notice = LateNotice(operation, timeout_seconds)
         began = time.monotonic()
         while missing:

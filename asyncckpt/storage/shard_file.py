@@ -59,6 +59,9 @@ class LocalShardWriter:
         if self._fd < 0:
             self._fd = self._ops.open(path, flags)
         forks.disarm_in_child(self)
+        if shared and self._ops.stat(self._fd).st_nlink > 1:  # it would be written in both
+            self.abort()
+            raise SaveFailed(f"{path} is linked from another checkpoint, and cannot be written to")
         if self._small:
             return
         try:

@@ -17,7 +17,6 @@ class SaveDirectory:
     """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
     ``name``: the checkpoint's. ``attempt``: the attempt's uuid. ``shared``: several ranks write into it.
-    ``least_bytes``: room that is needed whatever is taken over from the checkpoint before.
     """
 
     def __init__(
@@ -30,7 +29,6 @@ class SaveDirectory:
         name: str,
         attempt: str,
         shared: bool,
-        least_bytes: int,
     ) -> None:
         self._store = store
         self._scope = scope
@@ -39,7 +37,6 @@ class SaveDirectory:
         self._name = name
         self._uuid = attempt
         self._shared = shared
-        self._least_bytes = least_bytes
         self._lock = threading.Lock()
         self._made: PendingDirectory | None = None
 
@@ -65,8 +62,7 @@ class SaveDirectory:
         with self._lock:
             if self._made is None:
                 self._scope.raise_if_failed()
-                needed = max(self._unchanged.expected_bytes(), self._least_bytes)
-                self._space.make_room(needed + _SMALL_FILES_BYTES, self._scope.step)
+                self._space.make_room(self._unchanged.expected_bytes() + _SMALL_FILES_BYTES, self._scope.step)
                 self._made = self._store.begin(self._scope.step, self._uuid, name=self._name, shared=self._shared)
             return self._made
 

@@ -32,7 +32,8 @@ class ShardProgress:
     """Tracks one shard. ``records`` are its extents by number; ``format_extents`` those that the format adds; ``old``
     is the previous checkpoint's file that it may be equal to, ``matched`` are the extents found equal; ``layers`` are
     the files that its chunks are differences to (None: not decided); ``seconds`` are the extents' second digests, where
-    one is not enough. Not thread-safe."""
+    one is not enough. ``held_back``: this rank's part of a file that several write has not changed, and is not written
+    unless another rank's has. Not thread-safe."""
 
     shard: ShardFile
     first: int
@@ -45,6 +46,7 @@ class ShardProgress:
     matched: list[int] = field(default_factory=list)
     matching: bool = False
     linked: bool = False
+    held_back: bool = False
     finished: bool = False
     next_in_order: int = 0
     held: dict[int, EncodedChunk] = field(default_factory=dict)

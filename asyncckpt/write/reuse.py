@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import logging
 import threading
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from asyncckpt.manifest.records import (
     join_records,
     written_extent,
 )
-from asyncckpt.protocols import Reader, Store
+from asyncckpt.protocols import Capability, Reader, Store
 from asyncckpt.types import ShardFile, StagedDigests
 from asyncckpt.write.link_checks import LinkChecks
 
@@ -48,15 +49,28 @@ class ReusableFile:
         return (*self.bases, self.record)
 
     def matching_layout(self, shard: ShardFile) -> ReusableFile | None:
-        """Return this file with its extents as the shard has them; None where the two differ in more than contents."""
-        if self.record.content_key != shard.content_key or shard.multi_writer:
+        """Return this file with its extents as the shard has them, which are this rank's where several write the file;
+        None where the two differ in more than contents."""
+        if self.record.content_key != shard.content_key:
             return None
         if shard.packed_on_write:
             equal = len(self.ordered) == len(shard.extents) and all(extent.content for extent in self.ordered)
             return self if equal else None
         # placed by a format that may add to it (zarr), the record has more extents than the layout
-        joined = join_records(self.ordered, shard.extents)
+        joined = join_records(self._parts_of(shard) if shard.multi_writer else self.ordered, shard.extents)
         return None if joined is None else replace(self, ordered=joined)
+
+    def _parts_of(self, shard: ShardFile) -> list[WrittenExtent]:
+        """List the parts that begin in one of the shard's extents; none where the file has another size."""
+        if self.record.nbytes != shard.nbytes:
+            return []
+        begins = [extent.offset for extent in shard.extents]
+        found: list[WrittenExtent] = []
+        for part in self.ordered:
+            at = bisect.bisect_right(begins, part.offset) - 1
+            if at >= 0 and part.offset < begins[at] + shard.extents[at].nbytes:
+                found.append(part)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +123,18 @@ class ReuseSource:
 
     def __init__(self, store: Store, quarantined: DamagedNames) -> None:
         self.link_checks = LinkChecks()
+        #: Whether rank 0 can link files here, as far as is known.
+        self.others_link = True
         self._store = store
         self._quarantined = quarantined
         self._lock = threading.Lock()
         #: By kind: names, the newest last, each with the files where this process has written them.
         self._known: dict[str, list[tuple[str, Mapping[str, ReusableFile] | None]]] = {}
+
+    @property
+    def links_shared(self) -> bool:
+        """Whether files that several ranks write can be linked, as far as is known."""
+        return self.others_link and Capability.LINKS in self._store.capabilities
 
     def learn(self, kind: str, name: str, files: Mapping[str, ReusableFile] | None = None) -> None:
         """Remember a checkpoint as the newest of its kind. ``files``: its files, where they are known already."""

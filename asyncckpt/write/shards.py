@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
@@ -125,6 +125,50 @@ class ShardPipeline:
         whole = sum(progress.nbytes for progress in self._shards if progress.linked)
         layers = [layer for progress in self._shards for layer in progress.layers or ()]
         return whole + sum(layer.nbytes for layer in (*layers, *self._unchanged.unused))
+
+    # -- files that several ranks write --------------------------------------------------------------------------------
+
+    @property
+    def compared_with(self) -> str:
+        """See ``Unchanged.compared_with``."""
+        return self._unchanged.compared_with
+
+    @property
+    def links_shared(self) -> bool:
+        """See ``Unchanged.links_shared``."""
+        return self._unchanged.links_shared
+
+    @property
+    def damaged(self) -> str:
+        """See ``Unchanged.damaged``."""
+        return self._unchanged.damaged
+
+    def hear_of_damage(self, name: str) -> None:
+        """Note that another rank has found the checkpoint of this name damaged: nothing is taken over from it, and
+        retention does not count it."""
+        self._unchanged.hear(damaged=name)
+
+    def held_back(self) -> list[str]:
+        """List the files of which this rank has a part that has not changed and is not written."""
+        return [progress.shard.file for progress in self._shards if progress.held_back]
+
+    def link_shared(self, record: FileRecord) -> bool:
+        """Link a file that all ranks which have a part of it hold back; see ``Unchanged.link_shared``. Blocks."""
+        return self._unchanged.link_shared(record, self._directory.open())
+
+    def write_held_back(self, files: Collection[str], *, links: bool) -> None:
+        """Write this rank's parts of these files after all, out of the checkpoint before: the save is ``unfinished``
+        again until they are durable. ``links``: whether such files can be linked at all. Never blocks."""
+        self._unchanged.hear(links=links)
+        for progress in self._shards:
+            if not progress.held_back or progress.shard.file not in files:
+                continue
+            with self._lock:
+                progress.held_back = progress.finished = progress.matching = False
+                progress.records, progress.missing = {}, len(progress.shard.extents)
+                self.unfinished += 1
+            for number in range(len(progress.shard.extents)):
+                self._submit(functools.partial(self._copy, progress, number), self._small_files.pool(progress.shard))
 
     # -- extents -----------------------------------------------------------------------------------------------------
 

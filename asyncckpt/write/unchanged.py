@@ -9,6 +9,7 @@ difference to the same chunk of the checkpoint before.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import torch
 
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import FileRecord, WrittenExtent
 from asyncckpt.memory.arena import Arena, StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
@@ -27,15 +29,12 @@ from asyncckpt.protocols import Codec, Digest, PendingDirectory
 from asyncckpt.read.delta import DeltaReader, layer_name
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import cut_digests, finish_image, slot_bytes, staged_digests
-from asyncckpt.types import FRAME_HEADER_BYTES, Extent, StagedDigests
-from asyncckpt.write.link_checks import LinkRound
+from asyncckpt.types import ALIGNMENT_BYTES, FRAME_HEADER_BYTES, Extent, StagedDigests
+from asyncckpt.write.link_checks import ReadBack
 from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import Previous, ReusableFile, ReuseSource
 
 log = logging.getLogger("asyncckpt")
-
-#: A thread that waits to read back looks this often whether training waits for memory.
-_LOOK_SECONDS = 0.005
 
 
 class OpensDirectory(Protocol):
@@ -85,15 +84,15 @@ class Unchanged:
         self._chain = chain
         self._lock = threading.Lock()
         self._begun = False
-        self._arena = arena
-        self._round: LinkRound | None = None
-        #: Held while an extent is read back: one at a time, so that other threads go on.
-        self._reading = threading.Lock()
-        self._has_read_while_short = False
+        self._read_back = ReadBack(arena, kind)
         self._previous: Previous | None = None
+        self._recorded: dict[str, FileRecord] | None = None
         self._layer_reader: DeltaReader | None = None
         #: Files that were linked as layers to build on, and then were not needed.
         self.unused: list[FileRecord] = []
+
+        #: The name of the checkpoint before, where it was found damaged.
+        self.damaged = ""
 
     @property
     def differs(self) -> bool:
@@ -114,21 +113,27 @@ class Unchanged:
             self._previous = previous
             self._layer_reader = DeltaReader(previous.reader, self._codec, self._digest)
             for progress in self._shards:
-                old = previous.find(progress.shard) if progress.shard.extents else None
+                old = previous.find(progress.shard) if self._may_match(progress) else None
                 if old is not None and self._second is not None and len(old.seconds) != len(progress.shard.extents):
                     old = None  # another process wrote it
                 progress.old = old
                 progress.matching = progress.old is not None
-            self._round = self._source.link_checks.begin(self._written_bytes())
+            own = (extent.nbytes for one in self._shards if not _settled(one) for extent in one.shard.extents)
+            self._read_back.begin(self._source.link_checks, sum(own))
+
+    def _may_match(self, progress: ShardProgress) -> bool:
+        """Return whether the shard is worth comparing. Of those that several ranks write these are the frozen ones: of
+        the others, some rank's part has nearly always changed, and the ranks whose part has not would learn it late."""
+        shard = progress.shard
+        if shard.multi_writer:
+            return self.links_shared and progress.frozen and bool(shard.extents)
+        return bool(shard.extents)
 
     def expected_bytes(self) -> int:
         """Estimate the bytes that the disk must have room for; frozen tensors that the previous checkpoint holds are
         assumed equal. Blocks as ``begin`` does."""
         self.begin()
-        return self._written_bytes()
-
-    def _written_bytes(self) -> int:
-        return sum(progress.shard.nbytes for progress in self._shards if progress.old is None or not progress.frozen)
+        return sum(progress.shard.nbytes for progress in self._shards if not _settled(progress))
 
     def note(self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer) -> None:
         """Take the second digest of a staged extent, if one is wanted."""
@@ -161,6 +166,10 @@ class Unchanged:
             else:
                 progress.matching = complete = False
                 copies, progress.matched = progress.matched, []
+        if complete and progress.shard.multi_writer:
+            self._take_records(progress, old, lock)
+            progress.held_back = True
+            return Verdict(held=True, linked=True)
         if complete and self._link(progress, old, lock, directory):
             return Verdict(held=True, linked=True)
         progress.matching = False
@@ -169,63 +178,37 @@ class Unchanged:
     def _is_stored(self, progress: ShardProgress, old: ReusableFile, number: int) -> bool:
         """Return whether the file of the checkpoint before still has the bytes of an extent; True where it is not its
         turn to be read back. Blocks."""
-        if not progress.matching or self._round is None:
+        if not progress.matching:
             return True  # it is written
         nbytes = sum(base.chunk(number).nbytes for base in old.bases) + old.ordered[number].nbytes
-        turn = f"{self._kind}/{progress.shard.file}", number, nbytes
-        if not self._round.take(*turn):
-            return True
-        if not self._may_read():
-            self._round.give_back(*turn)
-            return True
-        try:
-            if old.bases:
-                self.image_of(progress, number)
-            else:
-                self.bytes_of(progress, number)
-        except (CheckpointDamaged, OSError) as error:
+        read = self.image_of if old.bases else self.bytes_of
+        error = self._read_back.check(progress.shard.file, number, nbytes, lambda: read(progress, number))
+        if error is not None:
             self._distrust(error)
             with progress.lock:
                 if progress.layers is None:
                     progress.layers = ()  # nor is it built on
-            return False
-        finally:
-            self._reading.release()
-        return True
-
-    def _may_read(self) -> bool:
-        """Wait until no other thread reads back, and return True with ``_reading`` held; False where training waits for
-        memory meanwhile. Then one extent of the save is read, because some have to be."""
-        while not self._reading.acquire(timeout=_LOOK_SECONDS):
-            if self._arena.waiting:
-                return False
-        if not self._arena.waiting:
-            return True
-        if self._has_read_while_short:
-            self._reading.release()
-            return False
-        self._has_read_while_short = True
-        return True
+        return error is None
 
     def _has_format_extents(self, old: ReusableFile) -> bool:
         """Return whether what the format itself put into a file, such as its header, is still as it was written; True
         where it is not its turn to be read back. Blocks."""
         ours = {extent.offset for extent in old.ordered}
         for at, extent in enumerate(old.record.extents if old.record.content_key else ()):
-            if extent.offset in ours or self._round is None:
+            if extent.offset in ours:
                 continue
-            if self._round.take(f"{self._kind}/{old.record.name}", -1 - at, extent.nbytes):
-                try:
-                    self._read(old, extent.offset, extent.nbytes, (extent.digest,), ())
-                except (CheckpointDamaged, OSError) as error:
-                    self._distrust(error)
-                    return False
+            read = functools.partial(self._read, old, extent.offset, extent.nbytes, (extent.digest,), ())
+            error = self._read_back.check(old.record.name, -1 - at, extent.nbytes, read, wait=True)
+            if error is not None:
+                self._distrust(error)
+                return False
         return True
 
     def _distrust(self, error: Exception) -> None:
         """Tell that the checkpoint before is damaged; nothing is taken over from it any more after this save."""
         if self._previous is not None and self._source is not None:
             self._source.distrust(self._previous.reader.name)
+            self.damaged = self._previous.reader.name
             log.error(
                 "step %d: a file of the checkpoint before is damaged since it was written (%s); this save writes it "
                 "anew, and retention does not count that checkpoint. Look with `asyncckpt verify --all`: older ones "
@@ -250,15 +233,55 @@ class Unchanged:
                 self.unused += linked  # what is linked already stays, listed like everything else
                 return False
             linked.append(layer)
+        self._take_records(progress, old, lock)
+        progress.linked = True
+        return True
+
+    def _take_records(self, progress: ShardProgress, old: ReusableFile, lock: threading.Lock) -> None:
         with lock:
             progress.records = dict(enumerate(old.ordered))
-            known = {record.offset for record in progress.parts()}
-            progress.format_extents = [extent for extent in old.record.extents if extent.offset not in known]
+            if not progress.shard.multi_writer:
+                known = {record.offset for record in progress.parts()}
+                progress.format_extents = [extent for extent in old.record.extents if extent.offset not in known]
             progress.layers = old.bases
             progress.nbytes = old.record.nbytes
-            progress.linked = True
             progress.missing = 0
-        return True
+
+    # -- files that several ranks write --------------------------------------------------------------------------------
+
+    @property
+    def links_shared(self) -> bool:
+        """Whether such files can be linked, as far as is known."""
+        return self._source is not None and self._source.links_shared
+
+    def hear(self, *, links: bool = True, damaged: str = "") -> None:
+        """Note what another rank says: whether such files can be linked, and which checkpoint it has found damaged."""
+        if self._source is not None and not links:
+            self._source.others_link = False
+        if self._source is not None and damaged:
+            self._source.distrust(damaged)
+
+    @property
+    def compared_with(self) -> str:
+        """The name of the checkpoint before, where a second digest of it was compared too, which no manifest has. Empty
+        elsewhere: what the manifest says is enough then, whichever checkpoint's it is."""
+        return self._previous.reader.name if self._previous is not None and self._second is not None else ""
+
+    def link_shared(self, record: FileRecord, directory: PendingDirectory) -> bool:
+        """Link a file of which several ranks say that it is as ``record`` has it. Return False where the manifest of
+        the checkpoint before does not say the same, or the file system cannot. Blocks on the disk."""
+        previous = self._previous
+        if previous is None:
+            return False
+        try:
+            if self._recorded is None:
+                self._recorded = {known.name: known for known in manifests.load(previous.reader).files}
+            if self._recorded.get(record.name) != record:
+                return False
+            return directory.link(previous.reader, record.name, record.nbytes, record.name)
+        except CheckpointDamaged as error:
+            self._distrust(error)
+            return False
 
     def bytes_of(self, progress: ShardProgress, number: int) -> tuple[memoryview, WrittenExtent]:
         """Read an extent's bytes out of the previous checkpoint; return them with their record there. Blocks. Raises
@@ -274,12 +297,13 @@ class Unchanged:
         """Read a part of a file of the previous checkpoint and verify it; see ``bytes_of``."""
         assert self._previous is not None
         reader, name = self._previous.reader, known.record.name
-        buffer = memoryview(aligned_buffer(nbytes))
-        got = reader.read_into(name, buffer, nbytes, offset)
-        if got != nbytes or cut_digests(self._digest, buffer[:nbytes], cuts) != digests:
+        lead = offset % ALIGNMENT_BYTES  # whole blocks are read: past the page cache, too, where a rank's part begins
+        buffer = memoryview(aligned_buffer(lead + nbytes))
+        got = reader.read_into(name, buffer, lead + nbytes, offset - lead)
+        if got != lead + nbytes or cut_digests(self._digest, buffer[lead:got], cuts) != digests:
             where = f"{reader.path}/{name} [{offset}:{offset + nbytes}]"
             raise CheckpointDamaged(f"{where}: the bytes do not match their digest")
-        return buffer
+        return buffer[lead:]
 
     def image_of(self, progress: ShardProgress, number: int) -> StagingBuffer:
         """Read a chunk out of the previous checkpoint, decode it through the files that it builds on, and return it as
@@ -330,8 +354,12 @@ class Unchanged:
 
     def close(self) -> None:
         """Close the previous checkpoint. Call it once the save has ended, whichever way. Idempotent."""
-        if self._round is not None:
-            self._round.end()
+        self._read_back.end()
         previous, self._previous = self._previous, None
         if previous is not None:
             previous.reader.close()
+
+
+def _settled(progress: ShardProgress) -> bool:
+    """Return whether a shard is expected not to be written: training does not change it, and it is there already."""
+    return progress.old is not None and progress.frozen

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support import frozen_base
 from support.fault_points import checkpointer, is_whole, state_of
+from support.frozen_base import saved
 from support.harness import Crew, Crews, Fault, Me, Outcome
 
 import asyncckpt
+from asyncckpt.commit import publication
 from asyncckpt.plan import partition as division
 from asyncckpt.ranks import collective_save as together
-from asyncckpt.ranks import merging, tables
+from asyncckpt.ranks import merging, reports, tables
 from asyncckpt.ranks import planner as planning
 from asyncckpt.ranks import store as distributed
 from asyncckpt.ranks.collective_save import Leader
@@ -29,21 +32,12 @@ from asyncckpt.storage.posix import PosixOps
 RANKS = 3
 
 
-def _saved(run: asyncckpt.Checkpointer, step: int, state: Any = None) -> str:
-    """The class of what a save ended with; empty where it was acknowledged."""
-    try:
-        error = run.save(step, state or state_of(step)).exception(30)
-    except asyncckpt.AsyncCkptError as raised:
-        error = raised
-    return type(error).__name__ if error is not None else ""
-
-
 # -- checks: scenarios that return what is wrong on this rank ---------------------------------------------------------
 
 
 def _plain(me: Me, path: str) -> list[str]:
     run, _ = checkpointer(me, path)
-    wrong = [f"step {step}: {error}" for step in (1, 2) if (error := _saved(run, step))]
+    wrong = [f"step {step}: {error}" for step in (1, 2) if (error := saved(run, step))]
     run.close()
     return wrong
 
@@ -51,9 +45,9 @@ def _plain(me: Me, path: str) -> list[str]:
 def _struck(me: Me, path: str) -> list[str]:
     """One rank fails: nobody acknowledges the save."""
     run, ops = checkpointer(me, path)
-    wrong = [f"step 1: {error}"] if (error := _saved(run, 1)) else []
+    wrong = [f"step 1: {error}"] if (error := saved(run, 1)) else []
     ops.armed = True
-    if not _saved(run, 2):
+    if not saved(run, 2):
         wrong.append("step 2 failed on a rank and was acknowledged here")
     ops.armed = False
     run.close()
@@ -62,8 +56,8 @@ def _struck(me: Me, path: str) -> list[str]:
 
 def _odd(me: Me, path: str) -> list[str]:
     run, _ = checkpointer(me, path)
-    wrong = [f"step 1: {error}"] if (error := _saved(run, 1)) else []
-    if (error := _saved(run, 3 if me.rank == 1 else 2, state_of(2))) != "RanksDisagree":
+    wrong = [f"step 1: {error}"] if (error := saved(run, 1)) else []
+    if (error := saved(run, 3 if me.rank == 1 else 2, state_of(2))) != "RanksDisagree":
         wrong.append(f"ranks save different steps: {error or 'acknowledged'}")
     run.close()
     return wrong
@@ -72,7 +66,7 @@ def _odd(me: Me, path: str) -> list[str]:
 def _copies(me: Me, path: str) -> list[str]:
     run, _ = checkpointer(me, path, check_replicas=True)
     state = {"w": torch.full((300_000,), float(me.rank == 1))}
-    wrong = [] if (error := _saved(run, 1, state)) == "RanksDisagree" else [f"copies differ: {error or 'acknowledged'}"]
+    wrong = [] if (error := saved(run, 1, state)) == "RanksDisagree" else [f"copies differ: {error or 'acknowledged'}"]
     run.close()
     return wrong
 
@@ -81,7 +75,7 @@ def _sampled(me: Me, path: str) -> list[str]:
     """Copies that differ are noticed by their sample alone."""
     run, _ = checkpointer(me, path)
     state = {"w": torch.full((300_000,), float(me.rank == 1))}
-    wrong = [] if (error := _saved(run, 1, state)) == "RanksDisagree" else [f"copies differ: {error or 'acknowledged'}"]
+    wrong = [] if (error := saved(run, 1, state)) == "RanksDisagree" else [f"copies differ: {error or 'acknowledged'}"]
     run.close()
     return wrong
 
@@ -91,7 +85,7 @@ def _buffers(me: Me, path: str) -> list[str]:
     run, _ = checkpointer(me, f"{path}-own")
     model = torch.nn.Module()
     model.register_buffer("seen", torch.full((900_000,), float(me.rank)))
-    wrong = [f"buffers differ: {error}"] if (error := _saved(run, 1, {"model": model})) else []
+    wrong = [f"buffers differ: {error}"] if (error := saved(run, 1, {"model": model})) else []
     if not wrong and run.load_tensors(1)["model.seen"].unique().tolist() != [0]:
         wrong.append("buffers of several ranks are mixed")
     run.close()
@@ -104,7 +98,7 @@ def _stages(me: Me, path: str) -> list[str]:
     model = torch.nn.ModuleDict({f"stage{me.rank}": torch.nn.Linear(2, 2)})
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0 + me.rank)
     state = {"model": model, "optimizer": optimizer}
-    wrong = [f"stages: {error}"] if (error := _saved(run, 1, state)) else []
+    wrong = [f"stages: {error}"] if (error := saved(run, 1, state)) else []
     optimizer.param_groups[0]["lr"] = 0.0
     if not wrong:
         run.restore(state, step=1)
@@ -117,7 +111,7 @@ def _stages(me: Me, path: str) -> list[str]:
 def _uncaptured(me: Me, path: str) -> list[str]:
     """What one rank cannot capture, the others learn of it, and not of a rank that is late."""
     run, _ = checkpointer(me, path)
-    error = _saved(run, 1, {"w": torch.ones(3), "bad": object() if me.rank == 1 else 1})
+    error = saved(run, 1, {"w": torch.ones(3), "bad": object() if me.rank == 1 else 1})
     return [] if error == "UnsupportedValue" else [f"a rank could not capture its state: {error}"]
 
 
@@ -147,7 +141,7 @@ def _synced(me: Me, path: str) -> list[str]:
         post(key, body)
 
     ops.pwrite, ops.fsync, run._coordinator.ranks.post = pwriting, fsyncing, posting  # type: ignore
-    wrong += [f"step 1: {error}"] if (error := _saved(run, 1)) else []
+    wrong += [f"step 1: {error}"] if (error := saved(run, 1)) else []
     run.close()
     return wrong
 
@@ -159,7 +153,7 @@ def _again(me: Me, path: str) -> list[str]:
         distributed._instances.clear()
         try:
             run, _ = checkpointer(me, path, takeover=life == 2)
-            wrong += [f"life {life}: {error}"] if (error := _saved(run, life)) else []
+            wrong += [f"life {life}: {error}"] if (error := saved(run, life)) else []
         except asyncckpt.AsyncCkptError as error:
             wrong.append(f"life {life}: {error}")
         dist.barrier()
@@ -171,14 +165,15 @@ def _again(me: Me, path: str) -> list[str]:
 
 _FSYNC = PosixOps.fsync
 Patch = pytest.MonkeyPatch
-_EMPTY = {"error": None, "files": []} | {
+_EMPTY = {"error": None, "files": [], "held_back": [], "compared_with": "", "damaged": ""} | {
     key: {} for key in ("orders", "own", "trees", "aliases", "replicas", "sample", "groups", "values", "descriptions")
 }
 
 
 def _no_wholeness(patch: Patch) -> None:
-    """Whether the reports cover every byte is not looked at."""
-    real = together._files
+    """Whether the reports cover every byte is not looked at, nor whether a reader would take that."""
+    patch.setattr(publication, "check_readable", lambda *_: None)
+    real = together.merge_files
 
     def files(reports: Any, step: int) -> Any:
         for report in reports:
@@ -201,7 +196,7 @@ def _no_wholeness(patch: Patch) -> None:
                 for name, extents in found.items()
             ]
 
-    patch.setattr(together, "_files", files)
+    patch.setattr(together, "merge_files", files)
 
 
 def _gathering(patch: Patch, change: Callable[[Any, list[Any]], list[Any]], *, wait: bool) -> None:
@@ -302,10 +297,8 @@ def groups_are_those_of_the_first_stage(patch: Patch) -> None:
 
 
 def of_two_values_the_first_is_right(patch: Patch) -> None:
-    real = together.merge_trees
-    patch.setattr(
-        together, "merge_trees", lambda name, _, *rest, **__: real(name, "module", *rest, first_is_right=True)
-    )
+    real = reports.merge_trees
+    patch.setattr(reports, "merge_trees", lambda name, _, *rest, **__: real(name, "module", *rest, first_is_right=True))
 
 
 def a_rank_that_fails_early_tells_nobody(patch: Patch) -> None:
@@ -327,6 +320,7 @@ CHECKS: dict[str, tuple[Callable[..., list[str]], Fault | None]] = {
     "not captured": (_uncaptured, None),
     "synced": (_synced, None),
     "started again": (_again, None),
+    **frozen_base.CHECKS,
 }
 MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (failures_are_taken_for_empty_parts, "a rank fails"),
@@ -347,6 +341,7 @@ MUTANTS: list[tuple[Callable[[Patch], None], str]] = [
     (groups_are_those_of_the_first_stage, "stages"),
     (of_two_values_the_first_is_right, "stages"),
     (a_rank_that_fails_early_tells_nobody, "not captured"),
+    *frozen_base.MUTANTS,
 ]
 
 
