@@ -69,7 +69,7 @@ def checked_names(given: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return the names that a save is given, one or several. Raises ``InvalidOption`` for what is no name."""
     if given is None:
         return ()
-    if isinstance(given, bytes) or not isinstance(given, str | Sequence):
+    if not isinstance(given, str | Sequence):
         raise InvalidOption(f"name={given!r:.80} must be text, or a list of names")
     found = (given,) if isinstance(given, str) else tuple(given)
     for name in found:

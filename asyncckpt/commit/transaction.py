@@ -230,7 +230,7 @@ class SaveTransaction:
                 small |= self._format.small_files(component, shards, self._codec)
         if state:
             indexed = [shard for shard in contents.layout.shards if shard.component == _indexed(contents.kinds)]
-            small |= self._format.root_files(indexed, contents.assets) | contents.assets
+            small |= self._format.root_files(indexed, contents.assets) | dict(contents.assets)
         directory.write_small(small)
         return small
 

@@ -3,7 +3,7 @@
 Each module adds its own to ``MUTANTS`` when it is imported, which is here.
 """
 
-from faults.mutants import beside_saves, catalog, content, copies, durability, errors, given, order
+from faults.mutants import beside_saves, catalog, content, copies, durability, errors, given, order, state
 from faults.mutants.registry import MUTANTS, Mutant
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "errors",
     "given",
     "order",
+    "state",
 ]
