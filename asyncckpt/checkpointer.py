@@ -14,8 +14,7 @@ import torch
 
 from asyncckpt import forks, interrupts
 from asyncckpt.assets import Assets, read_assets
-from asyncckpt.catalog import names as naming
-from asyncckpt.catalog import retention
+from asyncckpt.catalog import names, retention
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry
@@ -111,14 +110,12 @@ class Checkpointer(RunOwnership):
             layout=layout,
             patience_seconds=staging.stall_timeout_seconds,
         )
-        self._staging = staging
-        self._steps = StepRegistry(self.path, naming.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
-        policies = retention.checked_policies(keep)
+        self._steps = StepRegistry(self.path, names.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
         self._reuse = ReuseSource(self._store, self._quarantine)
         self._in_flight = InFlightSaves()
         self._committer = Committer(
             self._store,
-            policies,
+            retention.checked_policies(keep),
             writer,
             self.events,
             staging,
