@@ -68,7 +68,11 @@ class ShardFormat(Protocol):
         ``placed``."""
 
     def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
-        """Return what readers of the format look for beside the shards, by name: index files, metadata."""
+        """Return what readers of the format look for beside the shards of a component, by name: metadata."""
+
+    def root_files(self, indexed: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return what readers of the format look for once in a checkpoint, by name. ``indexed``: the shards of the one
+        component that an index may list, empty where there is none. ``assets``: what lies beside it."""
 
 
 class ShardWriter(Protocol):

@@ -15,7 +15,14 @@ from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newes
 from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.catalog.newest import tell_of_missing
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, DigestMismatch, NoUsableCheckpoint, storage_errors
+from asyncckpt.errors import (
+    CheckpointDamaged,
+    CheckpointNotFound,
+    DigestMismatch,
+    NoUsableCheckpoint,
+    RanksDisagree,
+    storage_errors,
+)
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.damage import Damage
@@ -38,7 +45,8 @@ class Run:
 
     ``path``: a directory, or an address that ``asyncckpt.storage.open_store`` takes. ``direct``: read past the page
     cache where the file system has O_DIRECT. ``events``: gets ``Restored`` and ``FellBack``. ``store``: a storage
-    backend of your own, instead of the one that the path names. Every method blocks on the disk, and raises
+    backend of your own, instead of the one that the path names. Where a method takes a step, it takes a name, too: that
+    of the checkpoint which was saved last of those with this name. Every method blocks on the disk, and raises
     ``StorageFailed`` where the storage itself fails.
     """
 
@@ -91,7 +99,7 @@ class Run:
 
     def verify(
         self,
-        step: int | None = None,
+        step: int | str | None = None,
         *,
         progress: Progress | None = None,
         expect_digest: str | None = None,
@@ -125,7 +133,7 @@ class Run:
     def restore(
         self,
         state: Mapping[str, Any],
-        step: int | None = None,
+        step: int | str | None = None,
         *,
         strict: bool = True,
         include: str | Sequence[str] | None = None,
@@ -166,7 +174,7 @@ class Run:
 
     def load_tensors(
         self,
-        step: int | None = None,
+        step: int | str | None = None,
         names: Sequence[str] | None = None,
         *,
         device: torch.device | str | None = None,
@@ -199,7 +207,14 @@ class Run:
                         raise
         raise AssertionError("unreachable")
 
-    def open(self, step: int | None = None) -> OpenCheckpoint:
+    def assets(self, step: int | str | None = None) -> dict[str, bytes]:
+        """Read the files that were given as ``assets`` to a checkpoint (default: the newest), each verified: bytes by
+        name, none where it has none. Blocks on the disk. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` and
+        ``VersionUnsupported``."""
+        with storage_errors(self.path), open_chosen(self._store, step)[1] as checkpoint:
+            return checkpoint.assets()
+
+    def open(self, step: int | str | None = None) -> OpenCheckpoint:
         """Open a checkpoint (default: the newest, see ``newest``), which retention spares until it is closed. Raises
         ``CheckpointNotFound``, ``VersionUnsupported``, and ``CheckpointDamaged`` where files are missing or have other
         sizes than the manifest says, or where it holds another step than its name says: ``NewestDamaged`` where no step
@@ -213,18 +228,18 @@ class Run:
         with storage_errors(self.path):
             return open_checkpoint(self._store.open(entry.name))
 
-    def pin(self, step: int) -> CheckpointInfo:
+    def pin(self, step: int | str) -> CheckpointInfo:
         """Never let retention delete this checkpoint, in this run or a later one; return its row. Needs no lease, and
         works while another process prunes. Raises ``CheckpointNotFound`` and ``RunPathError``."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step)
 
-    def unpin(self, step: int) -> CheckpointInfo:
+    def unpin(self, step: int | str) -> CheckpointInfo:
         """Let retention delete the checkpoint again. Raises as ``pin`` does."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step, pinned=False)
 
-    def annotate(self, step: int, metrics: Mapping[str, Any]) -> CheckpointInfo:
+    def annotate(self, step: int | str, metrics: Mapping[str, Any]) -> CheckpointInfo:
         """Give a checkpoint metrics that were found after it was saved, such as ``{"val_loss": 0.3}``; return its row.
 
         They are durable when this returns, lie beside the checkpoint (its files and its digest stay what they are), and
@@ -236,13 +251,21 @@ class Run:
         with storage_errors(self.path):
             return Catalog(self._store, self.path).annotate(step, metrics)
 
-    def _restore_chosen(self, step: int | None, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+    def _restore_chosen(
+        self, step: int | str | None, state: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> RestoreReport:
         """Restore the checkpoint of that step, or the newest full one, and no other."""
         with contextlib.ExitStack() as open_until_restored:
-            with self._stages().stage("find"):
+            stages = self._stages()
+            with stages.stage("find"):
                 found = Catalog(self._store, self.path).find_open(step, "full" if step is None else None)
                 listing = open_until_restored.enter_context(found)
                 entry = of_its_name(listing.entries[0])
+            if not stages.in_all([entry.attempt or entry.name]):  # a save was published between two ranks' looks
+                raise RanksDisagree(
+                    f"{self.path}: {step!r} is {entry.path} on rank {stages.rank}, and another checkpoint on others. "
+                    f"Nothing was restored: call wait() on all ranks first, or restore once saving has ended"
+                )
             return self._restore(listing, entry, state, options)
 
     def _restore(

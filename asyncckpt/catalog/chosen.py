@@ -13,7 +13,7 @@ from asyncckpt.read.opening import OpenCheckpoint
 LOOKS = 20
 
 
-def open_chosen(store: Store, step: int | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
+def open_chosen(store: Store, step: int | str | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
     """Find the checkpoint of that step, or with None the newest, and hand it over open. Blocks on the storage. Raises
     ``CheckpointNotFound``, ``VersionUnsupported`` and ``CheckpointDamaged``, which for the newest is
     ``NewestDamaged``."""
@@ -32,7 +32,7 @@ def open_chosen(store: Store, step: int | None) -> tuple[CheckpointInfo, OpenChe
     raise AssertionError("unreachable")
 
 
-def open_unseen(store: Store, step: int | None) -> tuple[CheckpointInfo, Reader]:
+def open_unseen(store: Store, step: int | str | None) -> tuple[CheckpointInfo, Reader]:
     """Find the checkpoint as ``open_chosen`` does, and open it without looking at anything in it, for whoever says what
     is wrong with it."""
     catalog = Catalog(store, store.address)

@@ -106,6 +106,7 @@ class SaveTransaction:
             name=draft.name,
             attempt=draft.attempt,
             shared=draft.world_size > 1,
+            asset_bytes=sum(map(len, contents.assets.values())),
         )
         self.shards = ShardPipeline(
             contents.layout,
@@ -231,12 +232,15 @@ class SaveTransaction:
 
     def write_small(self, directory: PendingDirectory, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
         """Write the files beside the shards of these contents, durably; return what is in them, by name. Called by
-        publishers. ``state``: write ``state.json`` too."""
+        publishers. ``state``: write ``state.json``, the files of the root and the assets, too."""
         small = {manifest.STATE_FILE: _state_file(contents, self.step)} if state else {}
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:
                 small |= self._format.small_files(component, shards, self._codec)
+        if state:
+            indexed = [shard for shard in contents.layout.shards if shard.component == _indexed(contents.kinds)]
+            small |= self._format.root_files(indexed, contents.assets) | dict(contents.assets)
         directory.write_small(small)
         return small
 
@@ -255,6 +259,15 @@ class SaveTransaction:
         Idempotent."""
         self._unchanged.close()
         self.scope.end()
+
+
+def _indexed(kinds: Mapping[str, str]) -> str | None:
+    """Return the component that the index lists, as loaders refuse a directory with two: ``model``, or the only
+    module."""
+    modules = [name for name, kind in kinds.items() if kind == "module"]
+    if "model" in kinds:
+        return "model"
+    return modules[0] if len(modules) == 1 else None
 
 
 def _state_file(contents: Contents, step: int) -> bytes:

@@ -17,6 +17,7 @@ class SaveDirectory:
     """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
     ``name``: the checkpoint's. ``attempt``: the attempt's uuid. ``shared``: several ranks write into it.
+     ``asset_bytes``: what the assets need beside it.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class SaveDirectory:
         name: str,
         attempt: str,
         shared: bool,
+        asset_bytes: int,
     ) -> None:
         self._store = store
         self._scope = scope
@@ -37,6 +39,7 @@ class SaveDirectory:
         self._name = name
         self._uuid = attempt
         self._shared = shared
+        self._beside_bytes = _SMALL_FILES_BYTES + asset_bytes
         self._lock = threading.Lock()
         self._made: PendingDirectory | None = None
 
@@ -62,7 +65,7 @@ class SaveDirectory:
         with self._lock:
             if self._made is None:
                 self._scope.raise_if_failed()
-                self._space.make_room(self._unchanged.expected_bytes() + _SMALL_FILES_BYTES, self._scope.step)
+                self._space.make_room(self._unchanged.expected_bytes() + self._beside_bytes, self._scope.step)
                 self._made = self._store.begin(self._scope.step, self._uuid, name=self._name, shared=self._shared)
             return self._made
 
