@@ -33,7 +33,8 @@ def annotate(run: RunArgument, step: Step, metrics: Metrics, json: JsonOption = 
     with exits():
         given = _parsed(metrics)
         opened = open_run(run)
-        entry = opened.annotate(find(opened, step).step, given)
+        found = find(opened, step)
+        entry = opened.annotate(found.name if step in found.names else found.step, given)
         if json:
             print_json(as_json(entry))
         else:
