@@ -13,12 +13,13 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of
 from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, SaveFailed, storage_errors
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.read.verify import Progress, verify
+from asyncckpt.restore.changes import Changes
 from asyncckpt.storage import open_store
 from asyncckpt.types import MANIFEST_FILE
 
@@ -26,7 +27,8 @@ from asyncckpt.types import MANIFEST_FILE
 if TYPE_CHECKING:
     import torch
 
-    from asyncckpt.restore.restore import Rename, RestoreReport, Stages
+    from asyncckpt.restore.carrying_out import Stages
+    from asyncckpt.restore.restore import Rename, RestoreReport
 
 log = logging.getLogger("asyncckpt")
 
@@ -129,12 +131,14 @@ class Run:
         """
         self._before_restore()
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
-        with storage_errors(self.path):
+        changes = Changes()
+        changes.expect(state if isinstance(state, Mapping) else ())
+        with changes.told(), storage_errors(self.path):
             if step is None and expect_digest is None:
-                report = self._restore_newest(state, options)
+                report = self._restore_newest(state, options, changes)
             else:
                 options["expect_digest"] = expect_digest
-                report = self._restore_chosen(step, state, options)
+                report = self._restore_chosen(step, state, options, changes)
         self._after_restore(report)
         return report
 
@@ -216,17 +220,24 @@ class Run:
                     raise
         raise AssertionError("unreachable")
 
-    def _restore_chosen(self, step: int | None, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+    def _restore_chosen(
+        self, step: int | None, state: Mapping[str, Any], options: Mapping[str, Any], changes: Changes
+    ) -> RestoreReport:
         """Restore the checkpoint of that step, or the newest full one, and no other."""
         with contextlib.ExitStack() as open_until_restored:
             with self._stages().stage("find"):
                 found = Catalog(self._store, self.path).find_open(step, "full" if step is None else None)
                 listing = open_until_restored.enter_context(found)
                 entry = _of_its_name(listing.entries[0])
-            return self._restore(listing, entry, state, options)
+            return self._restore(listing, entry, state, options, changes)
 
     def _restore(
-        self, listing: Listing, entry: CheckpointInfo, state: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        listing: Listing,
+        entry: CheckpointInfo,
+        state: Mapping[str, Any],
+        options: Mapping[str, Any],
+        changes: Changes,
     ) -> RestoreReport:
         from asyncckpt.restore import restore as restoring
 
@@ -237,7 +248,8 @@ class Run:
         with contextlib.ExitStack() as open_until_restored:
             with stages.stage("open"):
                 checkpoint = open_until_restored.enter_context(listing.open(entry))
-            report = restoring.restore(checkpoint, state, stages=stages, **options)
+            with changes.told():
+                report = restoring.restore(checkpoint, state, stages=stages, changes=changes, **options)
         self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
         if report.derived or report.dropped:
             self.events.emit(
@@ -260,7 +272,7 @@ class Run:
 
     def _stages(self) -> Stages:
         """Return the stages that a restore goes through: alone, or with the other ranks of a job."""
-        from asyncckpt.restore.restore import Stages
+        from asyncckpt.restore.carrying_out import Stages
 
         return Stages()
 
@@ -273,7 +285,7 @@ class Run:
         there = self._store.identity(entry.name)
         return there is None or (entry.inode is not None and there != entry.inode)
 
-    def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+    def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any], changes: Changes) -> RestoreReport:
         reasons: dict[str, str] = {}
         for looks_left in reversed(range(_LOOKS)):
             with self._candidates() as listing:
@@ -285,9 +297,11 @@ class Run:
                         with self._stages().stage("choose"):
                             if entry.damage is not None:
                                 _refuse(listing, entry)
-                        return self._restore(listing, entry, state, options)
+                        return self._restore(listing, entry, state, options, changes)
                     except CheckpointNotFound:
                         vanished = True
+                    except SaveFailed:  # another rank was lost: the checkpoint is not at fault
+                        raise
                     except (CheckpointDamaged, OSError) as error:
                         vanished = self._is_gone(entry)  # in the middle of reading it
                         if not vanished:

@@ -27,6 +27,9 @@ _READ_BYTES = 8 << 20
 #: All threads' buffers together take at most this many bytes: where extents are large, fewer threads read.
 _BUFFERS_BYTES = 1 << 30
 
+#: Whoever breaks off the reading waits so long for each thread's last read, which a hung disk may never end.
+_STOPPING_SECONDS = 30.0
+
 Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
 
 
@@ -62,7 +65,8 @@ def read_extents(
     the damage.
 
     Bytes are handed on from the very buffer that was verified. Blocks until all is done. With ``stop_at_damage`` the
-    first damage ends the reading; otherwise all damage is collected. Raises what ``consume`` raises, and
+    first damage ends the reading; otherwise all damage is collected. An exception that a signal handler raises
+    meanwhile ends it too. Raises what ``consume`` raises, and
     ``MemoryError`` where there is no memory for the buffers (1 GiB in all, or the largest extent): the checkpoint may
     be fine.
     """
@@ -77,8 +81,14 @@ def read_extents(
     ]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException as error:  # such as Ctrl-C: whoever is told of it must find nobody writing any more
+        run.error = run.error or error
+        for worker in workers:
+            worker.join(_STOPPING_SECONDS)
+        raise
     if run.error is not None:
         raise run.error
     return sorted(run.damage, key=lambda d: (d.file, d.offset))
