@@ -16,6 +16,7 @@ from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.read.scatter import Window
+from asyncckpt.restore.live_memory import refusal
 from asyncckpt.restore.memory_format import format_to_be, take_format
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor, same_bits
 from asyncckpt.restore.saved_parameters import same_strides
@@ -80,7 +81,7 @@ def plan_module(
                 plan.missing.append(qualified)
             continue
         problem = mismatch(qualified, record, value, opts)
-        if problem and record.shape != tuple(value.shape) and loaders.has_own(raw) and not value.is_meta:
+        if problem and refusal(value) is None and record.shape != tuple(value.shape) and loaders.has_own(raw) and not value.is_meta:
             # its own code decides what becomes of a dtype that is not the live one's: nothing is cast before
             dtype = opts.dtype if opts.dtype is not None else DTYPES[record.dtype]
             loaders.give(raw, _new(plan, record, dtype, value.device), later)
