@@ -17,7 +17,7 @@ from asyncckpt.read.fill import Wanted, fill
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.changes import Changes
 from asyncckpt.restore.live_memory import Memory
-from asyncckpt.restore.order import FIRST, GENERATORS, OBJECTS, TENSORS, turn_of
+from asyncckpt.restore.order import FIRST, GENERATORS, OBJECTS, SCHEDULERS, TENSORS, turn_of
 from asyncckpt.restore.plan import LiveTarget, RestorePlan
 from asyncckpt.restore.shared_memory import separate
 
@@ -71,8 +71,8 @@ class Planned:
                     plan.mismatched.append(f"{target.where}: {problem}")
             plan.fill = kept
             turn = turn_of(name, self.state)
-            self._turns[name] = OBJECTS if turn == FIRST and plan.collect else turn
-        separate([plan for _, plan in self._of(FIRST, TENSORS, OBJECTS, GENERATORS)])
+            self._turns[name] = OBJECTS if turn < TENSORS and plan.collect else turn
+        separate([plan for _, plan in self._of(FIRST, SCHEDULERS, TENSORS, OBJECTS, GENERATORS)])
 
     def carry_out(self, checkpoint: OpenCheckpoint, together: Stages) -> int:
         """Read everything, and give it to the live state. Return how many bytes were read. Blocks."""
@@ -84,8 +84,8 @@ class Planned:
                 for check in plan.checks:
                     check()
         with together.stage("load objects"), typed(path, "handing over what objects of their own load"):
-            nbytes += self._fill(checkpoint, new, FIRST)
-            self._run(lambda plan: plan.finish, FIRST)
+            nbytes += self._fill(checkpoint, new, FIRST, SCHEDULERS)
+            self._run(lambda plan: plan.finish, FIRST, SCHEDULERS)
         with together.stage("fill"), typed(path, "filling live tensors"):
             nbytes += self._fill(checkpoint, new, TENSORS, OBJECTS, GENERATORS)
         with together.stage("load modules"), typed(path, "handing over what is not filled in place"):
