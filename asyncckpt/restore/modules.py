@@ -53,7 +53,7 @@ def plan_module(
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     parameters = dict(module.named_parameters(remove_duplicate=False))
     places = parameters | dict(module.named_buffers(remove_duplicate=False))
-    by_memory = _aliases(live, fqns, parameters)
+    by_memory = _aliases(live, fqns, places)
     formats = _saved_formats(name, component, stored)
     loaders = _Loaders(module, live)
     later: dict[str, Any] = {}
@@ -81,7 +81,13 @@ def plan_module(
                 plan.missing.append(qualified)
             continue
         problem = mismatch(qualified, record, value, opts)
-        if problem and refusal(value) is None and record.shape != tuple(value.shape) and loaders.has_own(raw) and not value.is_meta:
+        if (
+            problem
+            and refusal(value) is None
+            and record.shape != tuple(value.shape)
+            and loaders.has_own(raw)
+            and not value.is_meta
+        ):
             # its own code decides what becomes of a dtype that is not the live one's: nothing is cast before
             dtype = opts.dtype if opts.dtype is not None else DTYPES[record.dtype]
             loaders.give(raw, _new(plan, record, dtype, value.device), later)
@@ -240,17 +246,22 @@ def _loads_itself(part: nn.Module) -> bool:
 
 
 def _aliases(
-    live: Mapping[str, Any], fqns: Mapping[str, str], parameters: Mapping[str, torch.Tensor]
+    live: Mapping[str, Any], fqns: Mapping[str, str], places: Mapping[str, torch.Tensor]
 ) -> dict[str, list[str]]:
-    """Map each raw name to the FQNs of the other live tensors in the same memory."""
+    """Map each raw name to the FQNs of the other live tensors in the same memory. ``places``: the parameters and
+    buffers."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for raw, value in live.items():
         if not isinstance(value, torch.Tensor):
             continue
         if is_distributed(value) or is_sharded_tensor(value):
             # this rank's part may be empty and have no memory: the parameter tells them apart
-            groups.setdefault((id(parameters.get(raw)),), []).append(raw)
-        elif not is_lazy(value) and value.numel() and not value.is_meta:
+            groups.setdefault((id(places.get(raw)),), []).append(raw)
+        elif is_lazy(value) or (value.is_meta and raw not in places):
+            continue
+        elif value.is_meta:
+            groups.setdefault((id(places[raw]),), []).append(raw)
+        elif value.numel():
             groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.device), []).append(raw)
     return {raw: [fqns[other] for other in group if other != raw] for group in groups.values() for raw in group}
 
@@ -261,13 +272,15 @@ def _materialize(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     swap: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
-    done: set[int] = set()
+    made: dict[int, torch.Tensor] = {}
     for raw, value in values.items():
         if raw in parameters:
             live = parameters[raw]
-            if id(live) not in done:
+            if made.setdefault(id(live), value) is value:
                 swap(live, nn.Parameter(value, requires_grad=live.requires_grad))
-                done.add(id(live))
         elif raw in buffers:
+            made.setdefault(id(buffers[raw]), value)
+    for raw, buffer in buffers.items():
+        if id(buffer) in made:
             owner = module.get_submodule(raw.rpartition(".")[0])
-            owner._buffers[raw.rpartition(".")[2]] = value
+            owner._buffers[raw.rpartition(".")[2]] = made[id(buffer)]

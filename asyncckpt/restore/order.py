@@ -2,7 +2,8 @@
 
 An object with a ``load_state_dict`` of its own may refuse its values, and nobody knows before. One that reaches no
 other component of the state is asked first, before any tensor is filled, and then torch's schedulers, which take
-anything. One that does reach others may look at them, and comes after them. Random number generators come last: whatever runs before may draw from them.
+anything. One that does reach others may look at them, and comes after them. Random number generators come last:
+whatever runs before may draw from them.
 """
 
 from __future__ import annotations

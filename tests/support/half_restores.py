@@ -19,7 +19,7 @@ FAILURES: dict[str, Callable[[], BaseException]] = {
     "lacks": lambda: KeyError("scale"),
     "cannot read": lambda: OSError(5, "Input/output error"),
     "has no memory": lambda: MemoryError("none"),
-    "is interrupted": lambda: KeyboardInterrupt(),
+    "is interrupted": KeyboardInterrupt,
 }
 
 _OWN = frozenset(FAILURES)
