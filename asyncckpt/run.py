@@ -125,9 +125,11 @@ class Run:
         do: save with ``digest="blake3"`` or ``"sha256"``.
 
         Raises ``StateMismatch`` listing all missing, unexpected and mismatched names, before anything is changed;
-        ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointNotFound``, ``CheckpointDamaged``
-        on bad bytes (tensors may then hold a mix of old and new values), ``NoUsableCheckpoint`` where checkpoints
-        exist and none can be restored, ``VersionUnsupported``, ``InvalidOption`` and, in a job, ``RankLost``.
+        ``strict=False`` leaves them as they are and reports them. Raises ``StateMismatch`` too where an object refuses
+        its values, ``CheckpointNotFound``, ``CheckpointDamaged`` on bad bytes, ``NoUsableCheckpoint`` where checkpoints
+        exist and none can be restored, ``RestoreFailed``, ``NotEnoughMemory``, ``VersionUnsupported``,
+        ``InvalidOption`` and, in a job, ``RankLost``. Every error says in ``overwritten`` which components have
+        changed, wholly or in part, and in ``untouched`` which have not.
         """
         self._before_restore()
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
