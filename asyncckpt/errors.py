@@ -10,7 +10,7 @@
     ├── RunLocked             (BlockingIOError)    another live run owns the directory
     ├── LeaseLost             (OSError)            another run took the directory over while this one was writing
     ├── NotEnoughSpace        (OSError)            the disk cannot hold the save
-    ├── NotEnoughMemory       (MemoryError)        there is no memory to stage even one extent in
+    ├── NotEnoughMemory       (MemoryError)        there is no memory to stage even one extent in, or to restore
     ├── SaveFailed            (OSError)            a background save failed; nothing was published
     │   ├── SaveAbandoned     (TimeoutError)       a save passed its deadline and was given up
     │   │   └── RankLost                           a rank of the job did not answer in time
@@ -28,6 +28,7 @@
     │   └── NoUsableCheckpoint                     checkpoints exist and none of them verifies
     ├── VersionUnsupported    (ValueError)         written by a newer format version
     ├── StateMismatch         (KeyError)           names, shapes or dtypes differ from the live state
+    ├── RestoreFailed         (RuntimeError)       a restore broke off for a reason that is not the checkpoint's
     ├── UnknownName           (KeyError)           an algorithm, format or tensor name that is not known
     └── MissingExtra          (ImportError)        an optional dependency is not installed
 
@@ -44,7 +45,14 @@ from collections.abc import Iterator, Sequence
 
 
 class AsyncCkptError(Exception):
-    """``AsyncCkptError`` is the root of all errors that this library raises on purpose."""
+    """``AsyncCkptError`` is the root of all errors that this library raises on purpose.
+
+    An error of ``resume`` or ``restore`` says in ``overwritten`` which components of the live state have changed,
+    wholly or in part, and in ``untouched`` which have not. Both are empty on any other error.
+    """
+
+    overwritten: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
 
 
 class UnsupportedValue(AsyncCkptError, TypeError):
@@ -101,7 +109,8 @@ class LeaseLost(AsyncCkptError, OSError):
 
 
 class NotEnoughMemory(AsyncCkptError, MemoryError):
-    """The system gives no memory to stage even one extent in. Only this save is lost; training can go on."""
+    """The system gives no memory to stage even one extent in: only this save is lost, and training can go on. Or the
+    host or the device gives none for what a restore has to make."""
 
 
 class NotEnoughSpace(AsyncCkptError, OSError):
@@ -193,8 +202,9 @@ class StateMismatch(AsyncCkptError, KeyError):
     """Names, shapes or dtypes in the checkpoint differ from the live state. All differences are listed together.
 
     ``missing`` names what is in the live state and not in the checkpoint, ``unexpected`` what is in the checkpoint and
-    not in the live state, and ``mismatched`` what is in both with another shape or dtype. Nothing has been changed,
-    with one exception, of which the message tells: a live object refused its values, and all three are empty.
+    not in the live state, and ``mismatched`` what is in both with another shape or dtype. Nothing has been changed
+    then. All three are empty where a live object refused its values, as its ``load_state_dict`` did: the message, and
+    the attributes ``overwritten`` and ``untouched``, say what has been changed.
     """
 
     def __init__(
@@ -207,6 +217,11 @@ class StateMismatch(AsyncCkptError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class RestoreFailed(AsyncCkptError, RuntimeError):
+    """A restore broke off for a reason that lies neither in the checkpoint nor in what was asked for: an error of the
+    device or of torch, say, or one that another rank reports. The message says what was being done."""
 
 
 class UnknownName(AsyncCkptError, KeyError):

@@ -23,7 +23,7 @@ from asyncckpt.protocols import Capability, Hold, Store
 from asyncckpt.ranks.coordinator import Coordinator, Known, RestoreStages
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankOptions, RankStore
-from asyncckpt.restore import restore as restoring
+from asyncckpt.restore.carrying_out import Stages
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import HeldLease, boot_id
 from asyncckpt.types import LayoutOptions, LeaseOptions
@@ -244,7 +244,7 @@ class RunOwnership(Run):
         self._check_process()
         self._join()
 
-    def _stages(self) -> restoring.Stages:
+    def _stages(self) -> Stages:
         return RestoreStages(self._coordinator) if self._coordinator is not None else super()._stages()
 
     def _candidates(self) -> Listing:

@@ -21,6 +21,7 @@ from asyncckpt.errors import (
     DigestMismatch,
     NoUsableCheckpoint,
     RanksDisagree,
+    SaveFailed,
     storage_errors,
 )
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
@@ -28,6 +29,7 @@ from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.read.verify import Progress, required_components, verify
+from asyncckpt.restore.changes import Changes
 from asyncckpt.storage import open_store
 from asyncckpt.types import MANIFEST_FILE
 
@@ -35,7 +37,8 @@ from asyncckpt.types import MANIFEST_FILE
 if TYPE_CHECKING:
     import torch
 
-    from asyncckpt.restore.restore import Rename, RestoreReport, Stages
+    from asyncckpt.restore.carrying_out import Stages
+    from asyncckpt.restore.restore import Rename, RestoreReport
 
 log = logging.getLogger("asyncckpt")
 
@@ -157,18 +160,22 @@ class Run:
         do: save with ``digest="blake3"`` or ``"sha256"``.
 
         Raises ``StateMismatch`` listing all missing, unexpected and mismatched names, before anything is changed;
-        ``strict=False`` leaves them as they are and reports them. Raises ``CheckpointNotFound``, ``CheckpointDamaged``
-        on bad bytes (tensors may then hold a mix of old and new values), ``NoUsableCheckpoint`` where checkpoints
-        exist and none can be restored, ``VersionUnsupported``, ``InvalidOption`` and, in a job, ``RankLost``.
+        ``strict=False`` leaves them as they are and reports them. Raises ``StateMismatch`` too where an object refuses
+        its values, ``CheckpointNotFound``, ``CheckpointDamaged`` on bad bytes, ``NoUsableCheckpoint`` where checkpoints
+        exist and none can be restored, ``RestoreFailed``, ``NotEnoughMemory``, ``VersionUnsupported``,
+        ``InvalidOption`` and, in a job, ``RankLost``. Every error says in ``overwritten`` which components have
+        changed, wholly or in part, and in ``untouched`` which have not.
         """
         self._before_restore()
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
-        with storage_errors(self.path):
+        changes = Changes()
+        changes.expect(state if isinstance(state, Mapping) else ())
+        with changes.told(), storage_errors(self.path):
             if step is None and expect_digest is None:
-                report = self._restore_newest(state, options)
+                report = self._restore_newest(state, options, changes)
             else:
                 options["expect_digest"] = expect_digest
-                report = self._restore_chosen(step, state, options)
+                report = self._restore_chosen(step, state, options, changes)
         self._after_restore(report)
         return report
 
@@ -252,7 +259,7 @@ class Run:
             return Catalog(self._store, self.path).annotate(step, metrics)
 
     def _restore_chosen(
-        self, step: int | str | None, state: Mapping[str, Any], options: Mapping[str, Any]
+        self, step: int | str | None, state: Mapping[str, Any], options: Mapping[str, Any], changes: Changes
     ) -> RestoreReport:
         """Restore the checkpoint of that step, or the newest full one, and no other."""
         with contextlib.ExitStack() as open_until_restored:
@@ -266,10 +273,15 @@ class Run:
                     f"{self.path}: {step!r} is {entry.path} on rank {stages.rank}, and another checkpoint on others. "
                     f"Nothing was restored: call wait() on all ranks first, or restore once saving has ended"
                 )
-            return self._restore(listing, entry, state, options)
+            return self._restore(listing, entry, state, options, changes)
 
     def _restore(
-        self, listing: Listing, entry: CheckpointInfo, state: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        listing: Listing,
+        entry: CheckpointInfo,
+        state: Mapping[str, Any],
+        options: Mapping[str, Any],
+        changes: Changes,
     ) -> RestoreReport:
         from asyncckpt.restore import restore as restoring
 
@@ -280,7 +292,8 @@ class Run:
         with contextlib.ExitStack() as open_until_restored:
             with stages.stage("open"):
                 checkpoint = open_until_restored.enter_context(listing.open(entry))
-            report = restoring.restore(checkpoint, state, stages=stages, **options)
+            with changes.told():
+                report = restoring.restore(checkpoint, state, stages=stages, changes=changes, **options)
         self.events.emit(Restored(step=report.step, path=report.path, nbytes=report.nbytes, seconds=report.seconds))
         if report.derived or report.dropped:
             self.events.emit(
@@ -303,7 +316,7 @@ class Run:
 
     def _stages(self) -> Stages:
         """Return the stages that a restore goes through: alone, or with the other ranks of a job."""
-        from asyncckpt.restore.restore import Stages
+        from asyncckpt.restore.carrying_out import Stages
 
         return Stages()
 
@@ -315,7 +328,7 @@ class Run:
         """Return whether this very directory is not there any more: another one may have its name by now."""
         return is_gone(self._store, entry)
 
-    def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+    def _restore_newest(self, state: Mapping[str, Any], options: Mapping[str, Any], changes: Changes) -> RestoreReport:
         reasons: dict[str, str] = {}
         for looks_left in reversed(range(LOOKS)):
             with self._candidates() as listing:
@@ -329,9 +342,11 @@ class Run:
                         with self._stages().stage("choose"):
                             if entry.damage is not None:
                                 _refuse(listing, entry)
-                        return self._restore(listing, entry, state, options)
+                        return self._restore(listing, entry, state, options, changes)
                     except CheckpointNotFound:
                         vanished = True
+                    except SaveFailed:  # another rank was lost: the checkpoint is not at fault
+                        raise
                     except (CheckpointDamaged, OSError) as error:
                         vanished = self._is_gone(entry)  # in the middle of reading it
                         if not vanished:

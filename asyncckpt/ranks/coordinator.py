@@ -15,13 +15,13 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
 from asyncckpt.catalog.listing import CheckpointInfo
-from asyncckpt.errors import AsyncCkptError, RunPathError
+from asyncckpt.errors import AsyncCkptError, RestoreFailed, RunPathError, StorageFailed
 from asyncckpt.protocols import Store
 from asyncckpt.ranks.announcements import Announcements
 from asyncckpt.ranks.collective_save import RankSave
 from asyncckpt.ranks.planner import JobPlanner
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
-from asyncckpt.restore.restore import Stages
+from asyncckpt.restore.carrying_out import Stages
 from asyncckpt.storage.lease import boot_id
 
 #: On a network file system, a file that another host has just written may stay invisible for so long.
@@ -89,7 +89,7 @@ class Coordinator:
             raise own
         if "error" in answer:
             raise error_from_json(answer["error"], "rank 0")
-        with self.together("see the run directory"):
+        with self.together("see the run directory", StorageFailed):
             _wait_visible(store, answer["owner"], self.ranks.rank)
         self._session = answer["session"]
         return [replace(Known(*row), names=tuple(row[-1])) for row in answer["known"]]
@@ -140,8 +140,9 @@ class Coordinator:
     # -- together ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """Run the body on all ranks, and wait until all have; an error on one is raised on all."""
+    def together(self, what: str, otherwise: type[AsyncCkptError] = RestoreFailed) -> Iterator[None]:
+        """Run the body on all ranks, and wait until all have; an error on one is raised on all. One that is no error of
+        this library is one of the type ``otherwise`` on the others."""
         error: BaseException | None = None
         try:
             yield
@@ -152,7 +153,7 @@ class Coordinator:
             raise error
         for rank, body in enumerate(bodies):
             if body is not None:
-                raise error_from_json(body, f"rank {rank}")
+                raise error_from_json(body, f"rank {rank}", otherwise)
 
     def agree_on_candidates(self, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
         """Return rank 0's list of checkpoints, on every rank; one that this rank does not see has ``damage``."""

@@ -331,11 +331,13 @@ def error_to_json(error: BaseException) -> dict[str, str]:
     return {"type": type(error).__name__, "message": str(error)}
 
 
-def error_from_json(body: Mapping[str, str], who: str = "") -> AsyncCkptError:
+def error_from_json(
+    body: Mapping[str, str], who: str = "", otherwise: type[AsyncCkptError] = SaveFailed
+) -> AsyncCkptError:
     """Make the error that this rank raises of another rank's message: of the same type where that is one of this
-    library's, else ``SaveFailed``."""
+    library's, else of the type ``otherwise``."""
     message = f"{who}: {body['message']}" if who else body["message"]
     kind = getattr(errors, body["type"], None)
     if not (isinstance(kind, type) and issubclass(kind, AsyncCkptError)):
-        return SaveFailed(f"{body['type']}: {message}")
+        return otherwise(f"{body['type']}: {message}")
     return kind(message)

@@ -5,12 +5,14 @@ Several threads read ahead, each into an aligned buffer of its own. Reading, has
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from asyncckpt import interrupts
 from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
@@ -26,6 +28,9 @@ READ_THREADS = min(8, max(2, os.cpu_count() or 2))
 _READ_BYTES = 8 << 20
 #: All threads' buffers together take at most this many bytes: where extents are large, fewer threads read.
 _BUFFERS_BYTES = 1 << 30
+
+#: Whoever breaks off the reading waits so long for each thread's last read, which a hung disk may never end.
+_STOPPING_SECONDS = 30.0
 
 Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
 
@@ -62,7 +67,8 @@ def read_extents(
     the damage.
 
     Bytes are handed on from the very buffer that was verified. Blocks until all is done. With ``stop_at_damage`` the
-    first damage ends the reading; otherwise all damage is collected. Raises what ``consume`` raises, and
+    first damage ends the reading; otherwise all damage is collected. An exception that a signal handler raises
+    meanwhile ends it too. Raises what ``consume`` raises, and
     ``MemoryError`` where there is no memory for the buffers (1 GiB in all, or the largest extent): the checkpoint may
     be fine.
     """
@@ -71,14 +77,21 @@ def read_extents(
         return []
     largest = max(1, *(read.end - read.begin for read in reads))
     run = _ParallelRead(reader, digests.get(algorithm), reads, consume, stop_at_damage)
-    workers = [
-        threading.Thread(target=run.work, args=(largest,), name=f"asyncckpt-reader-{number}", daemon=True)
-        for number in range(max(1, min(threads, len(reads), _BUFFERS_BYTES // largest)))
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    # not ``Thread.join``: one that was interrupted takes the thread for ended from then on (bpo-45274)
+    ended = [threading.Event() for _ in range(max(1, min(threads, len(reads), _BUFFERS_BYTES // largest)))]
+    started = 0
+    try:
+        for number, event in enumerate(ended):
+            work = functools.partial(run.work, largest, event)
+            started = number + 1
+            threading.Thread(target=work, name=f"asyncckpt-reader-{number}", daemon=True).start()
+        for event in ended:
+            interrupts.wait_for(event.wait, None)
+    except BaseException as error:  # such as Ctrl-C: whoever is told of it must find nobody writing any more
+        run.error = run.error or error
+        for event in ended[:started]:
+            event.wait(_STOPPING_SECONDS)
+        raise
     if run.error is not None:
         raise run.error
     return sorted(run.damage, key=lambda d: (d.file, d.offset))
@@ -136,14 +149,21 @@ class _ParallelRead:
         self._consume = consume
         self._stop_at_damage = stop_at_damage
 
-    def work(self, largest: int) -> None:
-        """Take one read after the other until none is left; ``largest`` is the longest of them in bytes."""
+    def work(self, largest: int, ended: threading.Event) -> None:
+        """Take one read after the other until none is left, and set ``ended``. ``largest``: the longest of them, in
+        bytes."""
+        try:
+            self._work(largest)
+        finally:
+            ended.set()
+
+    def _work(self, largest: int) -> None:
         try:
             buffer = memoryview(aligned_buffer(largest))
         except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
             self.error = MemoryError(f"no memory to read {largest} bytes into ({error})")
             return
-        while self.error is None and not (self.damage and self._stop_at_damage):
+        while not self._is_broken_off() and not (self.damage and self._stop_at_damage):
             try:
                 read = self._reads.popleft()
             except IndexError:
@@ -159,6 +179,8 @@ class _ParallelRead:
                 self.damage += [Damage(read.file.name, e.offset, e.nbytes, str(error)) for e in read.extents]
                 continue
             for extent in read.extents:
+                if self._is_broken_off():
+                    return
                 try:
                     problem = self._hand_on(read, extent, buffer, got)
                 except CheckpointDamaged as error:
@@ -168,6 +190,9 @@ class _ParallelRead:
                     return
                 if problem:
                     self.damage.append(Damage(read.file.name, extent.offset, extent.nbytes, problem))
+
+    def _is_broken_off(self) -> bool:
+        return self.error is not None
 
     def _hand_on(self, read: _Read, extent: ExtentRecord, buffer: memoryview, got: int | OSError) -> str | None:
         """Verify one extent of a read that gave ``got`` bytes, and hand it on. Return what is wrong with it, if

@@ -47,19 +47,23 @@ if TYPE_CHECKING:
 Wanted = Sequence[tuple[StoredTensor, Sequence[Target]]]
 #: A consumer is called with an extent's verified bytes.
 Consumer = Callable[[memoryview], None]
+#: It is called with the number of a stored tensor whose targets are about to change.
+Begun = Callable[[int], None]
 _ReadRequests = list["_ReadRequest | _BoxReadRequest"]
+_Found = Iterable[tuple[str, "_ReadRequest | _BoxReadRequest"]]
 
 
 @dataclass(frozen=True, slots=True)
 class _ReadRequest:
     """A live tensor wants the bytes ``[begin, end)`` of a file. ``origin``: the file offset at which the tensor's own
-    first byte would lie."""
+    first byte would lie. ``number``: the tensor's in what is filled."""
 
     begin: int
     end: int
     origin: int
     dtype: torch.dtype
     target: torch.Tensor
+    number: int
 
     def copy_in(self, begin: int, data: torch.Tensor) -> None:
         """Copy bytes that begin at file offset ``begin`` into the target."""
@@ -69,7 +73,7 @@ class _ReadRequest:
 @dataclass(frozen=True, slots=True)
 class _BoxReadRequest:
     """A box of live memory wants some of the bytes ``[begin, end)`` of a file, in which a stored box of these
-    ``offsets`` and this ``shape`` begins at ``origin``."""
+    ``offsets`` and this ``shape`` begins at ``origin``. ``number``: see ``_ReadRequest``."""
 
     begin: int
     end: int
@@ -78,6 +82,7 @@ class _BoxReadRequest:
     target: TargetBox
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
+    number: int
 
     def copy_in(self, begin: int, data: torch.Tensor) -> None:
         """Copy those of the bytes into the target that it shares with the box. Raises ``CheckpointDamaged``."""
@@ -87,11 +92,15 @@ class _BoxReadRequest:
         scatter_box(self.target, self.offsets, self.shape, first, data, self.dtype)
 
 
-def fill(checkpoint: OpenCheckpoint, wanted: Wanted) -> int:
+def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _number: None, beside: Wanted = ()) -> int:
     """Read what ``wanted`` needs, verify it, and put it into the targets. Return how many bytes were read.
 
-    Blocks. Raises ``CheckpointDamaged``; targets may then hold a mix of old and new values, which the message says.
+    ``begun(number)`` is called, on a reader thread, before targets of the tensor of that number in ``wanted`` change.
+    ``beside``: what is filled by other calls; files of which nothing else is left are verified as a whole. Blocks.
+    Raises ``CheckpointDamaged``, and what a device does; targets may then hold a mix of old and new values.
     """
+    if not wanted:
+        return 0
     reader, manifest = checkpoint.reader, checkpoint.manifest
     files = {record.name: record for record in manifest.files}
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -100,7 +109,7 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted) -> int:
     decoder = _Decoder(reader, manifest)
     base_files = functools.cache(lambda file: [files[base] for base in files[file].bases])
     chunk_numbers = functools.cache(lambda file: files[file].chunk_numbers())
-    for tensor, targets in wanted:
+    for number_in_wanted, (tensor, targets) in enumerate(wanted):
         if isinstance(tensor, ChunkedRecord):
             spans = [_byte_range(tensor, target) for target in targets]
             for file, number, chunk in _chunks(tensor):
@@ -115,18 +124,22 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted) -> int:
                 extent = files[file].extents[number]
                 ranges[file].append((extent.offset, extent.offset + extent.nbytes))
                 base_chunks = base_files(file), chunk_numbers(file)[number] if files[file].bases else 0
+                begin_it = functools.partial(begun, number_in_wanted)
                 consumers[file, extent.offset].append(
-                    functools.partial(decoder.decode_into, tensor, chunk, extent, base_chunks, taking)
+                    functools.partial(decoder.decode_into, tensor, chunk, extent, base_chunks, taking, begin_it)
                 )
             continue
-        found = _requests_of_whole(tensor, targets) if isinstance(tensor, TensorRecord) else _boxed(tensor, targets)
+        if isinstance(tensor, TensorRecord):
+            found = _requests_of_whole(tensor, targets, number_in_wanted)
+        else:
+            found = _boxed(tensor, targets, number_in_wanted)
         for file, request in found:
             ranges[file].append((request.begin, request.end))
             requests[file].append(request)
-    _add_whole_files(manifest, wanted, ranges)
+    _add_whole_files(manifest, [*wanted, *beside], ranges)
     chosen = extents_of(manifest, ranges)
     for extent_key, entries in _requests_by_extent(chosen, requests).items():
-        consumers[extent_key].append(functools.partial(_copy_in, entries, extent_key[1]))
+        consumers[extent_key].append(functools.partial(_copy_in, entries, extent_key[1], begun))
 
     def consume(file: FileRecord, extent: ExtentRecord, view: memoryview) -> None:
         for consumer in consumers.get((file.name, extent.offset), ()):
@@ -135,13 +148,11 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted) -> int:
     damage = read_extents(reader, manifest.digest, chosen, consume)
     if manifest.shard_format == "zarr":
         zarr.announce_dtypes()
-    raise_damage(reader.path, damage, " The live objects may be partly overwritten: restore another checkpoint.")
+    raise_damage(reader.path, damage)
     return sum(extent.nbytes for _, extent in chosen)
 
 
-def _requests_of_whole(
-    tensor: TensorRecord, targets: Sequence[Target]
-) -> Iterable[tuple[str, _ReadRequest | _BoxReadRequest]]:
+def _requests_of_whole(tensor: TensorRecord, targets: Sequence[Target], number: int) -> _Found:
     """Yield what each target wants of a tensor that lies in one piece, with the file's name."""
     dtype = _dtype(tensor)
     for target in targets:
@@ -151,12 +162,12 @@ def _requests_of_whole(
             continue
         if isinstance(target, TargetBox):
             offsets = tuple(0 for _ in tensor.shape)
-            yield tensor.file, _BoxReadRequest(low, high, tensor.begin, dtype, target, offsets, tensor.shape)
+            yield tensor.file, _BoxReadRequest(low, high, tensor.begin, dtype, target, offsets, tensor.shape, number)
         else:
-            yield tensor.file, _ReadRequest(low, high, low, dtype, target.tensor)
+            yield tensor.file, _ReadRequest(low, high, low, dtype, target.tensor, number)
 
 
-def _boxed(tensor: BoxedRecord, targets: Sequence[Target]) -> Iterable[tuple[str, _BoxReadRequest]]:
+def _boxed(tensor: BoxedRecord, targets: Sequence[Target], number: int) -> _Found:
     """Yield what each target wants of a tensor that lies in boxes, with the file's name."""
     dtype = _dtype(tensor)
     live = [box for target in targets for box in target_boxes(target, tensor.shape)]
@@ -165,7 +176,7 @@ def _boxed(tensor: BoxedRecord, targets: Sequence[Target]) -> Iterable[tuple[str
             first, last = overlap_range(box.offsets, box.shape, target)
             if first < last:
                 low, high = box.begin + first * dtype.itemsize, box.begin + last * dtype.itemsize
-                yield box.file, _BoxReadRequest(low, high, box.begin, dtype, target, box.offsets, box.shape)
+                yield box.file, _BoxReadRequest(low, high, box.begin, dtype, target, box.offsets, box.shape, number)
 
 
 def _byte_range(tensor: StoredTensor, target: Target) -> tuple[int, int]:
@@ -190,7 +201,7 @@ def _add_whole_files(manifest: Manifest, wanted: Wanted, ranges: dict[str, list[
     }
     mine = Counter(file for tensor in whole.values() if tensor.nbytes for file in tensor.files)
     for file, count in mine.items():
-        if count == there[file]:
+        if count == there[file] and file in ranges:
             ranges[file].append((0, 1 << 62))
 
 
@@ -203,10 +214,11 @@ def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
             chunk += 1
 
 
-def _copy_in(requests: _ReadRequests, offset: int, view: memoryview) -> None:
+def _copy_in(requests: _ReadRequests, offset: int, begun: Begun, view: memoryview) -> None:
     """Copy to each request what it wants of an extent that lies at ``offset``."""
     data = _as_tensor(view)
     for request in requests:
+        begun(request.number)
         begin, end = max(request.begin, offset), min(request.end, offset + len(view))
         request.copy_in(begin, data[begin - offset : end - offset])
 
@@ -227,11 +239,12 @@ class _Decoder:
         extent: ExtentRecord,
         base_chunks: tuple[Sequence[FileRecord], int],
         targets: Sequence[Target],
+        begun: Callable[[], None],
         view: memoryview,
     ) -> None:
         """Decode a tensor's chunk number ``chunk``, whose extent's bytes are in ``view``, and copy it into the targets.
-        ``base_chunks``: the files that the chunk is a difference to, and the chunk's number in them. Raises
-        ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
+        ``base_chunks``: the files that the chunk is a difference to, and the chunk's number in them. ``begun``: called
+        before a target changes. Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
         begin, nbytes = tensor.span(chunk)
         decoded = tensor.chunk_bytes if tensor.padded else nbytes
         dtype = _dtype(tensor)
@@ -242,6 +255,7 @@ class _Decoder:
             whole = len(targets) == 1 and decoded == nbytes and low <= begin and begin + nbytes <= high
             direct = whole and isinstance(targets[0], Window) and _takes_bytes(targets[0].tensor, dtype)
             if direct:
+                begun()
                 flat = targets[0].tensor.detach().reshape(-1).view(loaded_torch().uint8)
                 out = flat[begin - low : begin - low + nbytes]
             else:
@@ -253,6 +267,7 @@ class _Decoder:
             if direct:
                 return
             data = out[:nbytes]
+        begun()
         for target in targets:
             if isinstance(target, TargetBox):
                 offsets = [0] * len(tensor.shape)

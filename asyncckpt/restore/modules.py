@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.read.scatter import Window
+from asyncckpt.restore.live_memory import refusal
 from asyncckpt.restore.memory_format import format_to_be, take_format
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor
+from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor, same_bits
 from asyncckpt.restore.saved_parameters import same_strides
+from asyncckpt.restore.shared_memory import raise_shared
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names
@@ -40,7 +43,7 @@ def plan_module(
     own = {
         t.untyped_storage().data_ptr()
         for t in (*module.parameters(), *module.buffers())
-        if not t.is_meta and not is_distributed(t)
+        if not t.is_meta and not is_distributed(t) and not is_lazy(t)
     }
     extra_fill = RestorePlan()
     extra_lives = {fqns[raw]: value for raw, value in live.items() if opts.selected(f"{name}.{fqns[raw]}")}
@@ -49,12 +52,14 @@ def plan_module(
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    by_memory = _aliases(live, fqns, parameters)
+    places = parameters | dict(module.named_buffers(remove_duplicate=False))
+    by_memory = _aliases(live, fqns, places)
     formats = _saved_formats(name, component, stored)
     loaders = _Loaders(module, live)
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
     formatted: dict[str, torch.Tensor] = {}
+    tied: dict[Any, list[tuple[str, StoredTensor, torch.Tensor]]] = {}
     wanted: set[str] = set()
     for raw, value in live.items():
         qualified = f"{name}.{fqns[raw]}"
@@ -64,8 +69,8 @@ def plan_module(
         if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
             if fqns[raw] in extra_values:
                 loaders.give(raw, extra_values[fqns[raw]], later)
-                plan.fill += extra_fill.fill
-                extra_fill.fill = []
+                plan.read += extra_fill.read
+                extra_fill.read = []
             else:
                 plan.missing.append(qualified)
             continue
@@ -76,7 +81,13 @@ def plan_module(
                 plan.missing.append(qualified)
             continue
         problem = mismatch(qualified, record, value, opts)
-        if problem and record.shape != tuple(value.shape) and loaders.has_own(raw) and not value.is_meta:
+        if (
+            problem
+            and refusal(value) is None
+            and record.shape != tuple(value.shape)
+            and loaders.has_own(raw)
+            and not value.is_meta
+        ):
             # its own code decides what becomes of a dtype that is not the live one's: nothing is cast before
             dtype = opts.dtype if opts.dtype is not None else DTYPES[record.dtype]
             loaders.give(raw, _new(plan, record, dtype, value.device), later)
@@ -95,12 +106,17 @@ def plan_module(
         saved = formats.get(qualified)
         if value.is_meta:
             dtype = opts.dtype if opts.dtype is not None and value.is_floating_point() else value.dtype
+            if raw not in places:
+                plan.mismatched.append(f"{qualified}: on the meta device, and neither a parameter nor a buffer")
+                continue
             meta[raw] = _new(plan, record, dtype, opts.device, saved)
+            tied.setdefault(id(places[raw]), []).append((qualified, record, meta[raw]))
             continue
         if value.numel() and value.untyped_storage().data_ptr() not in own:
             later[raw] = value  # the module's state_dict gives copies (hooks, packed weights): it must take them back
         elif saved is not None and not same_strides(record.shape, format_to_be(value, saved), value.stride()):
             formatted[raw] = _new(plan, record, value.dtype, value.device, saved)
+            tied.setdefault(value.data_ptr(), []).append((qualified, record, formatted[raw]))
             continue
         elif loaders.has_own(raw):
             loaders.give(raw, value, later)
@@ -110,6 +126,15 @@ def plan_module(
     plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
     if meta:
         plan.finish.append(lambda: _materialize(module, meta))
+    empty = _left_on_meta(name, module, live, opts)
+    if empty:
+        plan.missing += empty
+        plan.notes.append(
+            f"on the meta device, and never saved (persistent=False): {', '.join(empty[:20])}. Give it values before "
+            f"restoring: make it outside torch.device('meta'), or call to_empty(device=...) on the module and what "
+            f"computes it; or restore with strict=False, and do so afterwards"
+        )
+    plan.checks += [functools.partial(_check_tied, group) for group in tied.values() if len(group) > 1]
     if formatted:
         plan.finish.append(lambda: take_format(module, formatted))
     if later:  # torch asks every part of the module to load: those with code of their own need all that is theirs
@@ -131,8 +156,25 @@ def _new(
     stored = DTYPES[record.dtype]
     kept = dtype if dtype.is_floating_point and stored.is_floating_point else stored
     tensor = new_tensor(record, kept, device, strides)
-    plan.fill.append((record, [Window(tensor)]))
+    plan.read.append((record, [Window(tensor)]))
     return tensor
+
+
+def _left_on_meta(name: str, module: nn.Module, live: Mapping[str, Any], opts: Options) -> list[str]:
+    """Return the qualified names of tensors on the meta device that nothing stored can fill, because ``state_dict``
+    does not give them: buffers that are not persistent, say. ``live``: what it does give."""
+    there = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    empty = [raw for raw, one in there.items() if raw not in live and not is_lazy(one) and one.is_meta]
+    names = [f"{name}.{fqn}" for fqn in canonical_names(module, empty).values()]
+    return [qualified for qualified in names if opts.selected(qualified)]
+
+
+def _check_tied(group: Sequence[tuple[str, StoredTensor, torch.Tensor]]) -> None:
+    """Refuse different values for one live tensor that takes new memory. Raises ``StateMismatch``."""
+    (name, record, value), *others = group
+    for other, its_record, its_value in others:
+        if its_record is not record and not same_bits(value, its_value):
+            raise_shared(name, [other])
 
 
 def _saved_formats(name: str, component: ComponentRecord | None, stored: StoredTensors) -> dict[str, tuple[int, ...]]:
@@ -204,17 +246,22 @@ def _loads_itself(part: nn.Module) -> bool:
 
 
 def _aliases(
-    live: Mapping[str, Any], fqns: Mapping[str, str], parameters: Mapping[str, torch.Tensor]
+    live: Mapping[str, Any], fqns: Mapping[str, str], places: Mapping[str, torch.Tensor]
 ) -> dict[str, list[str]]:
-    """Map each raw name to the FQNs of the other live tensors in the same memory."""
+    """Map each raw name to the FQNs of the other live tensors in the same memory. ``places``: the parameters and
+    buffers."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for raw, value in live.items():
         if not isinstance(value, torch.Tensor):
             continue
         if is_distributed(value) or is_sharded_tensor(value):
             # this rank's part may be empty and have no memory: the parameter tells them apart
-            groups.setdefault((id(parameters.get(raw)),), []).append(raw)
-        elif value.numel() and not value.is_meta:
+            groups.setdefault((id(places.get(raw)),), []).append(raw)
+        elif is_lazy(value) or (value.is_meta and raw not in places):
+            continue
+        elif value.is_meta:
+            groups.setdefault((id(places[raw]),), []).append(raw)
+        elif value.numel():
             groups.setdefault((value.data_ptr(), value.shape, value.stride(), value.device), []).append(raw)
     return {raw: [fqns[other] for other in group if other != raw] for group in groups.values() for raw in group}
 
@@ -225,13 +272,15 @@ def _materialize(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     swap: Callable[[torch.Tensor, torch.Tensor], None] = torch.utils.swap_tensors
-    done: set[int] = set()
+    made: dict[int, torch.Tensor] = {}
     for raw, value in values.items():
         if raw in parameters:
             live = parameters[raw]
-            if id(live) not in done:
+            if made.setdefault(id(live), value) is value:
                 swap(live, nn.Parameter(value, requires_grad=live.requires_grad))
-                done.add(id(live))
         elif raw in buffers:
+            made.setdefault(id(buffers[raw]), value)
+    for raw, buffer in buffers.items():
+        if id(buffer) in made:
             owner = module.get_submodule(raw.rpartition(".")[0])
-            owner._buffers[raw.rpartition(".")[2]] = value
+            owner._buffers[raw.rpartition(".")[2]] = made[id(buffer)]

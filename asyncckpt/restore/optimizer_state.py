@@ -9,7 +9,7 @@ import torch
 
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.memory.tensor_bytes import is_dense, may_overlap
-from asyncckpt.read.scatter import Window
+from asyncckpt.restore.live_memory import refusal
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, find_tensor, mismatch, new_tensor
 from asyncckpt.restore.saved_parameters import SavedParameter, same_strides, saved_strides
 from asyncckpt.state.dtensor import is_distributed, like
@@ -59,13 +59,15 @@ class StateTargets:
                 made: torch.Tensor = (
                     found if usable and found is not None and is_distributed(found) else like(parameter, dtype)
                 )
-                plan.add(record, made, f"{self._name}.{key}")
+                plan.add(record, made, f"{self._name}.{key}", new=made is not found)
                 return made
             strides = self._strides(key, record, parameter, saved)
-            if found is None or not usable or is_distributed(found) or not lies_as(found, strides):
-                device = found.device if found is not None else self._device(key, prefix, parameter, group)
-                found = new_tensor(record, dtype, self._opts.device if device.type == "meta" else device, strides)
-            plan.fill.append((record, [Window(found)]))
+            if found is not None and usable and not is_distributed(found) and lies_as(found, strides):
+                plan.add(record, found, f"{self._name}.{key}")
+                return found
+            device = found.device if found is not None else self._device(key, prefix, parameter, group)
+            found = new_tensor(record, dtype, self._opts.device if device.type == "meta" else device, strides)
+            plan.add(record, found, f"{self._name}.{key}", new=True)
             return found
 
         return get
@@ -86,11 +88,11 @@ class StateTargets:
                     plan.add(record, found, f"{self._name}.{key}")
                     return found
                 if lies_as(found, strides):
-                    plan.fill.append((record, [Window(found)]))
+                    plan.add(record, found, f"{self._name}.{key}")
                     return found
             place = found.device if found is not None else device if record.shape else self._opts.device
             found = new_tensor(record, DTYPES[record.dtype], place, strides)
-            plan.fill.append((record, [Window(found)]))
+            plan.add(record, found, f"{self._name}.{key}", new=True)
             return found
 
         return get
@@ -127,7 +129,7 @@ class StateTargets:
 
 
 def _same(record: StoredTensor, dtype: torch.dtype, found: torch.Tensor) -> bool:
-    return record.shape == tuple(found.shape) and found.dtype == dtype
+    return refusal(found) is None and record.shape == tuple(found.shape) and found.dtype == dtype
 
 
 def lies_as(tensor: torch.Tensor, strides: tuple[int, ...] | None) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.records import ComponentRecord
+from asyncckpt.restore.live_memory import NOT_INITIALISED
 from asyncckpt.restore.memory_format import format_to_be
 from asyncckpt.restore.optimizer_load import (
     CannotMake,
@@ -80,19 +82,23 @@ class _OptimizerPlanner:
         self._index_of_label = {label: index for index, label in enumerate(self._labels)}
         self._index_of_place = {(holder, fqn): index for index, (_, holder, fqn) in enumerate(names)}
         self._parameters = parameters_of(self._optimizer)
+        self._lazy = [label for label, one in zip(self._labels, self._parameters, strict=True) if is_lazy(one)]
         self._plan = RestorePlan()
 
     def plan(self, tree: JsonValue) -> RestorePlan:
         live, stored = class_name(self._optimizer), self._record.type_name
         if stored and live and stored.rpartition(".")[2] != live.rpartition(".")[2]:
             self._plan.mismatched.append(f"{self._name}: saved as {stored}, live {live}: its state means another thing")
+        elif self._lazy:
+            self._plan.mismatched += [f"{self._name}.{label}: {NOT_INITIALISED}" for label in self._lazy]
         elif not isinstance(tree, dict):
             self._damaged("was saved as an optimizer and does not look like one")
         elif self._record.kind == "stateful":
             self._plan_whole(tree)
         else:
             self._plan_by_name(tree)
-        self._plan.finish.append(lambda: after_restore(self._given))
+        if self._plan.finish:
+            self._plan.finish.append(lambda: after_restore(self._given))
         return self._plan
 
     def _damaged(self, problem: str) -> None:

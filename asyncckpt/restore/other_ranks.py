@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, qualified_records
+from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, qualified_records
 from asyncckpt.state.capture import kind_of
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
 from asyncckpt.state.markers import LocalShard, PerRank, Replicated
@@ -85,12 +85,14 @@ class OtherRanks:
 
     def _by_rule(self, name: str, value: PerRank, opts: Options) -> RestorePlan:
         plan, states = self._states(name, opts)
-        plan.finish.append(lambda: value.load_state_dict(value.rule(states, self.rank, self.size)))
+        plan.finish.append(lambda: load(name, lambda: value.load_state_dict(value.rule(states, self.rank, self.size))))
         return plan
 
     def _derive(self, name: str, value: RngState, opts: Options) -> RestorePlan:
         plan, states = self._states(name, opts)
-        plan.finish.append(lambda: value.load_derived(states, self.rank))
+        plan.missing += value.lacking(states[0], name)
+        if not plan.missing:
+            plan.finish.append(lambda: load(name, lambda: value.load_derived(states, self.rank)))
         self.derived.append(name)
         return plan
 

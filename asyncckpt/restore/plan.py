@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from asyncckpt import jsontree
-from asyncckpt.errors import CheckpointDamaged, StateMismatch
+from asyncckpt.errors import AsyncCkptError, CheckpointDamaged, InvalidOption, NotEnoughMemory, StateMismatch
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
-from asyncckpt.memory.tensor_bytes import may_overlap
 from asyncckpt.read.scatter import Window
+from asyncckpt.restore.live_memory import refusal
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.types import JsonValue
@@ -33,42 +34,67 @@ class Options:
     saved_ranks: int = 1
 
 
+@dataclass(slots=True, eq=False)
+class LiveTarget:
+    """A live tensor takes the values of a stored one. ``where``: its qualified name. ``also``: the names of others in
+    the very same memory, which take the same values."""
+
+    record: StoredTensor
+    window: Window
+    where: str
+    also: list[str] = field(default_factory=list)
+
+
 @dataclass(slots=True)
 class RestorePlan:
-    """Says what is read where. ``fill``: each stored tensor with the live tensors that take its values. ``finish``:
-    what runs once they are filled. ``used``: the keys that a tree has referred to, each at most once. ``missing``,
-    ``unexpected``, ``mismatched``: how the checkpoint does not fit the live state."""
+    """Says what is read where, in the order in which it is done. ``read``: each stored tensor with the new memory that
+    takes its values. ``checks``: what looks at those, and refuses them by ``StateMismatch``. Up to here nothing of the
+    live state has changed. ``fill``: the live tensors that are filled. ``place``: what puts into live tensors what was
+    read elsewhere. ``collect``: what needs the other ranks. ``finish``: what hands over the rest.
 
-    fill: list[tuple[StoredTensor, list[Window]]] = field(default_factory=list)
+    ``used``: the keys that a tree has referred to, each at most once. ``missing``, ``unexpected``, ``mismatched``: how
+    the checkpoint does not fit the live state, and ``notes`` explain it."""
+
+    read: list[tuple[StoredTensor, list[Window]]] = field(default_factory=list)
+    checks: list[Callable[[], None]] = field(default_factory=list)
+    fill: list[LiveTarget] = field(default_factory=list)
+    place: list[Callable[[], None]] = field(default_factory=list)
+    collect: list[Callable[[], None]] = field(default_factory=list)
     finish: list[Callable[[], None]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
-    def add(self, record: StoredTensor, value: Any, where: str) -> None:
+    def add(self, record: StoredTensor, value: Any, where: str, *, new: bool = False) -> None:
         """Have ``value`` take the stored tensor, or this rank's part of it where ranks hold it together. ``where``: its
-        name, for messages."""
+        qualified name. ``new``: it is not part of the live state yet."""
         if not is_distributed(value) and not is_sharded_tensor(value):
-            if may_overlap(value):
-                whole = new_tensor(record, value.dtype, value.device)
-                self.fill.append((record, [Window(whole)]))
-                self.finish.append(lambda: fill_overlapping(value, whole, where))
-            else:
-                self.fill.append((record, [Window(value)]))
-            return
-        part = receiver(value, where)
-        self.fill.append((record, [Window(part.tensor, part.first)]))
-        if part.finish is not None:
-            self.finish.append(part.finish)
+            window = Window(value)
+        else:
+            part = receiver(value, where)
+            window = Window(part.tensor, part.first)
+            if part.finish is not None:
+                self.collect.append(part.finish)
+                new = True  # the rows that are redistributed afterwards
+        if new:
+            self.read.append((record, [window]))
+        else:
+            self.fill.append(LiveTarget(record, window, where))
 
     def merge(self, other: RestorePlan) -> None:
-        """Add all of another component's plan, but for ``used``."""
+        """Add all of another plan, but for ``used``."""
+        self.read += other.read
+        self.checks += other.checks
         self.fill += other.fill
+        self.place += other.place
+        self.collect += other.collect
         self.finish += other.finish
         self.missing += other.missing
         self.unexpected += other.unexpected
         self.mismatched += other.mismatched
+        self.notes += other.notes
 
 
 #: Stored tensors by their qualified live names (``model.wte.weight``): what ``rename`` maps the stored names to.
@@ -126,7 +152,7 @@ def new_tensors(
     def get(key: str) -> torch.Tensor:
         record = find_tensor(component, key, stored, plan)
         tensor = new_tensor(record, DTYPES[record.dtype], opts.device)
-        plan.fill.append((record, [Window(tensor)]))
+        plan.read.append((record, [Window(tensor)]))
         return tensor
 
     return get
@@ -153,30 +179,16 @@ def new_tensor(
         raise MemoryError(problem) from error
 
 
-def fill_overlapping(live: torch.Tensor, values: torch.Tensor, where: str) -> None:
-    """Give a tensor several of whose elements share a place in memory, such as an expanded one, the values of a dense
-    one. Raises ``StateMismatch``, and changes nothing, where elements in one place would need different values."""
-    live = live.detach()
-    span = 1 + sum((size - 1) * stride for size, stride in zip(live.shape, live.stride(), strict=True))
-    places = torch.arange(span, device=live.device).as_strided(live.shape, live.stride()).reshape(-1)
-    items = values.new_zeros(span)
-    items[places] = values.reshape(-1)
-    if not same_bits(items.as_strided(live.shape, live.stride()), values):
-        raise StateMismatch(
-            f"{where}: elements of the live tensor share memory (it was made by expand() or the like), and different "
-            f"values were saved for them. Make it a tensor of its own: .clone()"
-        )
-    memory = live.as_strided((span,), (1,))
-    memory[places] = items[places]
-
-
 def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Return whether two tensors of one dtype and shape have the same values, bit for bit."""
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+    return torch.equal(first.reshape(-1).contiguous().view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
 def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options) -> str | None:
     """Say why the stored tensor cannot go into the live one, or None where it can."""
+    refused = refusal(live)
+    if refused is not None:
+        return f"{name}: {refused}"
     if record.shape != tuple(live.shape):
         return f"{name}: saved with shape {list(record.shape)}, live {list(live.shape)}"
     saved = DTYPES[record.dtype]
@@ -210,12 +222,32 @@ def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tup
 
 
 def load(name: str, call: Callable[[], object]) -> None:
-    """Hand over to torch what is not filled in place. A forged checkpoint may have all the right names, and hold
-    nonsense that makes torch raise anything."""
+    """Hand over to code that is not this library's what is not filled in place. It may raise anything, also where a
+    forged checkpoint has all the right names and holds nonsense. Raises ``StateMismatch`` and ``NotEnoughMemory``."""
     try:
         call()
+    except (StateMismatch, InvalidOption):
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise NotEnoughMemory(f"{name}: no memory for what was stored ({error})") from error
     except Exception as error:
         raise StateMismatch(
-            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). It may be "
-            f"partly overwritten: restore another checkpoint"
+            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). If it has to "
+            f"differ from the one that was saved, restore the others without it: leave {name!r} out of the state"
+        ) from error
+
+
+@contextlib.contextmanager
+def asked(name: str) -> Iterator[None]:
+    """Make errors of a live object that is asked for its state ``StateMismatch``."""
+    try:
+        yield
+    except AsyncCkptError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise NotEnoughMemory(f"{name}: no memory to plan its restore ({error})") from error
+    except Exception as error:
+        raise StateMismatch(
+            f"{name}: the live object cannot be looked at ({type(error).__name__}: {error}). It has to be one that "
+            f"could be saved; leave {name!r} out of the state to restore the others"
         ) from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,10 @@ from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
+from asyncckpt.restore.carrying_out import Planned, Stages, typed
+from asyncckpt.restore.changes import Changes
 from asyncckpt.restore.other_ranks import OtherRanks
-from asyncckpt.restore.plan import Options, RestorePlan, new_tensor, qualified_records
+from asyncckpt.restore.plan import Options, RestorePlan, asked, new_tensor, qualified_records
 from asyncckpt.restore.saved_parameters import SavedParameters
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
@@ -29,23 +30,6 @@ from asyncckpt.state.markers import without_owners
 from asyncckpt.state.rank_names import rank_name, without_rank
 
 log = logging.getLogger("asyncckpt")
-
-
-class Stages:
-    """The steps of a restore by one process alone; ``ranks.coordinator.RestoreStages`` takes them with all ranks."""
-
-    rank = 0
-    #: The number of ranks that restore together.
-    size = 1
-
-    @contextlib.contextmanager
-    def stage(self, what: str) -> Iterator[None]:
-        """Run the body as one step, named ``what``. An error of it is raised on every rank."""
-        yield
-
-    def in_all(self, names: list[str]) -> list[str]:
-        """Return those of the names that every rank gives."""
-        return names
 
 
 Rename = Mapping[str, str] | Callable[[str], str | None]
@@ -88,15 +72,19 @@ def restore(
     dtype: torch.dtype | None = None,
     expect_digest: str | None = None,
     stages: Stages | None = None,
+    changes: Changes | None = None,
 ) -> RestoreReport:
     """Restore the components in ``state`` from an open checkpoint, in place; see ``Run.restore``.
 
-    ``stages``: takes each step together with the other ranks of a job, which restore this checkpoint too.
+    ``stages``: takes each step together with the other ranks of a job, which restore this checkpoint too. ``changes``:
+    what an attempt before, from another checkpoint, has changed already.
     """
     began = time.perf_counter()
     together = stages or Stages()
-    with together.stage("look"):
+    changes = changes or Changes()
+    with together.stage("look"), typed(checkpoint.path, "planning the restore"):
         check_state(state)
+        changes.expect(state)
         state, owners = without_owners(state)
         checkpoint.require_digest(expect_digest)
         manifest, trees = checkpoint.manifest, checkpoint.trees
@@ -113,24 +101,30 @@ def restore(
         _check_rename(named, rename, checkpoint.path)
         stored = _renamed(named, rename)
         saved = SavedParameters(_of_rank(manifest, together.rank), _renamer(rename))
-        plan = RestorePlan()
+        plan, planned = RestorePlan(), Planned(state, changes)
         others = OtherRanks(manifest, trees, together.rank, together.size)
         for name in state:
             if selection.touches(name):
-                special = others.plan(name, state[name], options) if name not in owners else None
+                with asked(name):
+                    special = others.plan(name, state[name], options) if name not in owners else None
                 if special is not None:
-                    plan.merge(special)
+                    planned.add(name, special)
                     continue
                 source = rank_name(name, together.rank)
                 if source not in manifest.components:  # fewer ranks saved, or the component was the same on all
                     source = name
                 component = manifest.components.get(source)
                 mine = stored if source == name else _renamed(_under(name, source, manifest), rename)
-                plan.merge(plan_component(name, state, component, mine, trees.get(source), saved, options))
+                with asked(name):
+                    found = plan_component(name, state, component, mine, trees.get(source), saved, options)
+                planned.add(name, found)
+        planned.prepare()
+        for found in planned.plans:
+            plan.merge(found)
     # a tensor that does not live on this rank may live on another
     plan.unexpected = together.in_all(plan.unexpected)
     idle = together.in_all(selection.idle())
-    with together.stage("check"):
+    with together.stage("check"), typed(checkpoint.path, "comparing it with the live state"):
         if idle:
             raise UnknownName(
                 f"{checkpoint.path}: include={idle[0]!r} selects nothing of the live state. It is a prefix of "
@@ -142,10 +136,8 @@ def restore(
             if strict:
                 raise StateMismatch(problem, plan.missing, plan.unexpected, plan.mismatched)
             log.warning("%s", problem)
-    with together.stage("read"):
-        nbytes = fill(checkpoint, plan.fill)
-    for step in plan.finish:
-        step()
+        changes.leave(checkpoint.path, [*plan.missing, *plan.mismatched])
+    nbytes = planned.carry_out(checkpoint, together)
     whole = (
         manifest.kind == "full"
         and include is None
@@ -223,6 +215,7 @@ def describe(where: str, plan: RestorePlan) -> str:
         if names:
             shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
             lines.append(f"  {title} ({len(names)}): {shown}")
+    lines += [f"  {note}" for note in plan.notes]
     lines.append("restore(state, strict=False) loads what fits; its include= and rename= choose and map names.")
     return "\n".join(lines)
 

@@ -11,11 +11,13 @@ import torch
 from asyncckpt import jsontree
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.plan import (
+    LiveTarget,
     Options,
     RestorePlan,
     StoredTensors,
     decode_like,
     find_tensor,
+    load,
     mismatch,
     new_tensors,
     on_host,
@@ -24,6 +26,7 @@ from asyncckpt.state.capture import kind_of
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, job_size
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.markers import LocalShard, with_shards, without_shards
+from asyncckpt.state.rng import RngState
 from asyncckpt.types import JsonValue
 
 
@@ -67,7 +70,8 @@ def plan_tree(
             if shape != record.shape or DTYPES[record.dtype] != shard.tensor.dtype:
                 plan.mismatched.append(f"{name}.{key}: saved as {record.dtype} {list(record.shape)}, live {shard}")
             width = math.prod(shape[1:])
-            plan.fill.append((record, [Window(shard.tensor, shard.offsets[0] * width)]))
+            window = Window(shard.tensor, shard.offsets[0] * width)
+            plan.fill.append(LiveTarget(record, window, f"{name}.{key}"))
             return shard.tensor
         if found is None or mismatch(key, record, found, opts):
             return fresh(key)
@@ -76,8 +80,16 @@ def plan_tree(
         return found
 
     decoded = with_shards(decode_like(name, tree, bare, tensors, on_host(name, stored, plan), plan), shards)
+    if isinstance(value, RngState):
+        plan.missing += value.lacking(decoded, name)
     if kind_of(value) == "stateful":
-        plan.finish.append(lambda: value.load_state_dict(decoded))
+        if not plan.missing:
+            plan.finish.append(lambda: load(name, lambda: value.load_state_dict(decoded)))
+    elif not _can_replace(state, value, decoded):
+        plan.mismatched.append(
+            f"{name}: a {type(value).__name__} cannot be put into a state that is a {type(state).__name__}; give the "
+            f"state as a dict"
+        )
     else:
         plan.finish.append(lambda: _replace_plain(name, state, value, decoded))
     return plan
@@ -90,6 +102,11 @@ def _has_distributed(value: Any) -> bool:
     if type(value) in (list, tuple):
         return any(_has_distributed(item) for item in value)
     return is_distributed(value) or is_sharded_tensor(value)
+
+
+def _can_replace(state: Mapping[str, Any], live: Any, decoded: Any) -> bool:
+    """Return whether ``_replace_plain`` has a place to put the decoded data."""
+    return isinstance(state, dict) or (type(live) is type(decoded) and type(live) in (dict, list))
 
 
 def _replace_plain(name: str, state: Mapping[str, Any], live: Any, decoded: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from asyncckpt import jsontree
 from asyncckpt.errors import InvalidOption, UnsupportedValue
@@ -153,6 +154,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     extras: dict[str, Any] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     raw = _state_dict(module, parameters)
+    _check_initialised(name, raw)
     names = canonical_names(module, raw)
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
@@ -189,6 +191,15 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     for piece in pieces[count:]:
         piece.first_only = True
     return ComponentSnapshot(name, "module", pieces, aliases, tree, True, class_name(module), _strides(pieces))
+
+
+def _check_initialised(name: str, raw: Mapping[str, Any]) -> None:
+    for key, value in raw.items():
+        if type(value) not in _PLAIN_TYPES and is_lazy(value):
+            raise UnsupportedValue(
+                f"state[{name!r}][{key!r}]: a lazy parameter or buffer that is not initialised yet has no values to "
+                f"save; run the module once before the first save"
+            )
 
 
 def _buffers(module: nn.Module) -> frozenset[str]:

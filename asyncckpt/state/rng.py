@@ -58,19 +58,26 @@ class RngState:
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Restore every generator from ``state``, which ``state_dict`` has made. States of more CUDA devices than this
-        machine has are ignored. Raises ``InvalidOption`` where ``state`` lacks a generator of your own; those before
-        it are restored then."""
+        machine has are ignored. Raises ``InvalidOption``, and restores none, where ``state`` lacks a generator of your
+        own."""
+        lacking = self.lacking(state, "RngState")
+        if lacking:
+            raise InvalidOption(f"the checkpoint holds no {', '.join(lacking)}; leave it out to load")
         _set(random._inst, state["python"])
         legacy = state["numpy"]
         keys = np.frombuffer(legacy["keys"], dtype=np.uint32)
         np.random.set_state((legacy["name"], keys, legacy["position"], legacy["has_gauss"], legacy["gauss"]))
         torch.set_rng_state(_bytes_tensor(state["torch"]))
         for name, generator in self.generators.items():
-            if name not in state["generators"]:
-                raise InvalidOption(f"RngState: the checkpoint holds no generator {name!r}; leave it out to load")
             _set(generator, state["generators"][name])
         if "cuda" in state and torch.cuda.is_available():
             _set_cuda(state["cuda"])
+
+    def lacking(self, state: Any, where: str) -> list[str]:
+        """Return the names of the generators of your own that ``state`` does not have, each after ``where``."""
+        there = state.get("generators") if isinstance(state, Mapping) else None
+        known = there if isinstance(there, Mapping) else {}
+        return [f"{where}.generators.{name}" for name in self.generators if name not in known]
 
     def load_derived(self, states: Sequence[Mapping[str, Any]], rank: int) -> None:
         """Set every generator on a rank that none of ``states`` is of: those of all ranks that saved. Each one gets a

@@ -121,7 +121,10 @@ class Reader(StorageReader):
             offsets = tuple(a + b for a, b in zip(begin, item.storage_offsets, strict=True))
             wanted.setdefault(fqn, []).append(TargetBox(target, offsets))
             committed.append(lambda item=item, target=target: planner.commit_tensor(item, target))  # type: ignore[misc]
-        self.read_bytes = fill(checkpoint, [(self._record(fqn), found) for fqn, found in wanted.items()])
+        try:
+            self.read_bytes = fill(checkpoint, [(self._record(fqn), found) for fqn, found in wanted.items()])
+        except CheckpointDamaged as error:
+            raise CheckpointDamaged(f"{error} The live tensors may be partly overwritten: load another one.") from error
         for commit in committed:
             commit()
         for item in values:

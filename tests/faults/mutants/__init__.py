@@ -3,7 +3,18 @@
 Each module adds its own to ``MUTANTS`` when it is imported, which is here.
 """
 
-from faults.mutants import beside_saves, catalog, content, copies, durability, errors, given, order, state
+from faults.mutants import (
+    beside_saves,
+    catalog,
+    content,
+    copies,
+    durability,
+    errors,
+    given,
+    order,
+    restoring,
+    state,
+)
 from faults.mutants.registry import MUTANTS, Mutant
 
 __all__ = [
@@ -17,5 +28,6 @@ __all__ = [
     "errors",
     "given",
     "order",
+    "restoring",
     "state",
 ]

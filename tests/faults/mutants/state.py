@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from asyncckpt.manifest.records import ComponentRecord
-from asyncckpt.restore import modules, optimizer_load, optimizer_state, optimizers, plan
+from asyncckpt.restore import modules, optimizer_load, optimizer_state, optimizers, plan, shared_memory
 from asyncckpt.restore.saved_parameters import SavedParameters, row_major
 from asyncckpt.state import fqn
 from faults import state_checks as checks
@@ -79,7 +79,7 @@ def _(patch: Patch) -> None:
 
 @mutant("elements that share memory are filled by whoever comes last", checks.elements_that_share_memory_get_one_value)
 def _(patch: Patch) -> None:
-    patch.setattr(plan, "may_overlap", lambda tensor: False)
+    patch.setattr(shared_memory, "may_overlap", lambda tensor: False)
 
 
 @mutant("a module's own loading is not asked", checks.a_buffer_that_its_module_resizes_comes_back)
