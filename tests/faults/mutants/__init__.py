@@ -3,7 +3,7 @@
 Each module adds its own to ``MUTANTS`` when it is imported, which is here.
 """
 
-from faults.mutants import beside_saves, catalog, content, copies, durability, errors, order, state
+from faults.mutants import beside_saves, catalog, content, copies, durability, errors, order, reading, state
 from faults.mutants.registry import MUTANTS, Mutant
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "durability",
     "errors",
     "order",
+    "reading",
     "state",
 ]
