@@ -3,6 +3,7 @@ and what to do, before anything is changed."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from asyncckpt import (
     InvalidOption,
     InvalidStep,
     KeepBest,
+    NewestDamaged,
     Run,
     RunPathError,
     Safetensors,
@@ -47,6 +49,12 @@ class World:
 
     def run(self) -> Run:
         return Run(self.path / "run")
+
+    def run_with_a_damaged_newest(self) -> Run:
+        with Checkpointer(self.path / "run") as run:
+            run.save(6, _state()).result()
+        os.truncate(self.path / "run" / "step-00000006" / "manifest.json", 9)
+        return self.run()
 
     def new(self, name: str = "other", **options: Any) -> Checkpointer:
         return Checkpointer(self.path / name, **options)
@@ -151,6 +159,41 @@ MISTAKES = [
         lambda w: w.run().load_tensors(names=["model.wieght"]),
         UnknownName,
         ("model.wieght", "model.weight"),
+    ),
+    # reading
+    Mistake(
+        "a required component by a wrong name",
+        lambda w: w.run().verify(require="model.weight"),
+        InvalidOption,
+        ("'model.weight'", "keys of the saved state"),
+    ),
+    Mistake("a number for required components", lambda w: w.run().verify(require=3), InvalidOption, ("require", "3")),  # type: ignore[arg-type]
+    Mistake(
+        "reading a newest checkpoint that is damaged",
+        lambda w: w.run_with_a_damaged_newest().load_tensors(),
+        NewestDamaged,
+        ("step-00000006", "give its step", "newest usable one is 5"),
+    ),
+    Mistake(
+        "annotating a step that is not there",
+        lambda w: w.run().annotate(6, {"val_loss": 0.3}),
+        CheckpointNotFound,
+        ("step 6", "5"),
+    ),
+    Mistake(
+        "annotating with a number alone",
+        lambda w: w.run().annotate(5, 0.3),  # type: ignore[arg-type]
+        InvalidOption,
+        ("{'val_loss': 0.3}", "0.3"),
+    ),
+    Mistake(
+        "annotating with text",
+        lambda w: w.run().annotate(5, {"val_loss": "low"}),
+        InvalidOption,
+        ("metrics['val_loss']", "'low'"),
+    ),
+    Mistake(
+        "a metric without a name", lambda w: w.run().annotate(5, {"": 1.0}), InvalidOption, ("printable text", "''")
     ),
     # options
     Mistake("a number for a policy", lambda w: w.new(keep=3), InvalidOption, ("KeepLast(3)", "not 3")),

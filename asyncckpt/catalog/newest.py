@@ -59,9 +59,10 @@ def tell_of_missing(store: Store, path: str, found: CheckpointInfo) -> None:
     """Log where the run has saved a later step than that of the checkpoint that was found to be the newest, and it is
     not there any more: retention deletes no newest one, so somebody else has taken it away."""
     named = hint(store)
-    if step_in(named) > found.step and store.identity(named) is None:
+    if step_in(named) > found.step and named not in store.names():  # a file and a link are no checkpoints either
         log.warning(
-            "%s: the run saved %s last, and it is not there any more; the newest checkpoint is that of step %d",
+            "%s: the run saved %s last, and that directory is not there any more; the newest checkpoint is that of "
+            "step %d",
             path,
             named,
             found.step,

@@ -100,6 +100,8 @@ class KeepBest:
     The mode must be given, but for a metric whose name ends in ``loss``: less of that is better. Raises
     ``InvalidOption``.
 
+    Metrics are those of ``save`` and, later, of ``Run.annotate``: where checkpoints are evaluated after the fact, keep
+    them until then by another policy, such as ``KeepLast(5)`` beside this one.
     A checkpoint without the metric, or where it is nan, is never among the best; of equals the later ones are kept.
     Where no checkpoint has the metric at all, every one is kept: it may be reported later, or its name may be wrong.
     """

@@ -66,8 +66,8 @@ class Exit(enum.IntEnum):
 
 
 EXIT_CODES = (
-    "Exit codes: 0 good; 1 damage found, a component missing (verify), a difference (diff), an unsafe path (doctor); "
-    "2 wrong usage; 3 no such run or step; 4 another live run holds the directory; 5 any other error."
+    "Exit codes: 0 good; 1 damage found, a component missing (verify), a difference (diff), or an unsafe path (doctor);"
+    " 2 wrong usage; 3 no such run or step; 4 another live run holds the directory; 5 any other error."
 )
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]

@@ -24,6 +24,7 @@ from asyncckpt import (
     Run,
     RunOptions,
     RunPathError,
+    repeated_lines,
 )
 from asyncckpt.catalog import annotations
 from asyncckpt.protocols import Store
@@ -43,6 +44,12 @@ def store(request: pytest.FixtureRequest, path: Path) -> Callable[[], Store]:
     """Makes the store of one run, as another process would."""
     bucket = MemoryBucket(f"memory://{path}")
     return lambda: LocalStore(str(path)) if request.param == "a directory" else MemoryStore(bucket)
+
+
+@pytest.fixture(autouse=True)
+def _every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the log hold back no line that another test has logged, too."""
+    monkeypatch.setattr(repeated_lines, "WINDOW_SECONDS", 0.0)
 
 
 def _metrics(run: Run) -> dict[int, dict[str, float]]:

@@ -16,7 +16,15 @@ from support.branches import saved, state, steps, value
 from torch.distributed.checkpoint import CheckpointException
 from typer.testing import CliRunner
 
-from asyncckpt import Checkpointer, CheckpointNotFound, NewestDamaged, NoUsableCheckpoint, Run, RunOptions
+from asyncckpt import (
+    Checkpointer,
+    CheckpointNotFound,
+    NewestDamaged,
+    NoUsableCheckpoint,
+    Run,
+    RunOptions,
+    repeated_lines,
+)
 from asyncckpt.cli.app import app
 from asyncckpt.integrations.dcp import Reader
 
@@ -25,6 +33,12 @@ from asyncckpt.integrations.dcp import Reader
 def path(tmp_path: Path) -> Path:
     saved(tmp_path / "run", 1, 2, 3)
     return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def _every_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the log hold back no line that another test has logged, too."""
+    monkeypatch.setattr(repeated_lines, "WINDOW_SECONDS", 0.0)
 
 
 NEWEST = "step-00000003"
@@ -191,11 +205,20 @@ def test_what_a_save_has_set_aside_is_no_checkpoint_any_more(path: Path) -> None
     assert (steps(path), value(path)) == ([1, 2, 3], 30)
 
 
-def test_a_newer_checkpoint_that_somebody_took_away_is_told(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("left", ["nothing", "a link", "a file"])
+def test_a_newer_checkpoint_that_somebody_took_away_is_told(
+    path: Path, left: str, caplog: pytest.LogCaptureFixture
+) -> None:
     (path / NEWEST).rename(path.parent / "elsewhere")
-    with caplog.at_level(logging.WARNING, "asyncckpt"):
-        assert value(path) == 2
-    assert f"saved {NEWEST} last, and it is not there any more" in caplog.text
+    if left == "a link":
+        (path / NEWEST).symlink_to(path.parent / "elsewhere")
+    elif left == "a file":
+        (path / NEWEST).write_text("mine")
+    for call in (value, lambda path: Run(path).newest(), lambda path: Run(path).load_tensors()):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "asyncckpt"):
+            call(path)
+        assert f"saved {NEWEST} last, and that directory is not there any more" in caplog.text
     caplog.clear()
     assert value(path, 1) == 1  # who names a step is told nothing
     assert not caplog.text

@@ -12,6 +12,7 @@ from faults.mutants import (
     errors,
     given,
     order,
+    reading,
     restoring,
     state,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "errors",
     "given",
     "order",
+    "reading",
     "restoring",
     "state",
 ]
