@@ -16,6 +16,7 @@ from asyncckpt.memory.tensor_bytes import may_overlap
 from asyncckpt.read.scatter import Window
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.wrappers import hides_values
 from asyncckpt.types import JsonValue
 
 log = logging.getLogger("asyncckpt")
@@ -92,12 +93,14 @@ def decode_like(
     arrays: Callable[[str], torch.Tensor],
     plan: RestorePlan,
     objects: Callable[[Any, str, Any], Any] | None = None,
+    wrappers: Callable[[jsontree.Wrapper, Any, str], Any] | None = None,
 ) -> Any:
     """Decode a tree into values of the types that live at their places. ``plan`` is told which live types do not take
     what was stored; values of whose kind nothing lives become plain data, which a warning tells. ``objects`` makes the
-    objects that were stored by their state, as ``jsontree.decode`` says."""
+    objects that were stored by their state, and ``wrappers`` the tensors of wrapping subclasses, as ``jsontree.decode``
+    says."""
     like = jsontree.Live(live)
-    found = jsontree.decode(tree, tensors, arrays, like, objects)
+    found = jsontree.decode(tree, tensors, arrays, like, objects, wrappers)
     plan.mismatched += [f"{component}{problem}" for problem in like.mismatched]
     if like.untyped:
         some = ", ".join(f"{component}{where}" for where in like.untyped[:5])
@@ -177,6 +180,8 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options) -> str | None:
     """Say why the stored tensor cannot go into the live one, or None where it can."""
+    if hides_values(live):
+        return f"{name}: {not_saved(record, live)}"
     if record.shape != tuple(live.shape):
         return f"{name}: saved with shape {list(record.shape)}, live {list(live.shape)}"
     saved = DTYPES[record.dtype]
@@ -186,6 +191,14 @@ def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options)
     if wanted is not None and (live.is_meta or live.dtype == wanted):
         return None
     return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
+
+
+def not_saved(record: StoredTensor, live: Any) -> str:
+    """Say that a plain tensor was saved where a live tensor has no bytes of its own."""
+    return (
+        f"saved as a plain {DTYPES[record.dtype]} tensor, live a {type(live).__name__}; restore into a plain tensor "
+        f"and convert it afterwards (quantise the model after restoring it), or make the live one as it was saved"
+    )
 
 
 def find_tensor(component: str, key: str, stored: StoredTensors, plan: RestorePlan) -> StoredTensor:

@@ -23,6 +23,7 @@ from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.other_ranks import OtherRanks
 from asyncckpt.restore.plan import Options, RestorePlan, new_tensor, qualified_records
 from asyncckpt.restore.saved_parameters import SavedParameters
+from asyncckpt.restore.wrappers import StoredWrappers
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.markers import without_owners
@@ -112,6 +113,7 @@ def restore(
         named = dict(qualified_records(manifest.components))
         _check_rename(named, rename, checkpoint.path)
         stored = _renamed(named, rename)
+        wrappers = StoredWrappers(manifest.components, trees)
         saved = SavedParameters(_of_rank(manifest, together.rank), _renamer(rename))
         plan = RestorePlan()
         others = OtherRanks(manifest, trees, together.rank, together.size)
@@ -126,7 +128,7 @@ def restore(
                     source = name
                 component = manifest.components.get(source)
                 mine = stored if source == name else _renamed(_under(name, source, manifest), rename)
-                plan.merge(plan_component(name, state, component, mine, trees.get(source), saved, options))
+                plan.merge(plan_component(name, state, component, mine, trees.get(source), saved, wrappers, options))
     # a tensor that does not live on this rank may live on another
     plan.unexpected = together.in_all(plan.unexpected)
     idle = together.in_all(selection.idle())
