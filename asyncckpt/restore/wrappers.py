@@ -15,6 +15,7 @@ from asyncckpt.jsontree.wrapper_tensors import of_live
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.restore.plan import RestorePlan, StoredTensors, find_tensor, not_saved
 from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.wrappers import PLAIN_TYPES
 from asyncckpt.types import JsonValue
 
 #: What a user can do where the classes of tensors differ.
@@ -109,6 +110,8 @@ def not_live(node: Wrapper, live: Any) -> str:
     """Say that a wrapper was saved where none lives."""
     saved = node.class_name.rpartition(".")[2]
     here = "nothing is live at its place" if live is None else f"live is a {type(live).__name__}"
+    if type(live) in PLAIN_TYPES:
+        here = "live is a plain tensor"
     return f"saved as a {saved:.200}, which wraps other tensors, and {here}; {_WAY_OUT}"
 
 

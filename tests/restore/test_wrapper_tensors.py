@@ -166,7 +166,7 @@ def test_two_levels_of_wrappers_come_back(tmp_path: Path) -> None:
         (lambda number: codes(number, rows=5), "shape"),
         (lambda number: Codes(codes(number).codes, torch.rand(7)), "scale inside"),
         (lambda number: Codes(codes(number).codes, torch.rand(3).double()), "scale inside"),
-        (lambda number: torch.rand(6, 4), "live is a Tensor"),
+        (lambda number: torch.rand(6, 4), "live is a plain tensor"),
         (lambda number: TwoTensor(torch.rand(6, 4), torch.rand(6, 4)), "TwoTensor"),
     ],
 )
