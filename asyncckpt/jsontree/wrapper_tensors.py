@@ -164,14 +164,20 @@ def decode(decoder: Decoder, tree: dict[str, Any], live: Any) -> Any:
         if found is not NotImplemented:
             return found
         decoder.note_plain()
-    return _as_dict(decoder, node)
+    return _as_dict(decoder, node, live)
 
 
-def _as_dict(decoder: Decoder, node: Wrapper) -> dict[str, Any]:
+def _as_dict(decoder: Decoder, node: Wrapper, live: Any) -> dict[str, Any]:
+    lives = live.get("tensors") if isinstance(live, dict) else None
+    lives = lives if isinstance(lives, dict) else {}
     return {
         "class": node.class_name,
         "tensors": {
-            name: _as_dict(decoder, part) if isinstance(part, Wrapper) else decoder.tensor(part)
+            name: (
+                _as_dict(decoder, part, lives.get(name))
+                if isinstance(part, Wrapper)
+                else decoder.tensor(part, lives.get(name))
+            )
             for name, part in node.inside.items()
         },
         "context": decoder.within("context", node.context),

@@ -222,6 +222,25 @@ def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tup
             yield f"{component}.{alias}", record.tensors[target]
 
 
+def describe(
+    where: str,
+    plan: RestorePlan,
+    what: str = "the live state",
+    way_out: str = "restore(state, strict=False) loads what fits; its include= and rename= choose and map names.",
+) -> str:
+    """Put all differences into one message. ``where``: the checkpoint. ``what``: what it does not fit."""
+    lines = [f"{where} does not fit {what}:"]
+    for title, names in (
+        ("missing from the checkpoint", plan.missing),
+        ("unexpected in the checkpoint", plan.unexpected),
+        ("mismatched", plan.mismatched),
+    ):
+        if names:
+            shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
+            lines.append(f"  {title} ({len(names)}): {shown}")
+    return "\n".join([*lines, way_out])
+
+
 def load(name: str, call: Callable[[], object]) -> None:
     """Hand over to torch what is not filled in place. A forged checkpoint may have all the right names, and hold
     nonsense that makes torch raise anything."""

@@ -21,7 +21,7 @@ from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.other_ranks import OtherRanks
-from asyncckpt.restore.plan import Options, RestorePlan, new_tensor, qualified_records
+from asyncckpt.restore.plan import Options, RestorePlan, describe, new_tensor, qualified_records
 from asyncckpt.restore.saved_parameters import SavedParameters
 from asyncckpt.restore.wrappers import StoredWrappers
 from asyncckpt.state.capture import check_state
@@ -218,21 +218,6 @@ def load_tensors(
             made[id(record)] = record, new_tensor(record, target, device)
     fill(checkpoint, [(record, [Window(tensor)]) for record, tensor in made.values()])
     return {name: made[id(record)][1] for name, record in chosen.items()}
-
-
-def describe(where: str, plan: RestorePlan) -> str:
-    """Put all differences into one message. ``where``: the checkpoint."""
-    lines = [f"{where} does not fit the live state:"]
-    for title, names in (
-        ("missing from the checkpoint", plan.missing),
-        ("unexpected in the checkpoint", plan.unexpected),
-        ("mismatched", plan.mismatched),
-    ):
-        if names:
-            shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
-            lines.append(f"  {title} ({len(names)}): {shown}")
-    lines.append("restore(state, strict=False) loads what fits; its include= and rename= choose and map names.")
-    return "\n".join(lines)
 
 
 def _under(name: str, source: str, manifest: Manifest) -> dict[str, StoredTensor]:

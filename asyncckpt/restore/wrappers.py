@@ -70,7 +70,7 @@ def fill_or_make(
 
     def take(node: Wrapper, live: Any, where: str) -> Any:
         try:
-            if live is None:
+            if live is None or isinstance(live, dict):
                 live = make(node)
             elif not is_wrapper(live):
                 raise DoesNotFit(not_live(node, live))
