@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 import torch
 
 from asyncckpt import forks, interrupts
+from asyncckpt.assets import Assets, read_assets
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog import retention
 from asyncckpt.catalog.listing import CheckpointInfo
@@ -36,7 +37,8 @@ from asyncckpt.ranks.store import RankOptions
 from asyncckpt.restore.restore import RestoreReport
 from asyncckpt.saver import SaveBuilder
 from asyncckpt.stage.options import StagingOptions
-from asyncckpt.starter import SaveStarter
+from asyncckpt.starter import SaveRequest, SaveStarter
+from asyncckpt.state.dtensor import job_rank
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
 
@@ -55,6 +57,8 @@ class Checkpointer(RunOwnership):
     ``preemption``: save on SIGTERM and such, then leave.
     ``on_event``: called with every event, on a thread of its own: see ``asyncckpt.events``.
     ``config``: plain values that every manifest records.
+    ``assets``: small files for every checkpoint, read now: a dict or list of paths, bytes, and objects with
+    ``save_pretrained``, such as a model's config and its tokenizer (docs/assets.md).
     ``files``: what checkpoints are made of: ``Safetensors(...)`` (default), ``Zarr(...)``, or one of their names.
     ``staging``, ``writer``: how the state is copied, and how it is written.
     ``ranks``: how the ranks of a job deal with each other; None: this process is alone, whatever
@@ -83,6 +87,7 @@ class Checkpointer(RunOwnership):
         preemption: Preemption | None = None,
         on_event: Subscriber | Sequence[Subscriber] = (),
         config: Any = None,
+        assets: Assets = (),
         files: Files | FilesName = _SAFETENSORS,
         staging: StagingOptions = _STAGING,
         writer: WriterOptions = _WRITER,
@@ -91,6 +96,7 @@ class Checkpointer(RunOwnership):
     ) -> None:
         check_kinds(staging=(staging, StagingOptions), writer=(writer, WriterOptions), run=(run, RunOptions))
         check_kinds_or_none(ranks=(ranks, RankOptions), preemption=(preemption, Preemption))
+        common = read_assets(assets, writer.asset_bytes) if ranks is None or job_rank() == 0 else {}
         files = files_of(files)
         if files.chain and not writer.reuse_unchanged:
             raise InvalidOption("Safetensors(delta=…) builds on the checkpoint before: it needs reuse_unchanged=True")
@@ -131,6 +137,7 @@ class Checkpointer(RunOwnership):
             budget_bytes=staging.budget_bytes,
             check_replicas=ranks is not None and ranks.check_replicas,
             config=config,
+            assets=common,
             replace=run.overwrite,
             store=self._store,
             events=self.events,
@@ -151,11 +158,17 @@ class Checkpointer(RunOwnership):
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def step(
-        self, step: SupportsIndex, state: Mapping[str, Any], metrics: Mapping[str, Any] | None = None
+        self,
+        step: SupportsIndex,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
+        *,
+        assets: Assets | None = None,
     ) -> PendingSave | None:
         """Call once a training step, after the update: saves when a save is due and returns its ``PendingSave``.
 
         ``step`` is any whole number, one of NumPy or in a tensor too. Returns None in microseconds where none is due.
+        ``metrics``, ``assets``: see ``save``.
         In a job with ``preemption``, or with a cadence that looks at a clock (``Minutes``), each step asks the job's
         store: a message, or at most a second where the store has stopped.
         The first call does what ``prepare`` does. Blocks and raises as ``save`` does, but returns None where
@@ -168,11 +181,11 @@ class Checkpointer(RunOwnership):
             self.prepare(state)
         signals = self._triggers.preempted(step, self._coordinator)
         if signals is not None:
-            self._leave(step, state, metrics, signals)
+            self._leave(step, SaveRequest(step=step, state=state, metrics=metrics, assets=assets), signals)
         if not self._triggers.due(step, self._steps.last(), self._coordinator):
             return None
         try:
-            return self._save(step, state, metrics, kind="full", may_skip=True)
+            return self._save(SaveRequest(step=step, state=state, metrics=metrics, may_skip=True, assets=assets))
         except Skipped:
             return None
 
@@ -183,6 +196,7 @@ class Checkpointer(RunOwnership):
         *,
         metrics: Mapping[str, Any] | None = None,
         weights_only: bool = False,
+        assets: Assets | None = None,
     ) -> PendingSave:
         """Save now. Returns once training may go on; the checkpoint becomes durable in the background.
 
@@ -190,11 +204,14 @@ class Checkpointer(RunOwnership):
         ``StagingOptions.stall_timeout_seconds`` the save fails instead. First waits as long for earlier saves (see
         ``on_busy``; ``ArenaBusy``), and in a job, where names or shapes are new, for the other ranks. ``metrics``:
         numbers; a tensor among them is read here, which waits for its device. ``weights_only`` saves the modules
-        alone, as a checkpoint of kind ``weights`` that ``resume`` does not look at. Raises ``UnsupportedValue``,
-        ``InvalidStep``, ``InvalidOption``, ``StepExists``, what ``prepare`` raises, and the error of an earlier save.
+        alone, as a checkpoint of kind ``weights`` that ``resume`` does not look at. ``assets``: files for this
+        checkpoint, beside those given to the constructor and in the place of those of the same name; they are read
+        here. Raises ``UnsupportedValue``, ``InvalidStep``, ``InvalidOption``, ``StepExists``, what ``prepare`` raises,
+        and the error of an earlier save.
         """
         self._surface()
-        return self._save(step, state, metrics, kind="weights" if weights_only else "full", may_skip=False)
+        kind = "weights" if weights_only else "full"
+        return self._save(SaveRequest(step=step, state=state, metrics=metrics, kind=kind, assets=assets))
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Open the run, plan the layout, and have memory faulted in in the background, so that the first save is as
@@ -358,35 +375,21 @@ class Checkpointer(RunOwnership):
         except Exception as background:
             error.add_note(f"asyncckpt: a background save failed too: {background}")
 
-    def _save(
-        self,
-        step: SupportsIndex,
-        state: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None,
-        *,
-        kind: str,
-        may_skip: bool,
-        patience: float | None = None,
-    ) -> PendingSave:
-        began = time.perf_counter()
+    def _save(self, request: SaveRequest) -> PendingSave:
         with self._calls.one():
             self._open()
-            pending = self._starter.begin(
-                self._coordinator, step, state, metrics, kind=kind, may_skip=may_skip, began=began, patience=patience
-            )
+            pending = self._starter.begin(self._coordinator, request)
             if not isinstance(pending.failure(), PlanChanged):
                 self._triggers.saved()
             return pending
 
-    def _leave(
-        self, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any] | None, signals: SignalWatch
-    ) -> None:
+    def _leave(self, step: int, request: SaveRequest, signals: SignalWatch) -> None:
         deadline, left = signals.preemption.deadline_seconds, signals.remaining_seconds
         self.events.emit(Preempting(step=step, signal=signals.name, deadline_seconds=deadline))
         durable = True
         try:
             if not self._steps.has(step):
-                pending = self._save(step, state, metrics, kind="full", may_skip=False, patience=left())
+                pending = self._save(replace(request, patience=left()))
                 pending.result(left())
             elif not self._committer.wait_below(1, left()):
                 raise TimeoutError(f"step {step}")

@@ -68,7 +68,11 @@ class ShardFormat(Protocol):
         ``placed``."""
 
     def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
-        """Return what readers of the format look for beside the shards, by name: index files, metadata."""
+        """Return what readers of the format look for beside the shards, by name: metadata."""
+
+    def index(self, shards: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return the file, by name, that tells other tools which shard each of a component's tensors is in; nothing
+        where they could not read the shards. A checkpoint has one at most. ``assets``: what lies beside it."""
 
 
 class ShardWriter(Protocol):

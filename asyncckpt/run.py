@@ -211,6 +211,13 @@ class Run:
                             raise
         raise AssertionError("unreachable")
 
+    def assets(self, step: int | None = None) -> dict[str, bytes]:
+        """Read the files that were given as ``assets`` to a checkpoint (default: the newest), each verified: bytes by
+        name, none where it has none. Blocks on the disk. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` and
+        ``VersionUnsupported``."""
+        with storage_errors(self.path), self._open_chosen(step)[1] as checkpoint:
+            return checkpoint.assets()
+
     def open(self, step: int | None = None) -> OpenCheckpoint:
         """Open a checkpoint (default: the newest of any kind), which retention spares until it is closed. Raises
         ``CheckpointNotFound``, ``VersionUnsupported``, and ``CheckpointDamaged`` where files are missing or have other

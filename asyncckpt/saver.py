@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from asyncckpt import formats
+from asyncckpt.assets import Assets, check_places, join_assets, read_assets
 from asyncckpt.catalog.steps import Claim
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.committer import Committer
@@ -39,8 +40,8 @@ from asyncckpt.write.threads import Pools
 class SaveBuilder:
     """Holds what the saves of one checkpointer share, and makes each of them. For the training thread.
 
-    ``config``: plain values for every manifest. ``replace``: saving a step again replaces it. The options are those of
-    ``Checkpointer``.
+    ``config``: plain values for every manifest. ``assets``: those of every checkpoint. ``replace``: saving a step
+    again replaces it. The options are those of ``Checkpointer``.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class SaveBuilder:
         budget_bytes: int | None,
         check_replicas: bool,
         config: Any,
+        assets: Mapping[str, bytes],
         replace: bool,
         store: Store,
         events: EventBus,
@@ -63,6 +65,7 @@ class SaveBuilder:
         self._chain = files.chain
         self._writer = writer
         self._config = config_tree(config)
+        self._assets = assets
         self._replace = replace
         self._check_replicas = check_replicas
         self._budget_bytes = budget_bytes
@@ -133,6 +136,16 @@ class SaveBuilder:
         if self.arena.budget_bytes >= (self._budget_bytes or sum(map(padded, sizes))):
             self._fits = key
 
+    def assets_of(self, coordinator: Coordinator | None, own: Assets | None) -> Mapping[str, bytes]:
+        """Return the assets of a save that is given ``own``, which are read now; in a job, none on ranks other than 0.
+        Raises as ``read_assets`` does."""
+        if coordinator is not None and not coordinator.leads:
+            return {}
+        if own is None:
+            return self._assets
+        limit = self._writer.asset_bytes
+        return join_assets(self._assets, read_assets(own, limit), limit)
+
     def build(
         self,
         coordinator: Coordinator | None,
@@ -141,10 +154,14 @@ class SaveBuilder:
         claim: Claim,
         kind: str,
         metrics: dict[str, float],
+        assets: Mapping[str, bytes],
         began: float,
     ) -> SaveTransaction:
         """Make the transaction that writes what is planned; nothing is written yet. ``number`` is the save's among the
-        job's, ``began`` when the save was asked for, by ``time.perf_counter``."""
+        job's, ``assets`` are what ``assets_of`` returned, ``began`` when the save was asked for, by
+        ``time.perf_counter``."""
+        if assets and self._format.name == "zarr":
+            check_places(assets, (component.name for component in planned.components))
         contents = contents_of(
             planned.components,
             planned.layout,
@@ -157,6 +174,7 @@ class SaveBuilder:
             codec=self._codec,
             digest=self._writer.digest,
             config=self._config,
+            assets=assets,
             replace=self._replace,
             attempt=coordinator.attempt(number) if coordinator is not None else None,
             world_size=coordinator.ranks.size if coordinator is not None else 1,

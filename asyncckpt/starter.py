@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 import torch
 
+from asyncckpt.assets import Assets
 from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry, numbers
 from asyncckpt.commit.committer import Committer, Skipped
@@ -31,6 +33,23 @@ from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams, is_capturing
 
 log = logging.getLogger("asyncckpt")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveRequest:
+    """Says what is to be saved, as a call of ``Checkpointer`` asks for it. ``kind``: ``full`` or ``weights``.
+    ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``assets``: see ``Checkpointer.save``. ``patience``:
+    how many seconds to wait for earlier saves, and for the copies, where that is less than the options say. ``began``:
+    when it was asked for, by ``time.perf_counter``."""
+
+    step: SupportsIndex
+    state: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None = None
+    kind: str = "full"
+    may_skip: bool = False
+    assets: Assets | None = None
+    patience: float | None = None
+    began: float = field(default_factory=time.perf_counter)
 
 
 class SaveStarter:
@@ -61,25 +80,13 @@ class SaveStarter:
         #: The components of which was said that they store nothing.
         self._told: set[str] = set()
 
-    def begin(
-        self,
-        coordinator: Coordinator | None,
-        step: SupportsIndex,
-        state: Mapping[str, Any],
-        metrics: Mapping[str, Any] | None,
-        *,
-        kind: str,
-        may_skip: bool,
-        began: float,
-        patience: float | None = None,
-    ) -> PendingSave:
+    def begin(self, coordinator: Coordinator | None, request: SaveRequest) -> PendingSave:
         """Start a save, and return once training may go on. Blocks as ``Checkpointer.save`` does.
 
-        ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``began``: when it was asked for, by
-        ``time.perf_counter``. ``patience``: how many seconds to wait for earlier saves, and for the copies, where that
-        is less than the options say. A save for which the ranks have to plan anew is returned as one that failed:
-        training goes on, here as on the others. Raises ``Skipped``, and as ``Checkpointer.save`` does; the other ranks
+        A save for which the ranks have to plan anew is returned as one that failed: training goes on, here as on the
+        others. Raises ``Skipped``, and as ``Checkpointer.save`` does; the other ranks
         are told, and the step is free again then."""
+        step = request.step
         number = coordinator.next_save() if coordinator is not None else 0
         try:
             if is_capturing():
@@ -87,8 +94,8 @@ class SaveStarter:
                     f"step {step}: save cannot be called while a CUDA graph is captured; call it afterwards"
                 )
             # these two read tensors, which would end a capture
-            step, values = step_number(step), numbers(metrics)
-            return self._start(coordinator, number, step, state, values, kind, may_skip, began, patience)
+            number_of_step, values = step_number(step), numbers(request.metrics)
+            return self._start(coordinator, number, number_of_step, values, request)
         except Skipped:
             raise
         except PlanChanged as error:
@@ -101,22 +108,16 @@ class SaveStarter:
             raise
 
     def _start(
-        self,
-        coordinator: Coordinator | None,
-        number: int,
-        step: int,
-        state: Mapping[str, Any],
-        values: dict[str, float],
-        kind: str,
-        may_skip: bool,
-        began: float,
-        patience: float | None,
+        self, coordinator: Coordinator | None, number: int, step: int, values: dict[str, float], request: SaveRequest
     ) -> PendingSave:
-        """Do what ``begin`` says; ``number``: which of the job's calls this is. Where it raises, the step is free."""
+        """Do what ``begin`` says; ``number``: which of the job's calls this is. ``step`` and ``values``: the request's
+        as numbers. Where it raises, the step is free."""
+        state, kind, began = request.state, request.kind, request.began
         longest = self._options.stall_timeout_seconds
-        patience = longest if patience is None else min(patience, longest)
+        patience = longest if request.patience is None else min(request.patience, longest)
         claim = self._steps.reserve(step, kind, values)
         try:
+            beside = self._builder.assets_of(coordinator, request.assets)
             weights_only = kind == "weights"
             planned = self._builder.plan(
                 coordinator, state, step, weights_only=weights_only, call=f"save/{number}", number=number
@@ -124,9 +125,9 @@ class SaveStarter:
             layout, pieces = planned.layout, planned.pieces
             self._tell_of_nothing(state, planned)
             self._builder.grow_arena(planned)
-            policy: OnBusy = "wait" if self._options.on_busy == "skip" and not may_skip else self._options.on_busy
+            policy = self._options.on_busy if request.may_skip or self._options.on_busy != "skip" else "wait"
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
-            save = self._builder.build(coordinator, planned, number, claim, kind, values, began)
+            save = self._builder.build(coordinator, planned, number, claim, kind, values, beside, began)
             checks, division = self._divide(planned, save.scope)
             deferred = bool(division.deferred)
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))

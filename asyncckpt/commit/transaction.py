@@ -105,6 +105,7 @@ class SaveTransaction:
             attempt=draft.attempt,
             shared=draft.world_size > 1,
             least_bytes=publisher.least_bytes(contents.layout),
+            asset_bytes=sum(map(len, contents.assets.values())),
         )
         self.shards = ShardPipeline(
             contents.layout,
@@ -221,12 +222,16 @@ class SaveTransaction:
 
     def write_small(self, directory: PendingDirectory, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
         """Write the files beside the shards of these contents, durably; return what is in them, by name. Called by
-        publishers. ``state``: write ``state.json`` too."""
+        publishers. ``state``: write ``state.json``, the index and the assets, too."""
         small = {manifest.STATE_FILE: _state_file(contents, self.step)} if state else {}
+        indexed = _indexed(contents.kinds) if state else None
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:
                 small |= self._format.small_files(component, shards, self._codec)
+                small |= self._format.index(shards, contents.assets) if component == indexed else {}
+        if state:
+            small |= contents.assets
         directory.write_small(small)
         return small
 
@@ -245,6 +250,15 @@ class SaveTransaction:
         Idempotent."""
         self._unchanged.close()
         self.scope.end()
+
+
+def _indexed(kinds: Mapping[str, str]) -> str | None:
+    """Return the component that the index lists, as loaders refuse a directory with two: ``model``, or the only
+    module."""
+    modules = [name for name, kind in kinds.items() if kind == "module"]
+    if "model" in kinds:
+        return "model"
+    return modules[0] if len(modules) == 1 else None
 
 
 def _state_file(contents: Contents, step: int) -> bytes:

@@ -7,6 +7,7 @@ multiple of 4096: the official reader accepts that, and extents then begin with 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,8 @@ MIN_ENCODED_BYTES = 64 << 10
 #: An encoded shard has this as its ``__metadata__["format"]``; loaders that know only plain shards refuse it.
 ENCODED_FORMAT = "asyncckpt-chunks"
 _ENCODED_VERSION = 1
+#: A larger file is no config of a model.
+_MAX_CONFIG_BYTES = 16 << 20
 
 
 class SafetensorsFormat:
@@ -90,14 +93,28 @@ class SafetensorsFormat:
         return _encoded_header(shard, placed, codec), b""
 
     def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
-        """Return the ``*.safetensors.index.json`` that Hugging Face loaders follow. There is none where tensors are
-        encoded or lie in boxes."""
+        """Return nothing: a shard says what is in it."""
+        return {}
+
+    def index(self, shards: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return the ``*.safetensors.index.json`` that Hugging Face loaders follow, under the name that those of the
+        config among the assets look for. There is none where tensors are encoded or lie in boxes."""
         if any(shard.packed_on_write or any(p.part_of is not None for p in shard.placements) for shard in shards):
             return {}
         weight_map = {placement.spec.name: shard.file for shard in shards for placement in shard.placements}
         total = sum(placement.spec.nbytes for shard in shards for placement in shard.placements)
         body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        return {f"{component}.safetensors.index.json": (json.dumps(body, indent=2) + "\n").encode()}
+        return {_index_name(assets.get("config.json", b"")): (json.dumps(body, indent=2) + "\n").encode()}
+
+
+def _index_name(config: bytes) -> str:
+    """Return the name of the index that the loaders of a config's library open: diffusers has one of its own."""
+    if b'"_diffusers_version"' in config and len(config) <= _MAX_CONFIG_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(config)
+            if isinstance(found, dict) and "_diffusers_version" in found:
+                return "diffusion_pytorch_model.safetensors.index.json"
+    return "model.safetensors.index.json"
 
 
 def image(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:

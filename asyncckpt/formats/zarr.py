@@ -114,6 +114,10 @@ class ZarrFormat:
             files.setdefault(f"{folder}/{METADATA_FILE}", array_metadata(tensor, codec, folder))
         return files
 
+    def index(self, shards: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return nothing: zarr's readers list directories."""
+        return {}
+
 
 def _shard(file: str, component: str, run: ChunkRun, number: int, extents: list[Extent], codec: Codec) -> ShardFile:
     index_bytes = 16 * chunks.inner_count(run.tensor) + _CRC_BYTES if chunks.chunk_count(run.tensor) > 1 else 0

@@ -29,6 +29,8 @@ class Contents:
     aliases: Mapping[str, Mapping[str, str]]
     trees: Mapping[str, JsonValue]
     replace: bool
+    #: The bytes of the assets, by name. In a job, rank 0 alone has any.
+    assets: Mapping[str, bytes] = field(default_factory=dict)
     #: What the manifest says of each component beside its kind and its tensors, if anything (``describe``).
     descriptions: Mapping[str, Mapping[str, JsonValue]] = field(default_factory=dict)
     #: Components that other ranks have of their own, as the manifest's ``components`` lists them.
@@ -60,6 +62,8 @@ def contents_of(
     replace: bool,
     sequence: int,
     parent: str = "",
+    names: Sequence[str] = (),
+    assets: Mapping[str, bytes] | None = None,
     attempt: str | None = None,
     world_size: int = 1,
 ) -> Contents:
@@ -84,6 +88,8 @@ def contents_of(
         codec_options=codec.to_dict(),
         sequence=sequence,
         parent=parent,
+        names=tuple(names),
+        assets=tuple(assets or ()),
     )
     return Contents(
         draft=draft,
@@ -92,6 +98,7 @@ def contents_of(
         aliases={component.name: component.aliases for component in components},
         trees={component.name: component.tree for component in components},
         replace=replace,
+        assets=assets or {},
         descriptions={component.name: manifest.describe(component) for component in components},
     )
 

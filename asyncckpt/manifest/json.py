@@ -25,6 +25,7 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.jsontree import dumps, loads, version_of
+from asyncckpt.manifest.given import parse_assets, parse_names
 from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
 from asyncckpt.manifest.records import (
     BoxedRecord,
@@ -134,6 +135,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "attempt": manifest.attempt,
         **({"sequence": manifest.sequence} if manifest.sequence else {}),
         **({"parent": manifest.parent} if manifest.parent else {}),
+        **({"names": list(manifest.names)} if manifest.names else {}),
         "kind": manifest.kind,
         "created_unix_seconds": manifest.created_unix_seconds,
         "world_size": manifest.world_size,
@@ -144,6 +146,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
         "config": manifest.config,
         "environment": dict(manifest.environment),
         "files": [file_to_json(record) for record in manifest.files],
+        **({"assets": list(manifest.assets)} if manifest.assets else {}),
     }
     if not plain or manifest.least_version > 1:
         body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
@@ -210,6 +213,7 @@ def decode(data: bytes, where: str) -> Manifest:
     if digest not in digests.names():
         body.fail(f"names the unknown digest algorithm {digest!r:.80}")
     files = parse_files(body, digest)
+    by_name = {record.name: record for record in files}
     codec, codec_options = _codec(body) if version > 1 else ("none", {})
     manifest = Manifest(
         step=body.whole("step"),
@@ -225,13 +229,15 @@ def decode(data: bytes, where: str) -> Manifest:
         config=body.take("config", object),
         environment=body.take("environment", dict),
         files=files,
-        components=parse_components(body, {record.name: record for record in files}),
+        components=parse_components(body, by_name),
         codec=codec,
         codec_options=codec_options,
         size_bytes=len(data),
         file_digest=file_digest(data),
         sequence=body.size("sequence", body.optional("sequence", 0)),
         parent=body.text("parent"),
+        names=parse_names(body),
+        assets=parse_assets(body, by_name),
         least_version=version,
     )
     if manifest.kind not in ("full", "weights"):

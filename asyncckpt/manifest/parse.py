@@ -48,6 +48,12 @@ def is_component_name(name: str) -> bool:
     return _NAME.match(name) is not None and "." not in name
 
 
+def is_file_name(name: str) -> bool:
+    """Return whether a file of a checkpoint can have this name: plain, with at most two directories before it."""
+    parts = name.split("/")
+    return len(parts) <= _MAX_DEPTH and all(_NAME.match(part) for part in parts)
+
+
 class Body:
     """``Body`` gives checked access to a parsed JSON object: a field that is missing or has the wrong type raises
     ``ManifestInvalid`` at once, instead of another error later. ``where`` names the manifest's file."""

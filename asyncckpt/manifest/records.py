@@ -210,7 +210,8 @@ class Manifest:
     """``Manifest`` records a whole checkpoint; docs/format.md describes each field. ``metrics`` and ``config`` are the
     user's. ``sequence`` rises from save to save of a run, whatever their steps are: the largest is the newest. It is 0
     in manifests that are older than the field. ``parent`` is the attempt of the checkpoint that training came from, or
-    empty where it began anew or nobody knows. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
+    empty where it began anew or nobody knows. ``names``: those that the save was given. ``assets``: which of the files
+    the user gave. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
     manifest's own file. ``least_version``: readers of older format versions cannot read this checkpoint,
     whatever its tensors would ask for."""
 
@@ -234,6 +235,8 @@ class Manifest:
     file_digest: str = ""
     sequence: int = 0
     parent: str = ""
+    names: tuple[str, ...] = ()
+    assets: tuple[str, ...] = ()
     least_version: int = field(default=1, compare=False)
 
     @property

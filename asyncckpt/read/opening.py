@@ -13,7 +13,7 @@ from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import check_files, raise_damage
 from asyncckpt.read.extents import read_record, read_small_file
-from asyncckpt.types import JsonValue
+from asyncckpt.types import MAX_EXTENT_BYTES, JsonValue
 
 
 class OpenCheckpoint:
@@ -46,17 +46,27 @@ class OpenCheckpoint:
         manifests.check_digest(self.manifest, expect_digest, self.path)
 
     def check_small_files(self) -> None:
-        """Verify the files that hold no tensors; the second call does nothing. Blocks. Raises ``CheckpointDamaged``."""
+        """Verify the files that hold no tensors, but for assets, which no state depends on; the second call does
+        nothing. Blocks. Raises ``CheckpointDamaged``."""
         if self._small_files_are_checked:
             return
         components = self.manifest.components.values()
-        shards = {file for component in components for tensor in component.tensors.values() for file in tensor.files}
+        apart = {file for component in components for tensor in component.tensors.values() for file in tensor.files}
+        apart.update(self.manifest.assets)
         for record in self.manifest.files:
-            if record.name not in shards:
+            if record.name not in apart:
                 data = read_record(self.reader, self.manifest, record, MAX_STATE_BYTES)
                 if record.name == STATE_FILE:
                     self._state = data
         self._small_files_are_checked = True
+
+    def assets(self) -> dict[str, bytes]:
+        """Read the assets, each verified, by name. Blocks. Raises ``CheckpointDamaged``."""
+        records = {record.name: record for record in self.manifest.files}
+        return {
+            name: read_record(self.reader, self.manifest, records[name], MAX_EXTENT_BYTES)
+            for name in self.manifest.assets
+        }
 
     @functools.cached_property
     def trees(self) -> dict[str, JsonValue]:

@@ -300,3 +300,8 @@ def job_size() -> int:
     if not _initialized() or torch.distributed.group.WORLD in _inherited:
         return 1
     return torch.distributed.get_world_size()
+
+
+def job_rank() -> int:
+    """Return this process's rank in its job: 0 where it is alone."""
+    return torch.distributed.get_rank() if job_size() > 1 else 0

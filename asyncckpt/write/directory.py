@@ -17,7 +17,8 @@ class SaveDirectory:
     """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
     ``name``: the checkpoint's. ``attempt``: the attempt's uuid. ``shared``: several ranks write into it.
-    ``least_bytes``: room that is needed whatever is taken over from the checkpoint before.
+    ``least_bytes``: room that is needed whatever is taken over from the checkpoint before. ``asset_bytes``: what the
+    assets need beside it.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class SaveDirectory:
         attempt: str,
         shared: bool,
         least_bytes: int,
+        asset_bytes: int,
     ) -> None:
         self._store = store
         self._scope = scope
@@ -40,6 +42,7 @@ class SaveDirectory:
         self._uuid = attempt
         self._shared = shared
         self._least_bytes = least_bytes
+        self._beside_bytes = _SMALL_FILES_BYTES + asset_bytes
         self._lock = threading.Lock()
         self._made: PendingDirectory | None = None
 
@@ -66,7 +69,7 @@ class SaveDirectory:
             if self._made is None:
                 self._scope.raise_if_failed()
                 needed = max(self._unchanged.expected_bytes(), self._least_bytes)
-                self._space.make_room(needed + _SMALL_FILES_BYTES, self._scope.step)
+                self._space.make_room(needed + self._beside_bytes, self._scope.step)
                 self._made = self._store.begin(self._scope.step, self._uuid, name=self._name, shared=self._shared)
             return self._made
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from asyncckpt.codecs import digests
 from asyncckpt.errors import InvalidOption
+from asyncckpt.types import MAX_EXTENT_BYTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +18,7 @@ class WriterOptions:
     ``blake3`` (extra ``hashes``). ``reuse_unchanged``: link files whose bytes equal the previous checkpoint's instead
     of writing them (frozen parameters get files of their own); every checkpoint stays complete by itself.
     ``read_back``: read every byte back past the page cache and compare digests before publishing.
+    ``asset_bytes``: the assets of one checkpoint have at most so many bytes, 64 MiB by default, 1 GiB at most.
     ``durable_timeout_seconds``: give a save up that is not durable so long after it was asked for (hung storage).
     Raises ``InvalidOption``, ``UnknownName`` and ``MissingExtra``."""
 
@@ -26,10 +28,15 @@ class WriterOptions:
     reuse_unchanged: bool = True
     read_back: bool = False
     durable_timeout_seconds: float = 3600.0
+    asset_bytes: int = 64 << 20
 
     def __post_init__(self) -> None:
         if type(self.threads) is not int or self.threads < 1:
             raise InvalidOption(f"WriterOptions.threads must be a whole number >= 1, not {self.threads!r}")
+        if type(self.asset_bytes) is not int or not 0 <= self.asset_bytes <= MAX_EXTENT_BYTES:
+            raise InvalidOption(
+                f"WriterOptions.asset_bytes must be from 0 to {MAX_EXTENT_BYTES}, not {self.asset_bytes!r}"
+            )
         digests.get(self.digest)
         if not self.durable_timeout_seconds > 0:
             raise InvalidOption(
