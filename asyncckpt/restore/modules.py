@@ -15,6 +15,7 @@ from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
 from asyncckpt.jsontree import is_wrapper
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
+from asyncckpt.protocols import LiesInFile
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.memory_format import format_to_be, take_format
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor
@@ -51,6 +52,10 @@ def plan_module(
     extra_lives = {fqns[raw]: value for raw, value in live.items() if opts.selected(f"{name}.{fqns[raw]}")}
     extra_values = decode(name, extras, stored, extra_fill, opts, extra_lives) if extras else {}
     plan.mismatched += extra_fill.mismatched
+    if isinstance(module, LiesInFile) and isinstance(extra_values, dict):
+        problem = module.checkpoint_mismatch(extra_values)
+        if problem is not None:
+            return RestorePlan(mismatched=[f"{name}: {problem}"])
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     parameters = dict(module.named_parameters(remove_duplicate=False))

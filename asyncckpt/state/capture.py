@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 from asyncckpt import jsontree
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.memory.tensor_bytes import is_dense
-from asyncckpt.protocols import Stateful
+from asyncckpt.protocols import LiesInFile, Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory, unwrapped
@@ -71,10 +72,24 @@ def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) 
     else:
         names = parameter_names(modules)
         components = [_component(name, value, state, names) for name, value in state.items()]
+    _check_files(components)
     for component in components:
         if component.name in owners:
             component.shared, component.owner = True, owners[component.name]
     return Snapshot(step, components)
+
+
+def _check_files(components: Sequence[ComponentSnapshot]) -> None:
+    """Raise ``InvalidOption`` where two components have to lie in one file."""
+    found: dict[str, str] = {}
+    for component in components:
+        file = component.pieces[0].spec.file.casefold() if component.pieces else ""
+        other = found.setdefault(file, component.name) if file else component.name
+        if other != component.name:
+            raise InvalidOption(
+                f"components {other!r} and {component.name!r} both have to lie in {component.pieces[0].spec.file}: "
+                f"leave one out"
+            )
 
 
 def check_state(state: Mapping[str, Any]) -> None:
@@ -158,6 +173,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     names = canonical_names(module, raw)
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
+    file = module.checkpoint_file if isinstance(module, LiesInFile) else ""
     frozen = _frozen(parameters)
     first_names: dict[int, str] = {}
     buffers = _buffers(module) if not parameters.keys() >= raw.keys() else frozenset()
@@ -180,7 +196,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
                 pieces.append(piece_of(name, fqn, value, frozen=still))
                 pieces[-1].first_only = fqn in buffers
             continue
-        if value.numel() and value.layout is torch.strided:
+        if value.numel() and value.layout is torch.strided and not file:  # its reader wants every name in the file
             seen = first_views.setdefault((value.data_ptr(), value.dtype), [])
             twin = next((known for known, other in seen if same_memory(other, value)), None)
             if twin is not None:
@@ -193,6 +209,8 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     tree: JsonValue = jsontree.encode(extras, "", add, component=name)
     for piece in pieces[count:]:
         piece.first_only = True
+    for piece in pieces if file else ():
+        piece.spec = replace(piece.spec, file=file)
     if wrapped:
         tree = {**_wrappers(name, module, wrapped, names, pieces, aliases), **(tree if isinstance(tree, dict) else {})}
     return ComponentSnapshot(name, "module", pieces, aliases, tree, True, class_name(module), _strides(pieces))
