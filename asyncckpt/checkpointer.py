@@ -14,8 +14,7 @@ import torch
 
 from asyncckpt import forks, interrupts
 from asyncckpt.assets import Assets, read_assets
-from asyncckpt.catalog import names as naming
-from asyncckpt.catalog import retention
+from asyncckpt.catalog import names, retention
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry
@@ -111,14 +110,12 @@ class Checkpointer(RunOwnership):
             layout=layout,
             patience_seconds=staging.stall_timeout_seconds,
         )
-        self._staging = staging
-        self._steps = StepRegistry(self.path, naming.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
-        policies = retention.checked_policies(keep)
+        self._steps = StepRegistry(self.path, names.NameTemplate(run.name), self._quarantine, overwrite=run.overwrite)
         self._reuse = ReuseSource(self._store, self._quarantine)
         self._in_flight = InFlightSaves()
         self._committer = Committer(
             self._store,
-            policies,
+            retention.checked_policies(keep),
             writer,
             self.events,
             staging,
@@ -197,6 +194,7 @@ class Checkpointer(RunOwnership):
         metrics: Mapping[str, Any] | None = None,
         weights_only: bool = False,
         assets: Assets | None = None,
+        name: str | Sequence[str] | None = None,
     ) -> PendingSave:
         """Save now. Returns once training may go on; the checkpoint becomes durable in the background.
 
@@ -206,12 +204,13 @@ class Checkpointer(RunOwnership):
         numbers; a tensor among them is read here, which waits for its device. ``weights_only`` saves the modules
         alone, as a checkpoint of kind ``weights`` that ``resume`` does not look at. ``assets``: files for this
         checkpoint, beside those given to the constructor and in the place of those of the same name; they are read
-        here. Raises ``UnsupportedValue``, ``InvalidStep``, ``InvalidOption``, ``StepExists``, what ``prepare`` raises,
-        and the error of an earlier save.
+        here. ``name``: one or several of your own, which mean this checkpoint until a later save has them
+        (docs/assets.md); with one, a step may be saved more than once. Raises ``UnsupportedValue``, ``InvalidStep``,
+        ``InvalidOption``, ``StepExists``, what ``prepare`` raises, and the error of an earlier save.
         """
         self._surface()
         kind = "weights" if weights_only else "full"
-        return self._save(SaveRequest(step=step, state=state, metrics=metrics, kind=kind, assets=assets))
+        return self._save(SaveRequest(step=step, state=state, metrics=metrics, kind=kind, assets=assets, name=name))
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Open the run, plan the layout, and have memory faulted in in the background, so that the first save is as
@@ -305,7 +304,7 @@ class Checkpointer(RunOwnership):
                 self._quarantine.add(known.name)
             else:
                 self._reuse.learn(known.kind, known.name)
-            self._steps.add(known.step, known.kind, known.name, known.sequence)
+            self._steps.add(known.step, known.kind, known.name, known.sequence, known.names)
         self._steps.opened()
 
     def _before_restore(self) -> None:

@@ -84,11 +84,11 @@ class ShardFormat(Protocol):
         ``placed``."""
 
     def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
-        """Return what readers of the format look for beside the shards, by name: metadata."""
+        """Return what readers of the format look for beside the shards of a component, by name: metadata."""
 
-    def index(self, shards: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Return the file, by name, that tells other tools which shard each of a component's tensors is in; nothing
-        where they could not read the shards. A checkpoint has one at most. ``assets``: what lies beside it."""
+    def root_files(self, indexed: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return what readers of the format look for once in a checkpoint, by name. ``indexed``: the shards of the one
+        component that an index may list, empty where there is none. ``assets``: what lies beside it."""
 
 
 class ShardWriter(Protocol):

@@ -13,7 +13,7 @@ from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of
 from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, storage_errors
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, NoUsableCheckpoint, RanksDisagree, storage_errors
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.config import read_config
@@ -41,7 +41,8 @@ class Run:
 
     ``path``: a directory, or an address that ``asyncckpt.storage.open_store`` takes. ``direct``: read past the page
     cache where the file system has O_DIRECT. ``events``: gets ``Restored`` and ``FellBack``. ``store``: a storage
-    backend of your own, instead of the one that the path names. Every method blocks on the disk, and raises
+    backend of your own, instead of the one that the path names. Where a method takes a step, it takes a name, too: that
+    of the checkpoint which was saved last of those with this name. Every method blocks on the disk, and raises
     ``StorageFailed`` where the storage itself fails.
     """
 
@@ -79,7 +80,7 @@ class Run:
             return Catalog(self._store, self.path).listing(prefer)
 
     def verify(
-        self, step: int | None = None, *, progress: Progress | None = None, expect_digest: str | None = None
+        self, step: int | str | None = None, *, progress: Progress | None = None, expect_digest: str | None = None
     ) -> list[Damage]:
         """Read every byte of a checkpoint (default: the newest) past the page cache, and return what is damaged: an
         empty list means that it is good. Blocks for the whole read.
@@ -101,7 +102,7 @@ class Run:
     def restore(
         self,
         state: Mapping[str, Any],
-        step: int | None = None,
+        step: int | str | None = None,
         *,
         strict: bool = True,
         include: str | Sequence[str] | None = None,
@@ -142,7 +143,7 @@ class Run:
 
     def load_tensors(
         self,
-        step: int | None = None,
+        step: int | str | None = None,
         names: Sequence[str] | None = None,
         *,
         device: torch.device | str | None = None,
@@ -211,14 +212,14 @@ class Run:
                             raise
         raise AssertionError("unreachable")
 
-    def assets(self, step: int | None = None) -> dict[str, bytes]:
+    def assets(self, step: int | str | None = None) -> dict[str, bytes]:
         """Read the files that were given as ``assets`` to a checkpoint (default: the newest), each verified: bytes by
         name, none where it has none. Blocks on the disk. Raises ``CheckpointNotFound``, ``CheckpointDamaged`` and
         ``VersionUnsupported``."""
         with storage_errors(self.path), self._open_chosen(step)[1] as checkpoint:
             return checkpoint.assets()
 
-    def open(self, step: int | None = None) -> OpenCheckpoint:
+    def open(self, step: int | str | None = None) -> OpenCheckpoint:
         """Open a checkpoint (default: the newest of any kind), which retention spares until it is closed. Raises
         ``CheckpointNotFound``, ``VersionUnsupported``, and ``CheckpointDamaged`` where files are missing or have other
         sizes than the manifest says, or where it holds another step than its name says."""
@@ -231,18 +232,18 @@ class Run:
         with storage_errors(self.path):
             return open_checkpoint(self._store.open(entry.name))
 
-    def pin(self, step: int) -> CheckpointInfo:
+    def pin(self, step: int | str) -> CheckpointInfo:
         """Never let retention delete this checkpoint, in this run or a later one; return its row. Needs no lease, and
         works while another process prunes. Raises ``CheckpointNotFound`` and ``RunPathError``."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step)
 
-    def unpin(self, step: int) -> CheckpointInfo:
+    def unpin(self, step: int | str) -> CheckpointInfo:
         """Let retention delete the checkpoint again. Raises as ``pin`` does."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).pin(step, pinned=False)
 
-    def _open_chosen(self, step: int | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
+    def _open_chosen(self, step: int | str | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
         """Find the checkpoint of that step, or the newest of any kind, and hand it over open."""
         for looks_left in reversed(range(_LOOKS)):
             with Catalog(self._store, self.path).find_open(step) as listing:
@@ -254,7 +255,7 @@ class Run:
                         raise
         raise AssertionError("unreachable")
 
-    def _open_to_verify(self, step: int | None) -> tuple[CheckpointInfo, Reader]:
+    def _open_to_verify(self, step: int | str | None) -> tuple[CheckpointInfo, Reader]:
         """Find the checkpoint as ``_open_chosen`` does, and open it without looking at anything in it."""
         catalog = Catalog(self._store, self.path)
         for looks_left in reversed(range(_LOOKS)):
@@ -266,13 +267,21 @@ class Run:
                     raise
         raise AssertionError("unreachable")
 
-    def _restore_chosen(self, step: int | None, state: Mapping[str, Any], options: Mapping[str, Any]) -> RestoreReport:
+    def _restore_chosen(
+        self, step: int | str | None, state: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> RestoreReport:
         """Restore the checkpoint of that step, or the newest full one, and no other."""
         with contextlib.ExitStack() as open_until_restored:
-            with self._stages().stage("find"):
+            stages = self._stages()
+            with stages.stage("find"):
                 found = Catalog(self._store, self.path).find_open(step, "full" if step is None else None)
                 listing = open_until_restored.enter_context(found)
                 entry = _of_its_name(listing.entries[0])
+            if not stages.in_all([entry.attempt or entry.name]):  # a save was published between two ranks' looks
+                raise RanksDisagree(
+                    f"{self.path}: {step!r} is {entry.path} on rank {stages.rank}, and another checkpoint on others. "
+                    f"Nothing was restored: call wait() on all ranks first, or restore once saving has ended"
+                )
             return self._restore(listing, entry, state, options)
 
     def _restore(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 import torch
 
 from asyncckpt.assets import Assets
+from asyncckpt.catalog.names import checked_names
 from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry, numbers
 from asyncckpt.commit.committer import Committer, Skipped
@@ -38,9 +39,9 @@ log = logging.getLogger("asyncckpt")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveRequest:
     """Says what is to be saved, as a call of ``Checkpointer`` asks for it. ``kind``: ``full`` or ``weights``.
-    ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``assets``: see ``Checkpointer.save``. ``patience``:
-    how many seconds to wait for earlier saves, and for the copies, where that is less than the options say. ``began``:
-    when it was asked for, by ``time.perf_counter``."""
+    ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``assets``, ``name``: see ``Checkpointer.save``.
+    ``patience``: how many seconds to wait for earlier saves, and for the copies, where that is less than the options
+    say. ``began``: when it was asked for, by ``time.perf_counter``."""
 
     step: SupportsIndex
     state: Mapping[str, Any]
@@ -48,6 +49,7 @@ class SaveRequest:
     kind: str = "full"
     may_skip: bool = False
     assets: Assets | None = None
+    name: str | Sequence[str] | None = None
     patience: float | None = None
     began: float = field(default_factory=time.perf_counter)
 
@@ -115,7 +117,7 @@ class SaveStarter:
         state, kind, began = request.state, request.kind, request.began
         longest = self._options.stall_timeout_seconds
         patience = longest if request.patience is None else min(request.patience, longest)
-        claim = self._steps.reserve(step, kind, values)
+        claim = self._steps.reserve(step, kind, values, checked_names(request.name))
         try:
             beside = self._builder.assets_of(coordinator, state, request.assets)
             weights_only = kind == "weights"

@@ -12,7 +12,7 @@ import re
 from dataclasses import replace
 
 from asyncckpt.catalog.lineage import abandoned
-from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of, of_step
+from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference, newest_of, of_name, of_step
 from asyncckpt.catalog.misplaced import refuse_checkpoint
 from asyncckpt.catalog.retention import age
 from asyncckpt.errors import (
@@ -81,7 +81,7 @@ class Catalog:
             raise
         return listing
 
-    def find_open(self, step: int | None, kind: str | None = None) -> Listing:
+    def find_open(self, step: int | str | None, kind: str | None = None) -> Listing:
         """Find the checkpoint of a step as ``find`` does, or the newest as ``newest`` does, and keep it open: it is the
         only entry of the listing. Raises ``CheckpointNotFound``."""
         listing = Listing(self._store, newest_of(kind) if step is None else of_step(step, kind))
@@ -92,10 +92,12 @@ class Catalog:
             raise
         return listing
 
-    def find(self, step: int, kind: str | None = None, listing: Listing | None = None) -> CheckpointInfo:
-        """Find the checkpoint of that step: the full one where there are two kinds, and the run's own where somebody
-        has copied it. ``listing`` keeps the one open that it prefers. Raises ``CheckpointNotFound``, naming the steps
-        there are."""
+    def find(self, step: int | str, kind: str | None = None, listing: Listing | None = None) -> CheckpointInfo:
+        """Find the checkpoint of that step: the full one where there are two kinds, the last saved one where there are
+        several, and the run's own where somebody has copied it. A name finds the checkpoint that it means. ``listing``
+        keeps the one open that it prefers. Raises ``CheckpointNotFound``, naming the steps there are."""
+        if isinstance(step, str):
+            return self._find_name(step, listing)
 
         def choice(entry: CheckpointInfo) -> tuple[bool, bool, bool, int]:
             return entry.renamed, entry.damage is not None, entry.kind != "full", -entry.sequence
@@ -112,6 +114,19 @@ class Catalog:
             have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
             raise CheckpointNotFound(f"{self.path}: no checkpoint of step {step}; the newest steps there: {have}")
         return min(matches, key=choice)
+
+    def _find_name(self, name: str, listing: Listing | None) -> CheckpointInfo:
+        entries = self.entries(listing=listing)
+        found = of_name(name, entries)
+        if found is None:
+            have = ", ".join(sorted({name for entry in entries for name in entry.names})[:20]) or "none"
+            raise CheckpointNotFound(f"{self.path}: no checkpoint has the name {name!r}; the names there: {have}")
+        unread = [entry.name for entry in entries if not entry.attempt]
+        if unread and name in found.names:
+            log.warning(
+                "%s: %r is taken for %s; %s cannot be read, and may have that name", self.path, name, found.name, unread
+            )
+        return found
 
     def newest(self, kind: str | None = "full", listing: Listing | None = None) -> CheckpointInfo:
         """Find the checkpoint of the run's own that was saved last and looks whole. ``listing`` keeps the one open that
@@ -164,7 +179,7 @@ class Catalog:
         """Return the names of pinned checkpoints."""
         return set(self._store.listing(PINS))
 
-    def pin(self, step: int, *, pinned: bool = True) -> CheckpointInfo:
+    def pin(self, step: int | str, *, pinned: bool = True) -> CheckpointInfo:
         """Protect a checkpoint from retention, or with ``pinned=False`` stop doing so, and return its row. Atomic, and
         safe while another process prunes. Raises ``RunPathError`` where the pins lead out of the run directory."""
         entry = self.find(step)
@@ -226,6 +241,7 @@ class Catalog:
                 sequence=manifest.sequence,
                 attempt=manifest.attempt,
                 parent=manifest.parent,
+                names=manifest.names,
                 extra=extra,
                 inode=inode,
                 renamed=renamed,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -22,7 +22,8 @@ class CheckpointInfo:
     never deleted, and neither resumed from nor counted by retention. ``misnamed``: the directory has a name that the
     run would give to another step. That is damage: it may be a copy, or a fault of the storage. ``extra``: the names of
     files in the directory that the manifest does not list; they are never read. ``parent``: the ``attempt`` of the
-    checkpoint that training came from, empty where it began anew or nobody knows. ``abandoned``: training went back and
+    checkpoint that training came from, empty where it began anew or nobody knows. ``names``: those that the save was
+    given; each means the last saved of the checkpoints that have it. ``abandoned``: training went back and
     left this checkpoint: the newest one certainly does not descend from it. ``inode``: what ``Store.identity`` said of
     the directory when it was looked at."""
 
@@ -43,6 +44,7 @@ class CheckpointInfo:
     parent: str = ""
     abandoned: bool = False
     inode: int | None = None
+    names: tuple[str, ...] = ()
 
 
 #: Says how much a usable checkpoint is wanted: of several, the one with the largest answer; None: not at all.
@@ -59,14 +61,26 @@ def newest_of(kind: str | None) -> Preference:
     return preference
 
 
-def of_step(step: int, kind: str | None = None) -> Preference:
-    """Prefer the checkpoint that ``Catalog.find`` chooses."""
+def of_step(step: int | str, kind: str | None = None) -> Preference:
+    """Prefer the checkpoint that ``Catalog.find`` chooses. ``step``: a step or a name."""
 
     def preference(entry: CheckpointInfo) -> tuple[int | str, ...] | None:
+        if isinstance(step, str):
+            return (entry.sequence,) if step in entry.names and not entry.renamed else None
         wanted = entry.step == step and kind in (None, entry.kind)
         return (not entry.renamed, entry.kind == "full", entry.sequence) if wanted else None
 
     return preference
+
+
+def of_name(name: str, entries: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
+    """Return the checkpoint of the run's own that a name means: the last saved of those that have it, damaged or not;
+    the one whose directory has that name where there is none; None where nothing has it."""
+    own = [entry for entry in entries if not entry.renamed]
+    named = [entry for entry in own if name in entry.names]
+    if named:
+        return max(named, key=lambda entry: entry.sequence)
+    return next((entry for entry in own if entry.name == name), None)
 
 
 class Listing:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeVar, runtime_checkable
 
+from asyncckpt.catalog.names import moves
 from asyncckpt.errors import InvalidOption
 
 
@@ -177,10 +178,10 @@ def age(candidate: Candidate) -> tuple[int, int]:
 def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collection[int] = ()) -> list[C]:
     """Return the candidates to delete, the oldest save first: those that no policy keeps. Pure.
 
-    Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, and the
-    newest full checkpoint are never among them; without policies nothing is. Where a candidate is ``abandoned`` (see
-    ``CheckpointInfo``), policies that name milestones and the best keep it until training has reached its step again;
-    all others count it like any other.
+    Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, the newest
+    full checkpoint, and what a name means that moves (``_named``) are never among them; without policies nothing is.
+    Where a candidate is ``abandoned`` (see ``CheckpointInfo``), policies that name milestones and the best keep it
+    until training has reached its step again; all others count it like any other.
     """
     if not policies:
         return []
@@ -190,6 +191,7 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     for candidate in in_order:
         groups.setdefault(candidate.kind, []).append(candidate)
     to_delete: list[C] = []
+    named = _named(in_order)
     for kind, group in groups.items():
         kept = set(protected)
         ahead = tuple(one for one in group if not _left(one) or one.step > reached)
@@ -199,8 +201,18 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
                 kept |= policy.keep(tuple(one for one in group if not _left(one)))
         if kind == "full":
             kept.add(group[-1].step)
-        to_delete += [candidate for candidate in group if candidate.step not in kept and not candidate.pinned]
+        to_delete += [one for one in group if one.step not in kept and not one.pinned and id(one) not in named]
     return sorted(to_delete, key=age)
+
+
+def _named(in_order: Sequence[Candidate]) -> set[int]:
+    """Return the ``id`` of each candidate that a name means which may mean another one later. Such a name has no digits
+    (``last``), or an older candidate has it too, which the name must not come to mean because this one is deleted."""
+    means: dict[str, tuple[int, bool]] = {}
+    for candidate in in_order:
+        for name in getattr(candidate, "names", ()):
+            means[name] = id(candidate), name in means or moves(name)
+    return {candidate for candidate, stays in means.values() if stays}
 
 
 def unreported(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> list[str]:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from asyncckpt.catalog.lineage import Lineage
-from asyncckpt.catalog.names import NameTemplate
+from asyncckpt.catalog.names import NameTemplate, another
 from asyncckpt.errors import InvalidOption, InvalidStep, StepExists
 from asyncckpt.manifest.parse import NUMBER_LIMIT as STEP_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Stands for one step that is saved, or being saved, under ``name``. ``sequence``: the one in its manifest.
-    ``given_up``: the step belongs to a branch that training has left, so it may be saved again. ``replaces``: the claim
-    of such a branch whose place this one takes once it is durable."""
+    """Stands for one checkpoint that is saved, or being saved, in the directory ``directory``. ``names``: what the save
+    was given as names. ``sequence``: the one in its manifest. ``given_up``: the step belongs to a branch that training
+    has left, so it may be saved again. ``replaces``: the claims of such a branch whose place this one takes once it is
+    durable."""
 
-    name: str
+    directory: str
     sequence: int
+    names: tuple[str, ...] = ()
     given_up: bool = False
-    replaces: Claim | None = None
+    replaces: tuple[Claim, ...] = ()
 
 
 class StepRegistry:
@@ -37,7 +40,8 @@ class StepRegistry:
         self._quarantined = quarantined
         self._overwrite = overwrite
         self._lock = threading.Lock()
-        self._claims: dict[tuple[int, str], Claim] = {}
+        #: By step and kind. A step can have several, each with other names.
+        self._claims: dict[tuple[int, str], tuple[Claim, ...]] = {}
         #: The step that training has reached, by kind.
         self._reached: dict[str, int] = {}
         self._sequence = 0
@@ -47,10 +51,10 @@ class StepRegistry:
         self._went_to: int | None = None
         self._lineage = Lineage()
 
-    def add(self, step: int, kind: str, name: str, sequence: int) -> None:
+    def add(self, step: int, kind: str, name: str, sequence: int, names: tuple[str, ...] = ()) -> None:
         """Note a checkpoint that the directory holds already. Call this with the oldest save first."""
         with self._lock:
-            self._claims[step, kind] = Claim(name, sequence)
+            self._claims[step, kind] = (*self._claims.get((step, kind), ()), Claim(name, sequence, names))
             self._reached[kind] = step
             self._sequence = max(self._sequence, sequence)
 
@@ -72,8 +76,8 @@ class StepRegistry:
             if self._went_to is not None:
                 self._rewind_to(self._went_to)
 
-    def reserve(self, step: int, kind: str, metrics: Mapping[str, float]) -> Claim:
-        """Reserve a step for a new save.
+    def reserve(self, step: int, kind: str, metrics: Mapping[str, float], names: tuple[str, ...] = ()) -> Claim:
+        """Reserve a step for a new save; with ``names`` also one that has checkpoints already.
 
         Raises ``InvalidStep`` where the step is no whole number from 0 to below 2**62, or lies before the one that
         training has reached; ``StepExists`` where it is saved or in flight, or somebody else has given its name to a
@@ -85,19 +89,21 @@ class StepRegistry:
             raise InvalidStep(f"step {step} is too large: steps are below 2**62. Count training steps from 0")
         name = self._template.name(step, kind, metrics)
         with self._lock:
-            existing = self._claims.get((step, kind))
+            here = self._claims.get((step, kind), ())
+            live = [claim for claim in here if not claim.given_up]
             reached = self._reached.get(kind, -1)
-            if name in self._foreign:
+            if name in self._foreign and not names:
                 raise StepExists(
                     f"{self._path}/{name} is a copy of the checkpoint of step {self._foreign[name]}, or was renamed; "
                     f"it is left as it is. Move it elsewhere, or save another step"
                 )
-            given_up = existing is not None and existing.given_up
+            usable = [claim for claim in live if claim.directory not in self._quarantined]
+            directory: str | None = None
             if not self._overwrite:
-                if existing is not None and not given_up and existing.name not in self._quarantined:
+                if usable and not names:
                     raise StepExists(
-                        f"{self._path}: step {step} is already saved as {existing.name}. Save another step, use "
-                        f"another directory, or pass run=RunOptions(overwrite=True)"
+                        f"{self._path}: step {step} is already saved as {usable[-1].directory}. Save another step, use "
+                        f"another directory, give the save a name=, or pass run=RunOptions(overwrite=True)"
                     )
                 if step < reached:
                     raise InvalidStep(
@@ -105,40 +111,58 @@ class StepRegistry:
                         f"call resume() first; to go back, restore(state, step=…) the whole state first; to start "
                         f"anew use another directory or run=RunOptions(overwrite=True)"
                     )
-            elif existing is not None and not given_up and existing.name != name:
-                raise StepExists(
-                    f"{self._path}: step {step} is already saved as {existing.name}; overwriting needs the same name, "
-                    f"and this one would be {name}"
-                )
+            else:
+                directory = self._overwritten(step, live, name, names)
+            if directory is None:
+                taken = {claim.directory for claim in usable} | self._foreign.keys()
+                directory = next(free for i in count(1) if (free := another(name, i)) not in taken)
             if step < reached:  # an overwriting run has gone back: later steps belong to a branch it has left
                 self._rewind_to(step) if kind == "full" else self._give_up_after(step, kind)
             self._sequence += 1
-            claim = Claim(name, self._sequence, replaces=existing if given_up else None)
-            self._claims[step, kind] = claim
+            replaced = tuple(claim for claim in here if claim.given_up)
+            claim = Claim(directory, self._sequence, names, replaces=replaced)
+            kept = tuple(other for other in live if other.directory != directory)
+            self._claims[step, kind] = (*kept, claim)
             self._reached[kind] = step
             self._lineage.begin(claim.sequence)
         return claim
+
+    def _overwritten(self, step: int, live: Sequence[Claim], name: str, names: tuple[str, ...]) -> str | None:
+        """Return the directory that a save of an overwriting run takes the place of: that of a checkpoint of the step
+        with a name in common, or without names as this one is. None where it needs one of its own."""
+        for claim in live:
+            if set(claim.names) & set(names) or not (claim.names or names):
+                if not names and claim.directory != name:
+                    raise StepExists(
+                        f"{self._path}: step {step} is already saved as {claim.directory}; overwriting needs the same "
+                        f"name, and this one would be {name}"
+                    )
+                return claim.directory
+        return None
 
     def release(self, step: int, kind: str, claim: Claim) -> None:
         """Give a claim back whose save has failed: its step is free again, or belongs again to what it would have
         replaced."""
         self._lineage.end(claim.sequence, None)
         with self._lock:
-            known = self._claims.get((step, kind))
-            if known is None or known.sequence != claim.sequence:
-                return
-            if known.replaces is None:
-                del self._claims[step, kind]
-            else:
-                self._claims[step, kind] = known.replaces
+            known = self._claims.get((step, kind), ())
+            own = [one for one in known if one.sequence == claim.sequence]
+            if own:
+                left = (*own[0].replaces, *(one for one in known if one.sequence != claim.sequence))
+                self._put(step, kind, left)
+
+    def _put(self, step: int, kind: str, claims: tuple[Claim, ...]) -> None:
+        if claims:
+            self._claims[step, kind] = claims
+        else:
+            self._claims.pop((step, kind), None)
 
     def durable(self, step: int, kind: str, sequence: int, attempt: str) -> None:
         """Note that the save with this sequence is durable, as ``attempt``: it has replaced what it was to replace."""
         self._lineage.end(sequence, attempt)
         with self._lock:
-            known = self._claims.get((step, kind))
-            if known is not None and known.sequence == sequence:
-                self._claims[step, kind] = replace(known, replaces=None)
+            known = self._claims.get((step, kind), ())
+            self._put(step, kind, tuple(replace(c, replaces=()) if c.sequence == sequence else c for c in known))
 
     def parent_of(self, sequence: int) -> str:
         """Return the attempt of the checkpoint that the save with this sequence comes from, or "" where training began
@@ -148,17 +172,14 @@ class StepRegistry:
     def replaced_by(self, step: int, kind: str, sequence: int) -> list[str]:
         """Return the name of the directory that has to make way for the save with this sequence, if there is one."""
         with self._lock:
-            known = self._claims.get((step, kind))
-            if known is None or known.sequence != sequence or known.replaces is None:
-                return []
-            return [known.replaces.name]
+            known = self._claims.get((step, kind), ())
+            return [old.directory for claim in known if claim.sequence == sequence for old in claim.replaces]
 
     def deleted(self, step: int, kind: str, name: str) -> None:
         """Note that retention has deleted a checkpoint: its step is free."""
         with self._lock:
-            known = self._claims.get((step, kind))
-            if known is not None and known.name == name and known.replaces is None:
-                del self._claims[step, kind]
+            known = self._claims.get((step, kind), ())
+            self._put(step, kind, tuple(c for c in known if c.directory != name or c.replaces))
 
     def rewind_to(self, step: int, attempt: str) -> None:
         """Note that training continues from this full checkpoint: later steps belong to a branch that it has given up.
@@ -175,9 +196,9 @@ class StepRegistry:
             self._give_up_after(step, kind)
 
     def _give_up_after(self, step: int, kind: str) -> None:
-        for key, claim in self._claims.items():
+        for key, claims in self._claims.items():
             if key[1] == kind:
-                self._claims[key] = replace(claim, given_up=key[0] > step)
+                self._claims[key] = tuple(replace(claim, given_up=key[0] > step) for claim in claims)
 
     def last(self) -> int | None:
         """Return the newest full step that was saved, is in flight, or was resumed from."""
@@ -185,8 +206,8 @@ class StepRegistry:
 
     def has(self, step: int) -> bool:
         """Whether a full checkpoint of this step is saved or in flight."""
-        claim = self._claims.get((step, "full"))
-        return claim is not None and not claim.given_up and claim.name not in self._quarantined
+        claims = self._claims.get((step, "full"), ())
+        return any(not claim.given_up and claim.directory not in self._quarantined for claim in claims)
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
-from asyncckpt.catalog.listing import CheckpointInfo, Preference, of_step
+from asyncckpt.catalog.listing import CheckpointInfo, Preference, of_name, of_step
 from asyncckpt.catalog.retention import age as saved_at
 from asyncckpt.errors import (
     AsyncCkptError,
@@ -71,7 +71,7 @@ EXIT_CODES = (
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="the run directory", show_default=False)]
 #: Every verb describes an argument that names a checkpoint in these words.
-STEP_HELP = "a step, or 'latest': the newest full checkpoint, damaged or not"
+STEP_HELP = "a step, a name, or 'latest': the newest full checkpoint, damaged or not"
 StepArgument = Annotated[str, typer.Argument(metavar="STEP", help=STEP_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON, and nothing else, on stdout")]
 
@@ -130,19 +130,24 @@ def _choose(run: Run, step: str, entries: list[CheckpointInfo]) -> list[Checkpoi
         if newest is None:
             raise CheckpointNotFound(f"{run.path}: the run has no checkpoint of its own here")
         return [newest]
+    named = of_name(step, entries)
     if not step.isdecimal():
-        raise InvalidOption(f"{step!r} is no step: give a whole number or 'latest'")
+        if named is None:
+            raise InvalidOption(f"{step!r} is no step and no name here: give a whole number, a name, or 'latest'")
+        return [named]
     matches = [entry for entry in entries if entry.step == int(step)]
+    if not matches and named is not None:
+        return [named]
     if not matches:
         have = ", ".join(str(entry.step) for entry in entries[-10:]) or "none"
         raise CheckpointNotFound(f"{run.path}: no checkpoint of step {step}; the newest steps there: {have}")
-    return sorted(matches, key=lambda entry: (entry.renamed, entry.damage is not None, entry.kind != "full"))
+    return sorted(matches, key=lambda e: (e.renamed, e.damage is not None, e.kind != "full", -e.sequence))
 
 
 def _preferred(step: str) -> Preference:
     """Keep the checkpoint open that ``_choose`` puts first, as long as it is usable."""
     if step != LATEST:
-        return of_step(int(step) if step.isdecimal() else -1)
+        return of_step(int(step) if step.isdecimal() else step)
     return lambda entry: None if entry.renamed else (entry.kind == "full", *saved_at(entry))
 
 
@@ -307,6 +312,7 @@ def as_json(entry: CheckpointInfo) -> dict[str, Any]:
         "parent": entry.parent,
         "abandoned": entry.abandoned,
         "extra": list(entry.extra),
+        "names": list(entry.names),
     }
 
 

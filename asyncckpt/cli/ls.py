@@ -25,6 +25,7 @@ from asyncckpt.cli.common import (
 def _good(entry: CheckpointInfo) -> str:
     """Say in what way a checkpoint that is not damaged is good."""
     notes = [
+        *([f"named {', '.join(map(clean, entry.names))}"] if entry.names else []),
         *(["a copy or renamed"] if entry.renamed else []),
         *(["training went back and left it"] if entry.abandoned else []),
         *([f"with {len(entry.extra)} files of somebody else's"] if entry.extra else []),

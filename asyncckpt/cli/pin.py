@@ -35,8 +35,9 @@ def unpin(run: RunArgument, step: Step, json: JsonOption = False) -> None:
 def _set(path: str, step: str, pinned: bool, json: bool) -> None:
     with exits():
         run = open_run(path)
-        number = find(run, step).step
-        entry = run.pin(number) if pinned else run.unpin(number)
+        found = find(run, step)
+        which = found.name if step in found.names else found.step
+        entry = run.pin(which) if pinned else run.unpin(which)
         if json:
             print_json(as_json(entry))
         else:

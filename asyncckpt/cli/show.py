@@ -67,6 +67,7 @@ def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[s
         "codec_options": dict(manifest.codec_options),
         "environment": dict(manifest.environment),
         "config": manifest.config,
+        "assets": list(manifest.assets),
         "files": {record.name: record.nbytes for record in manifest.files},
         "components": {name: _summary(c, tensors) for name, c in manifest.components.items()},
     }
@@ -85,6 +86,10 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
         f"{clean(manifest.shard_format)}{codec}: {size(tensors)} of tensors in "
         f"{size(sum(record.nbytes for record in manifest.files if record.name not in bases))}{layers}"
     )
+    if manifest.names:
+        console.print(f"names: {clean(', '.join(manifest.names))}")
+    if manifest.assets:
+        console.print(f"assets: {clean(', '.join(manifest.assets))}")
     if manifest.metrics:
         console.print(f"metrics: {numbers(manifest.metrics)}")
     made_with = ", ".join(f"{key} {value}" for key, value in manifest.environment.items() if value is not None)

@@ -222,16 +222,15 @@ class SaveTransaction:
 
     def write_small(self, directory: PendingDirectory, contents: Contents, *, state: bool = True) -> dict[str, bytes]:
         """Write the files beside the shards of these contents, durably; return what is in them, by name. Called by
-        publishers. ``state``: write ``state.json``, the index and the assets, too."""
+        publishers. ``state``: write ``state.json``, the files of the root and the assets, too."""
         small = {manifest.STATE_FILE: _state_file(contents, self.step)} if state else {}
-        indexed = _indexed(contents.kinds) if state else None
         for component in contents.kinds:
             shards = [shard for shard in contents.layout.shards if shard.component == component]
             if shards:
                 small |= self._format.small_files(component, shards, self._codec)
-                small |= self._format.index(shards, contents.assets) if component == indexed else {}
         if state:
-            small |= contents.assets
+            indexed = [shard for shard in contents.layout.shards if shard.component == _indexed(contents.kinds)]
+            small |= self._format.root_files(indexed, contents.assets) | dict(contents.assets)
         directory.write_small(small)
         return small
 

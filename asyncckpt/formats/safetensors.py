@@ -105,15 +105,16 @@ class SafetensorsFormat:
         """Return nothing: a shard says what is in it."""
         return {}
 
-    def index(self, shards: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+    def root_files(self, indexed: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
         """Return the ``*.safetensors.index.json`` that Hugging Face loaders follow, under the name that those of the
         config among the assets look for. There is none where tensors are encoded or lie in boxes."""
-        if any(shard.packed_on_write or any(p.part_of is not None for p in shard.placements) for shard in shards):
+        encoded = any(s.packed_on_write or any(p.part_of is not None for p in s.placements) for s in indexed)
+        if encoded or not indexed:
             return {}
-        if any(placement.spec.file for shard in shards for placement in shard.placements):
+        if any(placement.spec.file for shard in indexed for placement in shard.placements):
             return {}  # those who read such a file know its name
-        weight_map = {placement.spec.name: shard.file for shard in shards for placement in shard.placements}
-        total = sum(placement.spec.nbytes for shard in shards for placement in shard.placements)
+        weight_map = {placement.spec.name: shard.file for shard in indexed for placement in shard.placements}
+        total = sum(placement.spec.nbytes for shard in indexed for placement in shard.placements)
         body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         return {_index_name(assets.get("config.json", b"")): (json.dumps(body, indent=2) + "\n").encode()}
 

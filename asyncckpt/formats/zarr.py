@@ -105,18 +105,18 @@ class ZarrFormat:
         return b"", encode_index([(place.offset, place.payload_bytes) for place in placed], chunks.inner_count(tensor))
 
     def small_files(self, component: str, shards: Sequence[ShardFile], codec: Codec) -> dict[str, bytes]:
-        """Return the files ``zarr.json`` of the component's group, of its arrays and of the checkpoint's root."""
+        """Return the files ``zarr.json`` of the component's group and of its arrays."""
         announce_dtypes()
-        files = {METADATA_FILE: group_metadata(), f"{component}/{METADATA_FILE}": group_metadata()}
+        files = {f"{component}/{METADATA_FILE}": group_metadata()}
         for shard in shards:
             tensor = shard.runs[0].tensor
             folder = shard.file.rpartition("/")[0]
             files.setdefault(f"{folder}/{METADATA_FILE}", array_metadata(tensor, codec, folder))
         return files
 
-    def index(self, shards: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
-        """Return nothing: zarr's readers list directories."""
-        return {}
+    def root_files(self, indexed: Sequence[ShardFile], assets: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Return the file ``zarr.json`` of the checkpoint's root, which is a group. In a job, one rank writes it."""
+        return {METADATA_FILE: group_metadata()}
 
 
 def _shard(file: str, component: str, run: ChunkRun, number: int, extents: list[Extent], codec: Codec) -> ShardFile:

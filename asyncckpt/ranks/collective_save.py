@@ -246,6 +246,8 @@ def _mismatch(body: Mapping[str, Any], draft: Manifest) -> str | None:
         return f"step {body['step']} ({body['kind']})"
     if body["layout"] != draft.layout:
         return "another state (its names or shapes)"
+    if tuple(body["names"]) != draft.names:
+        return f"it under the names {list(body['names'])}"
     return f"into another attempt ({body['attempt']})" if body["attempt"] != draft.attempt else None
 
 
@@ -268,6 +270,7 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
         "kind": contents.draft.kind,
         "layout": contents.draft.layout,
         "attempt": contents.draft.attempt,
+        "names": list(contents.draft.names),
         "files": [manifest.file_to_json(record) for record in files],
         "orders": {file: order for file, order in orders.items() if file in written and order},
         "own": entries,

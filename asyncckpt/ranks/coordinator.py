@@ -11,7 +11,7 @@ import hashlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
 from asyncckpt.catalog.listing import CheckpointInfo
@@ -40,10 +40,12 @@ class Known:
     sequence: int
     damaged: bool
     renamed: bool
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, entry: CheckpointInfo) -> Known:
-        return cls(entry.step, entry.kind, entry.name, entry.sequence, entry.damage is not None, entry.renamed)
+        damaged = entry.damage is not None
+        return cls(entry.step, entry.kind, entry.name, entry.sequence, damaged, entry.renamed, entry.names)
 
 
 class Coordinator:
@@ -88,7 +90,7 @@ class Coordinator:
         with self.together("see the run directory"):
             _wait_visible(store, answer["owner"], self.ranks.rank)
         self._session = answer["session"]
-        return [Known(*row) for row in answer["known"]]
+        return [replace(Known(*row), names=tuple(row[-1])) for row in answer["known"]]
 
     def close(self) -> None:
         """Tell the others that this rank is done. Rank 0 waits for them a few seconds at most: the store may end with

@@ -19,6 +19,7 @@ from support.options import by_stage
 from asyncckpt import (
     CheckpointDamaged,
     Checkpointer,
+    InvalidOption,
     KeepLast,
     NoUsableCheckpoint,
     Run,
@@ -53,6 +54,7 @@ ONE, TWO, AGAIN = model("one save"), model("two saves, retention"), model("a ste
 LARGE, ZARR, REFLINKS = model("large shards"), model("zarr"), model("reflinks")
 LINKS, PARENTS = model("links and retention"), model("parents made")
 BACK, BACK_KILLED = model("a step saved again after going back"), model("killed while a step made way")
+NAMED = model("assets, and a name that moves")
 RENAMED, MADE = model("killed after the rename, then pruned"), model("killed when the run was made")
 
 
@@ -386,3 +388,46 @@ def what_others_made_stays(root: Path) -> None:
     _saved(root / "run", 3, 4, keep=KeepLast(1))
     there = set(os.listdir(root / "run"))
     assert {"best", "copy", ".tmp-mydata", "step-00000004"} <= there, f"something of somebody else's is gone: {there}"
+
+
+def assets_are_what_was_given(root: Path) -> None:
+    """They are those of their checkpoint, listed and verified; what takes the place of a file of ours is refused."""
+    path = root / "run"
+    with Checkpointer(path, assets={"config.json": b"{}", "a.txt": b"all"}) as run:
+        with contextlib.suppress(InvalidOption):
+            run.save(1, _state(1), assets={"state.json": b"{}"}).result()
+            raise AssertionError("an asset took the place of the state")
+        run.save(1, _state(1), assets={"a.txt": b"own"}).result()
+    assert Run(path).assets(1) == {"config.json": b"{}", "a.txt": b"own"}
+    assert Run(path).ls()[0].extra == ()
+    file = path / "step-00000001" / "config.json"
+    file.write_bytes(b"[]")
+    assert Run(path).verify(1) != []
+    with contextlib.suppress(CheckpointDamaged):
+        Run(path).assets(1)
+        raise AssertionError("a damaged asset was handed out")
+
+
+def a_name_means_what_was_saved_last(root: Path) -> None:
+    """Of those that have it: it means no other one because a newer one is damaged, or because retention came by."""
+    path = root / "run"
+    with Checkpointer(path, keep=KeepLast(1)) as run:
+        for step in (1, 2):
+            run.save(step, _state(step), name=f"epoch={step}").result()
+            run.save(step, _state(step), name=["last", "best"]).result()
+        run.save(3, _state(3), name="last").result()
+        run.wait()
+        for name, step in (("best", 2), ("last", 3)):
+            found = _state(-1)
+            assert run.restore(found, name).step == step == found["meta"]["step"]
+    (path / "step-00000003" / "state.json").unlink()
+    with Checkpointer(path) as run:
+        run.save(4, _state(4), name="best").result()
+        with contextlib.suppress(CheckpointDamaged):
+            found = run.restore(_state(-1), "last")
+            raise AssertionError(f"'last' came to mean step {found.step}")
+    _flip(path / "step-00000004")
+    (path / "step-00000004" / "state.json").unlink()
+    with contextlib.suppress(CheckpointDamaged):
+        found = Run(path).restore(_state(-1), "best")
+        raise AssertionError(f"'best' came to mean step {found.step}")

@@ -16,7 +16,7 @@ import torch
 from asyncckpt import Checkpointer, KeepLast, Run, WriterOptions
 from asyncckpt.catalog.retention import Policy
 from asyncckpt.commit.pending import PendingSave, SaveReport
-from asyncckpt.errors import AsyncCkptError
+from asyncckpt.errors import AsyncCkptError, CheckpointNotFound
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.restore import load_tensors, restore
 from asyncckpt.storage import shard_file
@@ -65,10 +65,10 @@ class Saver:
         self.run = run
         return run
 
-    def save(self, step: int, *, wait: bool = True) -> None:
+    def save(self, step: int, *, wait: bool = True, **given: Any) -> None:
         run = self.run or self.open()
         version = self.versions[step] = self.versions.get(step, -1) + 1
-        pending = run.save(step, state_of(step, version, self.shards))
+        pending = run.save(step, state_of(step, version, self.shards), **given)
         if wait:
             pending.result()
 
@@ -118,6 +118,8 @@ class Scenario:
     reflinks: bool = False
     run: str = RUN
     small_bytes: int | None = None
+    #: A name that each step's last save gets: it is what is restored, once there is one that has it.
+    moving: str | None = None
 
     def play(self, root: Path, ops: RecordingOps) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -155,6 +157,8 @@ class Scenario:
 
     def identify(self, checkpoint: OpenCheckpoint, step: int) -> Saved | None:
         """Return which save a checkpoint holds, bit for bit, tensors and plain values; None for anything else."""
+        if checkpoint.assets() != self.options.get("assets", {}):
+            return None
         found = {name.removesuffix(".value"): data for name, data in _bits(load_tensors(checkpoint, None)).items()}
         for version in range(self.steps.get(step, 0)):
             expected = state_of(step, version, self.shards)
@@ -166,12 +170,21 @@ class Scenario:
 
     def restore(self, run: Run) -> int:
         state = state_of(-1, 0, self.shards)
+        if self.moving is not None:
+            with contextlib.suppress(CheckpointNotFound):
+                return run.restore(state, self.moving).step
         return run.restore(state).step
 
 
 def _two_saves(saver: Saver) -> None:
     saver.save(1)
     saver.save(2)
+
+
+def _named(saver: Saver) -> None:
+    saver.save(1, name="epoch=1")
+    saver.save(1, name="last")
+    saver.save(2, name=["epoch=2", "last"])
 
 
 def _overwritten(saver: Saver) -> None:
@@ -244,6 +257,14 @@ def killed_anywhere(after: int) -> Program:
 SCENARIOS = [
     Scenario("one save", lambda saver: saver.save(1), {1: 1}),
     Scenario("two saves, retention", _two_saves, {1: 1, 2: 1}, {"keep": KeepLast(1)}, policies=(KeepLast(1),)),
+    Scenario(
+        "assets, and a name that moves",
+        _named,
+        {1: 2, 2: 1},
+        {"keep": KeepLast(1), "assets": {"config.json": b"{}", "a/b.txt": b"beside"}},
+        policies=(KeepLast(1),),
+        moving="last",
+    ),
     Scenario("a step saved again", _overwritten, {1: 2}, {"overwrite": True}),
     Scenario("a step saved again after going back", _gone_back, {1: 1, 2: 2, 3: 1}),
     Scenario("killed while a step made way", _gone_back_then_killed, {1: 1, 2: 2, 3: 1}),

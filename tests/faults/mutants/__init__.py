@@ -3,7 +3,7 @@
 Each module adds its own to ``MUTANTS`` when it is imported, which is here.
 """
 
-from faults.mutants import beside_saves, catalog, content, copies, durability, errors, order, state
+from faults.mutants import beside_saves, catalog, content, copies, durability, errors, given, order, state
 from faults.mutants.registry import MUTANTS, Mutant
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "copies",
     "durability",
     "errors",
+    "given",
     "order",
     "state",
 ]
