@@ -164,7 +164,7 @@ class Run:
 
     def load(
         self,
-        step: int | None = None,
+        step: int | str | None = None,
         component: str | None = None,
         like: Any = None,
         *,
@@ -191,14 +191,14 @@ class Run:
         options: dict[str, Any] = {"device": device, "dtype": dtype, "expect_digest": expect_digest}
         return self._read(step, lambda checkpoint: load(checkpoint, component, like, **options))
 
-    def config(self, step: int | None = None, like: Any = None) -> Any:
+    def config(self, step: int | str | None = None, like: Any = None) -> Any:
         """Return the ``config`` that the run was given when it saved a checkpoint (default: the newest), None where it
         was given none. ``like``: a value whose types it gets, such as a dataclass or a ``DictConfig``; without it
         values of such types are plain data. Raises ``StateMismatch``, ``CheckpointNotFound``, ``CheckpointDamaged``,
         ``VersionUnsupported``."""
         return self._read(step, lambda checkpoint: read_config(checkpoint, like))
 
-    def _read(self, step: int | None, read: Callable[[OpenCheckpoint], _T]) -> _T:
+    def _read(self, step: int | str | None, read: Callable[[OpenCheckpoint], _T]) -> _T:
         """Open the checkpoint of that step, or the newest of any kind, and return what ``read`` does."""
         with storage_errors(self.path):
             for looks_left in reversed(range(_LOOKS)):
