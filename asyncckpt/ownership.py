@@ -50,7 +50,7 @@ def check_kinds_or_none(**options: tuple[object, type]) -> None:
 class RunOptions:
     """Says how a run directory is taken, and how checkpoints are named.
 
-    ``name``: the template of the checkpoints' directories, with ``{step}`` and metrics as fields.
+    ``name``: the template of the checkpoints' directories, with ``{step}``, ``{epoch}`` and other metrics as fields.
     ``create_parents``: make the parents of the run directory, not its last part alone. ``overwrite``: saving a step
     again replaces it. ``takeover``: cut off a run that holds the directory and cannot be reached. ``lease``: how this
     run shows that it is alive. ``store``: a storage backend of your own, used instead of the one that the path names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,6 +213,20 @@ def test_a_save_whose_asset_cannot_be_written_publishes_nothing(tmp_path: Path) 
         run.save(1, state()).result()
     run.close()
     assert Run(tmp_path).ls() == []
+
+
+def test_an_asset_costs_one_file_and_its_folder(tmp_path: Path) -> None:
+    found: list[Counter[str]] = []
+    for number, assets in enumerate(({}, {"a.txt": b"a", "b.txt": b"b"}, {"c/d.txt": b"c"})):
+        with Checkpointer(tmp_path / str(number), assets=assets) as run:
+            ops = run._store.ops = FaultyOps()  # type: ignore[attr-defined]
+            run.save(1, state()).result()
+            run.wait()
+            found.append(Counter(call for call, _ in ops.log))
+    without, with_two, in_a_folder = found
+    assert without["write_file"] == 3, "state.json, the index, the manifest"
+    assert with_two - without == {"write_file": 2, "fsync": 2}
+    assert in_a_folder - without == {"write_file": 1, "fsync": 1, "mkdir": 1, "fsync_directory": 1}
 
 
 def test_a_bucket_has_assets_too() -> None:

@@ -44,6 +44,7 @@ class Save:
     state: str
     options: Mapping[str, Any] = field(default_factory=dict)
     weights_only: bool = False
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ _ENCODED = (Save(1, "fsdp", {"codec": "planes"}), Save(2, "fsdp", {"format": "za
 _BOXES = (Save(1, "ranks", {"layout": "ranks"}), Save(2, "fsdp", {"layout": "ranks"}))
 _TYPED = (Save(1, "typed"), Save(2, "typed", {"format": "zarr"}))
 _WRAPPED = (Save(1, "wrapped"), Save(2, "wrapped", {"format": "zarr"}))
+_ASSETS = {"assets": {"config.json": "{}", "notes/first.txt": "asset"}}
+_NAMED = (Save(1, "values", _ASSETS, names=("epoch=1", "last")), Save(2, "values", _ASSETS, names=("last",)))
 _DCP = (Save(1, "fsdp"),)
 _HEAD = "26ebec8"
 ENTRIES: dict[str, Entry] = {
@@ -92,6 +95,7 @@ ENTRIES: dict[str, Entry] = {
     "v1-safetensors-26ebec8": Entry(_HEAD, (1,), _FIRST),
     "v1-two-ranks-1ffad4b": Entry("1ffad4b", (1,), _RANKS, ranks=2),
     "v1-two-ranks-26ebec8": Entry(_HEAD, (1,), _RANKS, ranks=2),
+    "v1-named-613887f": Entry("613887f", (1,), _NAMED),
     "v2-planes-05a2d08": Entry("05a2d08", (2,), _PLANES),
     "v2-planes-26ebec8": Entry(_HEAD, (2,), _PLANES),
     "v2-split-2191ad3": Entry("2191ad3", (2,), _SPLIT, on_device=True),
@@ -175,7 +179,8 @@ def _save_all(entry: Entry, path: Path, rank: int) -> dict[str, Any]:
             kept.close()
             run = kept.enter_context(checkpointer(path, save.options))
             before = save.options
-        run.save(save.step, state, metrics=METRICS, weights_only=save.weights_only).result(60)
+        more = {"name": save.names} if save.names else {}  # older code knows no names
+        run.save(save.step, state, metrics=METRICS, weights_only=save.weights_only, **more).result(60)
     kept.close()
     return held
 
@@ -205,13 +210,14 @@ def checkpointer(path: Path, options: Mapping[str, Any]) -> Any:
     flat = sizes | options
     if not hasattr(asyncckpt, "Safetensors"):  # older code takes options one by one
         return asyncckpt.Checkpointer(path, config=CONFIG, **flat)
+    more = {"assets": {k: text.encode() for k, text in flat.pop("assets").items()}} if "assets" in flat else {}
     writer = {"digest": flat.pop("digest")} if "digest" in flat else {}
     if flat.pop("format", "safetensors") == "zarr":
         flat["chunk_bytes"] = flat.pop("extent_bytes")
         files: Any = asyncckpt.Zarr(**flat)
     else:
         files = asyncckpt.Safetensors(per_rank=flat.pop("layout", "global") == "ranks", **flat)
-    return asyncckpt.Checkpointer(path, config=CONFIG, files=files, writer=asyncckpt.WriterOptions(**writer))
+    return asyncckpt.Checkpointer(path, config=CONFIG, files=files, writer=asyncckpt.WriterOptions(**writer), **more)
 
 
 def _save_by_dcp(path: Path, step: int, state: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def test_the_corpus_holds_what_each_entry_is_there_for() -> None:
         return "".join(file.read_text() for file in (GOLDEN / name).glob("*step-*/manifest.json"))
 
     assert all(
-        ('"sequence":' in text(name)) == (entry.commit in ("26ebec8", "93233c1", "452f0d1"))
+        ('"sequence":' in text(name)) == (entry.commit in ("26ebec8", "93233c1", "452f0d1", "613887f"))
         for name, entry in make.ENTRIES.items()
     )
     assert all('"bases":' in text(name) for name in make.ENTRIES if "delta" in name)
@@ -125,6 +125,16 @@ def test_what_older_versions_wrote_comes_back_to_the_bit(name: str, step: int, t
     assert not _wrong(
         found, {key: text for key, text in expected["alone"].items() if key in found or "dcp" not in name}
     )
+
+
+def test_assets_and_names_come_back(tmp_path: Path) -> None:
+    (name,) = (name for name in make.ENTRIES if "named" in name)
+    run = Run(_copied(name, tmp_path))
+    given = {key: text.encode() for key, text in make.ENTRIES[name].saves[0].options["assets"].items()}
+    assert [(entry.step, entry.names) for entry in run.ls()] == [(1, ("epoch=1", "last")), (2, ("last",))]
+    for which, step in (("epoch=1", 1), ("last", 2)):
+        assert run.assets(which) == given
+        assert run.restore({"values": states.build("values", 7)["values"]}, which).step == step
 
 
 def _is_listed(run: Run, name: str, step: int, kind: str) -> None:
