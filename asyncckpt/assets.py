@@ -63,7 +63,7 @@ def join_assets(common: Mapping[str, bytes], own: Mapping[str, bytes], limit_byt
     """Return the assets of one save: those of all saves, with its own in the place of those of the same name. Raises
     ``InvalidOption`` as ``read_assets`` does."""
     joined = {**common, **own}
-    if own:
+    if joined:
         check_names(joined)
         if sum(map(len, joined.values())) > limit_bytes:
             raise _too_large(next(iter(own)), limit_bytes)

@@ -11,6 +11,22 @@ from asyncckpt.types import Buffer, Holder, LayoutOptions, LeaseOptions, ShardFi
 
 
 @runtime_checkable
+class LiesInFile(Protocol):
+    """A module whose tensors lie in one file of a name that another library looks for, with assets beside it."""
+
+    #: The file's name in a checkpoint, with folders before it.
+    checkpoint_file: str
+
+    def checkpoint_assets(self) -> Mapping[str, bytes]:
+        """Return the files that the library looks for beside the tensors', by name."""
+        ...
+
+    def checkpoint_mismatch(self, stored: Mapping[str, Any]) -> str | None:
+        """Say why this object cannot take what was stored, given what that held beside tensors; None where it can."""
+        ...
+
+
+@runtime_checkable
 class Stateful(Protocol):
     """torch's ``Stateful``: anything that can give and take its state."""
 

@@ -6,8 +6,8 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.chosen import LOOKS, damaged_newest, is_gone, of_its_name, open_chosen, open_unseen
@@ -26,6 +26,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import EventBus, FellBack, RanksChanged, Restored
 from asyncckpt.protocols import Reader, Store
+from asyncckpt.read.config import read_config
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.read.verify import Progress, required_components, verify
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from asyncckpt.restore.restore import Rename, RestoreReport
 
 log = logging.getLogger("asyncckpt")
+_T = TypeVar("_T")
 
 
 class Run:
@@ -199,12 +201,53 @@ class Run:
         """
         from asyncckpt.restore.restore import load_tensors
 
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "expect_digest": expect_digest}
+        return self._read(step, lambda checkpoint: load_tensors(checkpoint, names, **options))
+
+    def load(
+        self,
+        step: int | str | None = None,
+        component: str | None = None,
+        like: Any = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        expect_digest: str | None = None,
+    ) -> Any:
+        """Read a checkpoint (default: the newest of any kind) as plain containers and tensors, verified; no live object
+        is needed. Blocks for the whole read. Returns one ``component``'s, or a dict of all of them.
+
+        A module gives a dict of tensors by FQN; an optimizer what its ``state_dict()`` has, keyed by the names of
+        parameters, which torch's ``load_state_dict`` takes; anything else what it was. ``like`` has the same form, and
+        says what to read: of dicts only the keys that it has, ``None`` for whatever was saved. Its tensors are filled
+        in place and returned, ``DTensor``s by the rows that this rank holds (all ranks make this call then); a tensor
+        on the meta device gives a new one of its shape and dtype, on ``device``. Its other values give their types.
+        ``device``: where new tensors are made (default: torch's). ``dtype``: the dtype of new floating tensors, and one
+        that those of ``like`` may have whatever was saved. ``expect_digest``: see ``restore``.
+
+        Raises ``StateMismatch`` before anything is read, ``UnknownName``, ``InvalidOption``, ``CheckpointNotFound``,
+        ``CheckpointDamaged`` (tensors of ``like`` may then hold a mix), ``VersionUnsupported``.
+        """
+        from asyncckpt.restore.load import load
+
+        options: dict[str, Any] = {"device": device, "dtype": dtype, "expect_digest": expect_digest}
+        return self._read(step, lambda checkpoint: load(checkpoint, component, like, **options))
+
+    def config(self, step: int | str | None = None, like: Any = None) -> Any:
+        """Return the ``config`` that the run was given when it saved a checkpoint (default: the newest), None where it
+        was given none. ``like``: a value whose types it gets, such as a dataclass or a ``DictConfig``; without it
+        values of such types are plain data. Raises ``StateMismatch``, ``CheckpointNotFound``, ``CheckpointDamaged``,
+        ``VersionUnsupported``."""
+        return self._read(step, lambda checkpoint: read_config(checkpoint, like))
+
+    def _read(self, step: int | str | None, read: Callable[[OpenCheckpoint], _T]) -> _T:
+        """Open the checkpoint of that step, or the newest of any kind, and return what ``read`` does."""
         with storage_errors(self.path):
             for looks_left in reversed(range(LOOKS)):
                 entry, opened = open_chosen(self._store, step)
                 with opened as checkpoint:
                     try:
-                        return load_tensors(checkpoint, names, device=device, dtype=dtype, expect_digest=expect_digest)
+                        return read(checkpoint)
                     except CheckpointDamaged as error:
                         # where the file system has no locks, it may be deleted or replaced while it is read
                         if looks_left and self._is_gone(entry):

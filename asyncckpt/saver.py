@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from asyncckpt import formats
 from asyncckpt.assets import Assets, check_places, join_assets, read_assets
 from asyncckpt.catalog.steps import Claim
@@ -23,13 +25,14 @@ from asyncckpt.memory.available import default_budget
 from asyncckpt.memory.buffers import padded
 from asyncckpt.plan.layout import LayoutCache
 from asyncckpt.plan.planned import Planned, alone
-from asyncckpt.protocols import Store
+from asyncckpt.protocols import LiesInFile, Store
 from asyncckpt.ranks.collective_save import Follower, Leader, RankSave
 from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.ranks.replicas import ReplicaSample, whole_digests
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
+from asyncckpt.state.markers import without_owners
 from asyncckpt.types import LayoutOptions
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.options import WriterOptions
@@ -136,15 +139,21 @@ class SaveBuilder:
         if self.arena.budget_bytes >= (self._budget_bytes or sum(map(padded, sizes))):
             self._fits = key
 
-    def assets_of(self, coordinator: Coordinator | None, own: Assets | None) -> Mapping[str, bytes]:
-        """Return the assets of a save that is given ``own``, which are read now; in a job, none on ranks other than 0.
-        Raises as ``read_assets`` does."""
+    def assets_of(
+        self, coordinator: Coordinator | None, state: Mapping[str, Any], own: Assets | None
+    ) -> Mapping[str, bytes]:
+        """Return the assets of a save that is given ``own``, which are read now, with those that components of the
+        state bring; in a job, none on ranks other than 0. Raises as ``read_assets`` does."""
         if coordinator is not None and not coordinator.leads:
             return {}
-        if own is None:
+        brought: dict[str, bytes] = {}
+        for component in without_owners(state)[0].values():
+            if isinstance(component, torch.nn.Module) and isinstance(component, LiesInFile):
+                brought |= component.checkpoint_assets()
+        if own is None and not brought:
             return self._assets
         limit = self._writer.asset_bytes
-        return join_assets(self._assets, read_assets(own, limit), limit)
+        return join_assets(brought, {**self._assets, **read_assets(own, limit)}, limit)
 
     def build(
         self,

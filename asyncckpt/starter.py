@@ -119,7 +119,7 @@ class SaveStarter:
         patience = longest if request.patience is None else min(request.patience, longest)
         claim = self._steps.reserve(step, kind, values, checked_names(request.name))
         try:
-            beside = self._builder.assets_of(coordinator, request.assets)
+            beside = self._builder.assets_of(coordinator, state, request.assets)
             weights_only = kind == "weights"
             planned = self._builder.plan(
                 coordinator, state, step, weights_only=weights_only, call=f"save/{number}", number=number

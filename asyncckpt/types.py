@@ -47,13 +47,16 @@ StagedDigests: TypeAlias = "ContentDigest | tuple[str, ...]"
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """``TensorSpec`` describes one global tensor: its ``name`` inside the component, the safetensors code of its
-    ``dtype``, its global ``shape`` and size in bytes. ``frozen``: training does not change it."""
+    ``dtype``, its global ``shape`` and size in bytes. ``frozen``: training does not change it. ``file``: the
+    name of the file that it has to lie in, with nothing but others of this file, so that another library finds it;
+    empty where the format chooses."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
     frozen: bool = False
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

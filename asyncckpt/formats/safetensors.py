@@ -61,7 +61,8 @@ class SafetensorsFormat:
         options: LayoutOptions,
     ) -> list[ShardFile]:
         """Return the shards of a component: plain ones first, then encoded ones; frozen tensors and trained ones go
-        into different shards. Pure.
+        into different shards. Tensors that have to lie in a file of another name lie there, all of them, and never
+        encoded. Pure.
 
         Inside a shard tensors lie by descending item size, then by name: so each begins at a multiple of its item size
         without padding, which the format does not have, and no dict's order matters. A tensor is never split over
@@ -72,6 +73,11 @@ class SafetensorsFormat:
         def encoded(index: int) -> bool:
             return codec.name != "none" and specs[index].nbytes >= MIN_ENCODED_BYTES
 
+        named: dict[str, list[int]] = {}
+        for index in order:
+            if specs[index].file:
+                named.setdefault(specs[index].file, []).append(index)
+        order = [index for index in order if not specs[index].file]
         groups: list[tuple[bool, list[int]]] = []
         for encode in (False, True):
             for frozen in (True, False):
@@ -85,6 +91,9 @@ class SafetensorsFormat:
                 found.append(_encoded(first_shard + number, file, component, members, codec, options))
             else:
                 found.append(_plain(first_shard + number, file, component, members, options))
+        for file, group in named.items():
+            members = [(first_piece + index, specs[index]) for index in group]
+            found.append(_plain(first_shard + len(found), file, component, members, options))
         return found
 
     def seal(self, shard: ShardFile, placed: Sequence[WrittenRange], codec: Codec) -> tuple[bytes, bytes]:
@@ -102,6 +111,8 @@ class SafetensorsFormat:
         encoded = any(s.packed_on_write or any(p.part_of is not None for p in s.placements) for s in indexed)
         if encoded or not indexed:
             return {}
+        if any(placement.spec.file for shard in indexed for placement in shard.placements):
+            return {}  # those who read such a file know its name
         weight_map = {placement.spec.name: shard.file for shard in indexed for placement in shard.placements}
         total = sum(placement.spec.nbytes for shard in indexed for placement in shard.placements)
         body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

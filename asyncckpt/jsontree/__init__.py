@@ -13,9 +13,22 @@ from asyncckpt.jsontree.encode import Encoded, encode
 from asyncckpt.jsontree.strict import dumps, loads
 from asyncckpt.jsontree.typed_values import Live, needs_live
 from asyncckpt.jsontree.versions import version_of
+from asyncckpt.jsontree.wrapper_tensors import Wrapper, is_wrapper
 from asyncckpt.types import JsonValue
 
-__all__ = ["Encoded", "Live", "decode", "dumps", "encode", "loads", "needs_live", "tensor_names", "version_of"]
+__all__ = [
+    "Encoded",
+    "Live",
+    "Wrapper",
+    "decode",
+    "dumps",
+    "encode",
+    "is_wrapper",
+    "loads",
+    "needs_live",
+    "tensor_names",
+    "version_of",
+]
 
 
 def tensor_names(tree: JsonValue) -> list[str]:

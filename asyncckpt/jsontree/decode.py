@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
-from asyncckpt.jsontree import numpy_values, standard_values, torch_values, typed_values
+from asyncckpt.jsontree import numpy_values, standard_values, torch_values, typed_values, wrapper_tensors
 from asyncckpt.jsontree.encode import FACTORIES, MAX_DEPTH, encode
 from asyncckpt.jsontree.typed_values import Live, needs_live
+from asyncckpt.jsontree.wrapper_tensors import Wrappers
 from asyncckpt.types import JsonValue
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Makes, or finds, an object. It is given what lives at its place (or None), its class's name and its decoded state.
 Objects: TypeAlias = "Callable[[Any, str, Any], Any]"
+#: Returns the tensor of a name, given what lives at its place (or None).
+Places: TypeAlias = "Callable[[str, Any], torch.Tensor]"
 
 
 def decode(
@@ -29,6 +32,8 @@ def decode(
     arrays: Callable[[str], torch.Tensor] | None = None,
     live: Live | None = None,
     objects: Objects | None = None,
+    wrappers: Wrappers | None = None,
+    places: Places | None = None,
 ) -> Any:
     """Return the values that ``encode`` was given. ``tensors`` returns the tensor of a name.
 
@@ -37,8 +42,11 @@ def decode(
     hostile: anything that ``encode`` does not produce raises ``CheckpointDamaged``, before memory is allocated for it.
     Values whose types only a program can name get those of ``live``; without it they are plain data.
     ``objects`` makes the objects that ``encode`` stored by their state; without it that state stands in their place.
+    ``wrappers`` makes tensors of subclasses that wrap others; without it a dict stands in their place, of their class's
+    name, the tensors inside, the context, the shape and the dtype. ``places``, if given, returns tensors in the place
+    of ``tensors``, and is told what lives there.
     """
-    decoder = Decoder(tensors, arrays or tensors, live or Live(None), objects)
+    decoder = Decoder(tensors, arrays or tensors, live or Live(None), objects, wrappers, places)
     return decoder.value(tree, decoder.live.value)
 
 
@@ -53,8 +61,12 @@ class Decoder:
         arrays: Callable[[str], torch.Tensor],
         live: Live,
         objects: Objects | None,
+        wrappers: Wrappers | None,
+        places: Places | None,
     ) -> None:
         self.objects = objects
+        self.wrappers = wrappers
+        self.places = places
         self.tensors = tensors
         self.arrays = arrays
         self.live = live
@@ -71,6 +83,10 @@ class Decoder:
                 return build(self, members(tree["v"], live), tree)
             if tag == "object":
                 return self.object(self.items(tree["v"], typed_values.state_of_object(live)), tree, live)
+            if tag == wrapper_tensors.TAG:
+                return wrapper_tensors.decode(self, tree, live)
+            if tag == "tensor":
+                return self.tensor(tree["v"], live)
             if tag in typed_values.WITH_FIELDS:
                 lives = typed_values.lives_of_fields(self, tree, live)
                 return (
@@ -282,10 +298,10 @@ class Decoder:
         except UnicodeDecodeError:
             self.fail("a str that is no UTF-8")
 
-    def tensor(self, name: Any) -> torch.Tensor:
+    def tensor(self, name: Any, live: Any = None) -> torch.Tensor:
         if type(name) is not str:
             self.fail("a tensor's name that is no str")
-        return self.tensors(name)
+        return self.tensors(name) if self.places is None else self.places(name, live)
 
     def float(self, digits: Any) -> float:
         number: float = struct.unpack(">d", self.hex(digits, 8))[0]
@@ -310,13 +326,14 @@ def _is_of(value: Any, class_name: Any) -> bool:
 
 _MOST_OF_ONE_HASH: Final = 1000
 _FIELDS: Final = frozenset({"$", "v"})
+_FIELDS_OF_TAGS: Final = standard_values.FIELDS | typed_values.FIELDS | wrapper_tensors.FIELDS
 _MORE_FIELDS: Final = {
     "defaultdict": _FIELDS | {"of"},
     "deque": _FIELDS | {"maxlen"},
     "object": _FIELDS | {"class"},
     "numpy": _FIELDS | {"dtype"},
     "ndarray": _FIELDS | {"dtype", "shape"},
-    **{tag: _FIELDS | more for tag, more in (standard_values.FIELDS | typed_values.FIELDS).items()},
+    **{tag: _FIELDS | more for tag, more in _FIELDS_OF_TAGS.items()},
 }
 _MAPPINGS: Final = frozenset({"dict", "OrderedDict", "Counter", "defaultdict", "Namespace", "SimpleNamespace"})
 _SETS: Final = frozenset({"set", "frozenset"})
@@ -350,4 +367,4 @@ _CONTAINERS: Final[dict[str, _Container]] = {
     "Namespace": lambda d, flat, t: d.namespace(flat, argparse.Namespace()),
     "SimpleNamespace": lambda d, flat, t: d.namespace(flat, types.SimpleNamespace()),
 }
-_TAGS: Final = frozenset({*_LEAVES, *_CONTAINERS, *typed_values.TAGS, "object"})
+_TAGS: Final = frozenset({*_LEAVES, *_CONTAINERS, *typed_values.TAGS, "object", wrapper_tensors.TAG})

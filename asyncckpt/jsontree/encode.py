@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 import numpy as np
 
 from asyncckpt.errors import UnsupportedValue
-from asyncckpt.jsontree import standard_values, torch_values, typed_values
+from asyncckpt.jsontree import standard_values, torch_values, typed_values, wrapper_tensors
 from asyncckpt.jsontree.numpy_values import AS_TENSOR, NUMPY, SAME_SIZE, dtype_of
 from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.types import JsonValue
@@ -230,6 +230,8 @@ def _other(encoder: Encoder, value: Any) -> JsonValue:
     if row is not None:
         return row(encoder, value)
     if is_tensor:
+        if wrapper_tensors.is_wrapper(value):
+            return wrapper_tensors.encode(encoder, value)
         return encoder.tensor(value)  # the sink refuses a subclass that cannot be stored
     found = encoder.objects(value) if encoder.objects is not None else None
     if found is not None:

@@ -151,7 +151,7 @@ def _container(config: Any) -> Any:
 
 def needs_live(tree: JsonValue, *, scalars: bool = True) -> bool:
     """Whether a tree holds a value that only a live one can give its type; with ``scalars=False``, one that is more
-    than a number or text of a subclass."""
+    than a number or text of a subclass. A tensor of a subclass is such a value."""
     stack: list[JsonValue] = [tree]
     while stack:
         node = stack.pop()
@@ -159,7 +159,7 @@ def needs_live(tree: JsonValue, *, scalars: bool = True) -> bool:
             stack.extend(node)
         elif isinstance(node, dict):
             tag = node.get("$")
-            if isinstance(tag, str) and tag in TAGS and (scalars or tag != "subclass"):
+            if isinstance(tag, str) and (tag in TAGS or tag == "wrapper") and (scalars or tag != "subclass"):
                 return True
             stack.extend(node.values())
     return False

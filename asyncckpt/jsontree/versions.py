@@ -5,12 +5,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from asyncckpt.jsontree import standard_values, typed_values
+from asyncckpt.jsontree import standard_values, typed_values, wrapper_tensors
 
 _MARK: Final = b'{"$":"'
 #: Text in JSON has its quotes escaped, so that nothing but a tag looks like this.
 _SINCE_4: Final = (
-    *(f'{tag}"'.encode() for tag in sorted({*standard_values.DECODERS, *typed_values.TAGS, "object"})),
+    *(
+        f'{tag}"'.encode()
+        for tag in sorted({*standard_values.DECODERS, *typed_values.TAGS, "object", wrapper_tensors.TAG})
+    ),
     *(
         f'{tag}","dtype":"{code}'.encode()
         for tag in ("numpy", "ndarray")

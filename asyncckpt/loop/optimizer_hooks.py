@@ -20,6 +20,7 @@ from asyncckpt.loop.unused_gradients import UnusedGradients
 from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.eager import OwnedMemory, storages
 from asyncckpt.stage.streams import is_capturing
+from asyncckpt.state.wrappers import plain_parts
 
 
 class WatchedOptimizers:
@@ -135,7 +136,7 @@ class WatchedOptimizers:
         memory = OwnedMemory()
         captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
         for optimizer in self._alive():
-            owned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            owned = plain_parts(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
             owned += _state_tensors(optimizer)
             memory.add(tensor for tensor in owned if id(tensor) not in captured)
         return memory
@@ -214,12 +215,14 @@ def _alive(references: Mapping[int, weakref.ref[torch.optim.Optimizer]]) -> list
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]] + _state_tensors(optimizer)
+    """Return the plain tensors of an optimizer: of one that wraps others, those inside."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return plain_parts(parameters) + _state_tensors(optimizer)
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     found = (values.values() for values in optimizer.state.values() if isinstance(values, dict))
-    return [value for values in found for value in values if isinstance(value, torch.Tensor)]
+    return plain_parts(value for values in found for value in values if isinstance(value, torch.Tensor))
 
 
 def optimizer_that_steps(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -58,9 +58,8 @@ def divide_by_rank(
                 parts[owner].append(part)
         first += len(specs)
         for owner, mine in enumerate(parts):
-            found = shard_format.shards(
-                f"{name}.rank-{owner:05d}", [part.spec for part in mine], 0, len(shards), codec, options
-            )
+            specs = [replace(part.spec, file="") for part in mine]  # ranks cannot share a file of another name
+            found = shard_format.shards(f"{name}.rank-{owner:05d}", specs, 0, len(shards), codec, options)
             shards += [_placed(shard, name, mine, mine_here=owner == rank) for shard in found]
     nbytes = sum(shard.nbytes for shard in shards)
     layout = Layout(tuple(shards), nbytes, fingerprint(tuple((name, tuple(specs)) for name, specs in components)))

@@ -41,8 +41,8 @@ _REDISTRIBUTED, _FIRST_ONLY = 1, 2
 
 def table_of(component: ComponentSnapshot) -> Any:
     """Describe a component for the other ranks: ``{"owner": rank, "parameters": names by group, "rows": [[bounds,
-    holders], …], "tensors": [[name, dtype, shape, nbytes, frozen, rows, span, flags], …]}``. A tensor's ``rows`` is an
-    index into the list, -1 where all of it is here."""
+    holders], …], "tensors": [[name, dtype, shape, nbytes, frozen, file, rows, span, flags], …]}``. A tensor's ``rows``
+    is an index into the list, -1 where all of it is here."""
     numbers: dict[int, int] = {}
     rows: list[Any] = []
     tensors: list[Any] = []
@@ -54,7 +54,8 @@ def table_of(component: ComponentSnapshot) -> Any:
                 rows.append([piece.rows.bounds, piece.rows.holders])
         spec = piece.spec
         flags = (piece.redistribute is not None) * _REDISTRIBUTED + piece.first_only * _FIRST_ONLY
-        tensors.append([spec.name, spec.dtype, spec.shape, spec.nbytes, spec.frozen, number, piece.span, flags])
+        described = [spec.name, spec.dtype, spec.shape, spec.nbytes, spec.frozen, spec.file]
+        tensors.append([*described, number, piece.span, flags])
     # an optimizer may have no tensors, and be of other parameters all the same
     parameters = [list(names) for names in component.parameters]
     return {"owner": component.owner, "parameters": parameters, "rows": rows, "tensors": tensors}
@@ -94,10 +95,10 @@ def merge_tables(
         table = tables[digest]
         rows = [RowOwners(tuple(bounds), tuple(map(tuple, holders))) for bounds, holders in table["rows"]]
         known = specs.setdefault(name, {})
-        for tensor, dtype, shape, nbytes, frozen, number, span, flags in table["tensors"]:
+        for tensor, dtype, shape, nbytes, frozen, file, number, span, flags in table["tensors"]:
             if flags:
                 flagged[name, tensor] = flagged.get((name, tensor), 0) | flags
-            spec = TensorSpec(tensor, dtype, tuple(shape), nbytes, frozen)
+            spec = TensorSpec(tensor, dtype, tuple(shape), nbytes, frozen, file)
             here = rows[number] if number >= 0 else None
             before = known.setdefault(tensor, (spec, here, ranks[0]))
             if before[0] != spec or (before[1] is None) != (number < 0):

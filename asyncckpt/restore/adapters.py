@@ -15,6 +15,7 @@ from asyncckpt.restore.optimizers import plan_optimizer
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors
 from asyncckpt.restore.saved_parameters import SavedParameters
 from asyncckpt.restore.trees import plan_tensor, plan_tree
+from asyncckpt.restore.wrappers import StoredWrappers
 from asyncckpt.state.capture import kind_of
 from asyncckpt.types import JsonValue
 
@@ -26,15 +27,17 @@ def plan_component(
     stored: StoredTensors,
     tree: JsonValue,
     saved: SavedParameters,
+    wrappers: StoredWrappers,
     opts: Options,
 ) -> RestorePlan:
     """Plan the restore of one live component. ``record`` and ``tree``: the checkpoint's component of that name, and its
-    plain values, if there are any. ``saved`` knows the stored parameters, for optimizers."""
+    plain values, if there are any. ``saved`` knows the stored parameters, for optimizers, and ``wrappers`` what
+    was stored of wrapping tensors, for modules."""
     value = state[name]
     kind = kind_of(value)
     if kind == "module":
         extras = tree if record is not None and record.kind == "module" else {}
-        return plan_module(name, value, record, stored, extras, opts)
+        return plan_module(name, value, record, stored, extras, wrappers, opts)
     if record is None:
         return RestorePlan(missing=[name])
     if kind == "optimizer" and record.kind in ("optimizer", "stateful"):
@@ -42,5 +45,5 @@ def plan_component(
     if record.kind != kind:
         return RestorePlan(mismatched=[f"{name}: saved as {record.kind}, live as {kind}"])
     if kind == "tensor":
-        return plan_tensor(name, value, stored, opts)
+        return plan_tensor(name, value, stored, tree, opts)
     return plan_tree(name, value, state, stored, tree, opts)

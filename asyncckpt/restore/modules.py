@@ -14,16 +14,20 @@ from torch.nn.parameter import is_lazy
 
 from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, StateMismatch
+from asyncckpt.jsontree import is_wrapper
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
+from asyncckpt.protocols import LiesInFile
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.live_memory import refusal
 from asyncckpt.restore.memory_format import format_to_be, take_format
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor, same_bits
 from asyncckpt.restore.saved_parameters import same_strides
 from asyncckpt.restore.shared_memory import raise_shared
+from asyncckpt.restore.wrappers import StoredWrappers, not_live, plan_in_module, without_wrappers
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names
+from asyncckpt.state.wrappers import hides_values
 from asyncckpt.types import JsonValue
 
 
@@ -33,28 +37,36 @@ def plan_module(
     component: ComponentRecord | None,
     stored: StoredTensors,
     extras: JsonValue,
+    wrappers: StoredWrappers,
     opts: Options,
 ) -> RestorePlan:
     """Plan the restore of a module. ``component``: its stored record, where there is one of its name. ``extras``: what
-    its ``state_dict`` held beside tensors."""
+    its ``state_dict`` held beside plain tensors. ``wrappers``: what was stored of tensors that wrap others."""
     plan = RestorePlan()
+    extras = without_wrappers(extras)
     live = module.state_dict()
     fqns = canonical_names(module, live)
     own = {
         t.untyped_storage().data_ptr()
         for t in (*module.parameters(), *module.buffers())
-        if not t.is_meta and not is_distributed(t) and not is_lazy(t)
+        if not t.is_meta and not is_distributed(t) and not is_lazy(t) and not hides_values(t)
     }
     extra_fill = RestorePlan()
     extra_lives = {fqns[raw]: value for raw, value in live.items() if opts.selected(f"{name}.{fqns[raw]}")}
     extra_values = decode(name, extras, stored, extra_fill, opts, extra_lives) if extras else {}
     plan.mismatched += extra_fill.mismatched
+    if isinstance(module, LiesInFile) and isinstance(extra_values, dict):
+        problem = module.checkpoint_mismatch(extra_values)
+        if problem is not None:
+            return RestorePlan(mismatched=[f"{name}: {problem}"])
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    places = parameters | dict(module.named_buffers(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    places = parameters | buffers
     by_memory = _aliases(live, fqns, places)
     formats = _saved_formats(name, component, stored)
+    held = wrappers.of_module(name, stored)
     loaders = _Loaders(module, live)
     later: dict[str, Any] = {}
     meta: dict[str, torch.Tensor] = {}
@@ -74,8 +86,21 @@ def plan_module(
             else:
                 plan.missing.append(qualified)
             continue
+        if is_wrapper(value):
+            own_value = parameters.get(raw, buffers.get(raw))  # a class may copy what it wraps for a ``state_dict``
+            if is_wrapper(own_value):
+                value = own_value
+            else:
+                later[raw] = value
+            twins = [f"{name}.{twin}" for twin in by_memory.get(raw, ())]
+            if qualified in held or qualified in stored or not any(twin in held for twin in twins):
+                plan_in_module(qualified, value, held.get(qualified), stored.get(qualified), plan)
+            continue
         record = stored.get(qualified)
         if record is None:
+            if qualified in held:
+                plan.mismatched.append(f"{qualified}: {not_live(held[qualified].node, value)}")
+                continue
             # a tied tensor is stored under the name of the one it is tied to
             if not any(f"{name}.{twin}" in stored for twin in by_memory.get(raw, ())):
                 plan.missing.append(qualified)
@@ -122,6 +147,7 @@ def plan_module(
             loaders.give(raw, value, later)
         plan.add(record, value, qualified)
     wanted.update(f"{name}.{key}" for key in jsontree.tensor_names(extras))
+    wanted.update(f"{key}.{path}" for key, one in held.items() if key in wanted for path in one.inside)
     prefix = f"{name}."
     plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
     if meta:
@@ -254,7 +280,10 @@ def _aliases(
     for raw, value in live.items():
         if not isinstance(value, torch.Tensor):
             continue
-        if is_distributed(value) or is_sharded_tensor(value):
+        if is_wrapper(value):
+            if raw in places:
+                groups.setdefault((id(places[raw]),), []).append(raw)
+        elif is_distributed(value) or is_sharded_tensor(value):
             # this rank's part may be empty and have no memory: the parameter tells them apart
             groups.setdefault((id(places.get(raw)),), []).append(raw)
         elif is_lazy(value) or (value.is_meta and raw not in places):

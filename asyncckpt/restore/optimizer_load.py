@@ -16,6 +16,7 @@ import torch
 from asyncckpt.protocols import Stateful
 from asyncckpt.restore.plan import load
 from asyncckpt.state.dtensor import is_distributed
+from asyncckpt.state.optimizer import wrapped_optimizer
 
 
 @dataclass(slots=True)
@@ -207,20 +208,36 @@ def _known_class(optimizer: torch.optim.Optimizer, class_name: str) -> type | No
     return next(iter(exact or fits), None)
 
 
+def tensor_class(optimizer: torch.optim.Optimizer, class_name: str) -> type | None:
+    """Find a tensor subclass of that name among those that the modules and methods of the optimizer's class, or of the
+    one that it wraps, can name."""
+    kind = type(wrapped_optimizer(optimizer))
+    fits = [
+        one
+        for one in _named_near(kind)
+        if isinstance(one, type) and issubclass(one, torch.Tensor) and _bare(_name_of(one)) == _bare(class_name)
+    ]
+    return next((one for one in fits if _name_of(one) == class_name), next(iter(fits), None))
+
+
 _STORED = (Stateful, enum.Enum)
 
 
 def _classes_near(kind: type) -> Iterable[type]:
+    for value in _named_near(kind):
+        if isinstance(value, type) and (dataclasses.is_dataclass(value) or issubclass(value, _STORED)):
+            yield value
+
+
+def _named_near(kind: type) -> Iterable[Any]:
+    """Yield everything that the modules and methods of a class can name."""
     for base in kind.__mro__:
         there: list[Any] = list(vars(sys.modules.get(base.__module__, base)).values())
         for member in vars(base).values():
             function = inspect.unwrap(member) if callable(member) else member
             if inspect.isfunction(function):
                 there += inspect.getclosurevars(function).nonlocals.values()
-        for value in there:
-            stored = isinstance(value, type) and (dataclasses.is_dataclass(value) or issubclass(value, _STORED))
-            if stored:
-                yield value
+        yield from there
 
 
 def make_own(values: dict[str, Any]) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from asyncckpt.jsontree import Wrapper
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.memory.tensor_bytes import is_dense, may_overlap
 from asyncckpt.restore.live_memory import refusal
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, find_tensor, mismatch, new_tensor
+from asyncckpt.restore.optimizer_load import tensor_class
+from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, find_tensor, mismatch, new_tensor, not_saved
 from asyncckpt.restore.saved_parameters import SavedParameter, same_strides, saved_strides
+from asyncckpt.restore.wrappers import DoesNotFit, fill_or_make, make_wrapper
 from asyncckpt.state.dtensor import is_distributed, like
 from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.wrappers import hides_values
 
 
 class StateTargets:
@@ -52,6 +57,8 @@ class StateTargets:
         def get(key: str) -> torch.Tensor:
             record = find_tensor(self._name, key, self._stored, plan)
             found = there.get(key)
+            if found is not None and hides_values(found):
+                raise DoesNotFit(f"{key}: {not_saved(record, found)}")
             like_parameter = record.shape == tuple(parameter.shape)
             dtype = self._dtype(record, parameter, saved)
             usable = found is not None and not found.is_meta and _same(record, dtype, found)
@@ -72,6 +79,23 @@ class StateTargets:
 
         return get
 
+    def wrappers(
+        self, optimizer: torch.optim.Optimizer, device: torch.device, plan: RestorePlan
+    ) -> Callable[[Wrapper, Any, str], Any]:
+        """Return a function that finds or makes the targets of tensors that wrap others. ``device``: where those that
+        do not live yet are made."""
+
+        def new(record: StoredTensor) -> torch.Tensor:
+            return new_tensor(record, DTYPES[record.dtype], device)
+
+        def record_of(key: str) -> StoredTensor:  # what is made is only then known to take it, and marked as used
+            return find_tensor(self._name, key, self._stored, RestorePlan())
+
+        def make(node: Wrapper) -> Any:
+            return make_wrapper(node, functools.partial(tensor_class, optimizer), record_of, new)
+
+        return fill_or_make(self._name, self._stored, plan, make)
+
     def elsewhere(
         self, live: Any, prefix: str, plan: RestorePlan, device: torch.device
     ) -> Callable[[str], torch.Tensor]:
@@ -82,6 +106,8 @@ class StateTargets:
         def get(key: str) -> torch.Tensor:
             record = find_tensor(self._name, key, self._stored, plan)
             found = there.get(key)
+            if found is not None and hides_values(found):
+                raise DoesNotFit(f"{key}: {not_saved(record, found)}")
             strides = saved_strides(self._component, key, record.shape)
             if found is not None and not found.is_meta and not mismatch(key, record, found, self._opts):
                 if is_distributed(found):

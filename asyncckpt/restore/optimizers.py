@@ -31,6 +31,7 @@ from asyncckpt.restore.optimizer_state import StateTargets
 from asyncckpt.restore.param_groups import hyper_parameters, sources_of
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode_like, load, on_host
 from asyncckpt.restore.saved_parameters import SavedParameter, SavedParameters
+from asyncckpt.restore.wrappers import DoesNotFit
 from asyncckpt.state.capture import class_name
 from asyncckpt.state.dtensor import job_size
 from asyncckpt.state.dtypes import DTYPES
@@ -227,8 +228,9 @@ class _OptimizerPlanner:
             get = self._targets.of_parameter(parameter, saved, live, f"state.{label}", group, plan)
             host = on_host(self._name, self._stored, plan)
             try:
-                new.states[index] = decode_like(where, tree, live, get, host, plan, self._objects(plan))
-            except CannotMake as error:
+                made = self._objects(plan), self._wrappers(parameter.device, plan)
+                new.states[index] = decode_like(where, tree, live, get, host, plan, *made)
+            except (CannotMake, DoesNotFit) as error:
                 problem = str(error)
             else:
                 self._plan.merge(plan)
@@ -256,6 +258,10 @@ class _OptimizerPlanner:
     def _objects(self, plan: RestorePlan) -> Callable[[Any, str, Any], Any]:
         return lambda live, kind, state: make_object(self._optimizer, live, kind, state, plan.finish)
 
+    def _wrappers(self, device: torch.device, plan: RestorePlan) -> Callable[[jsontree.Wrapper, Any, str], Any]:
+        there = self._opts.device if device.type == "meta" else device
+        return self._targets.wrappers(self._optimizer, there, plan)
+
     def _types(self, tree: JsonValue) -> Any:
         """Return the live ``state_dict`` where the tree of one holds values that only a live one gives their types."""
         return self._optimizer.state_dict() if jsontree.needs_live(tree) else None
@@ -268,8 +274,9 @@ class _OptimizerPlanner:
         get = self._targets.elsewhere(live, prefix, plan, self._opts.device if device.type == "meta" else device)
         try:
             host, where = on_host(self._name, self._stored, plan), f"{self._name}.{prefix}"
-            return decode_like(where, tree, types if live is None else live, get, host, plan, self._objects(plan))
-        except CannotMake as error:
+            made = self._objects(plan), self._wrappers(device, plan)
+            return decode_like(where, tree, types if live is None else live, get, host, plan, *made)
+        except (CannotMake, DoesNotFit) as error:
             plan.mismatched.append(f"{self._name}: {error}")
             return {}
 

@@ -17,6 +17,7 @@ from asyncckpt.read.scatter import Window
 from asyncckpt.restore.live_memory import refusal
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, receiver
 from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.wrappers import hides_values
 from asyncckpt.types import JsonValue
 
 log = logging.getLogger("asyncckpt")
@@ -118,12 +119,14 @@ def decode_like(
     arrays: Callable[[str], torch.Tensor],
     plan: RestorePlan,
     objects: Callable[[Any, str, Any], Any] | None = None,
+    wrappers: Callable[[jsontree.Wrapper, Any, str], Any] | None = None,
 ) -> Any:
     """Decode a tree into values of the types that live at their places. ``plan`` is told which live types do not take
     what was stored; values of whose kind nothing lives become plain data, which a warning tells. ``objects`` makes the
-    objects that were stored by their state, as ``jsontree.decode`` says."""
+    objects that were stored by their state, and ``wrappers`` the tensors of wrapping subclasses, as ``jsontree.decode``
+    says."""
     like = jsontree.Live(live)
-    found = jsontree.decode(tree, tensors, arrays, like, objects)
+    found = jsontree.decode(tree, tensors, arrays, like, objects, wrappers)
     plan.mismatched += [f"{component}{problem}" for problem in like.mismatched]
     if like.untyped:
         some = ", ".join(f"{component}{where}" for where in like.untyped[:5])
@@ -186,6 +189,8 @@ def same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options) -> str | None:
     """Say why the stored tensor cannot go into the live one, or None where it can."""
+    if hides_values(live):
+        return f"{name}: {not_saved(record, live)}"
     refused = refusal(live)
     if refused is not None:
         return f"{name}: {refused}"
@@ -198,6 +203,14 @@ def mismatch(name: str, record: StoredTensor, live: torch.Tensor, opts: Options)
     if wanted is not None and (live.is_meta or live.dtype == wanted):
         return None
     return f"{name}: saved as {saved}, live {live.dtype} (restore(..., dtype={live.dtype}) converts)"
+
+
+def not_saved(record: StoredTensor, live: Any) -> str:
+    """Say that a plain tensor was saved where a live tensor has no bytes of its own."""
+    return (
+        f"saved as a plain {DTYPES[record.dtype]} tensor, live a {type(live).__name__}; restore into a plain tensor "
+        f"and convert it afterwards (quantise the model after restoring it), or make the live one as it was saved"
+    )
 
 
 def find_tensor(component: str, key: str, stored: StoredTensors, plan: RestorePlan) -> StoredTensor:
@@ -219,6 +232,26 @@ def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tup
             yield f"{component}.{fqn}", tensor
         for alias, target in record.aliases.items():
             yield f"{component}.{alias}", record.tensors[target]
+
+
+def describe(
+    where: str,
+    plan: RestorePlan,
+    what: str = "the live state",
+    way_out: str = "restore(state, strict=False) loads what fits; its include= and rename= choose and map names.",
+) -> str:
+    """Put all differences into one message. ``where``: the checkpoint. ``what``: what it does not fit."""
+    lines = [f"{where} does not fit {what}:"]
+    for title, names in (
+        ("missing from the checkpoint", plan.missing),
+        ("unexpected in the checkpoint", plan.unexpected),
+        ("mismatched", plan.mismatched),
+    ):
+        if names:
+            shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
+            lines.append(f"  {title} ({len(names)}): {shown}")
+    lines += [f"  {note}" for note in plan.notes]
+    return "\n".join([*lines, way_out])
 
 
 def load(name: str, call: Callable[[], object]) -> None:

@@ -22,8 +22,9 @@ from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.carrying_out import Planned, Stages, typed
 from asyncckpt.restore.changes import Changes
 from asyncckpt.restore.other_ranks import OtherRanks
-from asyncckpt.restore.plan import Options, RestorePlan, asked, new_tensor, qualified_records
+from asyncckpt.restore.plan import Options, RestorePlan, asked, describe, new_tensor, qualified_records
 from asyncckpt.restore.saved_parameters import SavedParameters
+from asyncckpt.restore.wrappers import StoredWrappers
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.markers import without_owners
@@ -100,6 +101,7 @@ def restore(
         named = dict(qualified_records(manifest.components))
         _check_rename(named, rename, checkpoint.path)
         stored = _renamed(named, rename)
+        wrappers = StoredWrappers(manifest.components, trees)
         saved = SavedParameters(_of_rank(manifest, together.rank), _renamer(rename))
         plan, planned = RestorePlan(), Planned(state, changes)
         others = OtherRanks(manifest, trees, together.rank, together.size)
@@ -116,7 +118,7 @@ def restore(
                 component = manifest.components.get(source)
                 mine = stored if source == name else _renamed(_under(name, source, manifest), rename)
                 with asked(name):
-                    found = plan_component(name, state, component, mine, trees.get(source), saved, options)
+                    found = plan_component(name, state, component, mine, trees.get(source), saved, wrappers, options)
                 planned.add(name, found)
         planned.prepare()
         for found in planned.plans:
@@ -202,22 +204,6 @@ def load_tensors(
             made[id(record)] = record, new_tensor(record, target, device)
     fill(checkpoint, [(record, [Window(tensor)]) for record, tensor in made.values()])
     return {name: made[id(record)][1] for name, record in chosen.items()}
-
-
-def describe(where: str, plan: RestorePlan) -> str:
-    """Put all differences into one message. ``where``: the checkpoint."""
-    lines = [f"{where} does not fit the live state:"]
-    for title, names in (
-        ("missing from the checkpoint", plan.missing),
-        ("unexpected in the checkpoint", plan.unexpected),
-        ("mismatched", plan.mismatched),
-    ):
-        if names:
-            shown = ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
-            lines.append(f"  {title} ({len(names)}): {shown}")
-    lines += [f"  {note}" for note in plan.notes]
-    lines.append("restore(state, strict=False) loads what fits; its include= and rename= choose and map names.")
-    return "\n".join(lines)
 
 
 def _under(name: str, source: str, manifest: Manifest) -> dict[str, StoredTensor]:

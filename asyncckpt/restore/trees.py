@@ -22,6 +22,7 @@ from asyncckpt.restore.plan import (
     new_tensors,
     on_host,
 )
+from asyncckpt.restore.wrappers import fill_or_note
 from asyncckpt.state.capture import kind_of
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, job_size
 from asyncckpt.state.dtypes import DTYPES
@@ -30,7 +31,12 @@ from asyncckpt.state.rng import RngState
 from asyncckpt.types import JsonValue
 
 
-def plan_tensor(name: str, value: torch.Tensor, stored: StoredTensors, opts: Options) -> RestorePlan:
+def plan_tensor(name: str, value: torch.Tensor, stored: StoredTensors, tree: JsonValue, opts: Options) -> RestorePlan:
+    if isinstance(tree, dict) and tree.get("$") == "wrapper":
+        plan = RestorePlan()
+        tensors, arrays = new_tensors(name, stored, plan, opts), on_host(name, stored, plan)
+        decode_like(name, tree, value, tensors, arrays, plan, wrappers=fill_or_note(name, stored, plan))
+        return plan
     record = find_tensor(name, "value", stored, RestorePlan())
     problem = mismatch(name, record, value, opts)
     if problem:
@@ -79,7 +85,9 @@ def plan_tree(
         plan.add(record, found, f"{name}.{key}")
         return found
 
-    decoded = with_shards(decode_like(name, tree, bare, tensors, on_host(name, stored, plan), plan), shards)
+    wrappers = fill_or_note(name, stored, plan, plain=kind_of(value) == "plain")
+    arrays = on_host(name, stored, plan)
+    decoded = with_shards(decode_like(name, tree, bare, tensors, arrays, plan, wrappers=wrappers), shards)
     if isinstance(value, RngState):
         plan.missing += value.lacking(decoded, name)
     if kind_of(value) == "stateful":

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from asyncckpt import jsontree
 from asyncckpt.errors import InvalidOption, UnsupportedValue
 from asyncckpt.memory.tensor_bytes import is_dense
-from asyncckpt.protocols import Stateful
+from asyncckpt.protocols import LiesInFile, Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory, unwrapped
@@ -32,6 +33,7 @@ from asyncckpt.state.optimizer import (
     rename_group_tensors,
     wrapped_optimizer,
 )
+from asyncckpt.state.wrappers import PLAIN_TYPES, hides_values
 from asyncckpt.state.zero_redundancy import local_optimizer
 from asyncckpt.types import ComponentSnapshot, JsonValue, LocalTensor, Snapshot, TensorSpec
 
@@ -71,10 +73,24 @@ def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) 
     else:
         names = parameter_names(modules)
         components = [_component(name, value, state, names) for name, value in state.items()]
+    _check_files(components)
     for component in components:
         if component.name in owners:
             component.shared, component.owner = True, owners[component.name]
     return Snapshot(step, components)
+
+
+def _check_files(components: Sequence[ComponentSnapshot]) -> None:
+    """Raise ``InvalidOption`` where two components have to lie in one file."""
+    found: dict[str, str] = {}
+    for component in components:
+        file = component.pieces[0].spec.file.casefold() if component.pieces else ""
+        other = found.setdefault(file, component.name) if file else component.name
+        if other != component.name:
+            raise InvalidOption(
+                f"components {other!r} and {component.name!r} both have to lie in {component.pieces[0].spec.file}: "
+                f"leave one out"
+            )
 
 
 def check_state(state: Mapping[str, Any]) -> None:
@@ -152,12 +168,14 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     pieces: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     extras: dict[str, Any] = {}
+    wrapped: dict[str, Any] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     raw = _state_dict(module, parameters)
     _check_initialised(name, raw)
     names = canonical_names(module, raw)
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
+    file = module.checkpoint_file if isinstance(module, LiesInFile) else ""
     frozen = _frozen(parameters)
     first_names: dict[int, str] = {}
     buffers = _buffers(module) if not parameters.keys() >= raw.keys() else frozenset()
@@ -165,6 +183,9 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
         fqn = names[key]
         if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
             extras[fqn] = value
+            continue
+        if type(value) not in PLAIN_TYPES and jsontree.is_wrapper(value):
+            wrapped[key] = value
             continue
         if is_distributed(value) or is_sharded_tensor(value):
             # this rank's part may be empty, so tied tensors cannot be recognised by their memory
@@ -177,7 +198,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
                 pieces.append(piece_of(name, fqn, value, frozen=still))
                 pieces[-1].first_only = fqn in buffers
             continue
-        if value.numel() and value.layout is torch.strided:
+        if value.numel() and value.layout is torch.strided and not file:  # its reader wants every name in the file
             seen = first_views.setdefault((value.data_ptr(), value.dtype), [])
             twin = next((known for known, other in seen if same_memory(other, value)), None)
             if twin is not None:
@@ -190,16 +211,56 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
     tree: JsonValue = jsontree.encode(extras, "", add, component=name)
     for piece in pieces[count:]:
         piece.first_only = True
+    for piece in pieces if file else ():
+        piece.spec = replace(piece.spec, file=file)
+    if wrapped:
+        tree = {**_wrappers(name, module, wrapped, names, pieces, aliases), **(tree if isinstance(tree, dict) else {})}
     return ComponentSnapshot(name, "module", pieces, aliases, tree, True, class_name(module), _strides(pieces))
 
 
 def _check_initialised(name: str, raw: Mapping[str, Any]) -> None:
     for key, value in raw.items():
-        if type(value) not in _PLAIN_TYPES and is_lazy(value):
+        if type(value) not in PLAIN_TYPES and is_lazy(value):
             raise UnsupportedValue(
                 f"state[{name!r}][{key!r}]: a lazy parameter or buffer that is not initialised yet has no values to "
                 f"save; run the module once before the first save"
             )
+
+
+def _wrappers(
+    name: str,
+    module: nn.Module,
+    wrapped: Mapping[str, Any],
+    names: Mapping[str, str],
+    pieces: list[LocalTensor],
+    aliases: dict[str, str],
+) -> dict[str, JsonValue]:
+    """Add the tensors inside of those of a module that wrap others, and return what else is stored of these, by FQN.
+    ``wrapped``: by ``state_dict`` key; what the module itself holds is stored, because a class may copy what it wraps
+    when ``state_dict`` detaches it."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    trees: dict[str, JsonValue] = {}
+    for key, value in wrapped.items():
+        fqn, parameter = names[key], parameters.get(key)
+        held = parameter if parameter is not None else buffers.get(key)
+        tensor = held if held is not None and jsontree.is_wrapper(held) else value
+        still = parameter is not None and not parameter.requires_grad
+        found: list[LocalTensor] = []
+
+        def add(inner: str, part: torch.Tensor, still: bool = still, found: list[LocalTensor] = found) -> None:
+            found.append(piece_of(name, inner, part, frozen=still))
+
+        trees[fqn] = jsontree.encode(tensor, fqn, add, component=name)
+        twin = first.setdefault(id(tensor), fqn)
+        if twin != fqn:
+            aliases.update({piece.spec.name: f"{twin}{piece.spec.name[len(fqn) :]}" for piece in found})
+            continue
+        for piece in found:
+            piece.first_only = parameter is None
+        pieces += found
+    return trees
 
 
 def _buffers(module: nn.Module) -> frozenset[str]:
@@ -226,7 +287,8 @@ def _frozen(parameters: Mapping[str, nn.Parameter]) -> set[int]:
     trained one is left out."""
     if all(parameter.requires_grad for parameter in parameters.values()):
         return set()
-    here = [p for p in parameters.values() if p.numel() and not p.is_meta and not is_distributed(p)]
+    here = [p for p in parameters.values() if p.numel() and not p.is_meta and not hides_values(p)]
+    here = [p for p in here if not is_distributed(p)]
     trained = {parameter.data_ptr() for parameter in here if parameter.requires_grad}
     return {parameter.data_ptr() for parameter in here} - trained
 
@@ -256,7 +318,7 @@ def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = 
     ``UnsupportedValue`` for a tensor that cannot be stored as dense bytes."""
     if is_distributed(tensor) or is_sharded_tensor(tensor):
         return _distributed_piece(component, name, tensor, frozen)
-    if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
+    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
         _check_storable(f"state[{component!r}][{name!r}]", tensor)
     return LocalTensor(_spec(component, name, tensor.dtype, tensor.shape, frozen), tensor)
 
@@ -265,6 +327,12 @@ def _distributed_piece(component: str, name: str, tensor: Any, frozen: bool) -> 
     where = f"state[{component!r}][{name!r}]"
     split = local_rows if is_distributed(tensor) else sharded_tensor_rows
     local = split(tensor, where)
+    if hides_values(local.tensor):
+        raise UnsupportedValue(
+            f"{where}: a DTensor whose local part is a {type(local.tensor).__name__} is not stored, because its parts "
+            f"do not follow the rows that ranks hold. Use an optimizer, or weights, of plain tensors where modules are "
+            f"sharded, or a job of one rank without sharding"
+        )
     shape = tensor.shape if is_distributed(tensor) else tensor.metadata().size
     spec = _spec(component, name, local.tensor.dtype, shape, frozen)
     begin = local.first * local.tensor.dtype.itemsize
@@ -293,6 +361,8 @@ def _spec(component: str, name: str, dtype: torch.dtype, shape: torch.Size, froz
 
 
 def _check_storable(where: str, tensor: torch.Tensor) -> None:
+    if tensor.layout is torch.jagged:
+        raise UnsupportedValue(f"{where}: layout {tensor.layout} is not stored; store its values() and offsets()")
     if tensor.layout is not torch.strided:
         raise UnsupportedValue(f"{where}: layout {tensor.layout} is not stored; call .to_dense() or store its parts")
     if tensor.is_meta:
@@ -300,12 +370,11 @@ def _check_storable(where: str, tensor: torch.Tensor) -> None:
     _check_subclass(tensor, where)
 
 
-_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
-
-
 def _check_subclass(tensor: torch.Tensor, where: str) -> None:
-    # a subclass that computes or hides its values (a quantized wrapper, say) has no plain bytes to copy
-    if getattr(type(tensor), "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__:
+    # a subclass that computes or hides its values, and does not say which tensors it wraps, has no bytes to copy
+    if hides_values(tensor):
         raise UnsupportedValue(
-            f"{where}: tensors of type {type(tensor).__name__} are not stored by this version; store a plain tensor"
+            f"{where}: tensors of type {type(tensor).__name__} are not stored, because the class does not say what "
+            f"is inside. Give it __tensor_flatten__ and __tensor_unflatten__, or store a plain tensor: leave it out "
+            f"of the state, or give the object that holds it state_dict and load_state_dict"
         )

@@ -190,11 +190,12 @@ def receiver(value: Any, where: str) -> RestoreTarget:
     return RestoreTarget(mine, begin * _width(shape), finish)
 
 
-def like(parameter: Any, dtype: torch.dtype) -> Any:
-    """Return a new ``DTensor`` of zeros with the shape, mesh and placements of ``parameter`` and with this dtype."""
+def like(parameter: Any, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """Return a new ``DTensor`` of zeros with the shape, mesh and placements of ``parameter`` and with this dtype, on
+    ``device`` (default: that of ``parameter``)."""
     from torch.distributed.tensor import DTensor
 
-    local = torch.zeros_like(parameter.to_local(), dtype=dtype, requires_grad=False)
+    local = torch.zeros_like(parameter.to_local(), dtype=dtype, device=device, requires_grad=False)
     return DTensor.from_local(
         local,
         parameter.device_mesh,

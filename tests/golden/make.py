@@ -84,6 +84,7 @@ _RANKS = (Save(1, "ranks"), Save(2, "fsdp"))
 _ENCODED = (Save(1, "fsdp", {"codec": "planes"}), Save(2, "fsdp", {"format": "zarr", "codec": "planes"}))
 _BOXES = (Save(1, "ranks", {"layout": "ranks"}), Save(2, "fsdp", {"layout": "ranks"}))
 _TYPED = (Save(1, "typed"), Save(2, "typed", {"format": "zarr"}))
+_WRAPPED = (Save(1, "wrapped"), Save(2, "wrapped", {"format": "zarr"}))
 _ASSETS = {"assets": {"config.json": "{}", "notes/first.txt": "asset"}}
 _NAMED = (Save(1, "values", _ASSETS, names=("epoch=1", "last")), Save(2, "values", _ASSETS, names=("last",)))
 _DCP = (Save(1, "fsdp"),)
@@ -112,6 +113,7 @@ ENTRIES: dict[str, Entry] = {
     "v3-boxes-6cc7b43": Entry("6cc7b43", (3,), _BOXES, ranks=2),
     "v3-boxes-26ebec8": Entry(_HEAD, (3,), _BOXES, ranks=2),
     "v4-values-93233c1": Entry("93233c1", (4,), _TYPED),
+    "v4-wrapped-452f0d1": Entry("452f0d1", (4,), _WRAPPED),
 }
 
 

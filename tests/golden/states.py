@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 if __package__:  # imported by the test
-    from golden import typed
+    from golden import typed, wrapped
 else:
     import typed
+    import wrapped
 
 #: Every dtype that the first version could store.
 DTYPES = (
@@ -196,6 +197,24 @@ def _typed(seed: int, rank: int, size: int) -> dict[str, Any]:
     return {"values": Kept(both), "plain": {"progress": typed.progress(seed, None)}}
 
 
+def _wrapped(seed: int, rank: int, size: int) -> dict[str, Any]:
+    """Tensors of subclasses, one and two levels deep, and objects in an optimizer's state."""
+
+    def packed(at: int) -> wrapped.Packed:
+        return wrapped.packed(filled((5, 3), torch.uint8, seed + at), numbers((5,), seed + at))
+
+    model = wrapped.Quantised(packed(0), numbers((5, 3), seed + 1))
+    optimizer = wrapped.Keeping([model.trained], lr=0.25)
+    optimizer.state[model.trained] = {
+        "moment": packed(2),
+        "pair": wrapped.Pair.of(("both", 2), packed(3), numbers((2, 2), seed + 4)),
+        "meter": wrapped.Meter(seed, (seed / 7, 0.5)),
+        "phase": wrapped.Phase.MAIN if seed < 50 else wrapped.Phase.WARM,
+        "gauge": wrapped.Gauge(seed / 3),
+    }
+    return {"model": model, "optimizer": optimizer}
+
+
 def _large(seed: int, rank: int, size: int) -> dict[str, Any]:
     counts = filled((LARGE // 8,), torch.int64, seed + 2, 9)
     return {"weights": {**large(seed), "counts": counts}, "zoo": every_dtype(seed), "loader": Kept({"position": seed})}
@@ -260,6 +279,7 @@ STATES: dict[str, Callable[[int, int, int], dict[str, Any]]] = {
     "whole": _whole,
     "values": _values,
     "typed": _typed,
+    "wrapped": _wrapped,
     "large": _large,
     "one": _one,
     "middle": _middle,
@@ -305,6 +325,10 @@ def described(value: Any) -> str:
     little-endian bytes."""
     if hasattr(value, "full_tensor"):
         value = value.full_tensor()
+    if hasattr(type(value), "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()
+        inside = {name: getattr(value, name) for name in names}
+        return f"{type(value).__name__} of {described(context)} {described(inside)}"
     if isinstance(value, torch.Tensor):
         dense = value.detach().cpu().contiguous()
         data = dense.reshape(-1).view(torch.uint8).numpy().tobytes() if dense.numel() else b""
@@ -351,16 +375,24 @@ def named_tensors(name: str, seed: int) -> dict[str, str]:
     state = build(name, seed)
     for component, value in state.items():
         if isinstance(value, nn.Module):
-            found |= {f"{component}.{key}": described(item) for key, item in value.state_dict().items()}
+            for key, item in value.state_dict().items():
+                found |= _inside(f"{component}.{key}", item)
         elif isinstance(value, torch.optim.Optimizer):
             names = {parameter: key for key, parameter in state["model"].named_parameters()}
             for parameter, items in value.state.items():
-                prefix = f"{component}.state.{names[parameter]}"
-                found |= {
-                    f"{prefix}.{key}": described(item) for key, item in items.items() if isinstance(item, torch.Tensor)
-                }
+                for key, item in items.items():
+                    if isinstance(item, torch.Tensor):
+                        found |= _inside(f"{component}.state.{names[parameter]}.{key}", item)
         elif isinstance(value, dict):
             found |= {
                 f"{component}.{key}": described(item) for key, item in value.items() if isinstance(item, torch.Tensor)
             }
     return found
+
+
+def _inside(name: str, value: torch.Tensor) -> dict[str, str]:
+    """The tensors that are stored of one: itself, or those that it wraps."""
+    if not hasattr(type(value), "__tensor_flatten__") or hasattr(value, "full_tensor"):
+        return {name: described(value)}
+    parts = [_inside(f"{name}.{part}", getattr(value, part)) for part in value.__tensor_flatten__()[0]]
+    return {key: text for part in parts for key, text in part.items()}

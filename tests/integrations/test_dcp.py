@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
+from torch.testing._internal.two_tensor import TwoTensor
 
 from asyncckpt import Run, UnsupportedValue
 from asyncckpt.integrations.dcp import Reader, Writer
@@ -206,6 +207,15 @@ def test_names_without_a_step_count_on(tmp_path: Path) -> None:
     assert {entry.name: entry.step for entry in Run(tmp_path).ls()}["last"] == 3
 
 
+def test_stored_bytes_do_not_go_into_a_tensor_that_has_none(tmp_path: Path) -> None:
+    save({"a": torch.arange(3.0)}, tmp_path / "step-1")
+    live = TwoTensor(torch.zeros(3), torch.zeros(3))
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load({"a": live}, storage_reader=Reader(tmp_path / "step-1"))
+    assert isinstance(why(caught.value), UnsupportedValue)
+    assert not live.a.any()
+
+
 def test_each_save_and_load_has_a_name_of_its_own(tmp_path: Path) -> None:
     writer = save({"a": torch.ones(1)}, tmp_path / "step-1")
     meta, first = writer.storage_meta(), writer.save_id
@@ -230,11 +240,12 @@ def test_each_save_and_load_has_a_name_of_its_own(tmp_path: Path) -> None:
     [
         (lambda: torch.eye(3).to_sparse(), "to_dense"),
         (lambda: torch.empty(2, dtype=torch.bits8), "safetensors"),
+        (lambda: TwoTensor(torch.ones(2), torch.zeros(2)), "__tensor_flatten__"),
         (lambda: len, "plain values"),
         (lambda: Phase.FIRST, "plain values"),
         (lambda: Place(1, Pair(2, "b")), "asdict"),
     ],
-    ids=["sparse", "bits", "function", "enum", "dataclass"],
+    ids=["sparse", "bits", "wrapper", "function", "enum", "dataclass"],
 )
 def test_what_is_not_stored_is_refused_by_name_and_nothing_is_left(make: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointException) as caught:

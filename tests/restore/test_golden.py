@@ -82,7 +82,7 @@ def test_the_corpus_holds_what_each_entry_is_there_for() -> None:
         return "".join(file.read_text() for file in (GOLDEN / name).glob("*step-*/manifest.json"))
 
     assert all(
-        ('"sequence":' in text(name)) == (entry.commit in ("26ebec8", "93233c1", "613887f"))
+        ('"sequence":' in text(name)) == (entry.commit in ("26ebec8", "93233c1", "452f0d1", "613887f"))
         for name, entry in make.ENTRIES.items()
     )
     assert all('"bases":' in text(name) for name in make.ENTRIES if "delta" in name)
@@ -90,6 +90,8 @@ def test_the_corpus_holds_what_each_entry_is_there_for() -> None:
     assert all('"zarr"' in text(name) for name in make.ENTRIES if "zarr" in name)
     assert all('"loader+1":' in text(name) for name in BY_RANKS if "dcp" not in name)
     assert '"order":' in text("v2-delta-0266a1c")
+    kept = "".join(file.read_text() for file in (GOLDEN / "v4-wrapped-452f0d1").glob("*step-*/state.json"))
+    assert all(f'"$":"{tag}"' in kept for tag in ("wrapper", "object"))
     for codec in ("zstd", "lz4", "blosc", "auto", "planes"):
         assert any(f'"name":"{codec}"' in text(name) for name in make.ENTRIES), codec
 

@@ -29,6 +29,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "torch.SGD": {"lr": 0.01, "momentum": 0.9},
     "torch.LBFGS": {"lr": 0.1, "max_iter": 3},
 }
+#: Keep their state in tensor subclasses, of parameters of 4096 elements and more.
+QUANTISED = ["torchao.AdamW8bit", "torchao.AdamW4bit", "torchao.AdamWFp8"]
 QUICK = ["torch.AdamW", "torch.NAdam", "torch.ASGD", "torch.SGD", "torch.Adafactor", "torch.LBFGS", "torch.Rprop"]
 
 
@@ -63,6 +65,7 @@ def classes() -> list[str]:
         ("pytorch_optimizer", "pytorch_optimizer"),
         ("schedulefree", "schedulefree"),
         ("muon", "muon"),
+        ("torchao", "torchao.optim"),
     ):
         with contextlib.suppress(ImportError):
             there = importlib.import_module(module)
@@ -82,12 +85,14 @@ def make(name: str, dtype: torch.dtype, variant: str, channels_last: bool) -> tu
         model: nn.Module = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 3, bias=False))
         model = model.to(memory_format=torch.channels_last)
     else:
-        model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 4, bias=False))
+        wide = 16 if name.startswith("torchao.") else 1
+        model = nn.Sequential(nn.Linear(4 * wide, 8 * wide, bias=False), nn.Linear(8 * wide, 4 * wide, bias=False))
     model = model.to(dtype)
     if name == "own.WideState":
         return model, WideState(model.parameters())
     package, _, kind = name.partition(".")
-    cls = getattr(importlib.import_module("torch.optim" if package == "torch" else package), kind)
+    module = {"torch": "torch.optim", "torchao": "torchao.optim"}.get(package, package)
+    cls = getattr(importlib.import_module(module), kind)
     takes = inspect.signature(cls.__init__).parameters
     given = {k: v for k, v in VARIANTS[variant].items() if k in takes} | ARGUMENTS.get(name, {})
     if "lr" in takes and takes["lr"].default is inspect.Parameter.empty:
@@ -113,7 +118,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
         optimizer.train()
     for step in steps:
         torch.manual_seed(step)
-        x = torch.randn((2, 2, 6, 6) if first.dim() == 4 else (4, 4)).to(first.dtype)
+        x = torch.randn((2, 2, 6, 6) if first.dim() == 4 else (4, first.shape[1])).to(first.dtype)
 
         def closure(x: torch.Tensor = x) -> torch.Tensor:
             optimizer.zero_grad()
@@ -185,13 +190,30 @@ def check(name: str, dtype: str, variant: str, channels_last: bool, path: Path) 
 def _no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        with torch.compiler.set_stance("force_eager"):  # torchao compiles its steps, which takes longer than all else
+            yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["own.WideState", *QUICK])
 def test_a_sample_of_optimizers_goes_on_bit_for_bit(name: str, dtype: str, tmp_path: Path) -> None:
     check(name, dtype, "plain", False, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_optimizers_with_quantised_state_go_on_bit_for_bit(name: str, dtype: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    check(name, dtype, "plain", False, tmp_path)
+    state = trained_state(name, dtype)
+    assert any(hasattr(type(value), "__tensor_flatten__") for value in state.values()), "nothing was quantised"
+
+
+def trained_state(name: str, dtype: str) -> dict[str, Any]:
+    model, optimizer = make(name, DTYPES[dtype], "plain", False)
+    train(model, optimizer, range(1))
+    found: dict[str, Any] = optimizer.state[next(model.parameters())]
+    return found
 
 
 @pytest.mark.parametrize("variant", ["plain", "fused"])

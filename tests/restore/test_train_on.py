@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.options import by_stage
-from support.trainings import HABITS, Recipe, Training, differences, fingerprint, recipes
+from support.trainings import HABITS, QUANTISED, Recipe, Training, differences, fingerprint, recipes
 
 from asyncckpt import Checkpointer, Delta, Run, SaveFailed
 from asyncckpt.testing import SlowOps
@@ -89,6 +89,15 @@ def _check(recipe: Recipe, path: Path) -> None:
 @pytest.mark.parametrize("recipe", list(recipes(24, _SEED)), ids=str)
 def test_a_training_that_was_resumed_goes_on_as_if_never_broken(recipe: Recipe, tmp_path: Path) -> None:
     _check(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("optimizer", QUANTISED)
+@pytest.mark.parametrize(("module", "dtype", "habit"), [("flat", "fp32", "plain"), ("convolutions", "bf16", "perturb")])
+def test_optimizers_with_quantised_state_go_on(
+    optimizer: str, module: str, dtype: str, habit: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    _check(Recipe(_SEED, module, optimizer, dtype, habit=habit), tmp_path / "run")
 
 
 @pytest.mark.slow

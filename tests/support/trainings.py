@@ -6,6 +6,9 @@ resumed can be compared with one that was not broken.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import importlib.util
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -127,7 +130,13 @@ OPTIMIZERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "asgd": ("ASGD", {"lr": 1e-2}),
     "adafactor": ("Adafactor", {"lr": 1e-2}),
     "lbfgs": ("LBFGS", {"lr": 0.1, "history_size": 3, "max_iter": 2}),
+    "adamw-8bit": ("torchao.optim.AdamW8bit", {"lr": 1e-3}),
+    "adamw-4bit": ("torchao.optim.AdamW4bit", {"lr": 1e-3}),
+    "adamw-fp8": ("torchao.optim.AdamWFp8", {"lr": 1e-3}),
 }
+#: They keep their state in tensor subclasses, and are drawn only where torchao is installed.
+QUANTISED = ("adamw-8bit", "adamw-4bit", "adamw-fp8")
+_HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 #: They have no step for bf16 parameters on the CPU that runs twice alike, or none at all.
 _FP32_ONLY = frozenset({"lbfgs"})
 
@@ -158,7 +167,9 @@ class Training:
             if kind == "LBFGS"
             else [{"params": parameters[:half]}, {"params": parameters[half:], "lr": options["lr"] / 2}]
         )
-        self.optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(groups, **options)
+        module, _, name = kind.rpartition(".")
+        made = getattr(importlib.import_module(module or "torch.optim"), name)
+        self.optimizer: torch.optim.Optimizer = made(groups, **options)
         self.schedule = torch.optim.lr_scheduler.StepLR(self.optimizer, 2, 0.9)
         self.average = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
@@ -192,7 +203,10 @@ class Training:
         else:
             closure()
             habit.at_gradients(self, closure)
-            self.optimizer.step()
+            # torchao compiles its steps, which takes longer than all else
+            quantised = self.recipe.optimizer in QUANTISED
+            with torch.compiler.set_stance("force_eager") if quantised else contextlib.nullcontext():
+                self.optimizer.step()
         if self.recipe.dtype == "bf16-fp32-state" and number == 1:
             self._widen()
         self.schedule.step()
@@ -329,6 +343,8 @@ class Recipe:
             (self.dtype != "fp32" and self.optimizer in _FP32_ONLY)
             or (self.layout == "channels-last" and (self.module != "convolutions" or self.optimizer == "lbfgs"))
             or (self.dtype == "bf16-fp32-state" and self.optimizer != "momentum")
+            or (self.layout == "channels-last" and self.optimizer == "lbfgs")
+            or (self.optimizer in QUANTISED and (not _HAS_TORCHAO or self.habit == "forget"))
         )
 
 
@@ -348,6 +364,11 @@ def fingerprint(value: Any, path: str = "") -> dict[str, Any]:
         found = [fingerprint(item, f"{path}.{key}") for key, item in value.items()]
     elif isinstance(value, (list, tuple)):
         found = [fingerprint(item, f"{path}.{number}") for number, item in enumerate(value)]
+    elif hasattr(type(value), "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()
+        inside = {f"{path}.{name}": getattr(value, name) for name in names}
+        found = [{f"{path}.context": (str(type(value)), str(context))}]
+        found += [fingerprint(item, where) for where, item in inside.items()]
     elif isinstance(value, torch.Tensor):
         tensor = value.detach()
         strides = tensor.stride() if tensor.numel() > 1 and tensor.ndim > 1 else ()

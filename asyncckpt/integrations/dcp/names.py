@@ -16,6 +16,7 @@ from asyncckpt import jsontree
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.manifest.parse import is_component_name
 from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor
+from asyncckpt.state.wrappers import hides_values
 from asyncckpt.types import JsonValue
 
 Path = tuple[str | int, ...]
@@ -55,6 +56,17 @@ class Names:
         """Return a stored value; numbers and text are of the live one's class where that is a subclass. Raises
         ``CheckpointDamaged``."""
         return jsontree.decode(self.trees[fqn], _no_tensor, live=jsontree.Live(live))
+
+
+def check_has_bytes(fqn: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor of a subclass that wraps others or computes its values: DCP plans for none of what is inside, and
+    a copy of the outside would be something else. Raises ``UnsupportedValue``."""
+    if hides_values(tensor):
+        raise UnsupportedValue(
+            f"{fqn}: a {type(tensor).__name__} has no bytes of its own, and torch.distributed.checkpoint does not ask "
+            f"for those inside it. Give it the tensors inside (__tensor_flatten__ names them), or use "
+            f"asyncckpt.Checkpointer, which stores them"
+        )
 
 
 def components_of(

@@ -31,7 +31,7 @@ from torch.futures import Future
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.chosen import open_chosen
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, InvalidOption, RanksDisagree, RunPathError
-from asyncckpt.integrations.dcp.names import Names, names_of
+from asyncckpt.integrations.dcp.names import Names, check_has_bytes, names_of
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
 from asyncckpt.read.boxes import TargetBox
@@ -117,6 +117,7 @@ class Reader(StorageReader):
                 continue
             fqn = item.storage_index.fqn
             target = planner.resolve_tensor(item).detach()
+            check_has_bytes(fqn, target)
             begin = item.storage_index.offset or torch.Size([0] * len(item.storage_offsets))
             offsets = tuple(a + b for a, b in zip(begin, item.storage_offsets, strict=True))
             wanted.setdefault(fqn, []).append(TargetBox(target, offsets))

@@ -31,7 +31,7 @@ from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.errors import InvalidOption, SaveFailed, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
-from asyncckpt.integrations.dcp.names import Path, encode_value, place_of
+from asyncckpt.integrations.dcp.names import Path, check_has_bytes, encode_value, place_of
 from asyncckpt.integrations.dcp.session import THREADS, Stager, WriterSession
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord, FileRecord, StoredTensor
 from asyncckpt.protocols import PendingDirectory
@@ -299,6 +299,7 @@ def _check_storable(fqn: str, dtype: torch.dtype, layout: torch.layout) -> str:
 def _piece(item: WriteItem, tensor: torch.Tensor, paths: Mapping[str, Path]) -> LocalTensor:
     fqn = item.index.fqn
     code = _check_storable(fqn, tensor.dtype, tensor.layout)
+    check_has_bytes(fqn, tensor)
     chunk, _ = _chunk(item)
     if tuple(tensor.shape) != tuple(chunk.sizes):
         raise SaveFailed(f"{fqn}: planned as {list(chunk.sizes)}, and is {list(tensor.shape)}")
