@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +23,7 @@ from asyncckpt.protocols import Stateful
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
 from asyncckpt.state.fqn import canonical_names, parameter_names, same_memory, unwrapped
+from asyncckpt.state.kept import PLAIN_TYPES, KeptCaptures, keep_module, keep_state, mark_buffers
 from asyncckpt.state.markers import LocalShard, Replicated, without_owners, without_shards
 from asyncckpt.state.optimizer import (
     group_parameters,
@@ -46,8 +47,11 @@ Sink = Callable[[str, torch.Tensor], None]
 
 
 @torch.no_grad()  # autograd would make a node for each DTensor's local part, which takes longer than all the rest
-def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) -> Snapshot:
-    """Capture the training state, or with ``weights_only`` its modules alone.
+def capture(
+    state: Mapping[str, Any], step: int, *, weights_only: bool = False, kept: KeptCaptures | None = None
+) -> Snapshot:
+    """Capture the training state, or with ``weights_only`` its modules alone. ``kept``: what the captures before have
+    made, and this one will; the result is the same without.
 
     Runs on the training thread, takes milliseconds, and waits for no other rank: a ``DTensor`` that has to be
     redistributed is left to whoever knows that all ranks have come so far (``LocalTensor.redistribute``). Raises
@@ -62,14 +66,21 @@ def capture(state: Mapping[str, Any], step: int, *, weights_only: bool = False) 
                 f"{name.replace('+', '_')!r} say"
             )
     state, owners = without_owners(state)
+    kept = KeptCaptures() if kept is None else kept
     modules = {name: value for name, value in state.items() if isinstance(value, nn.Module)}
+    parameters = {name: dict(one.named_parameters(remove_duplicate=False)) for name, one in modules.items()}
     if weights_only:
         if not modules:
             raise InvalidOption("weights_only: the state holds no torch.nn.Module")
-        components = [_module(name, module) for name, module in modules.items()]
+        components = [_module(name, module, parameters[name], kept) for name, module in modules.items()]
     else:
-        names = parameter_names(modules)
-        components = [_component(name, value, state, names) for name, value in state.items()]
+        names = parameter_names(modules, parameters)
+        components = [
+            _module(name, value, parameters[name], kept)
+            if name in modules
+            else _component(name, value, state, names, kept)
+            for name, value in state.items()
+        ]
     for component in components:
         if component.name in owners:
             component.shared, component.owner = True, owners[component.name]
@@ -118,47 +129,93 @@ def class_name(value: Any) -> str:
 
 
 def _component(
-    name: str, value: Any, state: Mapping[str, Any], owners: Mapping[int, tuple[str, str]]
+    name: str, value: Any, state: Mapping[str, Any], owners: Mapping[int, tuple[str, str]], kept: KeptCaptures
 ) -> ComponentSnapshot:
     kind = kind_of(value)
-    if kind == "module":
-        return _module(name, value)
     if kind == "optimizer":
-        type_name = class_name(local_optimizer(name, value))
-    else:
-        type_name = class_name(value) if kind == "stateful" else ""
+        return _optimizer(name, value, state, owners, kept)
+    type_name = class_name(value) if kind == "stateful" else ""
     pieces: list[LocalTensor] = []
-    aliases: dict[str, str] = {}
-    shared = kind in ("optimizer", "tensor") or isinstance(value, Replicated)
-    objects = object_state if kind == "optimizer" else None
-    if kind == "optimizer":
-        kind, value = named_optimizer_state(name, value, owners, state)
-    elif kind == "stateful":
+    shared = kind == "tensor" or isinstance(value, Replicated)
+    if kind == "stateful":
         value = value.state_dict()
     shards: dict[int, LocalShard] = {}
-    value = without_shards(value, shards) if objects is None else value
-    tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name, objects=objects)
+    value = without_shards(value, shards)
+    tree = jsontree.encode(value, "", _sink(name, pieces, shards), component=name)
+    shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
+    return ComponentSnapshot(name, kind, pieces, {}, tree, shared, type_name, _strides(pieces))
+
+
+def _optimizer(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    owners: Mapping[int, tuple[str, str]],
+    kept: KeptCaptures,
+) -> ComponentSnapshot:
+    type_name = class_name(local_optimizer(name, optimizer))
+    kind, value = named_optimizer_state(name, optimizer, owners, state)
+    pieces: list[LocalTensor] = []
+    # where there is more beside these two, names of tensors may depend on it
+    keepable = kind == "optimizer" and list(value) == ["state", "param_groups"]
+    known = kept.states.get(name) if keepable else None
+    found = known.pieces(value["state"]) if known is not None else None
+    if known is not None and found is not None:
+        pieces += found
+        value = {**value, "state": jsontree.Encoded(known.tree)}
+    tree: Any = jsontree.encode(value, "", _sink(name, pieces), component=name, objects=object_state)
+    if keepable and found is None:
+        of_state = [piece for piece in pieces if piece.spec.name.startswith("state.")]
+        made = keep_state(value["state"], of_state, tree["state"])
+        kept.states.pop(name, None)
+        if made is not None:
+            kept.states[name] = made
     if kind == "optimizer":
         rename_group_tensors(tree, pieces)
-    shared = shared or any(piece.rows is not None or piece.span is not None for piece in pieces)
-    snapshot = ComponentSnapshot(name, kind, pieces, aliases, tree, shared, type_name, _strides(pieces))
+    snapshot = ComponentSnapshot(name, kind, pieces, {}, tree, True, type_name, _strides(pieces))
     if kind == "optimizer":
         snapshot.parameters = group_parameters(tree)
     return snapshot
 
 
-def _module(name: str, module: nn.Module) -> ComponentSnapshot:
+def _module(
+    name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter], kept: KeptCaptures
+) -> ComponentSnapshot:
+    raw = _state_dict(module, parameters)
+    names = canonical_names(module, raw)
+    frozen = _frozen(parameters)
+    buffers = _buffers(module) if not parameters.keys() >= raw.keys() else frozenset()
+    fqns, values = list(names.values()), list(raw.values())
+    known = kept.modules.pop(name, None)
+    pieces = known.pieces(fqns, values, frozen, buffers) if known is not None else None
+    if known is not None and pieces is not None:
+        kept.modules[name] = known
+        aliases = dict(known.aliases)
+        return ComponentSnapshot(name, "module", pieces, aliases, {}, True, class_name(module), _strides(pieces))
+    snapshot = _new_module(name, module, raw, names, parameters, frozen, buffers)
+    made = keep_module(fqns, values, frozen, buffers, snapshot.pieces, snapshot.aliases)
+    if made is not None:
+        kept.modules[name] = made
+    return snapshot
+
+
+def _new_module(
+    name: str,
+    module: nn.Module,
+    raw: Mapping[str, Any],
+    names: Mapping[str, str],
+    parameters: Mapping[str, nn.Parameter],
+    frozen: Collection[int],
+    buffers: Collection[str],
+) -> ComponentSnapshot:
+    """Capture a module whose ``state_dict`` is ``raw``, with the FQNs ``names``; ``frozen`` has the addresses of frozen
+    parameters."""
     pieces: list[LocalTensor] = []
     aliases: dict[str, str] = {}
     extras: dict[str, Any] = {}
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    raw = _state_dict(module, parameters)
-    names = canonical_names(module, raw)
     first_views: dict[tuple[int, torch.dtype], list[tuple[str, torch.Tensor]]] = {}
     add = _sink(name, pieces)
-    frozen = _frozen(parameters)
     first_names: dict[int, str] = {}
-    buffers = _buffers(module) if not parameters.keys() >= raw.keys() else frozenset()
     for key, value in raw.items():
         fqn = names[key]
         if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
@@ -173,7 +230,6 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
             else:
                 still = parameter is not None and not parameter.requires_grad
                 pieces.append(piece_of(name, fqn, value, frozen=still))
-                pieces[-1].first_only = fqn in buffers
             continue
         if value.numel() and value.layout is torch.strided:
             seen = first_views.setdefault((value.data_ptr(), value.dtype), [])
@@ -183,7 +239,7 @@ def _module(name: str, module: nn.Module) -> ComponentSnapshot:
                 continue
             seen.append((fqn, value))
         pieces.append(piece_of(name, fqn, value, frozen=value.data_ptr() in frozen))
-        pieces[-1].first_only = fqn in buffers
+    mark_buffers(pieces, buffers)
     count = len(pieces)
     tree: JsonValue = jsontree.encode(extras, "", add, component=name)
     for piece in pieces[count:]:
@@ -245,7 +301,7 @@ def piece_of(component: str, name: str, tensor: torch.Tensor, *, frozen: bool = 
     ``UnsupportedValue`` for a tensor that cannot be stored as dense bytes."""
     if is_distributed(tensor) or is_sharded_tensor(tensor):
         return _distributed_piece(component, name, tensor, frozen)
-    if type(tensor) not in _PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
+    if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided or tensor.is_meta:
         _check_storable(f"state[{component!r}][{name!r}]", tensor)
     return LocalTensor(_spec(component, name, tensor.dtype, tensor.shape, frozen), tensor)
 
@@ -287,9 +343,6 @@ def _check_storable(where: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise UnsupportedValue(f"{where}: a tensor on the meta device has no values to save")
     _check_subclass(tensor, where)
-
-
-_PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 
 
 def _check_subclass(tensor: torch.Tensor, where: str) -> None:
