@@ -193,7 +193,7 @@ def _module(
         aliases = dict(known.aliases)
         return ComponentSnapshot(name, "module", pieces, aliases, {}, True, class_name(module), _strides(pieces))
     snapshot = _new_module(name, module, raw, names, parameters, frozen, buffers)
-    made = keep_module(fqns, values, frozen, buffers, snapshot.pieces, snapshot.aliases)
+    made = keep_module(fqns, values, frozen, snapshot.pieces, snapshot.aliases)
     if made is not None:
         kept.modules[name] = made
     return snapshot

@@ -106,17 +106,16 @@ class KeptModule:
     twins: list[int]
     places: list[Any]
     frozen: list[bool] | None
-    buffers: frozenset[str]
     chosen: list[int]
     specs: list[TensorSpec]
     aliases: Mapping[str, str]
 
     def pieces(
-        self, fqns: list[str], values: Sequence[Any], frozen: Collection[int], buffers: frozenset[str]
+        self, fqns: list[str], values: Sequence[Any], frozen: Collection[int], buffers: Collection[str]
     ) -> list[LocalTensor] | None:
         """Return the pieces of a ``state_dict`` with these names and values, or None where it differs in more than what
         the tensors hold. ``frozen``: the addresses of frozen parameters; ``buffers``: the names of buffers."""
-        if fqns != self.fqns or buffers != self.buffers or not self.tensors.fits(values):
+        if fqns != self.fqns or not self.tensors.fits(values):
             return None
         addresses = list(map(_address, values))
         if _twins(addresses) != self.twins or _places(values, self.twins) != self.places:
@@ -133,7 +132,6 @@ def keep_module(
     fqns: list[str],
     values: Sequence[Any],
     frozen: Collection[int],
-    buffers: frozenset[str],
     pieces: Sequence[LocalTensor],
     aliases: Mapping[str, str],
 ) -> KeptModule | None:
@@ -150,7 +148,7 @@ def keep_module(
     addresses = list(map(_address, values))
     twins = _twins(addresses)
     places, still = _places(values, twins), _frozen(addresses, frozen)
-    return KeptModule(fqns, tensors, twins, places, still, buffers, chosen, specs, dict(aliases))
+    return KeptModule(fqns, tensors, twins, places, still, chosen, specs, dict(aliases))
 
 
 def mark_buffers(pieces: Sequence[LocalTensor], buffers: Collection[str]) -> None:
