@@ -17,7 +17,7 @@ from asyncckpt import interrupts
 from asyncckpt.commit.in_flight import InFlightSaves
 from asyncckpt.errors import ChangedWhileCopied, InvalidOption
 from asyncckpt.stage.checks import SnapshotChecks
-from asyncckpt.stage.eager import OwnedMemory, storages
+from asyncckpt.stage.eager import OwnedMemory, OwnedRanges, storages
 from asyncckpt.stage.streams import is_capturing
 
 
@@ -43,6 +43,8 @@ class WatchedOptimizers:
         self._captured: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         #: Of the latest save, and of those before that a device has not answered for yet.
         self._checks: list[SnapshotChecks] = []
+        #: The memory that was owned at the latest save.
+        self._ranges: OwnedRanges | None = None
 
     def add(self, *optimizers: torch.optim.Optimizer) -> None:
         """Watch these optimizers, or the ones that they wrap. Idempotent. Raises ``InvalidOption`` for anything else,
@@ -127,12 +129,14 @@ class WatchedOptimizers:
         forward. What an optimizer steps over inside a CUDA graph is left out, too: no hook is called then. At the
         beginning of a save, before it is decided what is deferred: what devices have found out since then counts."""
         self._checks = [checks for checks in self._checks if checks.waits_for_device()]
-        memory = OwnedMemory()
-        captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
+        memory = OwnedMemory(self._ranges)
+        owned: list[torch.Tensor] = []
         for optimizer in self._alive():
-            owned = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            owned += [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
             owned += _state_tensors(optimizer)
-            memory.add(tensor for tensor in owned if id(tensor) not in captured)
+        captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
+        memory.add(owned if not captured else [tensor for tensor in owned if id(tensor) not in captured])
+        self._ranges = memory.ranges
         return memory
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
