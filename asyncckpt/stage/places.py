@@ -3,18 +3,11 @@ before."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
-
-_address: Callable[[torch.Tensor], int] = methodcaller("data_ptr")
-_count: Callable[[torch.Tensor], int] = methodcaller("numel")
-_item: Callable[[torch.Tensor], int] = methodcaller("element_size")
-_contiguous: Callable[[torch.Tensor], bool] = methodcaller("is_contiguous")
-_device: Callable[[torch.Tensor], torch.device] = attrgetter("device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +25,13 @@ class Places:
 
 def places_of(tensors: Sequence[torch.Tensor]) -> Places:
     """Read where these tensors lie. For the training thread: it takes less than a microsecond a tensor."""
-    contiguous = list(map(_contiguous, tensors))
+    # one list after the other: nothing is faster, neither tuples of all nor operator.attrgetter
+    contiguous = [one.is_contiguous() for one in tensors]
     others = [] if all(contiguous) else [index for index, whole in enumerate(contiguous) if not whole]
     return Places(
-        list(map(_address, tensors)),
-        list(map(_count, tensors)),
-        list(map(_item, tensors)),
+        [one.data_ptr() for one in tensors],
+        [one.numel() for one in tensors],
+        [one.element_size() for one in tensors],
         contiguous,
         [(index, tensors[index].shape, tensors[index].stride()) for index in others],
     )
@@ -45,4 +39,4 @@ def places_of(tensors: Sequence[torch.Tensor]) -> Places:
 
 def cuda_devices(tensors: Sequence[torch.Tensor]) -> set[torch.device]:
     """Return the CUDA devices that these tensors lie on."""
-    return {device for device in set(map(_device, tensors)) if device.type == "cuda"}
+    return {one.device for one in tensors if one.is_cuda}

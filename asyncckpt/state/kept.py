@@ -7,10 +7,9 @@ compared at every capture, and where one differs the component is captured as if
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -21,27 +20,30 @@ from asyncckpt.types import JsonValue, LocalTensor, TensorSpec
 #: Tensors of these types are what they seem: no subclass computes or hides their values.
 PLAIN_TYPES = frozenset({torch.Tensor, nn.Parameter, nn.Buffer})
 
-#: What a plain tensor's specification is made of, and what makes it one that can be stored.
-_form: Callable[[torch.Tensor], tuple[Any, ...]] = attrgetter("dtype", "shape", "layout", "is_meta")
-_address: Callable[[torch.Tensor], int] = methodcaller("data_ptr")
+
+def _forms(tensors: Collection[torch.Tensor]) -> tuple[list[Any], ...]:
+    """Return what the specifications of plain tensors are made of, and what makes them ones that can be stored."""
+    # one list after the other: nothing is faster, neither tuples of all nor operator.attrgetter
+    dtypes, shapes = [one.dtype for one in tensors], [one.shape for one in tensors]
+    return dtypes, shapes, [one.layout for one in tensors], [one.is_meta for one in tensors]
 
 
 @dataclass(frozen=True, slots=True)
 class KeptTensors:
     """Holds the specifications of plain tensors that were captured in order. ``forms``: what they were made of."""
 
-    forms: list[tuple[Any, ...]]
+    forms: tuple[list[Any], ...]
     specs: list[TensorSpec]
 
     def fits(self, tensors: Collection[Any]) -> bool:
         """Whether these are as many plain tensors, of the same dtypes and shapes in the same order."""
-        return set(map(type, tensors)) <= PLAIN_TYPES and list(map(_form, tensors)) == self.forms
+        return set(map(type, tensors)) <= PLAIN_TYPES and _forms(tensors) == self.forms
 
 
 def _kept(tensors: Collection[Any], specs: Sequence[TensorSpec]) -> KeptTensors | None:
     if len(tensors) != len(specs) or not set(map(type, tensors)) <= PLAIN_TYPES:
         return None
-    return KeptTensors(list(map(_form, tensors)), list(specs))
+    return KeptTensors(_forms(tensors), list(specs))
 
 
 # -- the state of an optimizer ---------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ class KeptModule:
         the tensors hold. ``frozen``: the addresses of frozen parameters; ``buffers``: the names of buffers."""
         if fqns != self.fqns or not self.tensors.fits(values):
             return None
-        addresses = list(map(_address, values))
+        addresses = [value.data_ptr() for value in values]
         if _twins(addresses) != self.twins or _places(values, self.twins) != self.places:
             return None
         if _frozen(addresses, frozen) != self.frozen:
@@ -145,7 +147,7 @@ def keep_module(
     tensors = _kept(values, [by_name[aliases.get(fqn, fqn)] for fqn in fqns])
     if tensors is None:
         return None
-    addresses = list(map(_address, values))
+    addresses = [value.data_ptr() for value in values]
     twins = _twins(addresses)
     places, still = _places(values, twins), _frozen(addresses, frozen)
     return KeptModule(fqns, tensors, twins, places, still, chosen, specs, dict(aliases))
