@@ -327,7 +327,7 @@ class Recipe:
         """Whether torch can train this at all."""
         return not (
             (self.dtype != "fp32" and self.optimizer in _FP32_ONLY)
-            or (self.layout == "channels-last" and self.module != "convolutions")
+            or (self.layout == "channels-last" and (self.module != "convolutions" or self.optimizer == "lbfgs"))
             or (self.dtype == "bf16-fp32-state" and self.optimizer != "momentum")
         )
 

@@ -3,7 +3,18 @@
 Each module adds its own to ``MUTANTS`` when it is imported, which is here.
 """
 
-from faults.mutants import beside_saves, catalog, content, copies, durability, errors, order
+from faults.mutants import beside_saves, catalog, content, copies, durability, errors, order, state
 from faults.mutants.registry import MUTANTS, Mutant
 
-__all__ = ["MUTANTS", "Mutant", "beside_saves", "catalog", "content", "copies", "durability", "errors", "order"]
+__all__ = [
+    "MUTANTS",
+    "Mutant",
+    "beside_saves",
+    "catalog",
+    "content",
+    "copies",
+    "durability",
+    "errors",
+    "order",
+    "state",
+]
