@@ -32,6 +32,7 @@ from asyncckpt.ranks.replicas import ReplicaSample, whole_digests
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import capture
+from asyncckpt.state.kept import KeptCaptures
 from asyncckpt.state.markers import without_owners
 from asyncckpt.types import LayoutOptions
 from asyncckpt.write.encoder import Encoder
@@ -76,6 +77,7 @@ class SaveBuilder:
         self._events = events
         self._committer = committer
         self._reuse = reuse if writer.reuse_unchanged else None
+        self._kept = KeptCaptures()
         self._layouts = LayoutCache(self._format, self._codec, layout)
         #: Identifies the layout for which the arena was last found large enough.
         self._fits: tuple[int, int, str] | None = None
@@ -104,7 +106,7 @@ class SaveBuilder:
         that of the save, None where nothing is saved yet. In a job, blocks where names or shapes are new, until all
         ranks have called. Raises as ``capture`` and ``JobPlanner.plan`` do, ``PlanChanged`` among them."""
         try:
-            snapshot = capture(state, step, weights_only=weights_only)
+            snapshot = capture(state, step, weights_only=weights_only, kept=self._kept)
         except BaseException as error:
             if coordinator is not None and number is None:  # of a save that failed, the coordinator tells the others
                 with contextlib.suppress(AsyncCkptError):

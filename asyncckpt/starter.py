@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
@@ -26,9 +26,10 @@ from asyncckpt.saver import SaveBuilder
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.deferral import Deferral
-from asyncckpt.stage.eager import Division, divide
+from asyncckpt.stage.eager import Divider, Division, divide
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.stage.options import OnBusy, StagingOptions
+from asyncckpt.stage.places import cuda_devices
 from asyncckpt.stage.samples import Sampler
 from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams, is_capturing
@@ -78,6 +79,7 @@ class SaveStarter:
         self._streams = CopyStreams()
         self._deferral = Deferral(events)
         self._sampler = Sampler()
+        self._divider = Divider()
         self.stager = Stager()
         #: The components of which was said that they store nothing.
         self._told: set[str] = set()
@@ -130,7 +132,8 @@ class SaveStarter:
             policy = self._options.on_busy if request.may_skip or self._options.on_busy != "skip" else "wait"
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, beside, began)
-            checks, division = self._divide(planned, save.scope)
+            devices = cuda_devices([piece.tensor for piece in pieces])
+            checks, division = self._divide(planned, save.scope, devices)
             deferred = bool(division.deferred)
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             staging = StagingJob(
@@ -138,7 +141,7 @@ class SaveStarter:
                 pieces,
                 layout.extents(),
                 self._builder.arena,
-                self._streams,
+                self._streams.of(devices),
                 save.shards,
                 self._events,
                 began,
@@ -164,8 +167,11 @@ class SaveStarter:
         staging.note_stall(began, "save")
         return pending
 
-    def _divide(self, planned: Planned, scope: SaveScope) -> tuple[SnapshotChecks | None, Division]:
-        """Decide what is copied when, and begin to check that it is right."""
+    def _divide(
+        self, planned: Planned, scope: SaveScope, devices: Collection[torch.device]
+    ) -> tuple[SnapshotChecks | None, Division]:
+        """Decide what is copied when, and begin to check that it is right. ``devices``: the CUDA devices that pieces
+        lie on."""
         pieces = planned.pieces
         if not self._watched:
             return None, Division(set(range(len(pieces))), [], {})
@@ -173,8 +179,10 @@ class SaveStarter:
         self._watched.tell_of_unused_gradients(scope.step)
         owned = self._watched.owned()
         keys = self._deferral.keys((planned.layout.fingerprint, len(pieces)), planned.components)
-        division = divide(pieces, owned, self._deferral.earned(keys))
-        checks = SnapshotChecks(scope, self._deferral, keys, pieces, division, owned, planned.layout, self._sampler)
+        division = divide(pieces, owned, self._deferral.earned(keys), self._divider)
+        checks = SnapshotChecks(
+            scope, self._deferral, keys, pieces, division, owned, planned.layout, self._sampler, bool(devices)
+        )
         self._watched.check(checks)
         return checks, division
 

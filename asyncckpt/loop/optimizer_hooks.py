@@ -18,7 +18,7 @@ from asyncckpt.commit.in_flight import InFlightSaves
 from asyncckpt.errors import ChangedWhileCopied, InvalidOption
 from asyncckpt.loop.unused_gradients import UnusedGradients
 from asyncckpt.stage.checks import SnapshotChecks
-from asyncckpt.stage.eager import OwnedMemory, storages
+from asyncckpt.stage.eager import OwnedMemory, OwnedRanges, storages
 from asyncckpt.stage.streams import is_capturing
 from asyncckpt.state.wrappers import plain_parts
 
@@ -46,6 +46,8 @@ class WatchedOptimizers:
         #: Of the latest save, and of those before that a device has not answered for yet.
         self._checks: list[SnapshotChecks] = []
         self._gradients = UnusedGradients()
+        #: The memory that was owned at the latest save.
+        self._ranges: OwnedRanges | None = None
 
     def add(self, *optimizers: torch.optim.Optimizer) -> None:
         """Watch these optimizers, or the ones that they wrap. Idempotent. Raises ``InvalidOption`` for anything else,
@@ -133,12 +135,14 @@ class WatchedOptimizers:
         forward. What an optimizer steps over inside a CUDA graph is left out, too: no hook is called then. At the
         beginning of a save, before it is decided what is deferred: what devices have found out since then counts."""
         self._checks = [checks for checks in self._checks if checks.waits_for_device()]
-        memory = OwnedMemory()
-        captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
+        memory = OwnedMemory(self._ranges)
+        owned: list[torch.Tensor] = []
         for optimizer in self._alive():
-            owned = plain_parts(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+            owned += plain_parts(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
             owned += _state_tensors(optimizer)
-            memory.add(tensor for tensor in owned if id(tensor) not in captured)
+        captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
+        memory.add(owned if not captured else [tensor for tensor in owned if id(tensor) not in captured])
+        self._ranges = memory.ranges
         return memory
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:

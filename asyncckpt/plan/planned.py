@@ -25,8 +25,9 @@ class ReplicatedTensor:
 
     def part_bytes(self, part: int) -> tuple[int, int]:
         """Return the range of bytes of the whole tensor that a part is."""
-        width = self.spec.nbytes // self.rows.bounds[-1] if self.rows.bounds[-1] else 0
-        return self.rows.bounds[part] * width, self.rows.bounds[part + 1] * width
+        bounds = self.rows.bounds
+        width = self.spec.nbytes // bounds[-1] if bounds[-1] else 0
+        return bounds[part] * width, bounds[part + 1] * width
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ SAMPLE_BYTES: Final = 256 << 10
 _GRAIN: Final = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: each save makes more than a hundred on the training thread
 class _Range:
     """A range of a tensor's row-major bytes that a rank samples: ``nbytes`` from ``begin`` of the whole tensor on."""
 
@@ -72,16 +72,18 @@ class ReplicaSample:
     def _copy(self) -> None:
         """Copy all ranges. Of tensors on a CUDA device, the copies are enqueued on its current stream, behind whatever
         changed them."""
-        total, on_device = 0, any(one.tensor.tensor.is_cuda for one in self._ranges)
+        total = 0
+        tensors = [one.tensor.tensor for one in self._ranges]
         for one in self._ranges:
             self._places.append((total, total + one.nbytes))
             total += -(-one.nbytes // _GRAIN) * _GRAIN
+        on_device = any(tensor.is_cuda for tensor in tensors)
         self._bytes = torch.empty(total, dtype=torch.uint8, pin_memory=on_device)
-        address, devices = self._bytes.data_ptr(), set()
-        for one, (begin, end) in zip(self._ranges, self._places, strict=True):
-            tensor, source = one.tensor.tensor, one.begin - one.tensor.begin
+        address, devices, copy = self._bytes.data_ptr(), set(), ctypes.memmove
+        for one, tensor, (begin, end) in zip(self._ranges, tensors, self._places, strict=True):
+            source = one.begin - one.tensor.begin
             if tensor.is_cpu and is_plain(tensor):
-                ctypes.memmove(address + begin, tensor.data_ptr() + source, one.nbytes)
+                copy(address + begin, tensor.data_ptr() + source, one.nbytes)
                 continue
             tensor = tensor.detach()
             item = tensor.element_size()
@@ -106,17 +108,19 @@ def _ranges(
     chosen = range(number % stride, len(replicated), stride)
     most = max(_GRAIN, SAMPLE_BYTES // max(1, len(chosen)) // _GRAIN * _GRAIN)
     found: list[_Range] = []
+    turn = number // stride
     for index in chosen:
         one = replicated[index]
-        part = one.rows.part_of_rank.get(rank)
-        if part is None or one.local < 0 or len(one.rows.holders[part]) == 1:
+        rows = one.rows
+        part = rows.part_of_rank.get(rank)
+        if part is None or one.local < 0 or len(rows.holders[part]) == 1:
             continue
         begin, end = one.part_bytes(part)
-        blocks = max(1, -(-(end - begin) // most))
-        at = begin + (number // stride) % blocks * most
-        if at + most > end:  # the last one ends where the part does
-            at = max(begin, end - most)
-        found.append(_Range(str(index), pieces[one.local], at, min(most, end - at)))
+        nbytes = end - begin
+        if nbytes > most:
+            # the last one ends where the part does
+            begin, nbytes = begin + min(turn % -(-nbytes // most) * most, nbytes - most), most
+        found.append(_Range(str(index), pieces[one.local], begin, nbytes))
     return found
 
 

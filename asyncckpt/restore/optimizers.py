@@ -32,7 +32,7 @@ from asyncckpt.restore.param_groups import hyper_parameters, sources_of
 from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode_like, load, on_host
 from asyncckpt.restore.saved_parameters import SavedParameter, SavedParameters
 from asyncckpt.restore.wrappers import DoesNotFit
-from asyncckpt.state.capture import class_name
+from asyncckpt.state.class_names import class_name
 from asyncckpt.state.dtensor import job_size
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import parameter_names

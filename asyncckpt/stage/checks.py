@@ -45,6 +45,7 @@ class SnapshotChecks:
         owned: OwnedMemory,
         layout: Layout,
         sampler: Sampler,
+        on_device: bool,
     ) -> None:
         self._scope = scope
         self._deferral = deferral
@@ -52,15 +53,16 @@ class SnapshotChecks:
         self._lock = threading.Lock()
         self._extents = extents = layout.extents()
         self._pieces: Sequence[LocalTensor] = pieces
-        checked = [n for n in division.deferred if not pieces[n].private and pieces[n].tensor.numel()]
+        checked = division.checked
+        self._checked = frozenset(checked)
         owners = {n: holder for n in division.on_trial if (holder := owned.holder_of(division.on_trial[n])) is not None}
         on_trial = {n: tensor for n, tensor in division.on_trial.items() if n in owners}
         self._trial = Trial(deferral, scope.step, keys, on_trial, owners, extents)
         #: Deferred pieces that may have changed before they were copied, as far as is known.
-        self._open = set(checked)
+        self._open = set(self._checked)
         #: Deferred pieces whose update has not begun yet.
-        self._untouched = set(checked)
-        self._on_device = any(piece.tensor.is_cuda for piece in pieces)
+        self._untouched = set(self._checked)
+        self._on_device = on_device
         self._left = len(extents)
         holders: list[torch.Tensor] = []
         #: The pieces by memory block. Of a trial they are needed when the save may have ended.
@@ -70,7 +72,7 @@ class SnapshotChecks:
             held = {id(holder) for holder in owned.holders}
             # what a module holds may have a counter of its own, such as a view that was put into ``parameter.data``
             holders = owned.holders + [tensor for n in checked if id(tensor := pieces[n].tensor) not in held]
-        self._addresses = {n: pieces[n].tensor.data_ptr() for n in checked}
+        self._addresses = division.addresses
         self._versions = holders, versions_of(holders)
         self._samples = sampler.take(pieces, checked, owned, layout)
         nbytes = layout.nbytes if checked else 0
@@ -85,8 +87,8 @@ class SnapshotChecks:
         moved = {
             segment.piece
             for segment in extent.segments
-            if (address := self._addresses.get(segment.piece)) is not None
-            and not _lies_at(self._pieces[segment.piece].tensor, address)
+            if segment.piece in self._checked
+            and not _lies_at(self._pieces[segment.piece].tensor, self._addresses[segment.piece])
         }
         if moved:
             raise self._changed(moved)

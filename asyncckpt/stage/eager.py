@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from asyncckpt.stage.live_bytes import local_part
+from asyncckpt.stage.places import Places, places_of
+from asyncckpt.state.wrappers import PLAIN_TYPES
 from asyncckpt.types import LocalTensor
 
 #: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
@@ -43,65 +45,88 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-class OwnedMemory:
-    """Collects the byte ranges that nothing but the update of a watched optimizer changes."""
+@dataclass(slots=True)
+class OwnedRanges:
+    """The byte ranges of some tensors. ``sizes``: of contiguous ones, by address; ``others``: begins and ends of the
+    rest; ``indexes``: of the tensors, by address."""
 
-    def __init__(self) -> None:
-        self._sizes: dict[int, int] = {}  # of contiguous tensors, by address
-        self._others: list[tuple[int, int]] = []
+    places: Places
+    sizes: dict[int, int] = field(default_factory=dict)
+    others: list[tuple[int, int]] = field(default_factory=list)
+    indexes: dict[int, int] = field(default_factory=dict)
+    begins: list[int] = field(default_factory=list)
+
+
+class OwnedMemory:
+    """Collects the byte ranges that nothing but the update of a watched optimizer changes. ``before``: those of the
+    save before, which are taken over where all tensors lie as they did then."""
+
+    def __init__(self, before: OwnedRanges | None = None) -> None:
+        self._before = before
+        self.ranges = OwnedRanges(places_of([]))
         #: The tensors that were added, as the optimizer holds them.
         self.holders: list[torch.Tensor] = []
-        self._begins: list[int] = []
-        self._by_begin: dict[int, torch.Tensor] = {}
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
-        sizes = self._sizes
-        for tensor in tensors:
-            self.holders.append(tensor)
-            here = local_part(tensor)
-            if here.is_contiguous():
-                begin, nbytes = here.data_ptr(), here.nbytes
-                self._by_begin[begin] = tensor
-                if sizes.get(begin, -1) < nbytes:
-                    sizes[begin] = nbytes
-            elif _is_dense(here):  # what lies in the gaps of others belongs to somebody else
-                self._others.append(_span(here))
-                self._by_begin[here.data_ptr()] = tensor
+        self.holders += tensors
+        here = [one if type(one) in PLAIN_TYPES else local_part(one) for one in self.holders]
+        places, before = places_of(here), self._before
+        self.ranges = before if before is not None and before.places == places else _ranges(here, places)
 
     def holder_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Return the tensor, as the optimizer holds it, in whose memory this one begins; None where there is none."""
-        exact = self._by_begin.get(tensor.data_ptr())
+        ranges = self.ranges
+        exact = ranges.indexes.get(tensor.data_ptr())
         if exact is not None:
-            return exact
-        if not self._begins:
-            self._begins = sorted(self._by_begin)
-        at = bisect.bisect_right(self._begins, tensor.data_ptr()) - 1
+            return self.holders[exact]
+        if not ranges.begins:
+            ranges.begins = sorted(ranges.indexes)
+        at = bisect.bisect_right(ranges.begins, tensor.data_ptr()) - 1
         if at < 0:
             return None
-        found = self._by_begin[self._begins[at]]
+        found = self.holders[ranges.indexes[ranges.begins[at]]]
         same_block = local_part(found).untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
         return found if same_block else None
 
-    def not_covered(self, pieces: Sequence[LocalTensor]) -> list[torch.Tensor]:
-        """Return the tensors of those pieces that do not lie wholly in owned ranges."""
-        size_at = self._sizes.get
-        doubtful = [
-            tensor
-            for piece in pieces
-            if size_at((tensor := piece.tensor).data_ptr()) != tensor.nbytes or not tensor.is_contiguous()
+    def doubtful(self, places: Places) -> list[int]:
+        """Return the indexes of those tensors of which it takes more than a look at an address to tell whether they lie
+        in owned ranges."""
+        size_at = self.ranges.sizes.get
+        return [
+            index
+            for index, (address, count, item, contiguous) in enumerate(
+                zip(places.addresses, places.counts, places.items, places.contiguous, strict=True)
+            )
+            if size_at(address) != count * item or not contiguous
         ]
+
+    def not_covered(self, doubtful: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Return those of the doubtful tensors that do not lie wholly in owned ranges."""
         uncovered = [tensor for tensor in doubtful if self._is_apart(tensor)]  # buffers
         if len(uncovered) == len(doubtful):
             return uncovered
-        whole = ((address, address + nbytes) for address, nbytes in self._sizes.items())
-        ranges = _merge(sorted([*whole, *self._others]))
+        whole = ((address, address + nbytes) for address, nbytes in self.ranges.sizes.items())
+        ranges = _merge(sorted([*whole, *self.ranges.others]))
         return [tensor for tensor in doubtful if not _lies_in(*_span(tensor), ranges)]
 
     def _is_apart(self, tensor: torch.Tensor) -> bool:
         """Whether nothing owned covers a tensor for sure, because it begins where its memory block does. False says
         nothing."""
         address = tensor.data_ptr()
-        return address not in self._sizes and not self._others and address == _block(tensor)[0] != 0
+        return address not in self.ranges.sizes and not self.ranges.others and address == _block(tensor)[0] != 0
+
+
+def _ranges(tensors: Sequence[torch.Tensor], places: Places) -> OwnedRanges:
+    found = OwnedRanges(places)
+    for index, tensor in enumerate(tensors):
+        begin = places.addresses[index]
+        if places.contiguous[index]:
+            found.indexes[begin] = index
+            found.sizes[begin] = max(found.sizes.get(begin, -1), places.counts[index] * places.items[index])
+        elif _is_dense(tensor):  # what lies in the gaps of others belongs to somebody else
+            found.others.append(_span(tensor))
+            found.indexes[begin] = index
+    return found
 
 
 def _lies_in(begin: int, end: int, ranges: Sequence[tuple[int, int]]) -> bool:
@@ -126,68 +151,132 @@ def _merge(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 class Division:
     """``eager``: indexes of the pieces that must be staged before ``save`` returns. ``deferred``: indexes of those that
     may be copied until the update that changes them. ``on_trial``: the tensors, by index, that are copied at once but
-    might be deferred once a step has shown that nothing else changes them."""
+    might be deferred once a step has shown that nothing else changes them. ``checked``: those of the deferred ones that
+    something else could change. ``addresses``: where all pieces begin in memory."""
 
     eager: set[int]
-    deferred: list[int]
+    deferred: Sequence[int]
     on_trial: Mapping[int, torch.Tensor]
+    checked: Sequence[int] = ()
+    addresses: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """What was decided, and all that it depends on. ``blocks``: the memory blocks of the pieces ``looked_at``.
+    ``at_once``: the pieces that may change any time; of the others ``now`` has not earned it to be deferred."""
+
+    ranges: OwnedRanges
+    places: Places
+    private: list[bool]
+    frozen: list[bool]
+    looked_at: list[int]
+    blocks: list[tuple[int, int]]
+    earned: Collection[int] | None
+    at_once: set[int]
+    now: list[int]
+    deferred: list[int]
+    checked: list[int]
+
+
+class Divider:
+    """Divides snapshots. A training state lies where it did at the save before: then what was decided holds, as long as
+    the same tensors have earned to be deferred. Where tensors lie, and everything else that the decision depends on, is
+    read and compared each time. Keeps no tensor. For the training thread."""
+
+    def __init__(self) -> None:
+        self._decided: _Decided | None = None
+
+    def divide(
+        self, pieces: Sequence[LocalTensor], owned: OwnedMemory, earned: Collection[int] | None = None
+    ) -> Division:
+        """Decide which pieces are copied when. Small pieces that would have to be staged at once are cloned, in
+        ``pieces`` itself. ``earned``: the indexes of those that may be deferred at all; None for every one.
+
+        A piece is deferred only where all pieces in its memory block lie in owned ranges and none of them is a frozen
+        parameter, under whatever name: flattened modules share one block, and one write may change more of it than one
+        tensor.
+        """
+        found = self._decided = self._decide(pieces, owned, earned)
+        on_trial: dict[int, torch.Tensor] = {}
+        eager: set[int] = set()
+        cloned = 0
+        for index in found.now:
+            piece = pieces[index]
+            tensor = piece.tensor
+            if index not in found.at_once and _can_be_tried(tensor):
+                on_trial[index] = tensor
+            nbytes = piece.spec.nbytes
+            # a clone saves nothing where all extents are staged now
+            if found.deferred and nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:
+                piece.tensor = tensor.detach().clone()
+                cloned += nbytes
+            else:
+                eager.add(index)
+        return Division(eager, found.deferred, on_trial, found.checked, found.places.addresses)
+
+    def _decide(self, pieces: Sequence[LocalTensor], owned: OwnedMemory, earned: Collection[int] | None) -> _Decided:
+        tensors = [piece.tensor for piece in pieces]
+        places = places_of(tensors)
+        private, frozen = [piece.private for piece in pieces], [piece.spec.frozen for piece in pieces]
+        last = self._decided
+        if (
+            last is not None
+            and last.ranges is owned.ranges
+            and last.places == places
+            and last.private == private
+            and last.frozen == frozen
+            and last.blocks == [_block(tensors[index]) for index in last.looked_at]
+        ):
+            if last.earned is earned:
+                return last
+            looked_at, blocks, at_once = last.looked_at, last.blocks, last.at_once
+        else:
+            doubtful = [n for n in owned.doubtful(places) if not private[n] and not frozen[n]]
+            still = [n for n, is_still in enumerate(frozen) if is_still and not private[n]]
+            looked_at = doubtful + still
+            blocks = [_block(tensors[index]) for index in looked_at]
+            risky = owned.not_covered([tensors[n] for n in doubtful]) + [tensors[n] for n in still]
+            at_once = _lying_in({_block(tensor) for tensor in risky}, places.addresses, private)
+        now: list[int] = []
+        deferred: list[int] = []
+        for index, (count, is_private) in enumerate(zip(places.counts, private, strict=True)):
+            may_wait = earned is None or index in earned or is_private or not count
+            (deferred if may_wait and index not in at_once else now).append(index)
+        checked = [n for n in deferred if places.counts[n] and not private[n]]
+        return _Decided(
+            owned.ranges, places, private, frozen, looked_at, blocks, earned, at_once, now, deferred, checked
+        )
 
 
 #: The memory of tensors on these devices can be compared with what was staged.
 _TRIED_DEVICES = frozenset({"cpu", "cuda"})
 
 
-def divide(pieces: Sequence[LocalTensor], owned: OwnedMemory, earned: Collection[int] | None = None) -> Division:
-    """Decide which pieces are copied when. Small pieces that would have to be staged at once are cloned, in ``pieces``
-    itself. ``earned``: the indexes of those that may be deferred at all; None for every one.
-
-    A piece is deferred only where all pieces in its memory block lie in owned ranges and none of them is a frozen
-    parameter, under whatever name: flattened modules share one block, and one write may change more of it than one
-    tensor.
-    """
-    at_once = _may_change_any_time(pieces, owned)
-    if not at_once and (earned is None or len(earned) == len(pieces)):
-        return Division(set(), list(range(len(pieces))), {})
-    deferred: list[int] = []
-    on_trial: dict[int, torch.Tensor] = {}
-    now: list[int] = []
-    for index, piece in enumerate(pieces):
-        if index in at_once:
-            now.append(index)
-        elif earned is None or index in earned or piece.private or not piece.tensor.numel():
-            deferred.append(index)
-        else:
-            now.append(index)
-            tensor = piece.tensor
-            if tensor.device.type in _TRIED_DEVICES and not tensor.is_conj() and not tensor.is_neg():
-                on_trial[index] = tensor
-    eager: set[int] = set()
-    cloned = 0
-    for index in now:
-        piece = pieces[index]
-        nbytes = piece.spec.nbytes
-        # a clone saves nothing where all extents are staged now
-        if deferred and nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:
-            piece.tensor = piece.tensor.detach().clone()
-            cloned += nbytes
-        else:
-            eager.add(index)
-    return Division(eager, deferred, on_trial)
+def _can_be_tried(tensor: torch.Tensor) -> bool:
+    return tensor.device.type in _TRIED_DEVICES and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _may_change_any_time(pieces: Sequence[LocalTensor], owned: OwnedMemory) -> set[int]:
-    """Return the indexes of the pieces that something else than the update of a watched optimizer may change."""
-    ours = [piece for piece in pieces if not piece.private and not piece.spec.frozen]
-    frozen = [piece.tensor for piece in pieces if piece.spec.frozen and not piece.private]
-    blocks = _merge(sorted({_block(tensor) for tensor in [*owned.not_covered(ours), *frozen]}))
+def divide(
+    pieces: Sequence[LocalTensor],
+    owned: OwnedMemory,
+    earned: Collection[int] | None = None,
+    divider: Divider | None = None,
+) -> Division:
+    """Divide a snapshot as ``Divider.divide`` does; ``divider`` has divided those before."""
+    return (divider or Divider()).divide(pieces, owned, earned)
+
+
+def _lying_in(blocks: Collection[tuple[int, int]], addresses: Sequence[int], private: Sequence[bool]) -> set[int]:
+    """Return the indexes of the pieces that begin in one of these memory blocks, but for private ones."""
     if not blocks:
         return set()
-    begins = [begin for begin, _ in blocks]
+    merged = _merge(sorted(blocks))
+    begins = [begin for begin, _ in merged]
     found: set[int] = set()
-    for index, piece in enumerate(pieces):
-        address = piece.tensor.data_ptr()
+    for index, address in enumerate(addresses):
         at = bisect.bisect_right(begins, address) - 1
-        if not piece.private and at >= 0 and address < blocks[at][1]:
+        if not private[index] and at >= 0 and address < merged[at][1]:
             found.add(index)
     return found
 

@@ -27,7 +27,7 @@ from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
 from asyncckpt.stage.image import finish_image, slot_bytes, staged_digests
 from asyncckpt.stage.staged import ExtentSink, StagedExtent
-from asyncckpt.stage.streams import CopyStreams
+from asyncckpt.stage.streams import Copies
 from asyncckpt.types import Extent, LocalTensor
 
 log = logging.getLogger("asyncckpt")
@@ -64,7 +64,7 @@ class StagingJob:
         pieces: Sequence[LocalTensor],
         extents: Sequence[Extent],
         arena: Arena,
-        streams: CopyStreams,
+        streams: Copies,
         sink: ExtentSink,
         events: EventBus,
         started_seconds: float,
@@ -82,7 +82,7 @@ class StagingJob:
         self._sink = sink
         self._scope = scope
         self._events = events
-        self._streams = streams.of(pieces)
+        self._streams = streams
         self._lock = threading.Lock()
         self._queue = deque(_Work(number, extent) for number, extent in enumerate(extents))
         self._working: list[_Work] = []

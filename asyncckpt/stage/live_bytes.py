@@ -14,7 +14,7 @@ import xxhash
 from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a save makes some of these on the training thread, which takes three times as long
 class LiveTensor:
     """``LiveTensor`` finds a tensor's memory again later without keeping it alive. ``owner``: an object that keeps the
     memory while training needs it. The other fields say where in the owner's memory block the tensor lies."""
@@ -23,7 +23,7 @@ class LiveTensor:
     block: int
     dtype: torch.dtype
     offset: int
-    size: tuple[int, ...]
+    size: torch.Size
     stride: tuple[int, ...]
 
     def now(self) -> torch.Tensor | None:
@@ -48,8 +48,8 @@ def live(tensor: torch.Tensor, owner: torch.Tensor) -> LiveTensor:
         tensor.untyped_storage().data_ptr(),
         tensor.dtype,
         int(tensor.storage_offset()),
-        tuple(tensor.shape),
-        tuple(tensor.stride()),
+        tensor.shape,
+        tensor.stride(),
     )
 
 
@@ -79,11 +79,16 @@ def digest_of(tensor: torch.Tensor, begin: int, nbytes: int) -> int:
     """Digest ``nbytes`` of a CPU tensor's row-major bytes from ``begin`` on; both are multiples of its item's size.
     Blocks; copies no more than these bytes."""
     if is_plain(tensor):
-        return xxhash.xxh3_128_intdigest((ctypes.c_char * nbytes).from_address(tensor.data_ptr() + begin))
+        return digest_at(tensor.data_ptr() + begin, nbytes)
     item = tensor.element_size()
     part = torch.empty(nbytes // item, dtype=tensor.dtype)
     _copy_strided(tensor.detach(), begin // item, (begin + nbytes) // item, part)
     return xxhash.xxh3_128_intdigest(part.view(torch.uint8).numpy().data)
+
+
+def digest_at(address: int, nbytes: int) -> int:
+    """Digest ``nbytes`` of this process's memory from ``address`` on, which must be readable."""
+    return xxhash.xxh3_128_intdigest((ctypes.c_char * nbytes).from_address(address))
 
 
 _WIDTH = 1024

@@ -4,7 +4,6 @@ the update begins: in-place changes that torch does not count (through ``.data``
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,28 +16,33 @@ from asyncckpt.codecs.blosc import split_places
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.stage.eager import OwnedMemory
-from asyncckpt.stage.live_bytes import LiveTensor, digest_of, live
+from asyncckpt.stage.live_bytes import LiveTensor, digest_at, digest_of, live
 from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Layout, LocalTensor, Segment
 
 _SAMPLE_BYTES = 8 << 10
 _STRIDED_BYTES = 1 << 10
 _LEAST_SAMPLES, _MOST_SAMPLES = 16, 64
 #: The training thread takes samples of CPU tensors for so long at each save, the first ones not counted.
-_BUDGET_SECONDS = 0.25e-3
+_BUDGET_SECONDS = 0.1e-3
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a save makes dozens on the training thread
 class Sample:
     """A range of a tensor's row-major bytes, which is staged with extent ``extent``. ``digest``: of these bytes at
-    ``save``; it may wait for the device. ``where``: the tensor's memory, None on a device."""
+    ``save``, or a function that returns it and may wait for the device. ``where``: the tensor's memory, None on a
+    device."""
 
     piece: int
     extent: int
     segment: Segment
     begin: int
     nbytes: int
-    digest: Callable[[], int]
+    digest: int | Callable[[], int]
     where: LiveTensor | None
+
+    def then(self) -> int:
+        """Return the digest at ``save``. May wait for the device."""
+        return self.digest if isinstance(self.digest, int) else self.digest()
 
 
 def _segments_by_piece(layout: Layout) -> Mapping[int, Sequence[tuple[int, Segment]]]:
@@ -82,12 +86,12 @@ class Sampler:
             owner = owned.holder_of(tensor)
             if not places or owner is None:
                 continue
-            number, segment, begin, nbytes = self._place(tensor, places)
-            if tensor.device.type == "cpu":
-                value = digest_of(tensor, begin, nbytes)
-                where = live(tensor, owner)
-                found.append(Sample(index, number, segment, begin, nbytes, functools.partial(int, value), where))
-            elif tensor.is_cuda and is_plain(tensor):
+            plain = is_plain(tensor)
+            number, segment, begin, nbytes = self._place(tensor.element_size(), plain, places)
+            if tensor.is_cpu:
+                value = digest_at(tensor.data_ptr() + begin, nbytes) if plain else digest_of(tensor, begin, nbytes)
+                found.append(Sample(index, number, segment, begin, nbytes, value, live(tensor, owner)))
+            elif tensor.is_cuda and plain:
                 on_device.setdefault(tensor.device, []).append((index, number, segment, begin, nbytes))
             if step >= _LEAST_SAMPLES and time.perf_counter() > give_up:
                 break
@@ -96,11 +100,10 @@ class Sampler:
             found += _from_device(pieces, chosen)
         return found
 
-    def _place(self, tensor: torch.Tensor, places: Sequence[tuple[int, Segment]]) -> tuple[int, Segment, int, int]:
+    def _place(self, item: int, plain: bool, places: Sequence[tuple[int, Segment]]) -> tuple[int, Segment, int, int]:
         """Choose a range: every other time at the end, which is copied last, so that it has seen every change of the
         whole tensor that was made before the rest was copied."""
-        item = tensor.element_size()
-        most = _SAMPLE_BYTES if is_plain(tensor) else _STRIDED_BYTES
+        most = _SAMPLE_BYTES if plain else _STRIDED_BYTES
         at_end = self._turn % 2 == 1
         number, segment = places[-1 if at_end else self._turn // 2 % len(places)]
         nbytes = min(most, segment.nbytes) // item * item
@@ -148,7 +151,7 @@ def staged_as_sampled(sample: Sample, extent: Extent, slot: StagingBuffer) -> bo
         begin, end = first // item, (first + sample.nbytes) // item
         planes = np.stack([image[place + begin : place + end] for place in places])
         staged = xxhash.xxh3_128_intdigest(np.ascontiguousarray(planes.T).data)
-    return staged == sample.digest()
+    return staged == sample.then()
 
 
 def changed_samples(samples: Sequence[Sample], indexes: Collection[int] | None) -> set[int]:
@@ -159,6 +162,6 @@ def changed_samples(samples: Sequence[Sample], indexes: Collection[int] | None) 
         if sample.where is None or (indexes is not None and sample.piece not in indexes):
             continue
         tensor = sample.where.now()
-        if tensor is not None and digest_of(tensor, sample.begin, sample.nbytes) != sample.digest():
+        if tensor is not None and digest_of(tensor, sample.begin, sample.nbytes) != sample.then():
             changed.add(sample.piece)
     return changed

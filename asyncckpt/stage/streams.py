@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
 
 from asyncckpt.memory.arena import QueuedCopy
-from asyncckpt.types import LocalTensor
 
 
 def is_capturing() -> bool:
@@ -46,13 +45,12 @@ class CopyStreams:
         self._lock = threading.Lock()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def of(self, pieces: Iterable[LocalTensor]) -> Copies:
-        """Return the object that makes the copies of one snapshot. They see its tensors as training has left them at
-        this call."""
-        devices = {piece.tensor.device for piece in pieces if piece.tensor.device.type == "cuda"}
+    def of(self, devices: Collection[torch.device]) -> Copies:
+        """Return the object that makes the copies of one snapshot, whose tensors lie on the CPU and on these CUDA
+        devices. They see the tensors as training has left them at this call."""
         make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
         with self._lock:
-            for device in devices - set(self._streams):
+            for device in set(devices) - set(self._streams):
                 self._streams[device] = make(device)
             streams = {device: self._streams[device] for device in devices}
         for device, stream in streams.items():

@@ -16,7 +16,7 @@ from torch import nn
 #: Wrappers of several types keep the wrapped module in an attribute of one of these names.
 _ALWAYS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 #: Only a name with one of these parts can have a wrapper's prefix; ``module`` is one below ``DistributedDataParallel``.
-_MAYBE_WRAPPED = re.compile(r"(?:^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
+_MAYBE_WRAPPED = re.compile(r"(?m:^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 
 
 def canonical_names(module: nn.Module, raw_names: Iterable[str]) -> dict[str, str]:
@@ -25,19 +25,25 @@ def canonical_names(module: nn.Module, raw_names: Iterable[str]) -> dict[str, st
     The module is looked at anew each time: layers may be wrapped at any moment of a run. Where two keys would get the
     same FQN, as only a module and its own wrapper beside it can, both keep their raw names.
     """
-    names = {raw: _canonical(raw, module) if _MAYBE_WRAPPED.search(raw) else raw for raw in raw_names}
+    every = list(raw_names)
+    if not _MAYBE_WRAPPED.search("\n".join(every)):  # one search in all of them takes a tenth of the time
+        return dict(zip(every, every, strict=True))
+    names = {raw: _canonical(raw, module) if _MAYBE_WRAPPED.search(raw) else raw for raw in every}
     if len(set(names.values())) == len(names):
         return names
     counts = Counter(names.values())
     return {raw: fqn if counts[fqn] == 1 else raw for raw, fqn in names.items()}
 
 
-def parameter_names(modules: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
+def parameter_names(
+    modules: Mapping[str, nn.Module], named: Mapping[str, Mapping[str, nn.Parameter]] | None = None
+) -> dict[int, tuple[str, str]]:
     """Map ``id(parameter)`` to ``(component, FQN)`` for every parameter of the modules. A tied parameter gets the first
-    of its names."""
+    of its names. ``named``: the parameters of each module, under all names that they have there, where they are known
+    already."""
     found: dict[int, tuple[str, str]] = {}
     for component, module in modules.items():
-        parameters = dict(module.named_parameters(remove_duplicate=False))
+        parameters = named[component] if named is not None else dict(module.named_parameters(remove_duplicate=False))
         for raw, fqn in canonical_names(module, parameters).items():
             found.setdefault(id(parameters[raw]), (component, fqn))
     return found

@@ -58,9 +58,9 @@ def _(patch: Patch) -> None:
             memory.add(p for group in optimizer.param_groups for p in group["params"])
         return memory
 
-    def divided(pieces: Any, owned: OwnedMemory, earned: Any) -> Any:
+    def divided(pieces: Any, owned: OwnedMemory, earned: Any, divider: Any) -> Any:
         thawed = [replace(one, spec=replace(one.spec, frozen=False)) for one in pieces]
-        return owned_memory.divide(thawed, owned, earned)
+        return owned_memory.divide(thawed, owned, earned, divider)
 
     patch.setattr(hooks.WatchedOptimizers, "owned", owned)
     patch.setattr(starter, "divide", divided)
@@ -72,7 +72,7 @@ def _(patch: Patch) -> None:
     patch.setattr(OwnedMemory, "_is_apart", lambda *_: False)
 
     def add(self: OwnedMemory, tensors: Any) -> None:
-        self._others += [owned_memory._block(tensor) for tensor in tensors]
+        self.ranges.others += [owned_memory._block(tensor) for tensor in tensors]
 
     patch.setattr(OwnedMemory, "add", add)
 
