@@ -31,7 +31,7 @@ from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.ranks.replicas import ReplicaSample, whole_digests
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
-from asyncckpt.state.capture import capture
+from asyncckpt.state.capture import capture, check_state
 from asyncckpt.state.kept import KeptCaptures
 from asyncckpt.state.markers import without_owners
 from asyncckpt.types import LayoutOptions
@@ -148,14 +148,14 @@ class SaveBuilder:
         state bring; in a job, none on ranks other than 0. Raises as ``read_assets`` does."""
         if coordinator is not None and not coordinator.leads:
             return {}
+        check_state(state)
         brought: dict[str, bytes] = {}
         for component in without_owners(state)[0].values():
             if isinstance(component, torch.nn.Module) and isinstance(component, LiesInFile):
                 brought |= component.checkpoint_assets()
-        if own is None and not brought:
-            return self._assets
         limit = self._writer.asset_bytes
-        return join_assets(brought, {**self._assets, **read_assets(own, limit)}, limit)
+        common = join_assets(brought, self._assets, limit) if brought else self._assets
+        return join_assets(common, read_assets(own, limit), limit) if own is not None else common
 
     def build(
         self,

@@ -126,7 +126,9 @@ def typed(path: str, doing: str) -> Iterator[None]:
     except AsyncCkptError:
         raise
     except OSError as error:
-        failed = StorageFailed(f"{path}: the storage failed while {doing} ({type(error).__name__}: {error})")
+        failed = StorageFailed(
+            f"{path}: the storage failed while {doing} ({type(error).__name__}: {error}): check the storage"
+        )
         failed.errno = error.errno
         raise failed from error
     except (MemoryError, torch.OutOfMemoryError) as error:

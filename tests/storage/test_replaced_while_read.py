@@ -14,8 +14,9 @@ import pytest
 import torch
 from support.branches import saved, state, steps, value
 
-from asyncckpt import Checkpointer, Run, RunOptions, StepExists
+from asyncckpt import CheckpointDamaged, Checkpointer, Run, RunOptions, StepExists
 from asyncckpt.read.extents import read_small_file
+from asyncckpt.restore import carrying_out
 from asyncckpt.restore import restore as restoring
 from asyncckpt.testing import FaultyOps
 
@@ -94,19 +95,19 @@ def test_trash_that_cannot_be_moved_is_left_to_the_next_run(path: Path) -> None:
 def test_a_restore_beside_an_overwrite_falls_back_to_nothing_older(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no lock keeps it from being deleted: its files go while they are read, and another has its name by then."""
     saved(path, 1, 2)
-    original, done = restoring.fill, []
+    original, done = carrying_out.fill, []
 
-    def fill(checkpoint: Any, plan: Any) -> int:
+    def fill(checkpoint: Any, *plan: Any) -> int:
         if not done:
             done.append(True)
             saved(path.parent / "new", 2)  # what takes the place has another inode
             shutil.rmtree(path / "step-00000002")
             os.rename(path.parent / "new" / "step-00000002", path / "step-00000002")
             checkpoint.reader.close()
-            raise restoring.CheckpointDamaged("a file is missing")
-        return original(checkpoint, plan)
+            raise CheckpointDamaged("a file is missing")
+        return original(checkpoint, *plan)
 
-    monkeypatch.setattr(restoring, "fill", fill)
+    monkeypatch.setattr(carrying_out, "fill", fill)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert Run(path).restore(live := state(0)).step == 2
@@ -126,10 +127,10 @@ def test_tensors_are_loaded_from_what_took_the_place_of_the_one_being_read(
             done.append(True)
             os.rename(path / "step-00000001", path.parent / "old")
             os.rename(path.parent / "new" / "step-00000001", path / "step-00000001")
-            raise restoring.CheckpointDamaged("a file is missing")
+            raise CheckpointDamaged("a file is missing")
         return original(*args, **options)
 
-    monkeypatch.setattr(restoring, "load_tensors", load_tensors)
+    monkeypatch.setattr(carrying_out, "load_tensors", load_tensors)
     assert Run(path).load_tensors(1)["w.value"].tolist() == [1] * 700
 
 
