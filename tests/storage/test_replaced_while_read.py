@@ -130,7 +130,7 @@ def test_tensors_are_loaded_from_what_took_the_place_of_the_one_being_read(
             raise CheckpointDamaged("a file is missing")
         return original(*args, **options)
 
-    monkeypatch.setattr(carrying_out, "load_tensors", load_tensors)
+    monkeypatch.setattr(restoring, "load_tensors", load_tensors)
     assert Run(path).load_tensors(1)["w.value"].tolist() == [1] * 700
 
 
