@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.newest import refusal
-from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, DigestMismatch
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.opening import OpenCheckpoint
 
 #: A checkpoint is looked for anew so many times.
 LOOKS = 20
+_T = TypeVar("_T")
 
 
 def open_chosen(store: Store, step: int | str | None) -> tuple[CheckpointInfo, OpenCheckpoint]:
@@ -42,6 +46,24 @@ def open_unseen(store: Store, step: int | str | None) -> tuple[CheckpointInfo, R
             return entry, store.open(entry.name)
         except CheckpointNotFound:
             if not looks_left:
+                raise
+    raise AssertionError("unreachable")
+
+
+def read_chosen(store: Store, step: int | str | None, read: Callable[[OpenCheckpoint], _T]) -> _T:
+    """Open the checkpoint as ``open_chosen`` does, and return what ``read`` does; anew where it is deleted or replaced
+    meanwhile. Raises as that does, and what ``read`` raises."""
+    for looks_left in reversed(range(LOOKS)):
+        entry, opened = open_chosen(store, step)
+        with opened as checkpoint:
+            try:
+                return read(checkpoint)
+            except CheckpointDamaged as error:
+                # where the file system has no locks, it may be deleted or replaced while it is read
+                if looks_left and is_gone(store, entry):
+                    continue
+                if step is None and not isinstance(error, DigestMismatch):
+                    raise damaged_newest(store, entry, error) from error
                 raise
     raise AssertionError("unreachable")
 

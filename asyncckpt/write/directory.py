@@ -17,7 +17,7 @@ class SaveDirectory:
     """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
     ``name``: the checkpoint's. ``attempt``: the attempt's uuid. ``shared``: several ranks write into it.
-     ``asset_bytes``: what the assets need beside it.
+    ``asset_bytes``: what the assets need beside it.
     """
 
     def __init__(

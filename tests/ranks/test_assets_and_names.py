@@ -72,7 +72,7 @@ def _restore_the_last(me: Me, path: str) -> str:
     with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT)) as run:
         run.save(1, _state(me.rank, 1.0), name="last").result(60)
         if me.rank:  # this rank looks before the other's save is there
-            catalog = asyncckpt.run.Catalog
+            catalog = asyncckpt.restoring.Catalog
             real = catalog.find_open
             catalog.find_open = lambda self, step, kind=None: real(self, "last", kind)  # type: ignore[method-assign]
         run.save(2, _state(me.rank, 2.0), name="best").result(60)

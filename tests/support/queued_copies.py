@@ -19,15 +19,17 @@ PATIENCE_SECONDS = 20.0
 
 
 class Event:
-    """Says whether a copy on a ``Stream`` has run."""
+    """Says whether a copy on a ``Stream`` has run. ``waiting`` is called by whoever waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Callable[[], object] = lambda: None) -> None:
         self._ran = threading.Event()
+        self._waiting = waiting
 
     def done(self) -> bool:
         return self._ran.is_set()
 
     def wait(self) -> None:
+        self._waiting()
         assert self._ran.wait(PATIENCE_SECONDS)
 
     def wait_on(self, stream: Stream) -> None:
@@ -41,6 +43,7 @@ class Stream:
         self.open = threading.Event()
         self.tasks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self.queued = self.ran = 0
+        self.waited_for = threading.Event()
         self.after_each: Callable[[], object] = lambda: None
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -57,7 +60,7 @@ class Stream:
     def enqueue(self, copy: Callable[[], None], after: Sequence[Event], queued: list[Any]) -> None:
         for earlier in after:
             earlier.wait_on(self)
-        event = Event()
+        event = Event(self.waited_for.set)
 
         def run() -> None:
             copy()
@@ -145,8 +148,10 @@ def a_save_after_one_that_failed(
         second.open.set()
     saved: list[Any] = []
     saving = threading.Thread(target=lambda: saved.append(run.save(2, states[1])))
-    saving.start()  # the host waits where it writes itself
-    until(lambda: second is not first and bool(saved) and second.ran > 0, 0.3)
+    first.waited_for.clear()
+    saving.start()
+    # whoever writes into that memory waits for the copies, or has written by now
+    until(lambda: first.waited_for.is_set() or (bool(saved) and (second is first or second.ran > 0)), 5.0)
     first.open.set()
     saving.join()
     assert until(lambda: first.ran > 0)

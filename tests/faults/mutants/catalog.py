@@ -8,7 +8,7 @@ import types
 from dataclasses import replace
 from typing import Any
 
-from asyncckpt import run
+from asyncckpt import restoring
 from asyncckpt.catalog import catalog, retention
 from asyncckpt.commit import pruner
 from asyncckpt.errors import CheckpointNotFound, NoUsableCheckpoint
@@ -43,18 +43,18 @@ def _(patch: Patch) -> None:
 
 @mutant("a run falls back to the start without a word", checks.a_run_without_a_usable_checkpoint_does_not_start_anew)
 def _(patch: Patch) -> None:
-    def newest(original: Any, self: run.Run, *args: Any) -> Any:
+    def newest(original: Any, self: restoring.RestoresState, *args: Any) -> Any:
         try:
             return original(self, *args)
         except NoUsableCheckpoint as error:
             raise CheckpointNotFound(str(error)) from None
 
-    around(patch, run.Run, "_restore_newest", newest)
+    around(patch, restoring.RestoresState, "_restore_newest", newest)
 
 
 @mutant("a damaged newest checkpoint is passed over in silence", checks.a_damaged_newest_is_passed_over_loudly)
 def _(patch: Patch) -> None:
-    patch.setattr(run, "warnings", types.SimpleNamespace(warn=lambda *_, **__: None))
+    patch.setattr(restoring, "warnings", types.SimpleNamespace(warn=lambda *_, **__: None))
 
 
 @mutant("an attempt's directory is used again", checks.nothing_is_ever_overwritten)

@@ -45,7 +45,9 @@ def _(patch: Patch) -> None:
         usable = [e for e in catalog.Catalog(store, store.address).entries() if e.damage is None]
         return original(store, usable[-1].step if step is None else step)
 
-    patch.setattr(run, "open_chosen", lambda store, step: opened(chosen.open_chosen, store, step))
+    original = chosen.open_chosen
+    for room in (run, chosen):
+        patch.setattr(room, "open_chosen", lambda store, step: opened(original, store, step))
 
 
 @mutant("components that are not there are not missed", checks.a_missing_component_is_found)
