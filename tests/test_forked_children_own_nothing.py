@@ -130,10 +130,13 @@ def test_a_child_holds_no_file_of_a_save_and_no_lock(tmp_path: Path) -> None:
     opened = run.open(1)
     ops, pending = gated_save(run, {"w": STATE["w"] + 1, "still": torch.ones(5000)})
     patience = time.monotonic() + PATIENCE_SECONDS
-    linked = (tmp_path / "run").glob  # a file that is being taken over is open for a moment
-    while (
-        not list(linked(".tmp-*/still-*")) or not any(name.endswith(".safetensors") for name in open_below(tmp_path))
-    ) and time.monotonic() < patience:
+    linked = (tmp_path / "run").glob
+
+    def ready() -> bool:  # a file that is being taken over is open for a moment
+        large = [name for name in open_below(tmp_path) if name.endswith(".safetensors")]
+        return bool(list(linked(".tmp-*/still-*")) and large) and not any("still-" in name for name in large)
+
+    while not ready() and time.monotonic() < patience:
         time.sleep(0.01)
     before = open_below(tmp_path)
     assert any(name.endswith(".safetensors") for name in before)
