@@ -143,7 +143,6 @@ class Checkpointer(RunOwnership):
         )
         self._arena = self._builder.arena
         self._starter = SaveStarter(self._builder, self._committer, self._steps, self._watched, staging, self.events)
-        self._prepared = False
         self._preparations = 0
         self._calls = TrainingCalls(self.path, staging.stall_timeout_seconds)
         self._callback_seconds = writer.durable_timeout_seconds
@@ -174,7 +173,7 @@ class Checkpointer(RunOwnership):
         """
         self._surface()
         step = step_number(step)
-        if not self._prepared:
+        if not self._preparations:
             self.prepare(state)
         signals = self._triggers.preempted(step, self._coordinator)
         if signals is not None:
@@ -226,7 +225,6 @@ class Checkpointer(RunOwnership):
             )
             self._builder.grow_arena(planned)
             self._preparations += 1
-            self._prepared = True
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:
         """Let snapshots overlap forward and backward: ``save`` returns at once, and the trained parameters and the

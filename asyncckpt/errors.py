@@ -91,12 +91,18 @@ def storage_errors(path: str) -> Iterator[None]:
     except AsyncCkptError:
         raise
     except OSError as error:
-        failed = StorageFailed(
-            f"{path}: the storage failed ({type(error).__name__}: {error}). Nothing is known to be wrong with the "
-            f"checkpoints: check the storage and its permissions, then try again"
-        )
-        failed.errno = error.errno
-        raise failed from error
+        raise storage_failed(path, error) from error
+
+
+def storage_failed(path: str, error: OSError, doing: str = "") -> StorageFailed:
+    """Return the error for what the storage of the run at ``path`` has answered; ``doing`` says during what."""
+    when = f" while {doing}" if doing else ""
+    failed = StorageFailed(
+        f"{path}: the storage failed{when} ({type(error).__name__}: {error}). Nothing is known to be wrong with the "
+        f"checkpoints: check the storage and its permissions, then try again"
+    )
+    failed.errno = error.errno
+    return failed
 
 
 class RunLocked(AsyncCkptError, BlockingIOError):

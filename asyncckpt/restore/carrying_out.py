@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from asyncckpt.errors import AsyncCkptError, NotEnoughMemory, RestoreFailed, StorageFailed
+from asyncckpt.errors import AsyncCkptError, NotEnoughMemory, RestoreFailed, storage_failed
 from asyncckpt.read.fill import Wanted, fill
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.changes import Changes
@@ -126,11 +126,7 @@ def typed(path: str, doing: str) -> Iterator[None]:
     except AsyncCkptError:
         raise
     except OSError as error:
-        failed = StorageFailed(
-            f"{path}: the storage failed while {doing} ({type(error).__name__}: {error}): check the storage"
-        )
-        failed.errno = error.errno
-        raise failed from error
+        raise storage_failed(path, error, doing) from error
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise NotEnoughMemory(f"{path}: no memory for {doing} ({error})") from error
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
+from asyncckpt.state.wrappers import hides_values
 
 NOT_INITIALISED: Final = (
     "not initialised yet: run the module once (one forward pass makes lazy parameters and buffers), then restore"
@@ -23,13 +24,10 @@ def refusal(tensor: Any) -> str | None:
         return NOT_INITIALISED
     if not isinstance(tensor, torch.Tensor) or is_distributed(tensor) or is_sharded_tensor(tensor):
         return None
-    kind = type(tensor)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
-        pass
-    elif getattr(kind, "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__:
+    if hides_values(tensor):
         return (
-            f"the live tensor is a {kind.__name__}, a class that keeps its values in a form of its own. Restore into "
-            f"the model as it was when it was saved, and convert it afterwards (quantize_, say)"
+            f"the live tensor is a {type(tensor).__name__}, which keeps its values in a form of its own. Restore "
+            f"into the model as it was when it was saved, and convert it afterwards (quantize_, say)"
         )
     if tensor.layout is not torch.strided:
         return f"the live tensor has the layout {tensor.layout}; give it .to_dense() memory, and convert it afterwards"

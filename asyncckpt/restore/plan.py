@@ -257,30 +257,28 @@ def describe(
 def load(name: str, call: Callable[[], object]) -> None:
     """Hand over to code that is not this library's what is not filled in place. It may raise anything, also where a
     forged checkpoint has all the right names and holds nonsense. Raises ``StateMismatch`` and ``NotEnoughMemory``."""
-    try:
+    way_out = "If it has to differ from the one that was saved, restore the others without it: leave {name!r} out of"
+    with _guarded(name, (StateMismatch, InvalidOption), "does not take what was stored", way_out):
         call()
-    except (StateMismatch, InvalidOption):
-        raise
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise NotEnoughMemory(f"{name}: no memory for what was stored ({error})") from error
-    except Exception as error:
-        raise StateMismatch(
-            f"{name}: the live object does not take what was stored ({type(error).__name__}: {error}). If it has to "
-            f"differ from the one that was saved, restore the others without it: leave {name!r} out of the state"
-        ) from error
 
 
 @contextlib.contextmanager
 def asked(name: str) -> Iterator[None]:
     """Make errors of a live object that is asked for its state ``StateMismatch``."""
+    way_out = "It has to be one that could be saved; to restore the others, leave {name!r} out of"
+    with _guarded(name, (AsyncCkptError,), "cannot be looked at", way_out):
+        yield
+
+
+@contextlib.contextmanager
+def _guarded(name: str, passed: tuple[type[Exception], ...], problem: str, way_out: str) -> Iterator[None]:
+    """Make errors of code that belongs to component ``name`` typed, but for those of the types ``passed``."""
     try:
         yield
-    except AsyncCkptError:
+    except passed:
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise NotEnoughMemory(f"{name}: no memory to plan its restore ({error})") from error
+        raise NotEnoughMemory(f"{name}: no memory for what was stored ({error})") from error
     except Exception as error:
-        raise StateMismatch(
-            f"{name}: the live object cannot be looked at ({type(error).__name__}: {error}). It has to be one that "
-            f"could be saved; leave {name!r} out of the state to restore the others"
-        ) from error
+        what = f"{name}: the live object {problem} ({type(error).__name__}: {error})"
+        raise StateMismatch(f"{what}. {way_out.format(name=name)} the state") from error

@@ -100,7 +100,10 @@ def _new_module(
     for piece in pieces if file else ():
         piece.spec = replace(piece.spec, file=file)
     if wrapped:
-        tree = {**_wrappers(name, module, wrapped, names, pieces, aliases), **(tree if isinstance(tree, dict) else {})}
+        tree = {
+            **_wrappers(name, module, parameters, wrapped, names, pieces, aliases),
+            **(tree if isinstance(tree, dict) else {}),
+        }
     return ComponentSnapshot(name, "module", pieces, aliases, tree, True, class_name(module), strides_of(pieces))
 
 
@@ -116,6 +119,7 @@ def _check_initialised(name: str, raw: Mapping[str, Any]) -> None:
 def _wrappers(
     name: str,
     module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
     wrapped: Mapping[str, Any],
     names: Mapping[str, str],
     pieces: list[LocalTensor],
@@ -124,7 +128,6 @@ def _wrappers(
     """Add the tensors inside of those of a module that wrap others, and return what else is stored of these, by FQN.
     ``wrapped``: by ``state_dict`` key; what the module itself holds is stored, because a class may copy what it wraps
     when ``state_dict`` detaches it."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     first: dict[int, str] = {}
     trees: dict[str, JsonValue] = {}
