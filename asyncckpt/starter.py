@@ -138,7 +138,7 @@ class SaveStarter:
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             staging = StagingJob(
                 save.scope,
-                pieces,
+                [piece.tensor for piece in pieces],  # small ones may have been cloned since
                 layout.extents(),
                 self._builder.arena,
                 self._streams.of(devices),

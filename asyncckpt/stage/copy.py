@@ -10,20 +10,20 @@ from asyncckpt.codecs.blosc import split_places
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.tensor_bytes import _copy_strided, _libc, is_plain
-from asyncckpt.types import FRAME_HEADER_BYTES, Extent, LocalTensor, Segment
+from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Segment
 
 #: Smaller neighbours are copied in one call: a call that gives the GIL up may have to wait for it afterwards, and
 #: twenty thousand such waits would cost more than the copies.
 _BATCH_BELOW_BYTES = 256 << 10
 
 
-def copy_segments(pieces: Sequence[LocalTensor], segments: Sequence[Segment], slot: StagingBuffer) -> None:
+def copy_segments(tensors: Sequence[torch.Tensor], segments: Sequence[Segment], slot: StagingBuffer) -> None:
     """Copy every segment to its place in the slot. CPU tensors: done on return; CUDA tensors: enqueued on the current
     stream. Blocks; releases the GIL while bytes move. The tensors must stay unchanged meanwhile."""
     batch: list[torch.Tensor] = []
     start = end = 0
     for segment in segments:
-        tensor = pieces[segment.piece].tensor.detach()
+        tensor = tensors[segment.piece].detach()
         small = segment.nbytes < _BATCH_BELOW_BYTES
         if tensor.device.type == "cpu" and is_plain(tensor):
             if small:
@@ -49,30 +49,30 @@ def copy_segments(pieces: Sequence[LocalTensor], segments: Sequence[Segment], sl
     _flush(batch, slot, start, end)
 
 
-def host_writes(pieces: Sequence[LocalTensor], extent: Extent) -> bool:
+def host_writes(tensors: Sequence[torch.Tensor], extent: Extent) -> bool:
     """Whether the host itself writes into the slot while this extent is staged: a header, padding, or CPU tensors."""
     if extent.header or extent.item_bytes or not extent.segments:
         return True
     last = extent.segments[-1]
     ends_short = last.extent_offset + last.nbytes < extent.block_offset + extent.nbytes
-    return ends_short or any(pieces[segment.piece].tensor.device.type == "cpu" for segment in extent.segments)
+    return ends_short or any(tensors[segment.piece].device.type == "cpu" for segment in extent.segments)
 
 
-def can_split(pieces: Sequence[LocalTensor], extent: Extent) -> bool:
+def can_split(tensors: Sequence[torch.Tensor], extent: Extent) -> bool:
     """Whether a chunk can be split into byte planes on its tensor's device."""
     nbytes = extent.nbytes - FRAME_HEADER_BYTES
     if extent.item_bytes < 2 or nbytes < MIN_PLANES_CHUNK_BYTES or nbytes % extent.item_bytes:
         return False
     if len(extent.segments) != 1:
         return False
-    return is_plain(pieces[extent.segments[0].piece].tensor)
+    return is_plain(tensors[extent.segments[0].piece])
 
 
-def copy_planes(pieces: Sequence[LocalTensor], extent: Extent, slot: StagingBuffer) -> None:
+def copy_planes(tensors: Sequence[torch.Tensor], extent: Extent, slot: StagingBuffer) -> None:
     """Split a chunk into its byte planes on its device, and copy each to its place in the frame; see
     ``copy_segments``."""
     segment, item = extent.segments[0], extent.item_bytes
-    flat = _flat_bytes(pieces[segment.piece].tensor.detach())
+    flat = _flat_bytes(tensors[segment.piece].detach())
     planes = flat[segment.source_offset : segment.source_offset + segment.nbytes].view(-1, item).t().contiguous()
     nbytes = extent.nbytes - FRAME_HEADER_BYTES
     for plane, place in zip(planes, split_places(nbytes, item), strict=True):

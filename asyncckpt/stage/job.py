@@ -28,7 +28,7 @@ from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_res
 from asyncckpt.stage.image import finish_image, slot_bytes, staged_digests
 from asyncckpt.stage.staged import ExtentSink, StagedExtent
 from asyncckpt.stage.streams import Copies
-from asyncckpt.types import Extent, LocalTensor
+from asyncckpt.types import Extent
 
 log = logging.getLogger("asyncckpt")
 
@@ -61,7 +61,7 @@ class StagingJob:
     def __init__(
         self,
         scope: SaveScope,
-        pieces: Sequence[LocalTensor],
+        tensors: Sequence[torch.Tensor],
         extents: Sequence[Extent],
         arena: Arena,
         streams: Copies,
@@ -77,7 +77,7 @@ class StagingJob:
         self.step = scope.step
         self.stall_seconds = 0.0
         self.staged_seconds = 0.0
-        self._pieces: Sequence[LocalTensor] = pieces
+        self._tensors = tensors
         self._arena = arena
         self._sink = sink
         self._scope = scope
@@ -226,7 +226,7 @@ class StagingJob:
     def forget(self) -> None:
         """Drop the references to the tensors: whoever keeps a ``PendingSave`` must not keep them alive. Call it once
         every copy has run, or the save has failed."""
-        self._pieces = ()
+        self._tensors = ()
         if self.checks is not None:
             self.checks.forget()
 
@@ -281,17 +281,17 @@ class StagingJob:
         began = time.perf_counter()
         queued: list[QueuedCopy] = []
         try:
-            pieces = self._pieces  # gone, once the save has failed: then this one fails, too
+            tensors = self._tensors  # gone, once the save has failed: then this one fails, too
             if self.checks is not None:
                 self.checks.before_copying(extent)
-            on_device = any(pieces[segment.piece].tensor.device.type in _DEVICES for segment in extent.segments)
-            split = self._splits_on_device and on_device and can_split(pieces, extent)
-            if slot.copies and (split or host_writes(pieces, extent)):
+            on_device = any(tensors[segment.piece].device.type in _DEVICES for segment in extent.segments)
+            split = self._splits_on_device and on_device and can_split(tensors, extent)
+            if slot.copies and (split or host_writes(tensors, extent)):
                 for earlier in slot.copies:  # of a save that failed: the device orders its own copies, not ours
                     earlier.wait()
             if split:
                 slot = replace(slot, split=True)
-            copy = functools.partial(_copy, pieces, extent, slot)
+            copy = functools.partial(_copy, tensors, extent, slot)
             self._streams.enqueue(copy, slot.copies, queued)
             if extent.header:
                 write_header(slot, extent.header)
@@ -352,9 +352,9 @@ class StagingJob:
         return not (self._queue or self._working or self._done.is_set() or self._concluding)
 
 
-def _copy(pieces: Sequence[LocalTensor], extent: Extent, slot: StagingBuffer) -> None:
+def _copy(tensors: Sequence[torch.Tensor], extent: Extent, slot: StagingBuffer) -> None:
     if slot.split:
-        copy_planes(pieces, extent, slot)
+        copy_planes(tensors, extent, slot)
     else:
-        copy_segments(pieces, extent.segments, slot)
+        copy_segments(tensors, extent.segments, slot)
         fill_rest(slot, extent)

@@ -13,7 +13,7 @@ from support.examples import examples
 from asyncckpt.memory.arena import Arena
 from asyncckpt.read.scatter import scatter
 from asyncckpt.stage.copy import copy_segments
-from asyncckpt.types import LocalTensor, Segment, TensorSpec
+from asyncckpt.types import Segment
 
 
 def _variants(base: torch.Tensor) -> list[torch.Tensor]:
@@ -49,9 +49,8 @@ def test_any_layout_cut_anywhere_arrives_as_row_major_bytes(data: st.DataObject)
     arena = Arena()
     arena.grow(1 << 16)
     slot = arena.acquire(1 << 16)
-    piece = LocalTensor(TensorSpec("t", "?", tuple(tensor.shape), count * item), tensor)
     segments = [Segment(0, a * item, 64 + a * item, (b - a) * item) for a, b in itertools.pairwise(cuts)]
-    copy_segments([piece], segments, slot)
+    copy_segments([tensor], segments, slot)
     assert bytes(slot.view[64 : 64 + len(expected)]) == expected
 
     back = torch.zeros_like(tensor.resolve_conj()) if not tensor.is_conj() else torch.zeros(tensor.shape, dtype=dtype)
@@ -76,8 +75,7 @@ def test_many_small_tensors_are_copied_in_batches_without_mixing_them_up() -> No
         segments.append(Segment(index, 0, position, tensor.nbytes))
         position += tensor.nbytes
     slot.view[:position] = b"\xee" * position
-    pieces = [LocalTensor(TensorSpec(str(i), "F32", tuple(t.shape), t.nbytes), t) for i, t in enumerate(tensors)]
-    copy_segments(pieces, segments, slot)
+    copy_segments(tensors, segments, slot)
     covered = set()
     for segment in segments:
         span = slice(segment.extent_offset, segment.extent_offset + segment.nbytes)

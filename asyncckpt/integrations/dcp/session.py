@@ -130,11 +130,12 @@ class WriterSession:
         """Write all extents of all shards on several threads, and return the files' records. Everything is durable
         then."""
         writers = [directory.create_shard(shard.file, shard.nbytes) for shard in shards]
+        tensors = [piece.tensor for piece in pieces]
 
         def one(extent: Extent) -> list[ExtentRecord]:
             with self._slot(extent.nbytes) as slot:
                 write_header(slot, extent.header)
-                copy_segments(pieces, extent.segments, slot)
+                copy_segments(tensors, extent.segments, slot)
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
                 view = slot.view[: extent.nbytes]
