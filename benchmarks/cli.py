@@ -17,6 +17,7 @@ from benchmarks.harness import environment, report, results, runner
 from benchmarks.harness.results import Result
 from benchmarks.harness.state import SIZES
 from benchmarks.suites.codecs import command, whole_saves
+from benchmarks.suites.light import command as light_command
 from benchmarks.suites.ranks import command as ranks_command
 
 _EPILOG = "`python -m benchmarks tables FILE...` prints the tables of recorded results, as Markdown."
@@ -33,6 +34,7 @@ class Suite(StrEnum):
     drag = "drag"
     codecs = "codecs"
     ranks = "ranks"
+    light = "light"
 
 
 def _console() -> Console:
@@ -51,7 +53,7 @@ def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> Re
 def bench(
     suite: Annotated[
         Suite,
-        typer.Argument(help="engine: its bars; codecs, ranks: theirs; the others: a part of engine"),
+        typer.Argument(help="engine: its bars; codecs, ranks, light: theirs; the others: a part of engine"),
     ] = Suite.engine,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes a peer, by turns")] = 3,
     size: Annotated[str, typer.Option(help=f"the state: {', '.join(SIZES)}")] = "gpt2",
@@ -78,6 +80,10 @@ def bench(
         return
     if suite is Suite.ranks:
         _keep(ranks_command.run(Path(target), rounds, size, folder, as_json, _console()), record)
+        return
+    if suite is Suite.light:
+        measured = light_command.QUICK_JOBS if size == "small" else light_command.JOBS
+        _keep(light_command.run(Path(target), rounds, folder, as_json, _console(), measured), record)
         return
     described = environment.describe(target)
     progress = Console(stderr=True)
