@@ -1,0 +1,137 @@
+"""A component's tensors are a table: their names once, and a column for each field, checked a whole column at a time.
+
+A manifest may list a hundred thousand tensors. To check and keep them row by row takes most of the time of a restore,
+so rows of whole tensors are checked as columns, and the record of a tensor is made when somebody asks for it. What the
+columns do not clearly pass is left to ``parse``, which looks at each row and says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from asyncckpt.codecs.dtypes import ITEM_BYTES
+from asyncckpt.manifest.records import FileRecord, StoredTensor, TensorRecord
+
+Numbers = npt.NDArray[np.int64]
+#: Products of numbers up to this one and the size of an element still fit into 64 bits.
+_MOST_ELEMENTS: Final = 1 << 57
+_MOST_DIMENSIONS: Final = 64
+_FIELDS: Final = 5
+
+
+class TensorTable(Mapping[str, StoredTensor]):
+    """``TensorTable`` maps the names of stored tensors, each of which lies whole in a file, to their records, which it
+    makes when they are asked for. The same name always gives the same object. The columns have one entry a tensor, in
+    the order of the names: ``dtypes`` their safetensors codes, ``shapes``, ``files`` the names of their files,
+    ``begins`` and ``ends`` the byte ranges there. Read-only. Thread-safe but for the identity of records, which holds
+    for one thread."""
+
+    __slots__ = ("_made", "_rows", "begins", "dtypes", "ends", "files", "shapes")
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[tuple[int, ...]],
+        files: Sequence[str],
+        begins: Numbers,
+        ends: Numbers,
+    ) -> None:
+        self._rows = dict(zip(names, range(len(names)), strict=True))
+        self._made: dict[str, TensorRecord] = {}
+        self.dtypes = dtypes
+        self.shapes = shapes
+        self.files = files
+        self.begins = begins
+        self.ends = ends
+
+    def __getitem__(self, name: str) -> TensorRecord:
+        found = self._made.get(name)
+        if found is None:
+            row = self._rows[name]
+            begin, end = int(self.begins[row]), int(self.ends[row])
+            found = TensorRecord(self.dtypes[row], self.shapes[row], self.files[row], begin, end)
+            self._made[name] = found
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def file_names(self) -> set[str]:
+        """Return the names of the files that the tensors lie in."""
+        return set(self.files)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all tensors in bytes."""
+        return int((self.ends - self.begins).sum())
+
+    def spans(self) -> Iterator[tuple[str, Numbers, Numbers]]:
+        """Yield, for each file, its name and where the tensors in it that have any bytes begin and end."""
+        names = sorted(set(self.files))
+        code = {name: number for number, name in enumerate(names)}
+        codes = np.fromiter(map(code.__getitem__, self.files), np.int64, len(self.files))
+        solid = self.ends > self.begins
+        for number, name in enumerate(names):
+            mine = solid & (codes == number)
+            if mine.any():
+                yield name, self.begins[mine], self.ends[mine]
+
+
+def table_of(rows: Mapping[str, Any], files: Mapping[str, FileRecord]) -> TensorTable | None:
+    """Return the table of a component's rows, as JSON has them, or None where not every one of them clearly is that of
+    a whole tensor that fits its file. Never raises: the rows may come from an attacker."""
+    if set(map(type, rows.values())) != {list} or set(map(len, rows.values())) != {_FIELDS}:
+        return None
+    dtypes, shapes, names, begins, ends = zip(*rows.values(), strict=True)
+    if set(map(type, dtypes)) | set(map(type, names)) != {str} or set(map(type, shapes)) != {list}:
+        return None
+    if not set(dtypes) <= ITEM_BYTES.keys() or not set(names) <= files.keys():
+        return None
+    if set(map(type, begins)) | set(map(type, ends)) != {int}:
+        return None
+    if not set(map(type, itertools.chain.from_iterable(shapes))) <= {int}:
+        return None
+    sizes = list(map(tuple, shapes))
+    elements: dict[tuple[int, ...], int] = {}
+    for shape in set(sizes):
+        if len(shape) > _MOST_DIMENSIONS or min(shape, default=0) < 0:
+            return None
+        elements[shape] = math.prod(shape)
+        if max(shape, default=0) >= _MOST_ELEMENTS or elements[shape] >= _MOST_ELEMENTS:
+            return None
+    count = len(rows)
+    try:
+        begin, end = np.array(begins, dtype=np.int64), np.array(ends, dtype=np.int64)
+    except OverflowError:
+        return None
+    item = np.fromiter(map(ITEM_BYTES.__getitem__, dtypes), np.int64, count)
+    nbytes = item * np.fromiter(map(elements.__getitem__, sizes), np.int64, count)
+    limits = {name: min(record.nbytes, np.iinfo(np.int64).max) for name, record in files.items()}
+    limit = np.fromiter(map(limits.__getitem__, names), np.int64, count)
+    fits = (begin >= 0) & (end <= limit) & (end >= begin) & (end - begin == nbytes) & (begin % item == 0)
+    if not fits.all():
+        return None
+    shared = {shape: shape for shape in elements}  # equal shapes are one object
+    return TensorTable(list(rows), dtypes, [shared[shape] for shape in sizes], names, begin, end)
+
+
+def overlap(spans: Sequence[tuple[Numbers, Numbers]]) -> bool:
+    """Return whether two of the byte ranges, given as arrays of where they begin and end, share a byte. None of them is
+    empty."""
+    begins = np.concatenate([begin for begin, _ in spans])
+    ends = np.concatenate([end for _, end in spans])
+    order = np.lexsort((ends, begins))
+    return bool((begins[order][1:] < ends[order][:-1]).any())
