@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from asyncckpt.codecs.dtypes import ITEM_BYTES
-from asyncckpt.manifest.records import FileRecord, StoredTensor, TensorRecord
+from asyncckpt.manifest.records import ComponentRecord, FileRecord, StoredTensor, TensorRecord
 
 Numbers = npt.NDArray[np.int64]
 #: Products of numbers up to this one and the size of an element still fit into 64 bits.
@@ -88,6 +88,13 @@ class TensorTable(Mapping[str, StoredTensor]):
             mine = solid & (codes == number)
             if mine.any():
                 yield name, self.begins[mine], self.ends[mine]
+
+
+def files_with_tensors(component: ComponentRecord) -> set[str]:
+    """Return the names of the files that a component's tensors lie in, whole or in part."""
+    if isinstance(component.tensors, TensorTable):
+        return component.tensors.file_names()
+    return {file for tensor in component.tensors.values() for file in tensor.files}
 
 
 def table_of(rows: Mapping[str, Any], files: Mapping[str, FileRecord]) -> TensorTable | None:
