@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -95,6 +96,13 @@ def files_with_tensors(component: ComponentRecord) -> set[str]:
     if isinstance(component.tensors, TensorTable):
         return component.tensors.file_names()
     return {file for tensor in component.tensors.values() for file in tensor.files}
+
+
+def tensors_by_file(component: ComponentRecord) -> Counter[str]:
+    """Count a component's tensors that have any bytes, by the names of the files that they lie in."""
+    if isinstance(component.tensors, TensorTable):
+        return Counter({file: len(begins) for file, begins, _ in component.tensors.spans()})
+    return Counter(file for tensor in component.tensors.values() if tensor.nbytes for file in tensor.files)
 
 
 def table_of(rows: Mapping[str, Any], files: Mapping[str, FileRecord]) -> TensorTable | None:
