@@ -203,8 +203,17 @@ def _add_whole_files(manifest: Manifest, wanted: Wanted, ranges: dict[str, list[
     for component in manifest.components.values():
         there.update(tensors_by_file(component))
     # by identity: hashing a record walks over all of its chunks
-    whole = {id(tensor): tensor for tensor, targets in wanted if any(_takes_all(tensor, one) for one in targets)}
-    mine = Counter(file for tensor in whole.values() if tensor.nbytes for file in tensor.files)
+    whole: dict[int, StoredTensor] = {}
+    for tensor, targets in wanted:
+        for target in targets:
+            if _takes_all(tensor, target):
+                whole[id(tensor)] = tensor
+    mine: Counter[str] = Counter()
+    for tensor in whole.values():
+        if type(tensor) is TensorRecord:
+            mine[tensor.file] += tensor.end > tensor.begin
+        elif tensor.nbytes:
+            mine.update(tensor.files)
     for file, count in mine.items():
         if count == there[file] and file in ranges:
             ranges[file].append((0, 1 << 62))

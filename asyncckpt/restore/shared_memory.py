@@ -34,7 +34,7 @@ def separate(plans: Sequence[RestorePlan]) -> None:
         if len(group) == 1 and not overlaps:
             continue
         if not overlaps and all(_is_same(target, first) for target, _ in group):  # it is read once
-            first.also += [target.where for target, _ in group[1:]]
+            first.also = [*first.also, *(target.where for target, _ in group[1:])]
             moved.update(id(target) for target, _ in group[1:])
             continue
         moved.update(id(target) for target, _ in group)
