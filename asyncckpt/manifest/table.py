@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,16 @@ Numbers = npt.NDArray[np.int64]
 _MOST_ELEMENTS: Final = 1 << 57
 _MOST_DIMENSIONS: Final = 64
 _FIELDS: Final = 5
+_T = TypeVar("_T")
 
 
 class TensorTable(Mapping[str, StoredTensor]):
     """``TensorTable`` maps the names of stored tensors, each of which lies whole in a file, to their records, which it
     makes when they are asked for. The same name always gives the same object. The columns have one entry a tensor, in
     the order of the names: ``dtypes`` their safetensors codes, ``shapes``, ``files`` the names of their files,
-    ``begins`` and ``ends`` the byte ranges there. Read-only. Thread-safe but for the identity of records, which holds
-    for one thread."""
+    ``begins`` and ``ends`` the byte ranges there. Read-only and thread-safe."""
 
-    __slots__ = ("_made", "_rows", "begins", "dtypes", "ends", "files", "shapes")
+    __slots__ = ("_made", "_rows", "_spans", "begins", "dtypes", "ends", "files", "shapes")
 
     def __init__(
         self,
@@ -41,25 +41,38 @@ class TensorTable(Mapping[str, StoredTensor]):
         dtypes: Sequence[str],
         shapes: Sequence[tuple[int, ...]],
         files: Sequence[str],
-        begins: Numbers,
-        ends: Numbers,
+        begins: Sequence[int],
+        ends: Sequence[int],
     ) -> None:
         self._rows = dict(zip(names, range(len(names)), strict=True))
         self._made: dict[str, TensorRecord] = {}
+        self._spans = begins, ends
         self.dtypes = dtypes
         self.shapes = shapes
         self.files = files
-        self.begins = begins
-        self.ends = ends
+        self.begins: Numbers = np.array(begins, dtype=np.int64)
+        self.ends: Numbers = np.array(ends, dtype=np.int64)
 
     def __getitem__(self, name: str) -> TensorRecord:
-        found = self._made.get(name)
+        found = self.get(name)
         if found is None:
-            row = self._rows[name]
-            begin, end = int(self.begins[row]), int(self.ends[row])
-            found = TensorRecord(self.dtypes[row], self.shapes[row], self.files[row], begin, end)
-            self._made[name] = found
+            raise KeyError(name)
         return found
+
+    @overload
+    def get(self, name: str, default: None = None) -> TensorRecord | None: ...
+    @overload
+    def get(self, name: str, default: _T) -> TensorRecord | _T: ...
+    def get(self, name: str, default: object = None) -> object:
+        found = self._made.get(name)
+        if found is not None:
+            return found
+        row = self._rows.get(name)
+        if row is None:
+            return default
+        begins, ends = self._spans
+        made = TensorRecord(self.dtypes[row], self.shapes[row], self.files[row], begins[row], ends[row])
+        return self._made.setdefault(name, made)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
@@ -140,7 +153,7 @@ def table_of(rows: Mapping[str, Any], files: Mapping[str, FileRecord]) -> Tensor
     if not fits.all():
         return None
     shared = {shape: shape for shape in elements}  # equal shapes are one object
-    return TensorTable(list(rows), dtypes, [shared[shape] for shape in sizes], names, begin, end)
+    return TensorTable(list(rows), dtypes, [shared[shape] for shape in sizes], names, begins, ends)
 
 
 def overlap(spans: Sequence[tuple[Numbers, Numbers]]) -> bool:

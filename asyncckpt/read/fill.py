@@ -7,6 +7,7 @@ chunks is decoded chunk by chunk. Only verified bytes are copied.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -112,9 +113,13 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numb
     base_files = functools.cache(lambda file: [files[base] for base in files[file].bases])
     chunk_numbers = functools.cache(lambda file: files[file].chunk_numbers())
     whole = WholeTensors()
+    seen: set[int] = set()
+    others: list[tuple[StoredTensor, Sequence[Target]]] = []
     for number_in_wanted, (tensor, targets) in enumerate(wanted):
         if whole.take(number_in_wanted, tensor, targets):
+            seen.add(id(tensor))
             continue
+        others.append((tensor, targets))
         if isinstance(tensor, ChunkedRecord):
             spans = [_byte_range(tensor, target) for target in targets]
             for file, number, chunk in _chunks(tensor):
@@ -141,9 +146,11 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numb
         for file, request in found:
             ranges[file].append((request.begin, request.end))
             requests[file].append(request)
-    for file, found_ranges in whole.close():
+    mine: Counter[str] = Counter()
+    for file, count, found_ranges in whole.close():
+        mine[file] = count
         ranges[file] += found_ranges
-    _add_whole_files(manifest, [*wanted, *beside], ranges)
+    _add_whole_files(manifest, (others, beside), mine, seen, ranges)
     chosen = extents_of(manifest, ranges)
     for extent_key, entries in _requests_by_extent(chosen, requests).items():
         consumers[extent_key].append(functools.partial(_copy_in, entries, extent_key[1], begun))
@@ -196,23 +203,24 @@ def _byte_range(tensor: StoredTensor, target: Target) -> tuple[int, int]:
     return target.first * item, (target.first + target.tensor.numel()) * item
 
 
-def _add_whole_files(manifest: Manifest, wanted: Wanted, ranges: dict[str, list[tuple[int, int]]]) -> None:
+def _add_whole_files(
+    manifest: Manifest,
+    wanted: Iterable[Wanted],
+    mine: Counter[str],
+    seen: set[int],
+    ranges: dict[str, list[tuple[int, int]]],
+) -> None:
     """Where every tensor of a shard is wanted, want the whole shard: what else is in it, its header, is then verified
-    along with the tensors."""
+    along with the tensors. ``mine``: how many whole tensors of each file are wanted beside those in ``wanted``.
+    ``seen``: which these are, by identity: hashing a record walks over all of its chunks."""
     there: Counter[str] = Counter()
     for component in manifest.components.values():
         there.update(tensors_by_file(component))
-    # by identity: hashing a record walks over all of its chunks
-    whole: dict[int, StoredTensor] = {}
-    for tensor, targets in wanted:
-        for target in targets:
-            if _takes_all(tensor, target):
-                whole[id(tensor)] = tensor
-    mine: Counter[str] = Counter()
-    for tensor in whole.values():
-        if type(tensor) is TensorRecord:
-            mine[tensor.file] += tensor.end > tensor.begin
-        elif tensor.nbytes:
+    for tensor, targets in itertools.chain.from_iterable(wanted):
+        if id(tensor) in seen or not tensor.nbytes or (isinstance(tensor, TensorRecord) and tensor.file not in ranges):
+            continue
+        if any(_takes_all(tensor, target) for target in targets):
+            seen.add(id(tensor))
             mine.update(tensor.files)
     for file, count in mine.items():
         if count == there[file] and file in ranges:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from asyncckpt.codecs.dtypes import NAMES
 from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.manifest.records import ExtentRecord, StoredTensor, TensorRecord
-from asyncckpt.memory.tensor_bytes import copy_memory, copy_small, is_plain
+from asyncckpt.memory.tensor_bytes import copy_memory, copy_small
 from asyncckpt.read.boxes import Target
 from asyncckpt.read.scatter import Window
 
@@ -52,15 +52,18 @@ class WholeTensors:
             or not tensor.is_cpu
             or tensor.dtype is not self._dtypes[record.dtype]
             or tensor.nbytes != end - begin
-            or not is_plain(tensor)
+            or not tensor.is_contiguous()
+            or tensor.is_neg()
+            or tensor.is_conj()
         ):
             return False
         if begin < end:
             self._taken[record.file].append((begin, end, tensor.data_ptr(), number))
         return True
 
-    def close(self) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-        """Yield, for each file, its name and the byte ranges that are wanted of it: neighbours are one range."""
+    def close(self) -> Iterator[tuple[str, int, list[tuple[int, int]]]]:
+        """Yield, for each file, its name, how many stored tensors are wanted of it, and in which byte ranges they lie:
+        neighbours are one range."""
         for file, rows in self._taken.items():
             table = np.array(rows, dtype=np.uint64).astype(np.int64).T  # addresses fit: user memory is the lower half
             table = table[:, np.lexsort((table[1], table[0]))]
@@ -68,7 +71,8 @@ class WholeTensors:
             begins, ends = table[0], np.maximum.accumulate(table[1])
             firsts = np.flatnonzero(np.concatenate(([True], begins[1:] > ends[:-1])))
             lasts = np.concatenate((firsts[1:], [len(begins)])) - 1
-            yield file, list(zip(begins[firsts].tolist(), ends[lasts].tolist(), strict=True))
+            stored = int(np.count_nonzero(begins[1:] != begins[:-1])) + 1
+            yield file, stored, list(zip(begins[firsts].tolist(), ends[lasts].tolist(), strict=True))
         self._taken.clear()
 
     def copy_in(self, file: str, extent: ExtentRecord, view: memoryview, begun: Callable[[list[int]], None]) -> None:

@@ -235,6 +235,8 @@ class _OptimizerPlanner:
             plain = self._plain.plan(label, parameter, saved, tree, live, group, self._plan)
             if plain is not None:
                 new.states[index] = plain
+                if live:
+                    new.in_place.add(index)
                 return
         if problem is None and isinstance(tree, dict) and "$" not in tree and isinstance(live, dict):
             mine, theirs = {str(key) for key in live}, set(tree)

@@ -7,7 +7,7 @@ of this kind, or does not fit, is left to ``optimizer_state``, which says why.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -18,8 +18,6 @@ from asyncckpt.restore.saved_parameters import SavedParameter
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.wrappers import PLAIN_TYPES
 from asyncckpt.types import JsonValue
-
-_NODE: Final = frozenset({"$", "v"})
 
 
 def fits_in_place(record: StoredTensor, live: Any) -> bool:
@@ -68,7 +66,7 @@ class PlainStates:
         records: list[tuple[str, str, StoredTensor]] = []
         for key, node in tree.items():
             stored = f"state.{label}.{key}"
-            if type(node) is not dict or node.keys() != _NODE or node["$"] != "tensor" or node["v"] != stored:
+            if type(node) is not dict or len(node) != 2 or node.get("$") != "tensor" or node.get("v") != stored:
                 return None
             record = tensors.get(stored)
             if record is None or stored in plan.used or not (new or fits_in_place(record, live[key])):

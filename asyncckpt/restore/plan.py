@@ -247,6 +247,13 @@ class QualifiedRecords(Mapping[str, StoredTensor]):
         record = self._components[component]
         return record.tensors[record.aliases.get(fqn, fqn)]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        component, _, fqn = name.partition(".")
+        record = self._components.get(component)
+        if record is None:
+            return default
+        return record.tensors.get(record.aliases.get(fqn, fqn), default)
+
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
