@@ -92,12 +92,14 @@ class Listing:
     """Holds the checkpoints that one look at a run found, and keeps the usable one that is wanted most open.
 
     It stays open from the moment it is found until it is read, so retention spares it, and nothing of it is parsed or
-    checked again. ``entries``: the oldest save first. ``prefer``: which one stays open; None: none does. Close the
-    listing, or use it in a ``with``. For one thread.
+    checked again. ``entries``: the oldest save first. ``prefer``: which one stays open; None: none does. ``whole``:
+    whether all of each manifest is parsed, or, of any other than the one that is opened, only what an entry says. Close
+    the listing, or use it in a ``with``. For one thread.
     """
 
-    def __init__(self, store: Store, prefer: Preference | None = None) -> None:
+    def __init__(self, store: Store, prefer: Preference | None = None, *, whole: bool = True) -> None:
         self.entries: list[CheckpointInfo] = []
+        self.whole = whole
         self._store = store
         self._prefer = prefer
         self._kept: tuple[CheckpointInfo, OpenCheckpoint] | None = None
@@ -122,6 +124,11 @@ class Listing:
         ``VersionUnsupported``."""
         if self._kept is not None and (self._kept[0].name, self._kept[0].attempt) == (entry.name, entry.attempt):
             opened, self._kept = self._kept[1], None
+            try:
+                opened.read_components()
+            except BaseException:
+                opened.close()
+                raise
             return opened
         return open_checkpoint(self._store.open(entry.name))
 

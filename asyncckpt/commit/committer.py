@@ -250,6 +250,7 @@ class Committer:
         if error is None:
             self._quarantine.discard(written.name)  # where it hung so long that nobody knew whether it would come
             self._replaced += replaced
+            self._catalog.trust(written.file_digest)
             self._after_commit(save, written.name)
         elif isinstance(error, DurabilityUnknown):  # the next run looks which of the two the disk has
             self._quarantine.add(save.contents.draft.name)

@@ -8,6 +8,7 @@ every field is checked before anything is allocated or opened because of it. doc
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import json
 import logging
@@ -38,6 +39,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.manifest.unread import UnreadComponents, heads_of
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
 from asyncckpt.types import MANIFEST_FILE, Chunking, ComponentSnapshot, ContentDigest, JsonValue, Layout
@@ -58,6 +60,8 @@ MAX_STATE_BYTES: Final = 1 << 30
 MAX_MANIFEST_BYTES: Final = 2 << 30
 _SELF_DIGEST: Final = "xxh3-128"
 _REMEMBERED_BYTES: Final = 1 << 20
+#: A manifest of so many bytes is parsed in a millisecond, and as a whole.
+_SMALL_BYTES: Final = 1 << 16
 
 
 def components_of(
@@ -190,8 +194,9 @@ def seal(body: bytes) -> bytes:
 
 
 @gc_paused()
-def decode(data: bytes, where: str) -> Manifest:
-    """Parse the bytes of a manifest's file.
+def decode(data: bytes, where: str, *, whole: bool = True) -> Manifest:
+    """Parse the bytes of a manifest's file. ``whole``: with False, the components, which take nearly all of the time,
+    are parsed and checked when they are first looked at, if they come last in the text.
 
     Raises ``ManifestInvalid``, which names the file as ``where``, for anything damaged or malformed, and
     ``VersionUnsupported`` for a newer format version or an unknown codec. Nothing is opened, and no memory is allocated
@@ -200,7 +205,8 @@ def decode(data: bytes, where: str) -> Manifest:
     cut = data.rfind(b',"manifest_digest":"')
     if cut < 0 or seal(data[:cut]) != data:
         raise ManifestInvalid(f"{where}: the manifest is damaged or incomplete: its digest does not match its content")
-    body = Body(_parse(data, where), where)
+    head = None if whole else _head(data[:cut], where)
+    body = Body(_parse(data, where) if head is None else head, where)
     if body.take("format", str) != FORMAT_NAME:
         body.fail("is not of this library's format")
     version = body.take("format_version", int)
@@ -229,7 +235,9 @@ def decode(data: bytes, where: str) -> Manifest:
         config=body.take("config", object),
         environment=body.take("environment", dict),
         files=files,
-        components=parse_components(body, by_name),
+        components=parse_components(body, by_name)
+        if head is None
+        else UnreadComponents(lambda: _known(data, where).components),
         codec=codec,
         codec_options=codec_options,
         size_bytes=len(data),
@@ -288,8 +296,11 @@ def _mismatch(path: str, found: str, expected: str) -> DigestMismatch:
     )
 
 
-def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
-    """Return the manifest of an open checkpoint. Blocks on the disk. Raises ``DigestMismatch``, before it looks at the
+def load(
+    reader: Reader, expect_digest: str | None = None, *, whole: Callable[[bytes], bool] = lambda _data: True
+) -> Manifest:
+    """Return the manifest of an open checkpoint. ``whole``: is given the file's bytes, and says whether all of it is to
+    be parsed now (see ``decode``). Blocks on the disk. Raises ``DigestMismatch``, before it looks at the
     content, where the file's digest is not ``expect_digest``; ``ManifestInvalid`` where the file is missing or is not a
     regular file; and what ``decode`` raises."""
     expected = check_expected(expect_digest)
@@ -300,9 +311,22 @@ def load(reader: Reader, expect_digest: str | None = None) -> Manifest:
     if expected is not None and file_digest(data) != expected:
         raise _mismatch(reader.path, file_digest(data), expected)
     where = f"{reader.path}/{FILE_NAME}"
-    manifest = _remembered(data, where) if len(data) <= _REMEMBERED_BYTES else decode(data, where)
+    parse_all = len(data) <= _SMALL_BYTES or whole(data)
+    manifest = _known(data, where) if parse_all else decode(data, where, whole=False)
     check_digest(manifest, expected, reader.path)
     return manifest
+
+
+def _known(data: bytes, where: str) -> Manifest:
+    return _remembered(data, where) if len(data) <= _REMEMBERED_BYTES else decode(data, where)
+
+
+def _head(body: bytes, where: str) -> JsonValue:
+    """Return what stands before the components, or None where it cannot be told apart from them."""
+    for text in heads_of(body):
+        with contextlib.suppress(ManifestInvalid):
+            return _parse(text, where)
+    return None
 
 
 @functools.lru_cache(maxsize=1)

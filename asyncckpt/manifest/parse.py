@@ -5,10 +5,11 @@ Whatever does not hold raises ``ManifestInvalid``, which names the manifest's fi
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
+
+import numpy as np
 
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.dtypes import ITEM_BYTES
@@ -24,6 +25,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.manifest.table import Numbers, TensorTable, overlap, table_of
 from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES, ContentDigest
 
@@ -209,14 +211,8 @@ def parse_components(body: Body, files: Mapping[str, FileRecord]) -> dict[str, C
         if "." in body.plain_name("component name", name):
             body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
         item = Body(entry, body.where)
-        tensors: dict[str, StoredTensor] = {}
-        for tensor, row in item.take("tensors", dict).items():
-            if isinstance(row, dict) and "boxes" in row:
-                tensors[tensor] = _boxed(body, tensor, row, files)
-            elif isinstance(row, dict):
-                tensors[tensor] = _chunked(body, tensor, row, files, room)
-            else:
-                tensors[tensor] = _tensor(body, tensor, row, files)
+        rows = item.take("tensors", dict)
+        tensors = table_of(rows, files) or _tensors(body, rows, files, room)
         aliases = item.take("aliases", dict)
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in tensors or alias in tensors:
@@ -224,6 +220,21 @@ def parse_components(body: Body, files: Mapping[str, FileRecord]) -> dict[str, C
         strides = _strides(body, item.optional("strides", {}), tensors)
         found[name] = ComponentRecord(item.take("kind", str), tensors, aliases, item.text("class"), strides)
     _check_overlaps(body, found)
+    return found
+
+
+def _tensors(
+    body: Body, rows: Mapping[str, Any], files: Mapping[str, FileRecord], room: dict[str, int]
+) -> dict[str, StoredTensor]:
+    """Return the records of tensors, row by row; see ``_chunked`` for ``room``."""
+    found: dict[str, StoredTensor] = {}
+    for name, row in rows.items():
+        if isinstance(row, dict) and "boxes" in row:
+            found[name] = _boxed(body, name, row, files)
+        elif isinstance(row, dict):
+            found[name] = _chunked(body, name, row, files, room)
+        else:
+            found[name] = _tensor(body, name, row, files)
     return found
 
 
@@ -357,8 +368,13 @@ def _part(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], room
 
 def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> None:
     ranges: dict[str, list[tuple[int, int]]] = {}
+    arrays: dict[str, list[tuple[Numbers, Numbers]]] = {}
     taken: set[tuple[str, int]] = set()
     for component in components.values():
+        if isinstance(component.tensors, TensorTable):
+            for file, begins, ends in component.tensors.spans():
+                arrays.setdefault(file, []).append((begins, ends))
+            continue
         for tensor in component.tensors.values():
             if isinstance(tensor, ChunkedRecord):
                 mine = [(part.file, extent) for part in tensor.parts for extent in part.extents]
@@ -369,11 +385,13 @@ def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> No
             for place in tensor.boxes if isinstance(tensor, BoxedRecord) else (tensor,):
                 if place.begin < place.end:
                     ranges.setdefault(place.file, []).append((place.begin, place.end))
-    if not ranges.keys().isdisjoint(file for file, _ in taken):
-        body.fail("has a file with whole tensors and with chunks")
     for file, spans in ranges.items():
-        spans.sort()
-        if any(after[0] < before[1] for before, after in itertools.pairwise(spans)):
+        begins, ends = np.array(spans, dtype=np.int64).T
+        arrays.setdefault(file, []).append((begins, ends))
+    if not arrays.keys().isdisjoint(file for file, _ in taken):
+        body.fail("has a file with whole tensors and with chunks")
+    for file, found in arrays.items():
+        if overlap(found):
             body.fail(f"has tensors in {file!r} that overlap")
 
 

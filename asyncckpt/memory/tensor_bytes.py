@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 _libc = ctypes.CDLL(None)  # CDLL releases the GIL during the copy; PyDLL would not
 _libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.memcpy.restype = ctypes.c_void_p
+#: Both copy ``(to, from, nbytes)``, by addresses: the first with the interpreter's lock released, the second holding
+#: it, which is faster where many small pieces are copied beside other threads.
+copy_memory = _libc.memcpy
+copy_small = ctypes.PyDLL(None).memcpy
+copy_small.argtypes = _libc.memcpy.argtypes
+copy_small.restype = ctypes.c_void_p
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

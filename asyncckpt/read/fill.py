@@ -7,6 +7,7 @@ chunks is decoded chunk by chunk. Only verified bytes are copied.
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.manifest.table import tensors_by_file
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.protocols import Codec, Digest, Reader
@@ -38,6 +40,7 @@ from asyncckpt.read.delta import DeltaReader
 from asyncckpt.read.extents import extents_of, read_extents
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window, scatter
+from asyncckpt.read.whole_tensors import WholeTensors
 from asyncckpt.types import Buffer, ContentDigest
 
 if TYPE_CHECKING:
@@ -47,8 +50,8 @@ if TYPE_CHECKING:
 Wanted = Sequence[tuple[StoredTensor, Sequence[Target]]]
 #: A consumer is called with an extent's verified bytes.
 Consumer = Callable[[memoryview], None]
-#: It is called with the number of a stored tensor whose targets are about to change.
-Begun = Callable[[int], None]
+#: It is called with the numbers of stored tensors whose targets are about to change.
+Begun = Callable[[Sequence[int]], None]
 _ReadRequests = list["_ReadRequest | _BoxReadRequest"]
 _Found = Iterable[tuple[str, "_ReadRequest | _BoxReadRequest"]]
 
@@ -92,10 +95,10 @@ class _BoxReadRequest:
         scatter_box(self.target, self.offsets, self.shape, first, data, self.dtype)
 
 
-def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _number: None, beside: Wanted = ()) -> int:
+def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numbers: None, beside: Wanted = ()) -> int:
     """Read what ``wanted`` needs, verify it, and put it into the targets. Return how many bytes were read.
 
-    ``begun(number)`` is called, on a reader thread, before targets of the tensor of that number in ``wanted`` change.
+    ``begun(numbers)`` is called, on a reader thread, before targets of tensors of these numbers in ``wanted`` change.
     ``beside``: what is filled by other calls; files of which nothing else is left are verified as a whole. Blocks.
     Raises ``CheckpointDamaged``, and what a device does; targets may then hold a mix of old and new values.
     """
@@ -109,7 +112,14 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numb
     decoder = _Decoder(reader, manifest)
     base_files = functools.cache(lambda file: [files[base] for base in files[file].bases])
     chunk_numbers = functools.cache(lambda file: files[file].chunk_numbers())
+    whole = WholeTensors()
+    seen: set[int] = set()
+    others: list[tuple[StoredTensor, Sequence[Target]]] = []
     for number_in_wanted, (tensor, targets) in enumerate(wanted):
+        if whole.take(number_in_wanted, tensor, targets):
+            seen.add(id(tensor))
+            continue
+        others.append((tensor, targets))
         if isinstance(tensor, ChunkedRecord):
             spans = [_byte_range(tensor, target) for target in targets]
             for file, number, chunk in _chunks(tensor):
@@ -124,7 +134,7 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numb
                 extent = files[file].extents[number]
                 ranges[file].append((extent.offset, extent.offset + extent.nbytes))
                 base_chunks = base_files(file), chunk_numbers(file)[number] if files[file].bases else 0
-                begin_it = functools.partial(begun, number_in_wanted)
+                begin_it = functools.partial(begun, (number_in_wanted,))
                 consumers[file, extent.offset].append(
                     functools.partial(decoder.decode_into, tensor, chunk, extent, base_chunks, taking, begin_it)
                 )
@@ -136,12 +146,17 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numb
         for file, request in found:
             ranges[file].append((request.begin, request.end))
             requests[file].append(request)
-    _add_whole_files(manifest, [*wanted, *beside], ranges)
+    mine: Counter[str] = Counter()
+    for file, count, found_ranges in whole.close():
+        mine[file] = count
+        ranges[file] += found_ranges
+    _add_whole_files(manifest, (others, beside), mine, seen, ranges)
     chosen = extents_of(manifest, ranges)
     for extent_key, entries in _requests_by_extent(chosen, requests).items():
         consumers[extent_key].append(functools.partial(_copy_in, entries, extent_key[1], begun))
 
     def consume(file: FileRecord, extent: ExtentRecord, view: memoryview) -> None:
+        whole.copy_in(file.name, extent, view, begun)
         for consumer in consumers.get((file.name, extent.offset), ()):
             consumer(view)
 
@@ -188,21 +203,34 @@ def _byte_range(tensor: StoredTensor, target: Target) -> tuple[int, int]:
     return target.first * item, (target.first + target.tensor.numel()) * item
 
 
-def _add_whole_files(manifest: Manifest, wanted: Wanted, ranges: dict[str, list[tuple[int, int]]]) -> None:
+def _add_whole_files(
+    manifest: Manifest,
+    wanted: Iterable[Wanted],
+    mine: Counter[str],
+    seen: set[int],
+    ranges: dict[str, list[tuple[int, int]]],
+) -> None:
     """Where every tensor of a shard is wanted, want the whole shard: what else is in it, its header, is then verified
-    along with the tensors."""
-    all_tensors = (tensor for component in manifest.components.values() for tensor in component.tensors.values())
-    there = Counter(file for tensor in all_tensors if tensor.nbytes for file in tensor.files)
-    # by identity: hashing a record walks over all of its chunks
-    whole = {
-        id(tensor): tensor
-        for tensor, targets in wanted
-        if any(_byte_range(tensor, target) == (0, tensor.nbytes) for target in targets)
-    }
-    mine = Counter(file for tensor in whole.values() if tensor.nbytes for file in tensor.files)
+    along with the tensors. ``mine``: how many whole tensors of each file are wanted beside those in ``wanted``.
+    ``seen``: which these are, by identity: hashing a record walks over all of its chunks."""
+    there: Counter[str] = Counter()
+    for component in manifest.components.values():
+        there.update(tensors_by_file(component))
+    for tensor, targets in itertools.chain.from_iterable(wanted):
+        if id(tensor) in seen or not tensor.nbytes or (isinstance(tensor, TensorRecord) and tensor.file not in ranges):
+            continue
+        if any(_takes_all(tensor, target) for target in targets):
+            seen.add(id(tensor))
+            mine.update(tensor.files)
     for file, count in mine.items():
         if count == there[file] and file in ranges:
             ranges[file].append((0, 1 << 62))
+
+
+def _takes_all(tensor: StoredTensor, target: Target) -> bool:
+    if type(target) is Window:
+        return not target.first and target.tensor.numel() * ITEM_BYTES[tensor.dtype] == tensor.nbytes
+    return _byte_range(tensor, target) == (0, tensor.nbytes)
 
 
 def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
@@ -218,7 +246,7 @@ def _copy_in(requests: _ReadRequests, offset: int, begun: Begun, view: memoryvie
     """Copy to each request what it wants of an extent that lies at ``offset``."""
     data = _as_tensor(view)
     for request in requests:
-        begun(request.number)
+        begun((request.number,))
         begin, end = max(request.begin, offset), min(request.end, offset + len(view))
         request.copy_in(begin, data[begin - offset : end - offset])
 

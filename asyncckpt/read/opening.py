@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace as replaced
 from typing import Self
 
 from asyncckpt import jsontree
@@ -10,6 +11,8 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import MAX_STATE_BYTES, STATE_FILE
 from asyncckpt.manifest.records import Manifest
+from asyncckpt.manifest.table import files_with_tensors
+from asyncckpt.manifest.unread import UnreadComponents
 from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import check_files, raise_damage
 from asyncckpt.read.extents import read_record, read_small_file
@@ -45,13 +48,18 @@ class OpenCheckpoint:
         no SHA-256."""
         manifests.check_digest(self.manifest, expect_digest, self.path)
 
+    def read_components(self) -> None:
+        """Parse the manifest's components, where that was put off. Raises ``ManifestInvalid``."""
+        if isinstance(self.manifest.components, UnreadComponents):
+            self.manifest = replaced(self.manifest, components=self.manifest.components.read())
+
     def check_small_files(self) -> None:
         """Verify the files that hold no tensors, but for assets, which no state depends on; the second call does
         nothing. Blocks. Raises ``CheckpointDamaged``."""
         if self._small_files_are_checked:
             return
         components = self.manifest.components.values()
-        apart = {file for component in components for tensor in component.tensors.values() for file in tensor.files}
+        apart = {file for component in components for file in files_with_tensors(component)}
         apart.update(self.manifest.assets)
         for record in self.manifest.files:
             if record.name not in apart:

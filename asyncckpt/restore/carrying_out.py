@@ -6,7 +6,7 @@ In a job all ranks take each step together: an error of one is raised on all bef
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.changes import Changes
 from asyncckpt.restore.live_memory import Memory
 from asyncckpt.restore.order import FIRST, GENERATORS, OBJECTS, SCHEDULERS, TENSORS, turn_of
-from asyncckpt.restore.plan import LiveTarget, RestorePlan
+from asyncckpt.restore.plan import RestorePlan
 from asyncckpt.restore.shared_memory import separate
 
 
@@ -62,14 +62,10 @@ class Planned:
         what shares memory is set apart. Changes nothing. Raises ``NotEnoughMemory``."""
         memory = Memory()
         for name, plan in self._by_name.items():
-            kept: list[LiveTarget] = []
-            for target in plan.fill:
-                problem = memory.problem(target.window.tensor)
-                if problem is None:
-                    kept.append(target)
-                else:
-                    plan.mismatched.append(f"{target.where}: {problem}")
-            plan.fill = kept
+            problems = memory.problems([target.window.tensor for target in plan.fill])
+            plan.mismatched += [f"{plan.fill[number].where}: {problem}" for number, problem in problems.items()]
+            if problems:
+                plan.fill = [target for number, target in enumerate(plan.fill) if number not in problems]
             turn = turn_of(name, self.state)
             self._turns[name] = OBJECTS if turn < TENSORS and plan.collect else turn
         separate([plan for _, plan in self._of(FIRST, SCHEDULERS, TENSORS, OBJECTS, GENERATORS)])
@@ -109,9 +105,12 @@ class Planned:
     def _fill(self, checkpoint: OpenCheckpoint, beside: Wanted, *turns: int) -> int:
         targets = [target for _, plan in self._of(*turns) for target in plan.fill]
 
-        def begun(number: int) -> None:
-            for where in (targets[number].where, *targets[number].also):
-                self.changes.begin(where.partition(".")[0])
+        def begun(numbers: Sequence[int]) -> None:
+            chosen = [targets[number] for number in numbers]
+            names = {target.where.partition(".")[0] for target in chosen}
+            names.update(where.partition(".")[0] for target in chosen if target.also for where in target.also)
+            for name in names:
+                self.changes.begin(name)
 
         nbytes = fill(checkpoint, [(target.record, [target.window]) for target in targets], begun, beside)
         self._run(lambda plan: plan.place, *turns)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+from collections.abc import Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
@@ -42,6 +44,29 @@ class Memory:
     def __init__(self) -> None:
         self._read_only: list[tuple[int, int]] | None = None
 
+    def problems(self, tensors: Sequence[torch.Tensor]) -> dict[int, str]:
+        """Return what ``problem`` says of those of the tensors that cannot be written to, by their numbers."""
+        odd: list[int] = []
+        begins: list[int] = []
+        sizes: list[int] = []
+        for number, tensor in enumerate(tensors):
+            begin, size = tensor.data_ptr(), tensor.nbytes
+            whole = begin and tensor.is_contiguous()
+            if not whole or tensor.storage_offset() * tensor.itemsize + size > tensor.untyped_storage().nbytes():
+                odd.append(number)
+            on_host = tensor.is_cpu
+            begins.append(begin if on_host else 0)
+            sizes.append(size if on_host else 0)
+        if len(odd) < len(tensors):
+            first, last = np.array(self._unwritable(), dtype=np.uint64).reshape(-1, 2).T
+            begin_of, end_of = np.array(begins, dtype=np.uint64), np.array(begins, dtype=np.uint64)
+            end_of += np.array(sizes, dtype=np.uint64)
+            # the ranges do not overlap, so that only those beside a tensor's beginning and end can meet it
+            meets = np.searchsorted(last, begin_of, "right") < np.searchsorted(first, end_of, "left")
+            odd += np.flatnonzero(meets).tolist()
+        found = {number: self.problem(tensors[number]) for number in sorted(set(odd))}
+        return {number: problem for number, problem in found.items() if problem is not None}
+
     def problem(self, tensor: torch.Tensor) -> str | None:
         """Say why a live tensor of a kind that takes values cannot be written to, or return None where it can."""
         if tensor.is_meta:
@@ -60,16 +85,22 @@ class Memory:
             return "its memory is read-only (a file that was mapped for reading, say): clone() it first"
         return None
 
-    def _is_read_only(self, begin: int, end: int) -> bool:
+    def _unwritable(self) -> list[tuple[int, int]]:
         if self._read_only is None:
             self._read_only = _read_only_ranges()
-        at = bisect.bisect_right(self._read_only, (begin, end))
-        beside = self._read_only[max(0, at - 1) : at + 1]
+        return self._read_only
+
+    def _is_read_only(self, begin: int, end: int) -> bool:
+        unwritable = self._unwritable()
+        at = bisect.bisect_right(unwritable, (begin, end))
+        beside = unwritable[max(0, at - 1) : at + 1]
         return any(first < end and begin < last for first, last in beside)
 
 
 def span_bytes(tensor: torch.Tensor) -> int:
     """Return how many bytes lie between a tensor's first element and the end of its last one."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
 

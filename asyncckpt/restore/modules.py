@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +21,25 @@ from asyncckpt.protocols import LiesInFile
 from asyncckpt.read.scatter import Window
 from asyncckpt.restore.live_memory import refusal
 from asyncckpt.restore.memory_format import format_to_be, take_format
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode, load, mismatch, new_tensor, same_bits
+from asyncckpt.restore.plain_state import fits_in_place
+from asyncckpt.restore.plan import (
+    LiveTarget,
+    Options,
+    RestorePlan,
+    StoredTensors,
+    decode,
+    load,
+    mismatch,
+    new_tensor,
+    same_bits,
+)
 from asyncckpt.restore.saved_parameters import same_strides
 from asyncckpt.restore.shared_memory import raise_shared
 from asyncckpt.restore.wrappers import StoredWrappers, not_live, plan_in_module, without_wrappers
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names
-from asyncckpt.state.wrappers import hides_values
+from asyncckpt.state.wrappers import PLAIN_TYPES, hides_values
 from asyncckpt.types import JsonValue
 
 
@@ -46,14 +58,15 @@ def plan_module(
     extras = without_wrappers(extras)
     live = module.state_dict()
     fqns = canonical_names(module, live)
-    own = {
-        t.untyped_storage().data_ptr()
-        for t in (*module.parameters(), *module.buffers())
-        if not t.is_meta and not is_distributed(t) and not is_lazy(t) and not hides_values(t)
-    }
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    places = parameters | buffers
+    own = {t.untyped_storage().data_ptr() for t in places.values() if _has_memory(t)}
     extra_fill = RestorePlan()
-    extra_lives = {fqns[raw]: value for raw, value in live.items() if opts.selected(f"{name}.{fqns[raw]}")}
-    extra_values = decode(name, extras, stored, extra_fill, opts, extra_lives) if extras else {}
+    extra_values: Any = {}
+    if extras:
+        extra_lives = {fqns[raw]: value for raw, value in live.items() if opts.selected(f"{name}.{fqns[raw]}")}
+        extra_values = decode(name, extras, stored, extra_fill, opts, extra_lives)
     plan.mismatched += extra_fill.mismatched
     if isinstance(module, LiesInFile) and isinstance(extra_values, dict):
         problem = module.checkpoint_mismatch(extra_values)
@@ -61,10 +74,7 @@ def plan_module(
             return RestorePlan(mismatched=[f"{name}: {problem}"])
     if not isinstance(extra_values, dict):
         raise CheckpointDamaged(f"component {name!r} was saved as a module and does not look like one")
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers(remove_duplicate=False))
-    places = parameters | buffers
-    by_memory = _aliases(live, fqns, places)
+    twins_of = functools.cache(lambda: _aliases(live, fqns, places))
     formats = _saved_formats(name, component, stored)
     held = wrappers.of_module(name, stored)
     loaders = _Loaders(module, live)
@@ -78,6 +88,10 @@ def plan_module(
         if not opts.selected(qualified):
             continue
         wanted.add(qualified)
+        found = stored.get(qualified)
+        if found is not None and qualified not in formats and not loaders.has_own(raw) and _fills(found, value, own):
+            plan.fill.append(LiveTarget(found, Window(value), qualified))
+            continue
         if not isinstance(value, torch.Tensor) and not is_sharded_tensor(value):
             if fqns[raw] in extra_values:
                 loaders.give(raw, extra_values[fqns[raw]], later)
@@ -92,17 +106,17 @@ def plan_module(
                 value = own_value
             else:
                 later[raw] = value
-            twins = [f"{name}.{twin}" for twin in by_memory.get(raw, ())]
+            twins = [f"{name}.{twin}" for twin in twins_of().get(raw, ())]
             if qualified in held or qualified in stored or not any(twin in held for twin in twins):
                 plan_in_module(qualified, value, held.get(qualified), stored.get(qualified), plan)
             continue
-        record = stored.get(qualified)
+        record = found
         if record is None:
             if qualified in held:
                 plan.mismatched.append(f"{qualified}: {not_live(held[qualified].node, value)}")
                 continue
             # a tied tensor is stored under the name of the one it is tied to
-            if not any(f"{name}.{twin}" in stored for twin in by_memory.get(raw, ())):
+            if not any(f"{name}.{twin}" in stored for twin in twins_of().get(raw, ())):
                 plan.missing.append(qualified)
             continue
         problem = mismatch(qualified, record, value, opts)
@@ -152,7 +166,7 @@ def plan_module(
     plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
     if meta:
         plan.finish.append(lambda: _materialize(module, meta))
-    empty = _left_on_meta(name, module, live, opts)
+    empty = _left_on_meta(name, module, live, places, opts)
     if empty:
         plan.missing += empty
         plan.notes.append(
@@ -186,10 +200,24 @@ def _new(
     return tensor
 
 
-def _left_on_meta(name: str, module: nn.Module, live: Mapping[str, Any], opts: Options) -> list[str]:
+def _has_memory(tensor: torch.Tensor) -> bool:
+    if type(tensor) in PLAIN_TYPES:
+        return not tensor.is_meta and tensor.layout is torch.strided
+    return not (tensor.is_meta or is_distributed(tensor) or is_lazy(tensor) or hides_values(tensor))
+
+
+def _fills(record: StoredTensor, live: Any, own: AbstractSet[int]) -> bool:
+    """Return whether a live value takes a stored tensor in place, in memory of the module's own, and nothing else has
+    to be looked at. ``own``: the addresses of that memory."""
+    return fits_in_place(record, live) and (not live.numel() or live.untyped_storage().data_ptr() in own)
+
+
+def _left_on_meta(
+    name: str, module: nn.Module, live: Mapping[str, Any], there: Mapping[str, torch.Tensor], opts: Options
+) -> list[str]:
     """Return the qualified names of tensors on the meta device that nothing stored can fill, because ``state_dict``
-    does not give them: buffers that are not persistent, say. ``live``: what it does give."""
-    there = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    does not give them: buffers that are not persistent, say. ``live``: what it does give. ``there``: all of the
+    module's parameters and buffers."""
     empty = [raw for raw, one in there.items() if raw not in live and not is_lazy(one) and one.is_meta]
     names = [f"{name}.{fqn}" for fqn in canonical_names(module, empty).values()]
     return [qualified for qualified in names if opts.selected(qualified)]
@@ -252,7 +280,7 @@ class _Loaders:
 
     def has_own(self, raw: str) -> bool:
         """Return whether the tensor with this ``state_dict`` key belongs to such a part."""
-        return raw.rpartition(".")[0] in self.owners
+        return bool(self.owners) and raw.rpartition(".")[0] in self.owners
 
     def give(self, raw: str, value: Any, otherwise: dict[str, Any]) -> None:
         """Give a value to the part that it belongs to; where that has no code of its own, add it to ``otherwise``."""

@@ -23,13 +23,15 @@ from asyncckpt.state.optimizer import wrapped_optimizer
 class RestoredState:
     """``RestoredState`` is what an optimizer is given. ``states``: by the parameter's index. ``others``: state that is
     no parameter's. ``groups``: hyperparameters of each live group. ``extra``: what else the class's ``state_dict`` has.
-    ``kept``: the indexes of the parameters whose live state stays as it is."""
+    ``kept``: the indexes of the parameters whose live state stays as it is. ``in_place``: those whose state is the very
+    live tensors, which are filled."""
 
     states: dict[int, Any] = field(default_factory=dict)
     others: dict[Any, Any] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
     kept: set[int] = field(default_factory=set)
+    in_place: set[int] = field(default_factory=set)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -59,7 +61,7 @@ def install(optimizer: torch.optim.Optimizer, new: RestoredState) -> None:
             del state[key]
     state.update(new.others)
     for index, parameter in enumerate(live.values()):
-        if index in new.kept:
+        if index in new.kept or index in new.in_place:
             continue
         value, found = new.states.get(index), state.get(parameter)
         if index not in new.states:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping
+from dataclasses import replace as replaced
 from typing import Any
 
 import torch
@@ -29,7 +30,16 @@ from asyncckpt.restore.optimizer_load import (
 )
 from asyncckpt.restore.optimizer_state import StateTargets
 from asyncckpt.restore.param_groups import hyper_parameters, sources_of
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, decode_like, load, on_host
+from asyncckpt.restore.plain_state import PlainStates
+from asyncckpt.restore.plan import (
+    Options,
+    QualifiedRecords,
+    RestorePlan,
+    StoredTensors,
+    decode_like,
+    load,
+    on_host,
+)
 from asyncckpt.restore.saved_parameters import SavedParameter, SavedParameters
 from asyncckpt.restore.wrappers import DoesNotFit
 from asyncckpt.state.class_names import class_name
@@ -75,7 +85,8 @@ class _OptimizerPlanner:
         self._record = record
         self._saved = saved
         self._opts = opts
-        self._stored: StoredTensors = {f"{name}.{key}": tensor for key, tensor in record.tensors.items()}
+        self._stored: StoredTensors = QualifiedRecords({name: replaced(record, aliases={})})
+        self._plain = PlainStates(name, record, opts)
         self._targets = StateTargets(name, record, self._stored, opts, self._format_to_be)
         owners = parameter_names({key: value for key, value in state.items() if isinstance(value, nn.Module)})
         names = optimizer_names(name, self._optimizer, owners, state, whole=optimizer)
@@ -84,6 +95,7 @@ class _OptimizerPlanner:
         self._index_of_place = {(holder, fqn): index for index, (_, holder, fqn) in enumerate(names)}
         self._parameters = parameters_of(self._optimizer)
         self._lazy = [label for label, one in zip(self._labels, self._parameters, strict=True) if is_lazy(one)]
+        self._group_tensors = [key for key in record.tensors if key.startswith("param_groups.")]
         self._plan = RestorePlan()
 
     def plan(self, tree: JsonValue) -> RestorePlan:
@@ -204,7 +216,7 @@ class _OptimizerPlanner:
     def _names_groups(self, first: str) -> bool:
         """Whether the tensors of a stored group go by the name of its first parameter; in checkpoints that are older
         than that, they go by its number."""
-        return any(key.startswith(f"{self._name}.param_groups.{first}.") for key in self._stored)
+        return any(key.startswith(f"param_groups.{first}.") for key in self._group_tensors)
 
     def _add_state(
         self,
@@ -219,6 +231,13 @@ class _OptimizerPlanner:
         where, parameter = f"{self._name}.{self._labels[index]}", self._parameters[index]
         problem = self._misfit(saved, parameter)
         live = self._optimizer.state.get(parameter) if isinstance(self._optimizer.state, Mapping) else None
+        if problem is None:
+            plain = self._plain.plan(label, parameter, saved, tree, live, group, self._plan)
+            if plain is not None:
+                new.states[index] = plain
+                if live:
+                    new.in_place.add(index)
+                return
         if problem is None and isinstance(tree, dict) and "$" not in tree and isinstance(live, dict):
             mine, theirs = {str(key) for key in live}, set(tree)
             if mine - theirs and theirs - mine:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,7 @@ class LiveTarget:
     record: StoredTensor
     window: Window
     where: str
-    also: list[str] = field(default_factory=list)
+    also: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -232,6 +233,40 @@ def qualified_records(components: Mapping[str, ComponentRecord]) -> Iterable[tup
             yield f"{component}.{fqn}", tensor
         for alias, target in record.aliases.items():
             yield f"{component}.{alias}", record.tensors[target]
+
+
+class QualifiedRecords(Mapping[str, StoredTensor]):
+    """``QualifiedRecords`` maps each name that ``qualified_records`` yields to its tensor, without looking at those
+    that nobody asks for. The same name always gives the same object."""
+
+    def __init__(self, components: Mapping[str, ComponentRecord]) -> None:
+        self._components = components
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        component, _, fqn = name.partition(".")  # a component's name has no dots
+        record = self._components[component]
+        return record.tensors[record.aliases.get(fqn, fqn)]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        component, _, fqn = name.partition(".")
+        record = self._components.get(component)
+        if record is None:
+            return default
+        return record.tensors.get(record.aliases.get(fqn, fqn), default)
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        component, _, fqn = name.partition(".")
+        record = self._components.get(component)
+        return record is not None and (fqn in record.tensors or fqn in record.aliases)
+
+    def __iter__(self) -> Iterator[str]:
+        for component, record in self._components.items():
+            yield from (f"{component}.{fqn}" for fqn in itertools.chain(record.tensors, record.aliases))
+
+    def __len__(self) -> int:
+        return sum(len(record.tensors) + len(record.aliases) for record in self._components.values())
 
 
 def describe(

@@ -22,7 +22,16 @@ from asyncckpt.restore.adapters import plan_component
 from asyncckpt.restore.carrying_out import Planned, Stages, typed
 from asyncckpt.restore.changes import Changes
 from asyncckpt.restore.other_ranks import OtherRanks
-from asyncckpt.restore.plan import Options, RestorePlan, asked, describe, new_tensor, qualified_records
+from asyncckpt.restore.plan import (
+    Options,
+    QualifiedRecords,
+    RestorePlan,
+    StoredTensors,
+    asked,
+    describe,
+    new_tensor,
+    qualified_records,
+)
 from asyncckpt.restore.saved_parameters import SavedParameters
 from asyncckpt.restore.wrappers import StoredWrappers
 from asyncckpt.state.capture import check_state
@@ -98,7 +107,7 @@ def restore(
             selected=selection,
             saved_ranks=manifest.world_size,
         )
-        named = dict(qualified_records(manifest.components))
+        named = QualifiedRecords(manifest.components)
         _check_rename(named, rename, checkpoint.path)
         stored = _renamed(named, rename)
         wrappers = StoredWrappers(manifest.components, trees)
@@ -144,7 +153,7 @@ def restore(
         manifest.kind == "full"
         and include is None
         and not (plan.missing or plan.unexpected or plan.mismatched)
-        and len(stored) == sum(1 for _ in qualified_records(manifest.components))
+        and len(stored) == len(named)
         and {without_rank(name) for name in manifest.components} <= set(state)
     )
     return RestoreReport(
@@ -206,9 +215,9 @@ def load_tensors(
     return {name: made[id(record)][1] for name, record in chosen.items()}
 
 
-def _under(name: str, source: str, manifest: Manifest) -> dict[str, StoredTensor]:
+def _under(name: str, source: str, manifest: Manifest) -> StoredTensors:
     """Return the tensors of component ``source`` by the names they would have if it were called ``name``."""
-    return dict(qualified_records({name: manifest.components[source]}))
+    return QualifiedRecords({name: manifest.components[source]})
 
 
 def _of_rank(manifest: Manifest, rank: int) -> dict[str, ComponentRecord]:
@@ -222,7 +231,7 @@ def _renamer(rename: Rename | None) -> Callable[[str], str | None]:
     return lambda name: name if rename is None else _rename_one(name, rename)
 
 
-def _renamed(stored: dict[str, StoredTensor], rename: Rename | None) -> dict[str, StoredTensor]:
+def _renamed(stored: StoredTensors, rename: Rename | None) -> StoredTensors:
     """Return the tensors by the names that ``rename`` gives them, without those that it drops."""
     if rename is None:
         return stored

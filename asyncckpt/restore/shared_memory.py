@@ -11,6 +11,7 @@ import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from asyncckpt.errors import StateMismatch
@@ -33,7 +34,7 @@ def separate(plans: Sequence[RestorePlan]) -> None:
         if len(group) == 1 and not overlaps:
             continue
         if not overlaps and all(_is_same(target, first) for target, _ in group):  # it is read once
-            first.also += [target.where for target, _ in group[1:]]
+            first.also = [*first.also, *(target.where for target, _ in group[1:])]
             moved.update(id(target) for target, _ in group[1:])
             continue
         moved.update(id(target) for target, _ in group)
@@ -52,25 +53,29 @@ def separate(plans: Sequence[RestorePlan]) -> None:
 def _groups(
     targets: Iterable[tuple[LiveTarget, RestorePlan]],
 ) -> Iterator[list[tuple[LiveTarget, RestorePlan]]]:
-    """Yield targets whose ranges of addresses touch each other, directly or through others; in the order in which they
-    were planned."""
-    devices: dict[torch.device, list[tuple[int, int, int, tuple[LiveTarget, RestorePlan]]]] = {}
-    for number, entry in enumerate(targets):
-        tensor = entry[0].window.tensor
-        begin = tensor.data_ptr()
-        devices.setdefault(tensor.device, []).append((begin, begin + span_bytes(tensor), number, entry))
-    for places in devices.values():
-        places.sort(key=lambda place: place[:3])
-        group: list[tuple[int, tuple[LiveTarget, RestorePlan]]] = []
-        reach = 0
-        for begin, end, number, entry in places:
-            if group and begin >= reach:
-                yield [one for _, one in sorted(group, key=lambda member: member[0])]
-                group = []
-            group.append((number, entry))
-            reach = max(reach, end)
-        if group:
-            yield [one for _, one in sorted(group, key=lambda member: member[0])]
+    """Yield targets whose ranges of addresses touch each other, directly or through others, and those whose own
+    elements share memory; in the order in which they were planned. What has memory of its own is not among them."""
+    devices: dict[torch.device, list[tuple[LiveTarget, RestorePlan]]] = {}
+    for entry in targets:
+        devices.setdefault(entry[0].window.tensor.device, []).append(entry)
+    for entries in devices.values():
+        tensors = [target.window.tensor for target, _ in entries]
+        begins = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.uint64)
+        spans = np.array([span_bytes(tensor) for tensor in tensors], dtype=np.uint64)
+        order = np.argsort(begins, kind="stable")
+        ends = np.maximum.accumulate((begins + spans)[order])
+        group = np.concatenate(([0], np.cumsum(begins[order][1:] >= ends[:-1])))
+        several = np.bincount(group)[group] > 1
+        members: dict[int, list[int]] = {}
+        for place, number in zip(group[several].tolist(), order[several].tolist(), strict=True):
+            members.setdefault(place, []).append(number)
+        alone = np.ones(len(entries), dtype=bool)
+        alone[order[several]] = False
+        for number in np.flatnonzero(alone).tolist():
+            if not tensors[number].is_contiguous() and may_overlap(tensors[number]):
+                yield [entries[number]]
+        for numbers in members.values():
+            yield [entries[number] for number in sorted(numbers)]
 
 
 def _is_same(one: LiveTarget, other: LiveTarget) -> bool:

@@ -21,6 +21,7 @@ from asyncckpt.manifest.records import (
     join_records,
     written_extent,
 )
+from asyncckpt.manifest.table import TensorTable
 from asyncckpt.protocols import Capability, Reader, Store
 from asyncckpt.types import ShardFile, StagedDigests
 from asyncckpt.write.link_checks import LinkChecks
@@ -91,6 +92,8 @@ def files_of(manifest: Manifest) -> dict[str, ReusableFile]:
     ordered: dict[str, list[ExtentRecord]] = {}
     files = {record.name: record for record in manifest.files}
     for component in manifest.components.values():
+        if isinstance(component.tensors, TensorTable):  # none of them is cut into chunks
+            continue
         for tensor in component.tensors.values():
             for part in tensor.parts if isinstance(tensor, ChunkedRecord) else ():
                 extents = files[part.file].extents

@@ -66,8 +66,8 @@ def test_a_checkpoint_deleted_while_it_is_listed_is_never_called_damaged(
     _small(tmp_path / "run", (1, 2))
     load = manifests.load
 
-    def vanish(reader: Any) -> Any:
-        found = load(reader)
+    def vanish(reader: Any, **options: Any) -> Any:
+        found = load(reader, **options)
         if found.step == 1:
             shutil.rmtree(reader.path)
         return found

@@ -64,9 +64,9 @@ def _count(run: Run, use: Callable[[], object], monkeypatch: pytest.MonkeyPatch)
     done: Counter[str] = Counter()
     parse, check, found = manifests.load, catalog.check_files, opening.check_files
 
-    def load(reader: Any, *args: Any) -> Any:
+    def load(reader: Any, *args: Any, **options: Any) -> Any:
         done["parse", reader.name] += 1
-        return parse(reader, *args)
+        return parse(reader, *args, **options)
 
     def checked(original: Any) -> Any:
         def call(reader: Any, manifest: Any) -> Any:

@@ -29,7 +29,7 @@ from asyncckpt import (
     Safetensors,
     StateMismatch,
 )
-from asyncckpt.read import fill
+from asyncckpt.read import whole_tensors
 from asyncckpt.storage.reader import LocalReader
 
 SMALL = Safetensors(extent_bytes=4096)
@@ -180,7 +180,7 @@ def test_ctrl_c_leaves_nobody_writing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_an_error_of_the_device_is_typed_and_says_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = _save(tmp_path / "run", 1, first=torch.ones(4096), second=torch.ones(4096))
-    real, calls = fill.scatter, []
+    real, calls = whole_tensors.copy_small, []
 
     def failing(*args: Any) -> None:
         calls.append(args)
@@ -188,7 +188,7 @@ def test_an_error_of_the_device_is_typed_and_says_what_changed(tmp_path: Path, m
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         real(*args)
 
-    monkeypatch.setattr(fill, "scatter", failing)
+    monkeypatch.setattr(whole_tensors, "copy_small", failing)
     state = {"first": torch.zeros(4096), "second": torch.zeros(4096)}
     error = _broken(lambda: run.restore(state))
     assert isinstance(error, RestoreFailed)
