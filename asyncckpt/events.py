@@ -126,6 +126,16 @@ class CopiedEagerly(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRebuilt(Event):
+    """The state of this save was read and planned from the beginning, which takes longer on the training thread,
+    because of ``reason``: nobody can vouch that ``component`` is what it was at an earlier save, or it has changed. An
+    empty ``component`` is the state as a whole. Each reason is told once for each component."""
+
+    component: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pruned(Event):
     """Retention has deleted the checkpoint ``name``, or has left it because somebody reads it (``deleted=False``)."""
 

@@ -31,10 +31,10 @@ from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.ranks.replicas import ReplicaSample, whole_digests
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
-from asyncckpt.state.capture import capture, check_state
-from asyncckpt.state.kept import KeptCaptures
+from asyncckpt.state.capture import check_state
+from asyncckpt.state.known_states import KnownStates
 from asyncckpt.state.markers import without_owners
-from asyncckpt.types import LayoutOptions
+from asyncckpt.types import Layout, LayoutOptions, pieces_of
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
@@ -77,7 +77,7 @@ class SaveBuilder:
         self._events = events
         self._committer = committer
         self._reuse = reuse if writer.reuse_unchanged else None
-        self._kept = KeptCaptures()
+        self._known = KnownStates(events)
         self._layouts = LayoutCache(self._format, self._codec, layout)
         #: Identifies the layout for which the arena was last found large enough.
         self._fits: tuple[int, int, str] | None = None
@@ -106,12 +106,14 @@ class SaveBuilder:
         that of the save, None where nothing is saved yet. In a job, blocks where names or shapes are new, until all
         ranks have called. Raises as ``capture`` and ``JobPlanner.plan`` do, ``PlanChanged`` among them."""
         try:
-            snapshot = capture(state, step, weights_only=weights_only, kept=self._kept)
+            recognise = coordinator is None and number is not None
+            captured = self._known.capture(state, step, weights_only=weights_only, recognise=recognise)
         except BaseException as error:
             if coordinator is not None and number is None:  # of a save that failed, the coordinator tells the others
                 with contextlib.suppress(AsyncCkptError):
                     coordinator.planner.decline(call, error)
             raise
+        snapshot = captured.snapshot
         if coordinator is not None:
             self._sharing = coordinator.ranks_here
             planner = coordinator.planner
@@ -121,11 +123,20 @@ class SaveBuilder:
             ask = number is not None and not planner.is_cached(snapshot)
             cancel_key = coordinator.replan(number) if ask and number is not None else None
             return planner.plan(snapshot, call, cancel_key, gather=number is not None)
-        for piece in snapshot.pieces() if number is not None else ():
-            if piece.redistribute is not None:
-                piece.tensor = piece.redistribute()
-        components = tuple((one.name, tuple(p.spec for p in one.pieces)) for one in snapshot.components)
-        return alone(snapshot, self._layouts.get(components))
+        again, known = captured.again, captured.known
+        if again is None:
+            for piece in snapshot.pieces() if number is not None else ():
+                if piece.redistribute is not None:
+                    piece.tensor = piece.redistribute()
+        if again is not None and again.is_same and known is not None:
+            layout: Layout = known.cache["layout"]
+        else:
+            layout = self._layouts.get(
+                tuple((one.name, tuple(pieces_of(one.pieces).specs)) for one in snapshot.components)
+            )
+        if again is None and known is not None:
+            known.cache["layout"] = layout
+        return alone(captured, layout)
 
     def grow_arena(self, planned: Planned) -> None:
         """Give the arena the memory that a save of this layout takes. Returns at once: the memory is faulted in in the
@@ -136,7 +147,7 @@ class SaveBuilder:
             return
         sizes = [slot_bytes(extent) for extent in extents]
         budget = default_budget(sizes, self._sharing) if self._budget_bytes is None else self._budget_bytes
-        pin = any(piece.tensor.is_cuda for piece in planned.pieces)
+        pin = any(tensor.is_cuda for tensor in pieces_of(planned.pieces).tensors)
         self.arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
         if self.arena.budget_bytes >= (self._budget_bytes or sum(map(padded, sizes))):
             self._fits = key

@@ -33,6 +33,7 @@ from asyncckpt.stage.places import cuda_devices
 from asyncckpt.stage.samples import Sampler
 from asyncckpt.stage.stager import Stager
 from asyncckpt.stage.streams import CopyStreams, is_capturing
+from asyncckpt.types import pieces_of
 
 log = logging.getLogger("asyncckpt")
 
@@ -132,13 +133,13 @@ class SaveStarter:
             policy = self._options.on_busy if request.may_skip or self._options.on_busy != "skip" else "wait"
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, beside, began)
-            devices = cuda_devices([piece.tensor for piece in pieces])
+            devices = _devices(planned)
             checks, division = self._divide(planned, save.scope, devices)
             deferred = bool(division.deferred)
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
             staging = StagingJob(
                 save.scope,
-                [piece.tensor for piece in pieces],  # small ones may have been cloned since
+                pieces_of(pieces).tensors,  # small ones may have been cloned since
                 layout.extents(),
                 self._builder.arena,
                 self._streams.of(devices),
@@ -177,11 +178,15 @@ class SaveStarter:
             return None, Division(set(range(len(pieces))), [], {})
         self._watched.training_waits()
         self._watched.tell_of_unused_gradients(scope.step)
-        owned = self._watched.owned()
+        known, again = planned.known, planned.again
+        owned = self._watched.owned(known, again)
         keys = self._deferral.keys((planned.layout.fingerprint, len(pieces)), planned.components)
-        division = divide(pieces, owned, self._deferral.earned(keys), self._divider)
+        stays = known if again is None or again.is_same else None
+        division = divide(pieces, owned, self._deferral.earned(keys), self._divider, stays)
         checks = SnapshotChecks(
-            scope, self._deferral, keys, pieces, division, owned, planned.layout, self._sampler, bool(devices)
+            *(scope, self._deferral, keys, pieces, division, owned, planned.layout, self._sampler, bool(devices)),
+            known=known,
+            again=again,
         )
         self._watched.check(checks)
         return checks, division
@@ -222,3 +227,14 @@ class SaveStarter:
             busy = error
         if coordinator.any_rank("busy", busy is not None):
             raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
+
+
+def _devices(planned: Planned) -> Collection[torch.device]:
+    """Return the CUDA devices that the pieces of a save lie on."""
+    known, again = planned.known, planned.again
+    if known is None or (again is not None and not again.is_same):
+        return cuda_devices(pieces_of(planned.pieces).tensors)
+    if "devices" not in known.cache:
+        known.cache["devices"] = cuda_devices(pieces_of(planned.pieces).tensors)
+    found: set[torch.device] = known.cache["devices"]
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
 from asyncckpt.errors import InvalidOption
 
@@ -96,6 +96,40 @@ class LocalTensor:
     first_only: bool = False
 
 
+class Pieces(Sequence[LocalTensor]):
+    """``Pieces`` are pieces whose parts lie in lists of their own: whole tensors that nobody divides. An item is made
+    when it is asked for, because a state has tens of thousands at every save. ``first_only``: see ``LocalTensor``."""
+
+    __slots__ = ("first_only", "specs", "tensors")
+
+    def __init__(self, specs: list[TensorSpec], first_only: list[bool], tensors: list[torch.Tensor]) -> None:
+        self.specs = specs
+        self.first_only = first_only
+        self.tensors = tensors
+
+    @overload
+    def __getitem__(self, index: int) -> LocalTensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[LocalTensor]: ...
+
+    def __getitem__(self, index: int | slice) -> LocalTensor | list[LocalTensor]:
+        if isinstance(index, slice):
+            return [self[at] for at in range(*index.indices(len(self.tensors)))]
+        return LocalTensor(self.specs[index], self.tensors[index], first_only=self.first_only[index])
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def pieces_of(pieces: Sequence[LocalTensor]) -> Pieces:
+    """Return the lists of what pieces have that are whole tensors. They share nothing with pieces that are listed one
+    by one."""
+    if isinstance(pieces, Pieces):
+        return pieces
+    return Pieces([p.spec for p in pieces], [p.first_only for p in pieces], [p.tensor for p in pieces])
+
+
 @dataclass(slots=True)
 class ComponentSnapshot:
     """``ComponentSnapshot`` is one captured component. ``kind`` says how it was captured (``module``, ``optimizer``,
@@ -108,7 +142,7 @@ class ComponentSnapshot:
 
     name: str
     kind: str
-    pieces: list[LocalTensor]
+    pieces: Sequence[LocalTensor]
     aliases: dict[str, str]
     tree: JsonValue
     shared: bool = True

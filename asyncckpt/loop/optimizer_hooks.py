@@ -7,6 +7,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from asyncckpt.loop.unused_gradients import UnusedGradients
 from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.eager import OwnedMemory, OwnedRanges, storages
 from asyncckpt.stage.streams import is_capturing
+from asyncckpt.state.known_state import KnownState, Picker, Recaptured, picker
 from asyncckpt.state.wrappers import plain_parts
 
 
@@ -48,6 +50,7 @@ class WatchedOptimizers:
         self._gradients = UnusedGradients()
         #: The memory that was owned at the latest save.
         self._ranges: OwnedRanges | None = None
+        self._remembered: _Remembered | None = None
 
     def add(self, *optimizers: torch.optim.Optimizer) -> None:
         """Watch these optimizers, or the ones that they wrap. Idempotent. Raises ``InvalidOption`` for anything else,
@@ -129,13 +132,26 @@ class WatchedOptimizers:
     def _alive(self) -> list[torch.optim.Optimizer]:
         return _alive(self._optimizers)
 
-    def owned(self) -> OwnedMemory:
+    def owned(self, known: KnownState | None = None, again: Recaptured | None = None) -> OwnedMemory:
         """Return the memory that only an optimizer's step changes: trained parameters and their state. A parameter with
         ``requires_grad=False`` is left out: whoever froze it may change it elsewhere, as a momentum encoder does in its
         forward. What an optimizer steps over inside a CUDA graph is left out, too: no hook is called then. At the
-        beginning of a save, before it is decided what is deferred: what devices have found out since then counts."""
+        beginning of a save, before it is decided what is deferred: what devices have found out since then counts.
+        ``known``, ``again``: what is known of the state that is saved, see ``Captured``; what is watched and known is
+        not looked at again."""
         self._checks = [checks for checks in self._checks if checks.waits_for_device()]
-        memory = OwnedMemory(self._ranges)
+        watched = tuple(self._optimizers.values())
+        remembered, ranges = self._remembered, self._ranges
+        if known is not None and again is not None and remembered is not None and ranges is not None:
+            vouched = {id(optimizer) for optimizer in again.optimizers}
+            if (
+                remembered.known is known
+                and remembered.watched == watched
+                and not self._captured
+                and all((optimizer := one()) is not None and id(optimizer) in vouched for one in watched)
+            ):
+                return OwnedMemory.known(ranges, remembered.pick(again.tensors))
+        memory = OwnedMemory(ranges)
         owned: list[torch.Tensor] = []
         for optimizer in self._alive():
             owned += plain_parts(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
@@ -143,6 +159,10 @@ class WatchedOptimizers:
         captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
         memory.add(owned if not captured else [tensor for tensor in owned if id(tensor) not in captured])
         self._ranges = memory.ranges
+        self._remembered = None
+        numbers = known.numbers if known is not None and not self._captured else {}
+        if known is not None and all(id(holder) in numbers for holder in memory.holders):
+            self._remembered = _Remembered(known, watched, picker([numbers[id(holder)] for holder in memory.holders]))
         return memory
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -172,6 +192,17 @@ class WatchedOptimizers:
         self._optimizers.clear()
         self._captured.clear()
         self._checks.clear()
+        self._remembered = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """What is owned of a known state: ``pick`` takes it out of the state's tensors. ``watched``: by which optimizers,
+    as long as they have what they had."""
+
+    known: KnownState
+    watched: tuple[weakref.ref[torch.optim.Optimizer], ...]
+    pick: Picker
 
 
 class _Changed:

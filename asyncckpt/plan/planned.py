@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from asyncckpt.types import ComponentSnapshot, Layout, LocalTensor, RowOwners, Snapshot, TensorSpec
+from asyncckpt.state.known_state import KnownState, Recaptured
+from asyncckpt.state.known_states import Captured
+from asyncckpt.types import ComponentSnapshot, Layout, LocalTensor, RowOwners, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,10 @@ class Planned:
     under, those that only other ranks hold empty. ``rank_local_names``: component → the name that this rank's own is
     stored under.
     ``sends_values_of``, ``values_like``, ``owners`` and ``replicated``: see ``AgreedPlan``. ``met``: all ranks have met
-    to plan this very save."""
+    to plan this very save. ``known``, ``again``: see ``Captured``."""
 
     step: int
-    pieces: list[LocalTensor]
+    pieces: Sequence[LocalTensor]
     layout: Layout
     components: Sequence[ComponentSnapshot]
     rank_local_names: Mapping[str, str]
@@ -49,8 +51,14 @@ class Planned:
     owners: Mapping[str, int] = field(default_factory=dict)
     replicated: Sequence[ReplicatedTensor] = ()
     met: bool = False
+    known: KnownState | None = None
+    again: Recaptured | None = None
 
 
-def alone(snapshot: Snapshot, layout: Layout) -> Planned:
+def alone(captured: Captured, layout: Layout) -> Planned:
     """Make the plan of a process that saves by itself."""
-    return Planned(snapshot.step, snapshot.pieces(), layout, snapshot.components, {}, frozenset())
+    snapshot, again = captured.snapshot, captured.again
+    pieces = snapshot.pieces() if again is None else again.pieces
+    return Planned(
+        *(snapshot.step, pieces, layout, snapshot.components, {}, frozenset()), known=captured.known, again=again
+    )

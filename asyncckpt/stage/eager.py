@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from asyncckpt.stage.live_bytes import local_part
 from asyncckpt.stage.places import Places, places_of
 from asyncckpt.state.wrappers import PLAIN_TYPES
-from asyncckpt.types import LocalTensor
+from asyncckpt.types import LocalTensor, Pieces, pieces_of
 
 #: Small tensors that could change in the forward pass are cloned instead of staged at once: a buffer in every extent
 #: would otherwise make ``save`` wait for the whole arena.
@@ -65,10 +66,17 @@ class OwnedMemory:
         self._before = before
         self.ranges = OwnedRanges(places_of([]))
         #: The tensors that were added, as the optimizer holds them.
-        self.holders: list[torch.Tensor] = []
+        self.holders: Sequence[torch.Tensor] = []
+
+    @classmethod
+    def known(cls, ranges: OwnedRanges, holders: Sequence[torch.Tensor]) -> OwnedMemory:
+        """Return the memory of tensors that lie where they did when ``ranges`` were found."""
+        memory = cls(ranges)
+        memory.ranges, memory.holders = ranges, holders
+        return memory
 
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
-        self.holders += tensors
+        self.holders = [*self.holders, *tensors]
         here = [one if type(one) in PLAIN_TYPES else local_part(one) for one in self.holders]
         places, before = places_of(here), self._before
         self.ranges = before if before is not None and before.places == places else _ranges(here, places)
@@ -152,19 +160,22 @@ class Division:
     """``eager``: indexes of the pieces that must be staged before ``save`` returns. ``deferred``: indexes of those that
     may be copied until the update that changes them. ``on_trial``: the tensors, by index, that are copied at once but
     might be deferred once a step has shown that nothing else changes them. ``checked``: those of the deferred ones that
-    something else could change. ``addresses``: where all pieces begin in memory."""
+    something else could change. ``addresses``: where all pieces begin in memory. ``cache``: what others have found out
+    about a division that stays as it is; None where that is not known."""
 
     eager: set[int]
     deferred: Sequence[int]
     on_trial: Mapping[int, torch.Tensor]
     checked: Sequence[int] = ()
     addresses: Sequence[int] = ()
+    cache: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Decided:
     """What was decided, and all that it depends on. ``blocks``: the memory blocks of the pieces ``looked_at``.
-    ``at_once``: the pieces that may change any time; of the others ``now`` has not earned it to be deferred."""
+    ``at_once``: the pieces that may change any time; of the others ``now`` has not earned it to be deferred. ``known``:
+    the state whose pieces were divided, where it is known."""
 
     ranges: OwnedRanges
     places: Places
@@ -177,6 +188,8 @@ class _Decided:
     now: list[int]
     deferred: list[int]
     checked: list[int]
+    known: object = None
+    cache: dict[str, Any] = field(default_factory=dict)
 
 
 class Divider:
@@ -188,16 +201,26 @@ class Divider:
         self._decided: _Decided | None = None
 
     def divide(
-        self, pieces: Sequence[LocalTensor], owned: OwnedMemory, earned: Collection[int] | None = None
+        self,
+        pieces: Sequence[LocalTensor],
+        owned: OwnedMemory,
+        earned: Collection[int] | None = None,
+        known: object = None,
     ) -> Division:
         """Decide which pieces are copied when. Small pieces that would have to be staged at once are cloned, in
-        ``pieces`` itself. ``earned``: the indexes of those that may be deferred at all; None for every one.
+        ``pieces`` itself. ``earned``: the indexes of those that may be deferred at all; None for every one. ``known``:
+        the same object as long as all pieces are known to be and to lie as they did; None where nobody knows that.
 
         A piece is deferred only where all pieces in its memory block lie in owned ranges and none of them is a frozen
         parameter, under whatever name: flattened modules share one block, and one write may change more of it than one
         tensor.
         """
-        found = self._decided = self._decide(pieces, owned, earned)
+        last = self._decided
+        if known is None or last is None or last.known is not known or last.ranges is not owned.ranges:
+            last = None
+        if last is None or last.earned is not earned:
+            last = self._decide(pieces, owned, earned, known)
+        found = self._decided = last
         on_trial: dict[int, torch.Tensor] = {}
         eager: set[int] = set()
         cloned = 0
@@ -209,16 +232,25 @@ class Divider:
             nbytes = piece.spec.nbytes
             # a clone saves nothing where all extents are staged now
             if found.deferred and nbytes <= _CLONE_BELOW_BYTES and cloned + nbytes <= _CLONE_TOTAL_BYTES:
-                piece.tensor = tensor.detach().clone()
+                clone = tensor.detach().clone()
+                if isinstance(pieces, Pieces):
+                    pieces.tensors[index] = clone
+                else:
+                    piece.tensor = clone
                 cloned += nbytes
             else:
                 eager.add(index)
-        return Division(eager, found.deferred, on_trial, found.checked, found.places.addresses)
+        cache = found.cache if found.known is not None else None
+        return Division(eager, found.deferred, on_trial, found.checked, found.places.addresses, cache)
 
-    def _decide(self, pieces: Sequence[LocalTensor], owned: OwnedMemory, earned: Collection[int] | None) -> _Decided:
-        tensors = [piece.tensor for piece in pieces]
+    def _decide(
+        self, pieces: Sequence[LocalTensor], owned: OwnedMemory, earned: Collection[int] | None, known: object
+    ) -> _Decided:
+        listed = pieces_of(pieces)
+        tensors = listed.tensors
         places = places_of(tensors)
-        private, frozen = [piece.private for piece in pieces], [piece.spec.frozen for piece in pieces]
+        private = [False] * len(tensors) if listed is pieces else [piece.private for piece in pieces]
+        frozen = [spec.frozen for spec in listed.specs]
         last = self._decided
         if (
             last is not None
@@ -229,7 +261,7 @@ class Divider:
             and last.blocks == [_block(tensors[index]) for index in last.looked_at]
         ):
             if last.earned is earned:
-                return last
+                return last if last.known is known else replace(last, known=known, cache={})
             looked_at, blocks, at_once = last.looked_at, last.blocks, last.at_once
         else:
             doubtful = [n for n in owned.doubtful(places) if not private[n] and not frozen[n]]
@@ -245,7 +277,7 @@ class Divider:
             (deferred if may_wait and index not in at_once else now).append(index)
         checked = [n for n in deferred if places.counts[n] and not private[n]]
         return _Decided(
-            owned.ranges, places, private, frozen, looked_at, blocks, earned, at_once, now, deferred, checked
+            owned.ranges, places, private, frozen, looked_at, blocks, earned, at_once, now, deferred, checked, known
         )
 
 
@@ -262,9 +294,10 @@ def divide(
     owned: OwnedMemory,
     earned: Collection[int] | None = None,
     divider: Divider | None = None,
+    known: object = None,
 ) -> Division:
     """Divide a snapshot as ``Divider.divide`` does; ``divider`` has divided those before."""
-    return (divider or Divider()).divide(pieces, owned, earned)
+    return (divider or Divider()).divide(pieces, owned, earned, known)
 
 
 def _lying_in(blocks: Collection[tuple[int, int]], addresses: Sequence[int], private: Sequence[bool]) -> set[int]:

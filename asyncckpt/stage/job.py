@@ -45,7 +45,7 @@ class _Work:
 
     def holds(self, pieces: Collection[int]) -> bool:
         """Whether one of these pieces lies in the extent."""
-        return any(segment.piece in pieces for segment in self.extent.segments)
+        return bool(pieces) and any(segment.piece in pieces for segment in self.extent.segments)
 
 
 class StagingJob:

@@ -128,9 +128,14 @@ def kind_of(value: Any) -> str:
 def _component(
     name: str, value: Any, state: Mapping[str, Any], owners: Mapping[int, tuple[str, str]], kept: KeptCaptures
 ) -> ComponentSnapshot:
-    kind = kind_of(value)
-    if kind == "optimizer":
+    if kind_of(value) == "optimizer":
         return _optimizer(name, value, state, owners, kept)
+    return other_component(name, value)
+
+
+def other_component(name: str, value: Any) -> ComponentSnapshot:
+    """Capture a component that is neither a module nor an optimizer."""
+    kind = kind_of(value)
     type_name = class_name(value) if kind == "stateful" else ""
     pieces: list[LocalTensor] = []
     shared = kind == "tensor" or isinstance(value, Replicated)
