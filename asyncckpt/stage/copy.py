@@ -5,48 +5,101 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch._utils import _unflatten_dense_tensors
 
 from asyncckpt.codecs.blosc import split_places
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES
 from asyncckpt.memory.arena import StagingBuffer
-from asyncckpt.memory.tensor_bytes import _copy_strided, _libc, is_plain
+from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Segment
 
-#: Smaller neighbours are copied in one call: a call that gives the GIL up may have to wait for it afterwards, and
-#: twenty thousand such waits would cost more than the copies.
-_BATCH_BELOW_BYTES = 256 << 10
+#: A tensor is copied in pieces of so many elements: from 32,768 on, torch would start threads of its own for each copy.
+_SERIAL_ELEMENTS = 7 << 12
+#: So many pieces go into one call. More objects at a time would have Python's collector run.
+_AT_ONCE = 512
+#: Large tensors are copied as the widest of these types that their place allows: fewer pieces hold more bytes.
+_WIDE = ((16, torch.complex128), (8, torch.int64), (4, torch.int32))
 
 
 def copy_segments(tensors: Sequence[torch.Tensor], segments: Sequence[Segment], slot: StagingBuffer) -> None:
     """Copy every segment to its place in the slot. CPU tensors: done on return; CUDA tensors: enqueued on the current
-    stream. Blocks; releases the GIL while bytes move. The tensors must stay unchanged meanwhile."""
-    batch: list[torch.Tensor] = []
-    start = end = 0
-    for segment in segments:
-        tensor = tensors[segment.piece].detach()
-        small = segment.nbytes < _BATCH_BELOW_BYTES
-        if tensor.device.type == "cpu" and is_plain(tensor):
-            if small:
-                if batch and segment.extent_offset != end:
-                    _flush(batch, slot, start, end)
-                if not batch:
-                    start = segment.extent_offset
-                end = segment.extent_offset + segment.nbytes
-                flat = _flat_bytes(tensor)
-                batch.append(flat[segment.source_offset : segment.source_offset + segment.nbytes])
+    stream. Blocks; releases the GIL while bytes move, once for hundreds of tensors. The tensors must stay unchanged
+    meanwhile."""
+    with torch.no_grad():
+        copies = _Copies(slot.tensor)
+        for segment in segments:
+            tensor = tensors[segment.piece]
+            if not is_plain(tensor):
+                item = tensor.element_size()
+                target = slot.tensor[segment.extent_offset : segment.extent_offset + segment.nbytes]
+                first = segment.source_offset // item
+                _copy_strided(tensor.detach(), first, first + segment.nbytes // item, target.view(tensor.dtype))
+            elif segment.nbytes == tensor.nbytes and tensor.numel() <= _SERIAL_ELEMENTS:
+                copies.add_whole(tensor, segment.extent_offset)
             else:
-                source = tensor.data_ptr() + segment.source_offset
-                _libc.memcpy(slot.address + segment.extent_offset, source, segment.nbytes)
-        elif is_plain(tensor):
-            flat = _flat_bytes(tensor)[segment.source_offset : segment.source_offset + segment.nbytes]
-            target = slot.tensor[segment.extent_offset : segment.extent_offset + segment.nbytes]
-            target.copy_(flat, non_blocking=True)
-        else:
-            item = tensor.element_size()
-            target = slot.tensor[segment.extent_offset : segment.extent_offset + segment.nbytes]
-            first = segment.source_offset // item
-            _copy_strided(tensor, first, first + segment.nbytes // item, target.view(tensor.dtype))
-    _flush(batch, slot, start, end)
+                copies.add_part(tensor, segment)
+        copies.flush()
+
+
+class _Copies:
+    """Collects copies into a slot, and makes many in one call."""
+
+    def __init__(self, slot: torch.Tensor) -> None:
+        self._slot = slot
+        self._targets: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+        #: Whole tensors of one dtype that lie side by side in the slot.
+        self._run: list[torch.Tensor] = []
+        self._begin = self._end = 0
+        self._dtype: torch.dtype | None = None
+
+    def add_whole(self, tensor: torch.Tensor, offset: int) -> None:
+        """Copy a small tensor to this offset in the slot."""
+        dtype = tensor.dtype
+        if offset != self._end or dtype is not self._dtype or len(self._run) == _AT_ONCE:
+            self._end_run()
+            self._begin, self._dtype = offset, dtype
+        self._run.append(tensor)
+        self._end = offset + tensor.nbytes
+
+    def add_part(self, tensor: torch.Tensor, segment: Segment) -> None:
+        """Copy a part of a tensor, or a large one."""
+        source = _flat_bytes(tensor.detach())[segment.source_offset : segment.source_offset + segment.nbytes]
+        target = self._slot[segment.extent_offset : segment.extent_offset + segment.nbytes]
+        if not tensor.is_cpu:
+            self._add([target], [source])
+            return
+        place = source.storage_offset() | target.storage_offset() | segment.nbytes
+        wide = next((dtype for nbytes, dtype in _WIDE if place % nbytes == 0), torch.uint8)
+        self._add(target.view(wide).split(_SERIAL_ELEMENTS), source.view(wide).split(_SERIAL_ELEMENTS))
+
+    def flush(self) -> None:
+        """Make the copies that were added. Call it at last."""
+        self._end_run()
+        self._copy()
+
+    def _end_run(self) -> None:
+        run, dtype = self._run, self._dtype
+        if not run or dtype is None:
+            return
+        self._run = []
+        if (self._slot.storage_offset() + self._begin) % dtype.itemsize:
+            bytes_of = [_flat_bytes(tensor.detach()) for tensor in run]
+            self._add(self._slot[self._begin : self._end].split([len(one) for one in bytes_of]), bytes_of)
+            return
+        # this makes the views of all places in one call
+        self._add(_unflatten_dense_tensors(self._slot[self._begin : self._end].view(dtype), run), run)
+
+    def _add(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
+        self._targets += targets
+        self._sources += sources
+        if len(self._targets) >= _AT_ONCE:
+            self._copy()
+
+    def _copy(self) -> None:
+        if self._targets:
+            torch._foreach_copy_(self._targets, self._sources, non_blocking=True)
+            self._targets, self._sources = [], []
 
 
 def host_writes(tensors: Sequence[torch.Tensor], extent: Extent) -> bool:
@@ -93,12 +146,6 @@ def fill_rest(slot: StagingBuffer, extent: Extent) -> None:
 def write_header(slot: StagingBuffer, header: bytes) -> None:
     """Put the format's leading bytes at the slot's beginning."""
     slot.view[: len(header)] = header
-
-
-def _flush(batch: list[torch.Tensor], slot: StagingBuffer, start: int, end: int) -> None:
-    if batch:
-        torch.cat(batch, out=slot.tensor[start:end])
-        batch.clear()
 
 
 def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
