@@ -16,11 +16,15 @@ from typing import Any, Final
 
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.errors import AsyncCkptError, RestoreFailed, RunPathError, StorageFailed
-from asyncckpt.protocols import Store
+from asyncckpt.manifest.records import Manifest
+from asyncckpt.protocols import Reader, Store
 from asyncckpt.ranks.announcements import Announcements
 from asyncckpt.ranks.collective_save import RankSave
 from asyncckpt.ranks.planner import JobPlanner
+from asyncckpt.ranks.shared_reading import SharedReading
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
+from asyncckpt.read.damage import Damage
+from asyncckpt.read.extents import Consume, Extents
 from asyncckpt.restore.carrying_out import Stages
 from asyncckpt.storage.lease import boot_id
 
@@ -62,6 +66,8 @@ class Coordinator:
         self.announcements = Announcements(ranks)
         #: See ``RankSave``.
         self.asked_again: set[int] = set()
+        #: What ``exchange`` has raised last: no rank has to be told of it.
+        self._known_to_all: BaseException | None = None
 
     @property
     def leads(self) -> bool:
@@ -148,12 +154,23 @@ class Coordinator:
             yield
         except BaseException as caught:
             error = caught
-        bodies = self.ranks.agree("stage", None if error is None else error_to_json(error))
+        if error is not None and error is self._known_to_all:
+            raise error
+        bodies = self.ranks.agree("stage", {} if error is None else {"error": error_to_json(error)})
         if error is not None:
             raise error
-        for rank, body in enumerate(bodies):
-            if body is not None:
-                raise error_from_json(body, f"rank {rank}", otherwise)
+        _raise_first(bodies, otherwise)
+
+    def exchange(self, body: Any, otherwise: type[AsyncCkptError] = RestoreFailed) -> list[Any]:
+        """Exchange messages in the middle of the body of ``together``, where every rank has to call this as often;
+        returns everybody's by rank. Where a rank's body has raised instead, raises that here, as ``together`` does."""
+        try:
+            bodies = self.ranks.agree("stage", {"body": body})
+            _raise_first(bodies, otherwise)
+        except BaseException as error:
+            self._known_to_all = error
+            raise
+        return [one["body"] for one in bodies]
 
     def agree_on_candidates(self, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
         """Return rank 0's list of checkpoints, on every rank; one that this rank does not see has ``damage``."""
@@ -183,9 +200,30 @@ class RestoreStages(Stages):
         with self._coordinator.together(what):
             yield
 
+    def read(self, reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
+        ranks = self._coordinator.ranks
+        least = ranks.options.shared_reading_bytes
+        if least is None or sum(record.nbytes for record in manifest.files) < least:
+            return super().read(reader, manifest, wanted, consume)
+        shared = SharedReading(
+            self.rank,
+            self.size,
+            self._coordinator.exchange,
+            least_bytes=least,
+            timeout_seconds=ranks.options.timeout_seconds,
+        )
+        return shared.read(reader, manifest, wanted, consume)
+
     def in_all(self, names: list[str]) -> list[str]:
         others = [set(body) for body in self._coordinator.ranks.agree("unexpected", names)]
         return [name for name in names if all(name in other for other in others)]
+
+
+def _raise_first(bodies: list[Any], otherwise: type[AsyncCkptError]) -> None:
+    """Raise the first rank's error that is among messages of a stage."""
+    for rank, body in enumerate(bodies):
+        if "error" in body:
+            raise error_from_json(body["error"], f"rank {rank}", otherwise)
 
 
 def _wait_visible(store: Store, owner: str, rank: int) -> None:

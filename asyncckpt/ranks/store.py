@@ -51,15 +51,21 @@ class RankOptions:
     ``timeout_seconds``: how long a rank that has done its part waits for the others before the save is given up (or
     ``resume`` fails); a call also waits so long for a job's store that does not answer. On a busy file system, ranks
     may be far apart. ``check_replicas``: before each save, on the training thread, digest every byte of the tensors
-    that several ranks hold copies of, and not only a sample; where copies differ the save fails and names them. Raises
-    ``InvalidOption``."""
+    that several ranks hold copies of, and not only a sample; where copies differ the save fails and names them.
+    ``shared_reading_bytes``: where ranks restore at least so many bytes alike, each reads a part of them from the
+    storage and passes it on to the others, through the job's default process group (gloo or NCCL); None: each reads
+    all that it needs. Raises ``InvalidOption``."""
 
     timeout_seconds: float = 300.0
     check_replicas: bool = False
+    shared_reading_bytes: int | None = 64 << 20
 
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
             raise InvalidOption(f"RankOptions.timeout_seconds must be > 0, not {self.timeout_seconds!r}")
+        least = self.shared_reading_bytes
+        if least is not None and not (isinstance(least, int) and least >= 0):
+            raise InvalidOption(f"RankOptions.shared_reading_bytes takes a number of bytes or None, not {least!r}")
 
 
 _instances: dict[str, int] = {}

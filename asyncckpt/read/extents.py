@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncckpt import interrupts
@@ -33,6 +33,10 @@ _BUFFERS_BYTES = 1 << 30
 _STOPPING_SECONDS = 30.0
 
 Consume = Callable[[FileRecord, ExtentRecord, memoryview], None]
+#: Extents, each with the file that it lies in.
+Extents = Sequence[tuple[FileRecord, ExtentRecord]]
+#: It reads extents of a checkpoint as ``read_extents`` does, alone or together with other ranks.
+Read = Callable[[Reader, Manifest, Extents, Consume], list[Damage]]
 
 
 def read_small_file(reader: Reader, manifest: Manifest, name: str, limit_bytes: int) -> bytes:
@@ -95,6 +99,11 @@ def read_extents(
     if run.error is not None:
         raise run.error
     return sorted(run.damage, key=lambda d: (d.file, d.offset))
+
+
+def read_alone(reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
+    """Do what ``read_extents`` does, with the digest that the manifest names."""
+    return read_extents(reader, manifest.digest, wanted, consume)
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.read.boxes import Target, TargetBox, overlap_range, scatter_box, target_boxes
 from asyncckpt.read.damage import raise_damage
 from asyncckpt.read.delta import DeltaReader
-from asyncckpt.read.extents import extents_of, read_extents
+from asyncckpt.read.extents import Read, extents_of, read_alone
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window, scatter
 from asyncckpt.read.whole_tensors import WholeTensors
@@ -95,14 +95,21 @@ class _BoxReadRequest:
         scatter_box(self.target, self.offsets, self.shape, first, data, self.dtype)
 
 
-def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numbers: None, beside: Wanted = ()) -> int:
+def fill(
+    checkpoint: OpenCheckpoint,
+    wanted: Wanted,
+    begun: Begun = lambda _numbers: None,
+    beside: Wanted = (),
+    read: Read = read_alone,
+) -> int:
     """Read what ``wanted`` needs, verify it, and put it into the targets. Return how many bytes were read.
 
     ``begun(numbers)`` is called, on a reader thread, before targets of tensors of these numbers in ``wanted`` change.
-    ``beside``: what is filled by other calls; files of which nothing else is left are verified as a whole. Blocks.
+    ``beside``: what is filled by other calls; files of which nothing else is left are verified as a whole. ``read``:
+    reads the extents; one that reads together with other ranks is called also where nothing is wanted here. Blocks.
     Raises ``CheckpointDamaged``, and what a device does; targets may then hold a mix of old and new values.
     """
-    if not wanted:
+    if not wanted and read is read_alone:
         return 0
     reader, manifest = checkpoint.reader, checkpoint.manifest
     files = {record.name: record for record in manifest.files}
@@ -160,7 +167,7 @@ def fill(checkpoint: OpenCheckpoint, wanted: Wanted, begun: Begun = lambda _numb
         for consumer in consumers.get((file.name, extent.offset), ()):
             consumer(view)
 
-    damage = read_extents(reader, manifest.digest, chosen, consume)
+    damage = read(reader, manifest, chosen, consume)
     if manifest.shard_format == "zarr":
         zarr.announce_dtypes()
     raise_damage(reader.path, damage)

@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 from asyncckpt.errors import AsyncCkptError, NotEnoughMemory, RestoreFailed, storage_failed
+from asyncckpt.manifest.records import Manifest
+from asyncckpt.protocols import Reader
+from asyncckpt.read.damage import Damage
+from asyncckpt.read.extents import Consume, Extents, read_alone
 from asyncckpt.read.fill import Wanted, fill
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.changes import Changes
@@ -33,6 +37,10 @@ class Stages:
     def stage(self, what: str) -> Iterator[None]:
         """Run the body as one step, named ``what``. An error of it is raised on every rank."""
         yield
+
+    def read(self, reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
+        """Read extents as ``read_extents`` does; every rank has to call this as often within a step."""
+        return read_alone(reader, manifest, wanted, consume)
 
     def in_all(self, names: list[str]) -> list[str]:
         """Return those of the names that every rank gives."""
@@ -75,15 +83,15 @@ class Planned:
         path = checkpoint.path
         new = [read for plan in self.plans for read in plan.read]
         with together.stage("read"), typed(path, "reading into new memory"):
-            nbytes = fill(checkpoint, new)
+            nbytes = fill(checkpoint, new, read=together.read)
             for plan in self.plans:
                 for check in plan.checks:
                     check()
         with together.stage("load objects"), typed(path, "handing over what objects of their own load"):
-            nbytes += self._fill(checkpoint, new, FIRST, SCHEDULERS)
+            nbytes += self._fill(checkpoint, together, new, FIRST, SCHEDULERS)
             self._run(lambda plan: plan.finish, FIRST, SCHEDULERS)
         with together.stage("fill"), typed(path, "filling live tensors"):
-            nbytes += self._fill(checkpoint, new, TENSORS, OBJECTS, GENERATORS)
+            nbytes += self._fill(checkpoint, together, new, TENSORS, OBJECTS, GENERATORS)
         with together.stage("load modules"), typed(path, "handing over what is not filled in place"):
             self._run(lambda plan: plan.collect, TENSORS, OBJECTS, GENERATORS)  # all ranks have come here
             self._run(lambda plan: plan.finish, TENSORS)
@@ -102,7 +110,7 @@ class Planned:
                 self.changes.begin(name)
                 step()
 
-    def _fill(self, checkpoint: OpenCheckpoint, beside: Wanted, *turns: int) -> int:
+    def _fill(self, checkpoint: OpenCheckpoint, together: Stages, beside: Wanted, *turns: int) -> int:
         targets = [target for _, plan in self._of(*turns) for target in plan.fill]
 
         def begun(numbers: Sequence[int]) -> None:
@@ -112,7 +120,8 @@ class Planned:
             for name in names:
                 self.changes.begin(name)
 
-        nbytes = fill(checkpoint, [(target.record, [target.window]) for target in targets], begun, beside)
+        wanted = [(target.record, [target.window]) for target in targets]
+        nbytes = fill(checkpoint, wanted, begun, beside, together.read)
         self._run(lambda plan: plan.place, *turns)
         return nbytes
 

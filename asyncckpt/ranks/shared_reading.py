@@ -1,0 +1,331 @@
+"""Ranks that restore the same bytes read them once between them: each reads a part and passes it on to the others.
+
+All ranks tell each other what they want, and compute one plan of it. Then, phase by phase, each reads and verifies its
+part and places it; all agree, through the job's store, that their parts are good; and only then bytes pass. So whoever
+finds damage, or has died or hangs in reading, leaves nobody in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from asyncckpt import interrupts
+from asyncckpt.codecs import digests
+from asyncckpt.errors import CheckpointDamaged, NotEnoughMemory, RestoreFailed
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
+from asyncckpt.memory.buffers import aligned_buffer, padded
+from asyncckpt.protocols import Reader
+from asyncckpt.ranks.passing import Passing, Ticket
+from asyncckpt.ranks.reading_plan import MESSAGE_BYTES, Message, ReadingPlan, plan_reading, shared_bytes
+from asyncckpt.read.damage import Damage
+from asyncckpt.read.extents import READ_THREADS, Consume, Extents, read_extents
+
+#: What was received and is not placed yet takes at most this many bytes, or two messages where those are larger.
+_WINDOW_BYTES: Final = 64 << 20
+#: Whoever breaks off waits so long for threads that are still placing bytes.
+_STOPPING_SECONDS: Final = 30.0
+
+#: It exchanges a message with all ranks, within the restore's present stage, and returns everybody's by rank.
+Exchange = Callable[[Any], list[Any]]
+
+
+class SharedReading:
+    """Reads extents together with the other ranks of the job. For one restore, on its thread.
+
+    ``least_bytes``: where ranks want fewer bytes alike, each reads all of its own."""
+
+    def __init__(self, rank: int, size: int, exchange: Exchange, *, least_bytes: int, timeout_seconds: float) -> None:
+        self._rank, self._size = rank, size
+        self._exchange = exchange
+        self._least_bytes = least_bytes
+        self._timeout_seconds = timeout_seconds
+
+    def read(self, reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
+        """Read, verify and consume extents as ``read_extents`` does: every rank has to call, with what it wants itself.
+
+        Blocks for the others. Raises also ``RankLost``, what another rank raises meanwhile, and ``RestoreFailed`` where
+        what another rank has passed on is not what it read."""
+        every = [(file, extent) for file in manifest.files for extent in file.extents]
+        numbers = {(file.name, extent.offset): number for number, (file, extent) in enumerate(every)}
+        mine = np.zeros(len(every), np.bool_)
+        mine[[numbers[file.name, extent.offset] for file, extent in wanted]] = True
+        passing = Passing.of_job(self._rank, self._size, self._timeout_seconds)
+        kind = passing.kind if passing is not None else ""
+        bodies = self._exchange({"wants": np.packbits(mine).tobytes().hex(), "by": kind})
+        everybodys = _everybodys([body["wants"] for body in bodies], len(every))
+        sizes = np.fromiter((extent.nbytes for _, extent in every), np.int64, len(every))
+        together = kind and all(body["by"] == kind for body in bodies)
+        alike = shared_bytes(sizes, everybodys)
+        if not together or passing is None or alike < max(1, self._least_bytes):
+            return read_extents(reader, manifest.digest, wanted, consume)
+        offsets = np.fromiter((extent.offset for _, extent in every), np.int64, len(every))
+        plan = plan_reading(sizes, offsets, everybodys, self._rank)
+        run = _Run(reader, manifest, every, plan, consume, passing, self._rank)
+        return run.carry_out(lambda: self._exchange(None))
+
+
+class _Run:
+    """Carries out one plan on this rank."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        manifest: Manifest,
+        every: Extents,
+        plan: ReadingPlan,
+        consume: Consume,
+        passing: Passing,
+        rank: int,
+    ) -> None:
+        self._reader = reader
+        self._manifest = manifest
+        self._every = every
+        self._plan = plan
+        self._consume = consume
+        self._passing = passing
+        self._rank = rank
+
+    def carry_out(self, agree: Callable[[], object]) -> list[Damage]:
+        """Read this rank's parts and pass them on; return the damage, as soon as some was found. ``agree``: returns
+        once every rank has read its part."""
+        phases = self._plan.phases
+        parts = [[message for message in phase if message.owner == self._rank] for phase in phases]
+        largest = max((sum(padded(message.nbytes) for message in part) for part in parts), default=0)
+        try:
+            buffers = [_memory(largest) for _ in range(min(2, len(phases)))]
+            slots = _Slots(self._passing, self._plan.largest_message())
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            raise NotEnoughMemory(
+                f"{self._reader.path}: no memory to read together with other ranks ({error})"
+            ) from error
+        reading = _Reading(self._read_part, parts[0], buffers[0])
+        try:
+            for number, phase in enumerate(phases):
+                damage = reading.result()
+                if damage:
+                    return damage
+                agree()
+                sent = reading.memory
+                if number + 1 < len(phases):
+                    reading = _Reading(self._read_part, parts[number + 1], buffers[(number + 1) % 2])
+                self._pass(phase, sent, slots)
+        finally:
+            reading.wait(_STOPPING_SECONDS)
+        return self._read_alone()
+
+    def _read_alone(self) -> list[Damage]:
+        alone = [self._every[number] for number in self._plan.alone]
+        return read_extents(self._reader, self._manifest.digest, alone, self._consume)
+
+    def _read_part(self, part: Sequence[Message], buffer: torch.Tensor) -> tuple[list[Damage], dict[int, torch.Tensor]]:
+        """Read the extents of messages, place them, and lay them into the messages. Return the damage, and each
+        message's memory by the number of its first extent."""
+        memory: dict[int, torch.Tensor] = {}
+        places: dict[tuple[str, int], memoryview] = {}
+        begin = 0
+        for message in part:
+            memory[message.extents[0]] = found = buffer[begin : begin + message.nbytes]
+            view = _bytes(found)
+            for number, place in zip(message.extents, message.places, strict=True):
+                file, extent = self._every[number]
+                places[file.name, extent.offset] = view[place : place + extent.nbytes]
+            begin += padded(message.nbytes)
+
+        def keep(file: FileRecord, extent: ExtentRecord, view: memoryview) -> None:
+            places[file.name, extent.offset][:] = view
+            self._consume(file, extent, view)
+
+        wanted = [self._every[number] for message in part for number in message.extents]
+        return read_extents(self._reader, self._manifest.digest, wanted, keep), memory
+
+    def _pass(self, phase: Sequence[Message], sent: dict[int, torch.Tensor], slots: _Slots) -> None:
+        """Send this rank's messages of a phase, receive and place the others'. Signals wait until that is done, because
+        others would wait for this rank."""
+        with interrupts.deferred(), _Placing(self._passing, slots, self._place) as placing:
+            for message in phase:
+                if message.owner == self._rank:
+                    host = sent[message.extents[0]]
+                    memory = self._passing.memory(message.nbytes, host)
+                    placing.take(self._passing.begin(message, memory, host), host, None)
+                elif self._rank in message.receivers:
+                    slot = placing.slot()
+                    placing.take(self._passing.begin(message, slot.memory, slot.host), slot.host, slot)
+            placing.finish()
+
+    def _place(self, message: Message, host: torch.Tensor) -> None:
+        """Verify what was received, and put it where it belongs."""
+        view = _bytes(host)
+        digest = digests.get(self._manifest.digest)
+        for number, place in zip(message.extents, message.places, strict=True):
+            file, extent = self._every[number]
+            data = view[place : place + extent.nbytes]
+            if digest(data) != extent.digest:
+                raise RestoreFailed(
+                    f"{self._reader.path}/{file.name} [{extent.offset}:{extent.offset + extent.nbytes}]: rank "
+                    f"{message.owner} has read it well, and other bytes came to rank {self._rank}: look at the network"
+                )
+            try:
+                self._consume(file, extent, data)
+            except CheckpointDamaged as error:
+                damage = Damage(file.name, extent.offset, extent.nbytes, str(error))
+                raise CheckpointDamaged(f"{self._reader.path}: {damage}.") from error
+
+
+class _Slot:
+    """Holds memory for one message that is received: ``memory`` as the process group takes it, ``host`` for the CPU."""
+
+    def __init__(self, passing: Passing, nbytes: int) -> None:
+        self.host = _memory(nbytes)
+        self.memory = passing.memory(nbytes, self.host)
+
+
+class _Slots:
+    """Holds the slots that no message is received into at the moment. Raises ``MemoryError`` and what a device does."""
+
+    def __init__(self, passing: Passing, nbytes: int) -> None:
+        self.free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for _ in range(max(2, _WINDOW_BYTES // max(nbytes, MESSAGE_BYTES))):
+            self.free.put(_Slot(passing, nbytes))
+
+
+class _Reading:
+    """Reads one part on a thread of its own, so that the part before can be passed on meanwhile."""
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[Message], torch.Tensor], tuple[list[Damage], dict[int, torch.Tensor]]],
+        part: Sequence[Message],
+        buffer: torch.Tensor,
+    ) -> None:
+        self.memory: dict[int, torch.Tensor] = {}
+        self._damage: list[Damage] = []
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+
+        def work() -> None:
+            try:
+                self._damage, self.memory = read(part, buffer)
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._ended.set()
+
+        threading.Thread(target=work, name="asyncckpt-part", daemon=True).start()
+
+    def result(self) -> list[Damage]:
+        """Block until the part was read; return the damage. Raises what the reading raised."""
+        interrupts.wait_for(self._ended.wait, None)
+        if self._error is not None:
+            raise self._error
+        return self._damage
+
+    def wait(self, seconds: float) -> None:
+        """Block until the thread writes no more, for so long at most."""
+        self._ended.wait(seconds)
+
+
+class _Placing:
+    """Ends messages on threads of its own, and places what was received. ``place``: is called with each message that
+    was received, and its bytes. A context manager: at its end no thread places anything any more."""
+
+    def __init__(self, passing: Passing, slots: _Slots, place: Callable[[Message, torch.Tensor], None]) -> None:
+        self._passing = passing
+        self._slots = slots
+        self._place = place
+        self._tickets: queue.SimpleQueue[tuple[Ticket, torch.Tensor, _Slot | None] | None] = queue.SimpleQueue()
+        self._ended = [threading.Event() for _ in range(READ_THREADS)]
+        self._error: BaseException | None = None
+        self._broken_off = False
+        self._busy = 0
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> Self:
+        for number, ended in enumerate(self._ended):
+            name = f"asyncckpt-placing-{number}"
+            threading.Thread(target=self._work, args=(ended,), name=name, daemon=True).start()
+        return self
+
+    def slot(self) -> _Slot:
+        """Return a free slot. Blocks until there is one. Raises what a thread has raised."""
+        while True:
+            self._raise()
+            with contextlib.suppress(queue.Empty):
+                return self._slots.free.get(timeout=interrupts.SLICE_SECONDS)
+
+    def take(self, ticket: Ticket, host: torch.Tensor, slot: _Slot | None) -> None:
+        """Have a thread end a message that has begun; ``slot`` becomes free again afterwards."""
+        self._tickets.put((ticket, host, slot))
+
+    def finish(self) -> None:
+        """Block until all is sent, and all that was received is placed. Raises what a thread has raised."""
+        self._close()
+        for ended in self._ended:
+            while not ended.wait(interrupts.SLICE_SECONDS):
+                self._raise()
+        self._raise()
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        with self._changed:  # a thread that still waits for a rank that was lost will place nothing
+            self._broken_off = True
+            self._changed.wait_for(lambda: not self._busy, _STOPPING_SECONDS)
+
+    def _close(self) -> None:
+        for _ in self._ended:
+            self._tickets.put(None)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _may_place(self) -> bool:
+        with self._changed:
+            self._busy += not self._broken_off
+            return not self._broken_off
+
+    def _placed(self) -> None:
+        with self._changed:
+            self._busy -= 1
+            self._changed.notify_all()
+
+    def _work(self, ended: threading.Event) -> None:
+        try:
+            while (taken := self._tickets.get()) is not None:
+                ticket, host, slot = taken
+                try:
+                    self._passing.end(ticket, host)
+                    if slot is not None and self._may_place():
+                        try:
+                            self._place(ticket.message, host)
+                        finally:
+                            self._placed()
+                except BaseException as error:
+                    self._error = self._error or error
+                    return
+                if slot is not None:
+                    self._slots.free.put(slot)
+        finally:
+            ended.set()
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
+
+
+def _bytes(memory: torch.Tensor) -> memoryview:
+    found: Any = memory.numpy()
+    return memoryview(found)
+
+
+def _everybodys(wants: Sequence[str], extents: int) -> NDArray[np.bool_]:
+    """Return which rank wants which extent, shape ``[ranks, extents]``."""
+    rows = [np.frombuffer(bytes.fromhex(text), np.uint8) for text in wants]
+    return np.unpackbits(np.stack(rows), axis=1, count=extents).astype(np.bool_)

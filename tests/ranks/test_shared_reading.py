@@ -1,0 +1,102 @@
+"""What several ranks restore alike is read once between them, and comes back bit for bit as when each reads it all."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.harness import Crews, Me
+from support.options import by_stage
+from support.parallelisms import SIZES
+from support.sharded_states import PARALLELISMS, build, contents, possible, scramble
+
+import asyncckpt
+from asyncckpt import RankOptions, RunOptions
+from asyncckpt.storage.local import LocalStore
+from asyncckpt.testing import InterceptedOps
+
+_MIB = 1 << 20
+_SHARED = RankOptions(timeout_seconds=30, shared_reading_bytes=0)
+_ALONE = RankOptions(timeout_seconds=30, shared_reading_bytes=None)
+
+
+class CountingOps(InterceptedOps):
+    """Counts the bytes of data that were asked for, in ``nbytes``."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._lock = threading.Lock()
+
+    def after(self, name: str, args: tuple[Any, ...]) -> None:
+        if name == "preadv":
+            with self._lock:
+                self.nbytes += len(args[1])
+
+
+def _resumed(me: Me, path: str, state: dict[str, Any], ranks: RankOptions) -> int:
+    """Resume, and return how many bytes of data this rank read from the storage."""
+    ops = CountingOps()
+    with asyncckpt.Checkpointer(path, ranks=ranks, run=RunOptions(store=LocalStore(path, ops=ops))) as run:
+        assert run.resume(state) == 1
+        return ops.nbytes
+
+
+def _replicated(me: Me, path: str) -> tuple[int, int, int, bool]:
+    """Save a state that all hold alike; return its bytes, what this rank reads of it together and alone, and whether
+    it comes back as it was."""
+    generator = torch.Generator().manual_seed(7)
+    model = torch.nn.ParameterList(torch.randn(1000 + 37 * n, 300, generator=generator) for n in range(40))
+    expected = [tensor.detach().clone() for tensor in model]
+    with asyncckpt.Checkpointer(path, ranks=_SHARED) as run:
+        run.save(1, {"model": model}).result(60)
+    read = []
+    good = True
+    for ranks in (_SHARED, _ALONE):
+        for tensor in model:
+            tensor.data.fill_(-1.0)
+        read.append(_resumed(me, path, {"model": model}, ranks))
+        good = good and all(torch.equal(*pair) for pair in zip(expected, model, strict=True))
+    return sum(tensor.nbytes for tensor in expected), read[0], read[1], good
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_copies_are_read_once_between_the_ranks(size: int, crews: Crews, tmp_path: Path) -> None:
+    found = crews(size).values(_replicated, str(tmp_path / "run"), timeout=120)
+    nbytes = found[0][0]
+    assert all(good for _, _, _, good in found)
+    assert sum(read for _, _, read, _ in found) >= size * nbytes
+    together = [read for _, read, _, _ in found]
+    assert nbytes <= sum(together) <= 1.05 * nbytes
+    assert max(together) <= 1.5 * nbytes / size, "one rank reads much more than its part"
+
+
+def _as_alone(me: Me, path: str, way: str, form: str) -> list[str]:
+    """Save; restore together and alone; return the names of what came back differently."""
+    state = build(way, me.rank, me.size)
+    expected = contents(state)
+    kind, _, codec = form.partition("/")
+    with asyncckpt.Checkpointer(path, **by_stage(format=kind, codec=codec, ranks=_SHARED, **SIZES)) as run:
+        run.save(1, state).result(60)
+    wrong = []
+    for ranks in (_SHARED, _ALONE):
+        scramble(state)
+        _resumed(me, path, state, ranks)
+        found = contents(state)
+        wrong += [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
+    return wrong
+
+
+_CELLS = [(size, way) for size in (2, 4) for way in PARALLELISMS if possible(way, size)]
+
+
+@pytest.mark.parametrize(("size", "way"), _CELLS)
+def test_every_parallelism_gets_back_what_it_saved(size: int, way: str, crews: Crews, tmp_path: Path) -> None:
+    assert crews(size).values(_as_alone, str(tmp_path / "run"), way, "safetensors/none") == [[]] * size
+
+
+@pytest.mark.parametrize("form", ["safetensors/planes", "zarr/none", "zarr/planes"])
+def test_every_format_comes_back(form: str, crews: Crews, tmp_path: Path) -> None:
+    assert crews(2).values(_as_alone, str(tmp_path / "run"), "ddp", form) == [[]] * 2
