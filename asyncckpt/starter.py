@@ -140,13 +140,12 @@ class SaveStarter:
             staging = StagingJob(
                 save.scope,
                 pieces_of(pieces).tensors,  # small ones may have been cloned since
-                layout.extents(),
+                layout,
                 self._builder.arena,
                 self._streams.of(devices),
                 save.shards,
                 self._events,
                 began,
-                save.digest if deferred else None,  # an eager save's copies must not wait for digests
                 self._builder.splits,
                 checks,
             )

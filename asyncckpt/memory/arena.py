@@ -68,6 +68,13 @@ class StagingBuffer:
     split: bool = False
     copies: tuple[QueuedCopy, ...] = ()
 
+    def part(self, offset: int, nbytes: int) -> StagingBuffer:
+        """Return ``nbytes`` of this slot from ``offset`` on, which must be a multiple of 4096. They are released with
+        the whole."""
+        end = offset + nbytes
+        memory = self.view[offset:end], self.tensor[offset:end]
+        return StagingBuffer(self.region, self.offset + offset, nbytes, self.address + offset, *memory, self.split)
+
 
 class _Memory(mmap.mmap):
     """``_Memory`` is staging memory that a fork neither copies nor inherits: it has gigabytes, and training forks data
@@ -180,32 +187,41 @@ class Arena:
 
     def acquire(
         self,
-        nbytes: int,
+        nbytes: int | Sequence[int],
         deadline: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
         if_short: Callable[[], None] = lambda: None,
     ) -> StagingBuffer:
-        """Return a slot of at least ``nbytes``. Blocks until one is free. ``if_short``: called once before it waits,
-        with ``waiting`` raised already; it must not block.
+        """Return a slot of at least ``nbytes``; of several sizes, in ascending order, the largest for which there is
+        room now. Blocks until there is room for the smallest. ``if_short``: called once before it waits, with
+        ``waiting`` raised already; it must not block.
 
         Raises ``ArenaBusy`` once ``time.monotonic()`` passes ``deadline``, ``cancelled()`` is true (see ``wake``) or
-        the arena is closed, and ``InvalidOption`` where no region can ever hold the slot.
+        the arena is closed, and ``InvalidOption`` where no region can ever hold the smallest slot.
         """
-        while (slot := self._acquire(padded(nbytes), deadline, cancelled, if_short)) is None:
+        sizes = [nbytes] if isinstance(nbytes, int) else nbytes
+        needs = [padded(size) for size in reversed(sizes)]
+        while (slot := self._acquire(needs, deadline, cancelled, if_short)) is None:
             interrupts.deliver()
         return slot
 
     def _acquire(
-        self, need: int, deadline: float | None, cancelled: Callable[[], bool], if_short: Callable[[], None]
+        self,
+        needs: Sequence[int],
+        deadline: float | None,
+        cancelled: Callable[[], bool],
+        if_short: Callable[[], None],
     ) -> StagingBuffer | None:
-        """Do what ``acquire`` says; returns None early where a signal is to be acted on."""
+        """Do what ``acquire`` says, given the sizes in descending order; returns None early where a signal is to be
+        acted on."""
         with self._changed:
+            need = needs[-1]
             if need > self._largest_bytes() and not self._closed:
                 raise InvalidOption(
                     f"the arena of {self.budget_bytes} bytes cannot hold an extent of {need} bytes; raise "
                     f"StagingOptions.budget_bytes"
                 )
-            slot = self._take(need)
+            slot = self._take(needs)
             if slot is not None:
                 return slot
             self.waiting += 1
@@ -216,14 +232,18 @@ class Arena:
                     if self._closed or cancelled() or (remaining is not None and remaining <= 0):
                         raise ArenaBusy(f"no {need} bytes of the {self.budget_bytes} byte arena came free in time")
                     self._changed.wait(interrupts.slice_of(remaining))
-                    slot = self._take(need)
+                    slot = self._take(needs)
                     if slot is not None or interrupts.pending():
                         return slot
             finally:
                 self.waiting -= 1
 
-    def _take(self, need: int) -> StagingBuffer | None:
+    def _take(self, needs: Sequence[int]) -> StagingBuffer | None:
         if self._closed:
+            return None
+        largest = max((size for _, _, size, _ in self._free), default=0)
+        need = next((need for need in needs if need <= largest), None)
+        if need is None:
             return None
         for position, (region, offset, size, copies) in enumerate(self._free):
             if size >= need:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch._utils import _unflatten_dense_tensors
+from torch import _utils as torch_utils
 
 from asyncckpt.codecs.blosc import split_places
 from asyncckpt.codecs.codecs import MIN_PLANES_CHUNK_BYTES
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
+from asyncckpt.stage.units import Unit
 from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Segment
 
 #: A tensor is copied in pieces of so many elements: from 32,768 on, torch would start threads of its own for each copy.
 _SERIAL_ELEMENTS = 7 << 12
 #: So many pieces go into one call. More objects at a time would have Python's collector run.
 _AT_ONCE = 512
+_split: Callable[[torch.Tensor, int | list[int]], Sequence[torch.Tensor]] = torch.Tensor.split
+_unflatten: Callable[[torch.Tensor, Sequence[torch.Tensor]], Sequence[torch.Tensor]] = (
+    torch_utils._unflatten_dense_tensors
+)
 #: Large tensors are copied as the widest of these types that their place allows: fewer pieces hold more bytes.
 _WIDE = ((16, torch.complex128), (8, torch.int64), (4, torch.int32))
 
@@ -69,9 +74,9 @@ class _Copies:
         if not tensor.is_cpu:
             self._add([target], [source])
             return
-        place = source.storage_offset() | target.storage_offset() | segment.nbytes
+        place = source.data_ptr() | int(source.storage_offset()) | int(target.storage_offset()) | segment.nbytes
         wide = next((dtype for nbytes, dtype in _WIDE if place % nbytes == 0), torch.uint8)
-        self._add(target.view(wide).split(_SERIAL_ELEMENTS), source.view(wide).split(_SERIAL_ELEMENTS))
+        self._add(_split(target.view(wide), _SERIAL_ELEMENTS), _split(source.view(wide), _SERIAL_ELEMENTS))
 
     def flush(self) -> None:
         """Make the copies that were added. Call it at last."""
@@ -83,12 +88,12 @@ class _Copies:
         if not run or dtype is None:
             return
         self._run = []
-        if (self._slot.storage_offset() + self._begin) % dtype.itemsize:
+        if (int(self._slot.storage_offset()) + self._begin) % dtype.itemsize:
             bytes_of = [_flat_bytes(tensor.detach()) for tensor in run]
-            self._add(self._slot[self._begin : self._end].split([len(one) for one in bytes_of]), bytes_of)
+            self._add(_split(self._slot[self._begin : self._end], [len(one) for one in bytes_of]), bytes_of)
             return
         # this makes the views of all places in one call
-        self._add(_unflatten_dense_tensors(self._slot[self._begin : self._end].view(dtype), run), run)
+        self._add(_unflatten(self._slot[self._begin : self._end].view(dtype), run), run)
 
     def _add(self, targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
         self._targets += targets
@@ -102,13 +107,13 @@ class _Copies:
             self._targets, self._sources = [], []
 
 
-def host_writes(tensors: Sequence[torch.Tensor], extent: Extent) -> bool:
-    """Whether the host itself writes into the slot while this extent is staged: a header, padding, or CPU tensors."""
-    if extent.header or extent.item_bytes or not extent.segments:
+def host_writes(tensors: Sequence[torch.Tensor], unit: Unit) -> bool:
+    """Whether the host itself writes into the slot while this unit is staged: a header, padding, or CPU tensors."""
+    if unit.gaps or not all(extent.segments for extent in unit.extents):
         return True
-    last = extent.segments[-1]
-    ends_short = last.extent_offset + last.nbytes < extent.block_offset + extent.nbytes
-    return ends_short or any(tensors[segment.piece].device.type == "cpu" for segment in extent.segments)
+    if any(extent.header or extent.item_bytes for extent in unit.extents):
+        return True
+    return any(tensors[segment.piece].is_cpu for segment in unit.segments)
 
 
 def can_split(tensors: Sequence[torch.Tensor], extent: Extent) -> bool:
@@ -133,19 +138,15 @@ def copy_planes(tensors: Sequence[torch.Tensor], extent: Extent, slot: StagingBu
         slot.tensor[place + len(plane) : place + nbytes // item].zero_()  # an array's edge
 
 
-def fill_rest(slot: StagingBuffer, extent: Extent) -> None:
-    """Write zeros after an extent's last segment, which pad a chunk at an array's edge. Done on return."""
-    if extent.segments:
-        last = extent.segments[-1]
-        end = last.extent_offset + last.nbytes
-        stop = extent.block_offset + extent.nbytes
-        if end < stop:
-            slot.tensor[end:stop].zero_()
+def fill_gaps(slot: StagingBuffer, gaps: Sequence[tuple[int, int]]) -> None:
+    """Write zeros into these ranges of the slot. Done on return."""
+    for begin, end in gaps:
+        slot.tensor[begin:end].zero_()
 
 
-def write_header(slot: StagingBuffer, header: bytes) -> None:
-    """Put the format's leading bytes at the slot's beginning."""
-    slot.view[: len(header)] = header
+def write_header(slot: StagingBuffer, place: int, header: bytes) -> None:
+    """Put the format's bytes at the beginning of an extent, which begins at ``place`` in the slot."""
+    slot.view[place : place + len(header)] = header
 
 
 def _flat_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -21,14 +21,14 @@ from asyncckpt import interrupts
 from asyncckpt.errors import ArenaBusy, AsyncCkptError, SaveAbandoned, SaveFailed
 from asyncckpt.events import EventBus, ExtentStaged, Staged, Stalled
 from asyncckpt.memory.arena import Arena, QueuedCopy, StagingBuffer
-from asyncckpt.protocols import Digest
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.checks import SnapshotChecks
-from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_rest, host_writes, write_header
-from asyncckpt.stage.image import finish_image, slot_bytes, staged_digests
-from asyncckpt.stage.staged import ExtentSink, StagedExtent
+from asyncckpt.stage.copy import can_split, copy_planes, copy_segments, fill_gaps, host_writes, write_header
+from asyncckpt.stage.image import finish_image, slot_bytes
+from asyncckpt.stage.staged import StagedUnit, UnitSink
 from asyncckpt.stage.streams import Copies
-from asyncckpt.types import Extent
+from asyncckpt.stage.units import Unit, Units, follows, places_in_slot, unit_bytes
+from asyncckpt.types import Extent, Layout
 
 log = logging.getLogger("asyncckpt")
 
@@ -38,41 +38,37 @@ _DEVICES = {"cuda"}
 _COPY_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    number: int
-    extent: Extent
+#: An extent and its index in the layout.
+_Numbered = tuple[int, Extent]
 
-    def holds(self, pieces: Collection[int]) -> bool:
-        """Whether one of these pieces lies in the extent."""
-        return bool(pieces) and any(segment.piece in pieces for segment in self.extent.segments)
+
+def _holds(work: Sequence[_Numbered], pieces: Collection[int]) -> bool:
+    """Whether one of these pieces lies in one of the extents."""
+    return bool(pieces) and any(segment.piece in pieces for _, extent in work for segment in extent.segments)
 
 
 class StagingJob:
     """Makes the copies of one save. Thread-safe. ``scope``: the save's; an error here fails it at once, and nothing
     more is copied once it has failed.
 
-    ``sink`` gets each extent as its copy is done or enqueued (CUDA copies run on a side stream). With ``digest``,
-    extents that the background thread copies are digested at once, while their bytes are still in the processor's
-    cache; the training thread never spends time on that. ``splits_on_device``: the codec takes chunks that were split
-    into planes. ``checks``: of a snapshot that is copied while training goes on, or may be one day.
+    ``sink`` gets the layout's extents in units, each as its copy is done or enqueued (CUDA copies run on a side
+    stream). ``splits_on_device``: the codec takes chunks that were split into planes. ``checks``: of a snapshot that is
+    copied while training goes on, or may be one day.
     """
 
     def __init__(
         self,
         scope: SaveScope,
         tensors: Sequence[torch.Tensor],
-        extents: Sequence[Extent],
+        layout: Layout,
         arena: Arena,
         streams: Copies,
-        sink: ExtentSink,
+        sink: UnitSink,
         events: EventBus,
         started_seconds: float,
-        digest: Digest | None = None,
         splits_on_device: bool = False,
         checks: SnapshotChecks | None = None,
     ) -> None:
-        self._digest = digest
         self._splits_on_device = splits_on_device
         self.step = scope.step
         self.stall_seconds = 0.0
@@ -84,8 +80,10 @@ class StagingJob:
         self._events = events
         self._streams = streams
         self._lock = threading.Lock()
-        self._queue = deque(_Work(number, extent) for number, extent in enumerate(extents))
-        self._working: list[_Work] = []
+        extents = layout.extents()
+        self._units = Units(extents, layout.cache.setdefault("units", {}))
+        self._queue: deque[_Numbered] = deque(enumerate(extents))
+        self._working: list[Sequence[_Numbered]] = []
         self._worked = threading.Condition(self._lock)
         self.checks = checks
         self._arrived = threading.Event()
@@ -118,39 +116,36 @@ class StagingJob:
     def _work_on(self, wanted: Collection[int], deadline: float | None) -> None:
         """Copy every extent that holds one of the pieces in ``wanted`` and that no thread has begun."""
         with self._lock:
-            now = deque(work for work in self._queue if work.holds(wanted))
-            chosen = {work.number for work in now}
-            later = [work for work in self._queue if work.number not in chosen]
+            now = deque(one for one in self._queue if _holds((one,), wanted))
+            chosen = {number for number, _ in now}
+            later = [one for one in self._queue if one[0] not in chosen]
             self._queue.clear()  # in place: the stager may be working on this very queue
             self._queue.extend(later)
-        self._work(now, deadline, None)
+        self._work(now, deadline)
         with self._lock:  # after an error the rest goes back, to be dropped with everything else
             self._queue.extendleft(now)
         self._drop_queue()
 
     def run(self, deadline: float | None = None) -> None:
         """Work until nothing is left to start. Never raises: an error cancels the job."""
-        self._work(self._queue, deadline, None)
+        self._work(self._queue, deadline)
         self._drop_queue()
 
     def run_in_background(self) -> None:
-        """Do the work of ``run`` on a thread that training does not wait for: without deadline, and digesting copies
-        that are made at once."""
-        self._work(self._queue, None, None if self._streams else self._digest, patient=True)
+        """Do the work of ``run`` on a thread that training does not wait for, without deadline."""
+        self._work(self._queue, None, patient=True)
         self._drop_queue()
 
-    def _work(
-        self, queue: deque[_Work], deadline: float | None, digest: Digest | None, *, patient: bool = False
-    ) -> None:
+    def _work(self, queue: deque[_Numbered], deadline: float | None, *, patient: bool = False) -> None:
         while True:
             with self._lock:
                 if not queue or self._scope.error is not None:
                     return
-                work = queue.popleft()
+                work = self._next(queue)
                 self._working.append(work)
             try:
                 interrupts.deliver()  # a large state takes seconds: whoever wants to leave need not wait for all of it
-                self._stage(work, deadline, digest)
+                self._stage(work, deadline)
             except ArenaBusy as error:
                 self.cancel(self._too_slow(error))
             except Exception as error:
@@ -163,6 +158,18 @@ class StagingJob:
                     self._working.remove(work)
                     self._worked.notify_all()
                 self._settle(patient)
+
+    def _next(self, queue: deque[_Numbered]) -> list[_Numbered]:
+        """Take the extents of one unit from the queue. Call it with the lock held."""
+        work = [queue.popleft()]
+        room = unit_bytes(self._arena.budget_bytes) - work[0][1].nbytes
+        while queue:
+            (last, before), (number, extent) = work[-1], queue[0]
+            room -= extent.nbytes
+            if room < 0 or number != last + 1 or not follows(before, extent):
+                break
+            work.append(queue.popleft())
+        return work
 
     def training_waits(self) -> None:
         """The training thread is here, so none of its operations is changing a tensor. Never blocks."""
@@ -197,7 +204,7 @@ class StagingJob:
 
         def copied(seconds: float) -> bool:
             with self._worked:
-                return self._worked.wait_for(lambda: not any(work.holds(pieces) for work in self._working), seconds)
+                return self._worked.wait_for(lambda: not any(_holds(work, pieces) for work in self._working), seconds)
 
         return interrupts.wait_for(copied, timeout)
 
@@ -275,28 +282,25 @@ class StagingJob:
     def _is_cancelled(self) -> bool:
         return self._scope.error is not None
 
-    def _stage(self, work: _Work, deadline: float | None, digest: Digest | None) -> None:
-        extent = work.extent
-        slot = self._arena.acquire(slot_bytes(extent), deadline, self._is_cancelled, self._sink.give_memory_back)
+    def _stage(self, work: Sequence[_Numbered], deadline: float | None) -> None:
+        """Stage these extents, in one unit or, where memory is short, in several. All of them are in ``_working`` until
+        the last one is copied."""
+        while work and self._scope.error is None:
+            work = work[self._stage_unit(work, deadline) :]
+            interrupts.deliver()
+
+    def _stage_unit(self, work: Sequence[_Numbered], deadline: float | None) -> int:
+        """Stage as many of these extents as there is room for now; return how many. Blocks until there is room for
+        one."""
+        extents = [extent for _, extent in work]
+        sizes = [place + slot_bytes(extent) for place, extent in zip(places_in_slot(extents), extents, strict=True)]
+        slot = self._arena.acquire(sizes, deadline, self._is_cancelled, self._sink.give_memory_back)
+        count = sum(size <= slot.nbytes for size in sizes)
         began = time.perf_counter()
         queued: list[QueuedCopy] = []
         try:
-            tensors = self._tensors  # gone, once the save has failed: then this one fails, too
-            if self.checks is not None:
-                self.checks.before_copying(extent)
-            on_device = any(tensors[segment.piece].device.type in _DEVICES for segment in extent.segments)
-            split = self._splits_on_device and on_device and can_split(tensors, extent)
-            if slot.copies and (split or host_writes(tensors, extent)):
-                for earlier in slot.copies:  # of a save that failed: the device orders its own copies, not ours
-                    earlier.wait()
-            if split:
-                slot = replace(slot, split=True)
-            copy = functools.partial(_copy, tensors, extent, slot)
-            self._streams.enqueue(copy, slot.copies, queued)
-            if extent.header:
-                write_header(slot, extent.header)
-            finish_image(extent, slot)
-            taken = staged_digests(digest, extent, slot) if digest is not None else None
+            unit = self._units.of(work[0][0], count)
+            slot = self._copy(unit, slot, queued)
         except BaseException:
             self._arena.release(replace(slot, copies=(*slot.copies, *queued)))
             raise
@@ -304,19 +308,44 @@ class StagingJob:
             slot = replace(slot, copies=tuple(queued))
         now = time.perf_counter()
         try:
-            self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=extent.nbytes, seconds=now - began))
+            self._events.emit(ExtentStaged(step=self.step, at_seconds=now, nbytes=unit.nbytes, seconds=now - began))
         except BaseException:  # a subscriber that was interrupted
             self._arena.release(slot)
             raise
-        copied = functools.partial(self._copied, work.number, slot, queued)
-        self._sink.submit(StagedExtent(work.number, slot, copied, taken))
+        copied = functools.partial(self._copied, unit, slot, queued)
+        self._sink.submit(StagedUnit(unit, slot, copied))
+        return count
 
-    def _copied(self, number: int, slot: StagingBuffer, queued: Sequence[QueuedCopy]) -> None:
+    def _copy(self, unit: Unit, slot: StagingBuffer, queued: list[QueuedCopy]) -> StagingBuffer:
+        """Copy a unit into the slot, or enqueue its copies, and return the slot as it is filled."""
+        tensors = self._tensors  # gone, once the save has failed: then this one fails, too
+        if self.checks is not None:
+            for extent in unit.extents:
+                self.checks.before_copying(extent)
+        split = False
+        if self._splits_on_device and self._streams:
+            (first, *others) = unit.extents
+            on_device = any(tensors[segment.piece].device.type in _DEVICES for segment in first.segments)
+            split = not others and on_device and can_split(tensors, first)
+        if slot.copies and (split or host_writes(tensors, unit)):
+            for earlier in slot.copies:  # of a save that failed: the device orders its own copies, not ours
+                earlier.wait()
+        if split:
+            slot = replace(slot, split=True)
+        self._streams.enqueue(functools.partial(_copy, tensors, unit, slot), slot.copies, queued)
+        for extent, place in zip(unit.extents, unit.places, strict=True):
+            if extent.header:
+                write_header(slot, place, extent.header)
+        finish_image(unit.extents[0], slot)
+        return slot
+
+    def _copied(self, unit: Unit, slot: StagingBuffer, queued: Sequence[QueuedCopy]) -> None:
         """Wait until the copies into a slot have run, and check what they have brought."""
         for copy in queued:
             copy.wait()
         if self.checks is not None:
-            self.checks.copied(number, slot)
+            for number, _, part in unit.parts(slot):
+                self.checks.copied(number, part)
 
     def _drop_queue(self) -> None:
         if self._scope.error is not None:
@@ -352,9 +381,9 @@ class StagingJob:
         return not (self._queue or self._working or self._done.is_set() or self._concluding)
 
 
-def _copy(tensors: Sequence[torch.Tensor], extent: Extent, slot: StagingBuffer) -> None:
+def _copy(tensors: Sequence[torch.Tensor], unit: Unit, slot: StagingBuffer) -> None:
     if slot.split:
-        copy_planes(tensors, extent, slot)
+        copy_planes(tensors, unit.extents[0], slot)
     else:
-        copy_segments(tensors, extent.segments, slot)
-        fill_rest(slot, extent)
+        copy_segments(tensors, unit.segments, slot)
+        fill_gaps(slot, unit.gaps)

@@ -11,6 +11,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
@@ -20,7 +21,8 @@ from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Digest, ShardFormat, ShardWriter
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import Frame, as_it_is, staged_digests
-from asyncckpt.stage.staged import StagedExtent
+from asyncckpt.stage.staged import StagedUnit
+from asyncckpt.stage.units import Unit
 from asyncckpt.types import ContentDigest, Extent, Layout, StagedDigests, WrittenRange
 from asyncckpt.write.directory import SaveDirectory
 from asyncckpt.write.encoder import Encoder
@@ -32,8 +34,16 @@ from asyncckpt.write.threads import Pools, WriterPool
 from asyncckpt.write.unchanged import Unchanged
 
 
+class _Part(NamedTuple):
+    """An extent of a unit. ``number``: the extent's in its shard. ``slot``: its part of the unit's slot."""
+
+    number: int
+    extent: Extent
+    slot: StagingBuffer
+
+
 class ShardPipeline:
-    """Takes staged extents from any thread and writes them on the pool's threads. Thread-safe.
+    """Takes staged units from any thread and writes them on the pool's threads. Thread-safe.
 
     ``scope``: the save's; every error here fails it, and it is notified as extents are done. ``unchanged``: decides
     what is taken over from the checkpoint before. ``directory``: gets the files.
@@ -63,7 +73,6 @@ class ShardPipeline:
         self._pools = pools
         self._arena = arena
         self._events = events
-        self._extents = layout.extents()
         self._lock = threading.Lock()
         self._open_lock = threading.Lock()
         self._in_flight = 0
@@ -79,7 +88,7 @@ class ShardPipeline:
 
     @property
     def in_flight(self) -> int:
-        """Extents that a thread may still be working on."""
+        """Units, and extents copied from the checkpoint before, that a thread may still be working on."""
         return self._in_flight
 
     def unwritten_bytes(self) -> int:
@@ -170,14 +179,14 @@ class ShardPipeline:
             for number in range(len(progress.shard.extents)):
                 self._submit(functools.partial(self._copy, progress, number), self._small_files.pool(progress.shard))
 
-    # -- extents -----------------------------------------------------------------------------------------------------
+    # -- units -------------------------------------------------------------------------------------------------------
 
-    def submit(self, extent: StagedExtent) -> None:
-        """Take a staged extent over, with its memory. Never blocks."""
+    def submit(self, staged: StagedUnit) -> None:
+        """Take a staged unit over, with its memory. Never blocks."""
         with self._lock:
             self._in_flight += 1
-        shard = self._shards[self._extents[extent.index].shard].shard
-        self._small_files.submit(shard, extent.slot.nbytes, lambda: self._run(lambda: self._handle(extent)))
+        shard = self._shards[staged.unit.shard].shard
+        self._small_files.submit(shard, staged.slot.nbytes, lambda: self._run(lambda: self._handle(staged)))
 
     def give_memory_back(self) -> None:
         """Start what waits of any save: whoever waits for memory may wait for the memory of another. Never blocks."""
@@ -202,42 +211,82 @@ class ShardPipeline:
                 self._in_flight -= 1
             self._scope.notify()
 
-    def _handle(self, staged: StagedExtent) -> None:
-        extent, slot = self._extents[staged.index], staged.slot
-        progress = self._shards[extent.shard]
-        number = staged.index - progress.first
+    def _handle(self, staged: StagedUnit) -> None:
+        unit, slot = staged.unit, staged.slot
+        progress = self._shards[unit.shard]
         owned = True
         try:
             if self._scope.error is None:
                 self._unchanged.begin()
                 staged.wait_copied()
-                # the digest is of the staged bytes, before anything below this line could spoil them
-                found = staged.digests or staged_digests(self._digest, extent, slot)
-                self._unchanged.note(progress, number, extent, slot)
-                if self._matches(progress, number, found):
-                    return
-                if isinstance(found, ContentDigest):
-                    owned = False
-                    self._store_chunk(progress, number, extent, slot, found)
+                parts = [_Part(number - progress.first, extent, own) for number, extent, own in unit.parts(slot)]
+                # the digests are of the staged bytes, before anything below this line could spoil them
+                found = [staged_digests(self._digest, part.extent, part.slot) for part in parts]
+                changed = self._changed(progress, parts, found)
+                if isinstance(found[0], ContentDigest):  # a chunk is a unit by itself
+                    owned = not changed
+                    if changed:
+                        self._store_chunk(progress, parts[0].number, parts[0].extent, slot, found[0])
                 else:
-                    stored = extent.payload_bytes if extent.payload_bytes != extent.nbytes else 0
-                    record = WrittenExtent(extent.offset, extent.nbytes, found, None, stored)
-                    self._write(progress, slot.view[extent.block_offset :], record, number)
+                    self._write_changed(progress, slot, unit, changed, found)
         finally:
             if owned:
                 self._arena.release(slot)
 
-    def _matches(self, progress: ShardProgress, number: int, found: StagedDigests) -> bool:
-        """Whether nothing has to be written for now, because the previous checkpoint has these bytes."""
+    def _changed(self, progress: ShardProgress, parts: Sequence[_Part], found: Sequence[StagedDigests]) -> list[int]:
+        """Return which of these extents have to be written now, by their positions in their unit."""
+        changed: list[int] = []
+        for at, (part, digests) in enumerate(zip(parts, found, strict=True)):
+            self._unchanged.note(progress, part.number, part.extent, part.slot)
+            if progress.old is None:
+                changed.append(at)
+                continue
+            here = range(parts[0].number, part.number)
+            held, again = self._matches(progress, part.number, digests, here)
+            changed += again
+            if not held:
+                changed.append(at)
+        return changed
+
+    def _write_changed(
+        self,
+        progress: ShardProgress,
+        slot: StagingBuffer,
+        unit: Unit,
+        changed: Sequence[int],
+        found: Sequence[StagedDigests],
+    ) -> None:
+        """Write these extents of a unit, all that are neighbours at once."""
+        first = unit.first - progress.first
+        for run in _neighbours(changed):
+            records: list[WrittenExtent] = []
+            for at in run:
+                extent, digests = unit.extents[at], found[at]
+                assert not isinstance(digests, ContentDigest)
+                stored = extent.payload_bytes if extent.payload_bytes != extent.nbytes else 0
+                records.append(WrittenExtent(extent.offset, extent.nbytes, digests, None, stored))
+            begin = unit.places[run[0]] + unit.extents[run[0]].block_offset
+            self._write(progress, slot.view[begin:], records, first + run[0])
+
+    def _matches(
+        self, progress: ShardProgress, number: int, found: StagedDigests, here: Collection[int] = ()
+    ) -> tuple[bool, list[int]]:
+        """Say whether nothing of an extent has to be written for now, because the previous checkpoint has these bytes.
+        Where it turns out that extents which matched before it have to be written after all, those among ``here``,
+        which are staged still, are returned by their positions in it; the others are copied."""
         verdict = self._unchanged.compare(progress, number, found, self._lock, self._directory)
         if verdict.linked:
             self._done(progress)
         # encoding waits for a buffer, and only writing threads give buffers back: they must not wait there themselves
         encodes = self._unchanged.differs and progress.shard.packed_on_write
         pool = self._pools.encoding if encodes else self._small_files.pool(progress.shard)
+        again: list[int] = []
         for copied in verdict.copies:
-            self._submit(functools.partial(self._copy, progress, copied), pool)
-        return verdict.held
+            if copied in here:
+                again.append(copied - min(here))
+            else:
+                self._submit(functools.partial(self._copy, progress, copied), pool)
+        return verdict.held, sorted(again)
 
     def _store_chunk(
         self, progress: ShardProgress, number: int, extent: Extent, slot: StagingBuffer, found: ContentDigest
@@ -294,23 +343,23 @@ class ShardPipeline:
             known = frame.unchanged and nbytes == padded(frame.payload_bytes)
             digest = item.content.hex if known else self._digest(frame.view[:nbytes])
             record = WrittenExtent(offset, nbytes, (digest,), item.content, frame.payload_bytes)
-            self._write(progress, frame.view, record, item.number)
+            self._write(progress, frame.view, [record], item.number)
         finally:
             self._reorder_buffer.release(item)
 
-    def _write(self, progress: ShardProgress, view: memoryview, record: WrittenExtent, number: int) -> None:
+    def _write(self, progress: ShardProgress, view: memoryview, records: Sequence[WrittenExtent], number: int) -> None:
+        """Write extents from ``number`` on, which lie side by side in ``view`` as they do in the file."""
         began = time.perf_counter()
         writer = self._writer(progress)
-        with self._encoder.auto_compression.timing_write(record.nbytes):
-            writer.write_at(view, record.nbytes, record.offset)
+        nbytes = sum(record.nbytes for record in records)
+        with self._encoder.auto_compression.timing_write(nbytes):
+            writer.write_at(view, nbytes, records[0].offset)
         now = time.perf_counter()
-        self._events.emit(
-            ExtentWritten(step=self._scope.step, at_seconds=now, nbytes=record.nbytes, seconds=now - began)
-        )
+        self._events.emit(ExtentWritten(step=self._scope.step, at_seconds=now, nbytes=nbytes, seconds=now - began))
         with self._lock:
-            progress.records[number] = record
-            progress.missing -= 1
-            self.written_bytes += record.nbytes
+            progress.records.update(enumerate(records, number))
+            progress.missing -= len(records)
+            self.written_bytes += nbytes
             complete = progress.missing == 0
         if complete and self._scope.error is None:
             self._finish(progress)
@@ -321,7 +370,8 @@ class ShardPipeline:
             return
         content = progress.old.ordered[number].content
         if content is None:
-            self._write(progress, *self._unchanged.bytes_of(progress, number), number)
+            view, record = self._unchanged.bytes_of(progress, number)
+            self._write(progress, view, [record], number)
             return
         if self._unchanged.differs:  # decode, then encode against the layers it has now
             extent = progress.shard.extents[number]
@@ -371,3 +421,14 @@ class ShardPipeline:
             progress.finished = True
             self.unfinished -= 1
         self._small_files.done(progress.shard)
+
+
+def _neighbours(positions: Sequence[int]) -> list[list[int]]:
+    """Return the positions, in ascending order, in runs without a gap."""
+    runs: list[list[int]] = []
+    for at in sorted(positions):
+        if runs and runs[-1][-1] + 1 == at:
+            runs[-1].append(at)
+        else:
+            runs.append([at])
+    return runs

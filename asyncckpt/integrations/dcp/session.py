@@ -134,7 +134,7 @@ class WriterSession:
 
         def one(extent: Extent) -> list[ExtentRecord]:
             with self._slot(extent.nbytes) as slot:
-                write_header(slot, extent.header)
+                write_header(slot, 0, extent.header)
                 copy_segments(tensors, extent.segments, slot)
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()

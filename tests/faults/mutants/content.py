@@ -11,7 +11,7 @@ from asyncckpt.catalog import catalog
 from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.manifest import json as manifest
-from asyncckpt.manifest.records import ExtentRecord, WrittenExtent
+from asyncckpt.manifest.records import ExtentRecord
 from asyncckpt.read import extents as reading
 from asyncckpt.read import verify
 from asyncckpt.storage.shard_file import LocalShardWriter
@@ -32,13 +32,18 @@ from faults.mutants.registry import Patch, around, mutant
 @mutant("the digest is taken after the write", checks.a_lying_device_is_found_out)
 def _(patch: Patch) -> None:
     def write(
-        original: Any, self: ShardPipeline, progress: ShardProgress, view: memoryview, record: WrittenExtent, n: int
+        original: Any, self: ShardPipeline, progress: ShardProgress, view: memoryview, records: Any, n: int
     ) -> None:
         writer = self._writer(progress)
-        writer.write_at(view, record.nbytes, record.offset)
+        nbytes = sum(record.nbytes for record in records)
+        writer.write_at(view, nbytes, records[0].offset)
         done = types.SimpleNamespace(write_at=lambda *_: None, finish=writer.finish)
         progress.writer = done  # type: ignore[assignment]
-        original(self, progress, view, replace(record, digests=(self._digest(view[: record.nbytes]),)), n)
+        late, begin = [], 0
+        for record in records:
+            late.append(replace(record, digests=(self._digest(view[begin : begin + record.nbytes]),)))
+            begin += record.nbytes
+        original(self, progress, view, late, n)
         progress.writer = writer
 
     around(patch, ShardPipeline, "_write", write)
@@ -149,10 +154,12 @@ def _(patch: Patch) -> None:
 
 @mutant("a file is taken over by its size, whatever it holds", checks.saves_hold_what_was_saved, LINKS)
 def _(patch: Patch) -> None:
-    def matches(original: Any, self: ShardPipeline, progress: ShardProgress, number: int, found: StagedDigests) -> Any:
+    def matches(
+        original: Any, self: ShardPipeline, progress: ShardProgress, number: int, found: StagedDigests, here: Any
+    ) -> Any:
         if progress.old is not None:
             found = progress.old.ordered[number].staged_digests
-        return original(self, progress, number, found)
+        return original(self, progress, number, found, here)
 
     around(patch, ShardPipeline, "_matches", matches)
 
