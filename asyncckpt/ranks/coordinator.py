@@ -66,6 +66,8 @@ class Coordinator:
         self.announcements = Announcements(ranks)
         #: See ``RankSave``.
         self.asked_again: set[int] = set()
+        #: What all ranks' options together say, as of the last thing done together.
+        self.shared_reading_bytes: int | None = None
         #: What ``exchange`` has raised last: no rank has to be told of it.
         self._known_to_all: BaseException | None = None
 
@@ -156,10 +158,13 @@ class Coordinator:
             error = caught
         if error is not None and error is self._known_to_all:
             raise error
-        bodies = self.ranks.agree("stage", {} if error is None else {"error": error_to_json(error)})
+        least = {"shared_reading_bytes": self.ranks.options.shared_reading_bytes}
+        bodies = self.ranks.agree("stage", least if error is None else {"error": error_to_json(error)})
         if error is not None:
             raise error
         _raise_first(bodies, otherwise)
+        asked = [body["shared_reading_bytes"] for body in bodies]
+        self.shared_reading_bytes = None if None in asked else max(asked)
 
     def exchange(self, body: Any, otherwise: type[AsyncCkptError] = RestoreFailed) -> list[Any]:
         """Exchange messages in the middle of the body of ``together``, where every rank has to call this as often;
@@ -202,7 +207,7 @@ class RestoreStages(Stages):
 
     def read(self, reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
         ranks = self._coordinator.ranks
-        least = ranks.options.shared_reading_bytes
+        least = self._coordinator.shared_reading_bytes
         if least is None or sum(record.nbytes for record in manifest.files) < least:
             return super().read(reader, manifest, wanted, consume)
         shared = SharedReading(
