@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 from asyncckpt import forks, interrupts
 from asyncckpt.assets import Assets, read_assets
+from asyncckpt.background.writer import BackgroundWriter
 from asyncckpt.catalog import names, retention
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.step_number import step_number
@@ -140,6 +142,16 @@ class Checkpointer(RunOwnership):
             events=self.events,
             committer=self._committer,
             reuse=self._reuse,
+            background=functools.partial(
+                BackgroundWriter,
+                lease=self._held,
+                options=writer,
+                reuse=self._reuse,
+                quarantine=self._quarantine,
+                steps=self._steps,
+                events=self.events,
+                prune=self._committer.prune,
+            ),
         )
         self._arena = self._builder.arena
         self._starter = SaveStarter(self._builder, self._committer, self._steps, self._watched, staging, self.events)
@@ -148,7 +160,7 @@ class Checkpointer(RunOwnership):
         self._callback_seconds = writer.durable_timeout_seconds
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        self._threads = (self._starter.stager, self._builder.pools, self._committer, self.events.notifier)
+        self._threads = (self._starter.stager, self._builder, self._committer, self.events.notifier)
         forks.finalize(self, forks.close_all, *self._threads)
 
     # -- saving ------------------------------------------------------------------------------------------------------
@@ -223,7 +235,7 @@ class Checkpointer(RunOwnership):
             planned = self._builder.plan(
                 self._coordinator, state, 0, weights_only=False, call=f"prepare/{self._preparations}"
             )
-            self._builder.grow_arena(planned)
+            self._builder.grow_arena(self._coordinator, planned)
             self._preparations += 1
 
     def watch(self, *optimizers: torch.optim.Optimizer) -> None:

@@ -4,16 +4,20 @@ transaction."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from asyncckpt import formats
 from asyncckpt.assets import Assets, check_places, join_assets, read_assets
+from asyncckpt.background.choice import why_threads
+from asyncckpt.background.writer import BackgroundWriter
 from asyncckpt.catalog.steps import Claim
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.committer import Committer
+from asyncckpt.commit.in_flight import Save
 from asyncckpt.commit.publisher import Publisher, Solo
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError
@@ -34,18 +38,21 @@ from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.known_states import KnownStates
 from asyncckpt.state.markers import without_owners
+from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import Layout, LayoutOptions, pieces_of
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.threads import Pools
 
+log = logging.getLogger("asyncckpt")
+
 
 class SaveBuilder:
     """Holds what the saves of one checkpointer share, and makes each of them. For the training thread.
 
     ``config``: plain values for every manifest. ``assets``: those of every checkpoint. ``replace``: saving a step
-    again replaces it. The options are those of ``Checkpointer``.
+    again replaces it. ``background``: makes the writer that has a process. The options are those of ``Checkpointer``.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class SaveBuilder:
         events: EventBus,
         committer: Committer,
         reuse: ReuseSource,
+        background: Callable[..., BackgroundWriter],
     ) -> None:
         self._format = formats.get(files.format)
         self._codec = codecs.get(files.codec)
@@ -82,10 +90,21 @@ class SaveBuilder:
         #: Identifies the layout for which the arena was last found large enough.
         self._fits: tuple[int, int, str] | None = None
         self.arena = Arena()
+        self._make_background = background
+        #: Where the saves of this checkpointer are written: None for threads. ``grow_arena`` decides, once.
+        self.background: BackgroundWriter | None = None
+        self._decided = False
         #: How many ranks of the job run on this host, and stage in its memory.
         self._sharing = 1
         self.pools = Pools(writer.threads)
         self._encoder = Encoder(self._codec, writer.threads)
+
+    def close(self) -> None:
+        """End the threads and the process that write, once what was submitted is done. Waits for the process, for
+        seconds at most. Idempotent."""
+        self.pools.close()
+        if self.background is not None:
+            self.background.close()
 
     @property
     def splits(self) -> bool:
@@ -138,9 +157,26 @@ class SaveBuilder:
             known.cache["layout"] = layout
         return alone(captured, layout)
 
-    def grow_arena(self, planned: Planned) -> None:
+    def _decide(self, coordinator: Coordinator | None, planned: Planned) -> None:
+        """Choose, the first time, whether a process writes, and start it then: it takes half a second to come."""
+        if self._decided:
+            return
+        self._decided = True
+        why = why_threads(self._writer, self._store, self._codec, planned.layout.nbytes, alone=coordinator is None)
+        if why is None:
+            self.arena.shared = True
+            assert isinstance(self._store, LocalStore)
+            self.background = self._make_background(
+                store=self._store, arena=self.arena, codec=self._codec, chain=self._chain
+            )
+            self.background.start()
+        elif self._writer.process == "always":
+            log.warning("no background process: %s; threads of the trainer write", why)
+
+    def grow_arena(self, coordinator: Coordinator | None, planned: Planned) -> None:
         """Give the arena the memory that a save of this layout takes. Returns at once: the memory is faulted in in the
         background. Raises ``NotEnoughMemory``."""
+        self._decide(coordinator, planned)
         extents = planned.layout.extents()
         key = len(extents), planned.layout.nbytes, planned.layout.fingerprint
         if key == self._fits:  # the arena never shrinks
@@ -178,8 +214,8 @@ class SaveBuilder:
         metrics: dict[str, float],
         assets: Mapping[str, bytes],
         began: float,
-    ) -> SaveTransaction:
-        """Make the transaction that writes what is planned; nothing is written yet. ``number`` is the save's among the
+    ) -> Save:
+        """Make the save that writes what is planned; nothing is written yet. ``number`` is the save's among the
         job's, ``assets`` are what ``assets_of`` returned, ``began`` when the save was asked for, by
         ``time.perf_counter``."""
         if assets and self._format.name == "zarr":
@@ -202,9 +238,14 @@ class SaveBuilder:
             attempt=coordinator.attempt(number) if coordinator is not None else None,
             world_size=coordinator.ranks.size if coordinator is not None else 1,
         )
+        scope = SaveScope(planned.step)
+        if self.background is not None:
+            remote = self.background.save(contents, scope, began)
+            if remote is not None:
+                return remote
         return SaveTransaction(
             contents,
-            SaveScope(planned.step),
+            scope,
             self._publisher(coordinator, planned, number),
             store=self._store,
             space=self._committer,

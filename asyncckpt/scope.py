@@ -19,6 +19,7 @@ class SaveScope:
         self._error: BaseException | None = None
         self._releases: list[Callable[[], None]] = []
         self._verdicts = 0
+        self._judged: list[Callable[[], None]] = []
         #: When the save passed the point from which on it may become visible, by ``time.perf_counter``.
         self.publishing_since_seconds: float | None = None
 
@@ -77,6 +78,14 @@ class SaveScope:
         with self._changed:
             self._verdicts -= 1
             self._changed.notify_all()
+            judged = list(self._judged) if not self._verdicts else []
+        for call in judged:
+            call()
+
+    def when_judged(self, call: Callable[[], None]) -> None:
+        """Have ``call`` called on the thread of each ``verdict`` that is the last one to wait for."""
+        with self._changed:
+            self._judged.append(call)
 
     @property
     def judged(self) -> bool:
@@ -95,6 +104,7 @@ class SaveScope:
         """Forget what ``when_failed`` was given: the save is durable, or has failed. Idempotent."""
         with self._changed:
             self._releases.clear()
+            self._judged.clear()
 
     def notify(self) -> None:
         """Make every thread in ``wait_until`` ask its ``reached`` again."""

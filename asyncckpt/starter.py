@@ -129,7 +129,7 @@ class SaveStarter:
             )
             layout, pieces = planned.layout, planned.pieces
             self._tell_of_nothing(state, planned)
-            self._builder.grow_arena(planned)
+            self._builder.grow_arena(coordinator, planned)
             policy = self._options.on_busy if request.may_skip or self._options.on_busy != "skip" else "wait"
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, beside, began)

@@ -315,16 +315,21 @@ class LeaseOptions:
     """Says how a run shows that its writer is alive.
 
     ``beat_seconds``: how often the writer renews its lease. ``ttl_seconds``: how long a newcomer that cannot know
-    better (from another host, or without locks) watches for a renewal before it takes the writer for dead."""
+    better (from another host, or without locks) watches for a renewal before it takes the writer for dead.
+    ``finish_seconds``: how long a newcomer waits at most while the background process of a trainer that was killed
+    publishes what that had staged."""
 
     beat_seconds: float = 5.0
     ttl_seconds: float = 20.0
+    finish_seconds: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
     """What is recorded of a run's writer. ``boot``: names the boot of its host. ``beat``: rises with each renewal.
-    ``released``: it has given the run back. ``lock``: the inode of the lock file that it holds, 0 where it has none."""
+    ``released``: it has given the run back. ``lock``: the inode of the lock file that it holds, 0 where it has none.
+    ``finishing``: the trainer is gone, and this is its background process, which ends once it has published what was
+    staged."""
 
     owner: str
     host: str
@@ -333,6 +338,7 @@ class Holder:
     beat: int
     released: bool
     lock: int = 0
+    finishing: bool = False
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}"

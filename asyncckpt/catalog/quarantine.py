@@ -17,6 +17,11 @@ class Quarantine:
         with self._lock:
             return name in self._names
 
+    def names(self) -> list[str]:
+        """Return the names, in no order."""
+        with self._lock:
+            return list(self._names)
+
     def add(self, name: str) -> None:
         """Note that the checkpoint of this name was found damaged."""
         with self._lock:

@@ -15,15 +15,14 @@ from asyncckpt.catalog.newest import LATEST
 from asyncckpt.catalog.quarantine import Quarantine
 from asyncckpt.catalog.retention import Policy
 from asyncckpt.catalog.steps import StepRegistry
-from asyncckpt.commit.in_flight import InFlight, InFlightSaves
+from asyncckpt.commit.in_flight import InFlight, InFlightSaves, Save
 from asyncckpt.commit.pending import Overdue, PendingSave, SaveReport
 from asyncckpt.commit.pruner import Pruner
-from asyncckpt.commit.transaction import SaveTransaction
+from asyncckpt.commit.room import make_room
 from asyncckpt.errors import (
     ArenaBusy,
     CheckpointDamaged,
     DurabilityUnknown,
-    NotEnoughSpace,
     PlanChanged,
     SaveAbandoned,
 )
@@ -77,7 +76,7 @@ class Committer:
         self._pool = WriterPool(1, "asyncckpt-committer")
         self._failed: list[PendingSave] = []
         #: Failed saves with a write that hangs. For the committer's thread.
-        self._abandoned: list[SaveTransaction] = []
+        self._abandoned: list[Save] = []
         self._lock = threading.Lock()
         self._quarantine = quarantine
         self._steps = steps
@@ -138,7 +137,7 @@ class Committer:
             errors[0].add_note(f"asyncckpt: a further background save failed too: {error}")
         return errors[0] if errors else None
 
-    def overdue(self, save: SaveTransaction) -> Overdue:
+    def overdue(self, save: Save) -> Overdue:
         """Say when the save is given up although its committer reports nothing."""
         where = f"step {save.step}: storage under {self._store.address} hangs"
         return Overdue(
@@ -191,16 +190,7 @@ class Committer:
         if self.is_follower:
             return
         reserved = sum(f.save.shards.unwritten_bytes() for f in self._saves.all() if f.save.step != step)
-        free = self._store.free_bytes()
-        if free is None or free - reserved >= nbytes:
-            return
-        self.prune()
-        free = (self._store.free_bytes() or 0) - reserved
-        if free < nbytes:
-            raise NotEnoughSpace(
-                f"step {step}: {self._store.address} has {max(free, 0)} bytes free and the save needs {nbytes}. "
-                f"Nothing was written; free space, keep fewer checkpoints, or save elsewhere"
-            )
+        make_room(self._store, nbytes, step, reserved, self.prune)
 
     def prune(self, *, dry_run: bool = False) -> list[CheckpointInfo]:
         """Apply the policies now; see ``Pruner.prune``."""
@@ -261,7 +251,7 @@ class Committer:
         self._end(flight, error)
         self._discard(save if error is not None else None)
 
-    def _discard(self, failed: SaveTransaction | None, wait_seconds: float = 0.0) -> None:
+    def _discard(self, failed: Save | None, wait_seconds: float = 0.0) -> None:
         """Remove what is left of failed saves. Waits until the writes of ``failed`` have left the kernel, and replaces
         the threads of those that stay there: a file that hangs for good costs its save, and no other. For saves that
         hung before, waits ``wait_seconds``."""
@@ -271,7 +261,7 @@ class Committer:
             self._abandoned.append(failed)
         self._abandoned = [save for save in self._abandoned if not save.discard(wait_seconds)]
 
-    def _before_publish(self, save: SaveTransaction, replaced: list[Replaced]) -> Callable[[], None]:
+    def _before_publish(self, save: Save, replaced: list[Replaced]) -> Callable[[], None]:
         draft = save.contents.draft
 
         def check() -> None:
@@ -294,7 +284,7 @@ class Committer:
 
         return check
 
-    def _after_commit(self, save: SaveTransaction, name: str) -> None:
+    def _after_commit(self, save: Save, name: str) -> None:
         """Tidy up after a durable save. Nothing here can undo the acknowledgement: trouble is logged, and comes up
         again at the next save."""
         try:

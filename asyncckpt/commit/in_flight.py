@@ -3,19 +3,81 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from asyncckpt.catalog.steps import Claim
 from asyncckpt.commit.pending import PendingSave
-from asyncckpt.commit.transaction import SaveTransaction
+from asyncckpt.manifest.draft import Contents
+from asyncckpt.manifest.records import Manifest
+from asyncckpt.protocols import Digest, PendingDirectory
+from asyncckpt.scope import SaveScope
 from asyncckpt.stage.job import StagingJob
+from asyncckpt.stage.staged import ExtentSink
+from asyncckpt.write.reuse import ReusableFile
+
+
+class SaveShards(ExtentSink, Protocol):
+    """Writes the staged extents of one save, in this process or another."""
+
+    def unwritten_bytes(self) -> int:
+        """Estimate the bytes that this save will still take from the disk."""
+
+    def files(self) -> Mapping[str, ReusableFile] | None:
+        """List the files of a durable save by name, as the next one compares with them; None where another process
+        knows them."""
+
+    def replace_stuck_threads(self, stuck_seconds: float) -> None:
+        """Replace writer threads that have been inside one system call for longer than that."""
+
+
+class Save(Protocol):
+    """One attempt to write one checkpoint, as the committer sees it. Its methods are described by ``SaveTransaction``,
+    which is one that threads of this process write."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def scope(self) -> SaveScope: ...
+
+    @property
+    def contents(self) -> Contents: ...
+
+    @property
+    def digest(self) -> Digest | None: ...
+
+    @property
+    def shards(self) -> SaveShards: ...
+
+    @property
+    def started_seconds(self) -> float: ...
+
+    @property
+    def written_seconds(self) -> float: ...
+
+    def written_bytes(self, written: Manifest, /) -> int: ...
+
+    def descend_from(self, attempt: str) -> None: ...
+
+    def commit(
+        self,
+        check_lease: Callable[[], None],
+        timeout_seconds: float,
+        read_back: Callable[[PendingDirectory], None] | None,
+    ) -> Manifest: ...
+
+    def discard(self, timeout_seconds: float) -> bool: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InFlight:
     """Holds a save and everything that belongs to it. ``claim``: the step that it has reserved."""
 
-    save: SaveTransaction
+    save: Save
     job: StagingJob
     pending: PendingSave
     claim: Claim

@@ -1,38 +1,35 @@
 """The arena is reusable host memory that extents are staged in, within a budget of bytes.
 
-It is anonymous memory in huge pages. A thread of its own faults it in, piece by piece, and pins it for CUDA, once: in
-fresh memory page faults cost more than ten times the copy (docs/design/001-arena.md).
+A thread of its own faults it in, piece by piece, and pins it for CUDA, once: in fresh memory page faults cost more than
+ten times the copy (docs/design/001-arena.md).
 """
 
 from __future__ import annotations
 
 import bisect
-import ctypes
 import logging
-import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncckpt import forks, interrupts
 from asyncckpt.errors import ArenaBusy, InvalidOption, NotEnoughMemory
+from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.memory.available import available_memory_bytes
-from asyncckpt.memory.buffers import _in_huge_pages, padded
+from asyncckpt.memory.buffers import padded
+from asyncckpt.memory.region import Region
 from asyncckpt.types import ALIGNMENT_BYTES
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("asyncckpt")
 
 _FAULT_IN_BYTES = 16 << 20
 #: After so many bytes that were faulted in, the memory that is free is looked at again.
 _LOOK_BYTES = 64 << 20
-_MADV_POPULATE_WRITE = 23  # needs Linux 5.14
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
 
 class QueuedCopy(Protocol):
@@ -54,80 +51,44 @@ _Free = tuple[int, int, int, tuple[QueuedCopy, ...]]
 
 @dataclass(frozen=True, slots=True)
 class StagingBuffer:
-    """A slot is a part of the arena. ``view`` and ``tensor`` (uint8) are its memory, which begins at ``address``: both
-    are writable, aligned to pages and ``nbytes`` long, a multiple of 4096. ``split``: it holds a chunk whose bytes the
-    device has split into planes. ``copies`` may still write into it: they belong to the save that had the slot before,
-    or, once this save has enqueued copies, to this save."""
+    """A slot is a part of the arena. ``view`` is its memory, which begins at ``address``: it is writable, aligned to
+    pages and ``nbytes`` long, a multiple of 4096. ``split``: it holds a chunk whose bytes the device has split into
+    planes. ``copies`` may still write into it: they belong to the save that had the slot before, or, once this save has
+    enqueued copies, to this save."""
 
     region: int
     offset: int
     nbytes: int
     address: int
     view: memoryview
-    tensor: torch.Tensor
     split: bool = False
     copies: tuple[QueuedCopy, ...] = ()
 
     def part(self, offset: int, nbytes: int) -> StagingBuffer:
         """Return ``nbytes`` of this slot from ``offset`` on, which must be a multiple of 4096. They are released with
         the whole."""
-        end = offset + nbytes
-        memory = self.view[offset:end], self.tensor[offset:end]
-        return StagingBuffer(self.region, self.offset + offset, nbytes, self.address + offset, *memory, self.split)
+        view = self.view[offset : offset + nbytes]
+        return StagingBuffer(self.region, self.offset + offset, nbytes, self.address + offset, view, self.split)
 
-
-class _Memory(mmap.mmap):
-    """``_Memory`` is staging memory that a fork neither copies nor inherits: it has gigabytes, and training forks data
-    loader workers."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        forks.disarm_in_child(self)
-        self.madvise(mmap.MADV_DONTFORK)
-
-    def disarm(self) -> None:
-        """Never free this object in a forked child."""
-        # in the child something else may lie at these addresses by the time this object is freed, which would unmap
-        # that: so it is never freed there
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
-
-
-class _Region:
-    """``_Region`` is a stretch of staging memory that is mapped at once."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.memory = _Memory(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        _in_huge_pages(self.memory)
-        self.nbytes = nbytes
-        self.view = memoryview(self.memory)
-        self.tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
-        self.address = self.tensor.data_ptr()
-
-    def fault_in(self, offset: int, nbytes: int) -> None:
-        if _libc.madvise(self.address + offset, nbytes, _MADV_POPULATE_WRITE) != 0:
-            _libc.memset(self.address + offset, 0, nbytes)
-
-    def pin(self) -> None:
-        runtime: Callable[[], Any] = torch.cuda.cudart
-        cudart = runtime()
-        code = int(cudart.cudaHostRegister(self.address, self.nbytes, 0))
-        if code:
-            log.warning(
-                "could not pin %d bytes of staging memory (CUDA error %d): copies are slower", self.nbytes, code
-            )
-            return
-        forks.finalize(self, cudart.cudaHostUnregister, self.address)
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The slot's memory as a uint8 tensor, which is made anew each time. Only for a process that has torch."""
+        loaded = loaded_torch()
+        made: torch.Tensor = loaded.frombuffer(self.view, dtype=loaded.uint8)
+        return made
 
 
 class Arena:
     """Hands out staging memory in slots, within a budget of bytes. Thread-safe.
 
     ``grow`` adds memory up to the budget. A background thread faults it in, and each part can be handed out as soon as
-    it is ready.
+    it is ready. ``shared``: what is added from now on can be mapped by another process, too (``descriptor``).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        self.shared = shared
         self.budget_bytes = 0
-        self._regions: dict[int, _Region] = {}
+        self._regions: dict[int, Region] = {}
         self._used_bytes: dict[int, int] = {}  # by region
         #: These are sorted and never adjacent.
         self._free: list[_Free] = []
@@ -167,13 +128,13 @@ class Arena:
         except RuntimeError:  # the system gives no more threads
             self._prepare(*prepared)
 
-    def _allocate(self, wanted: int, least: int) -> _Region | None:
+    def _allocate(self, wanted: int, least: int) -> Region | None:
         """Return as much of ``wanted`` bytes as the system gives, at least ``least``. Returns None where it gives
         nothing and ``least`` is 0."""
         nbytes = wanted
         while True:
             try:
-                return _Region(nbytes)
+                return Region(nbytes, shared=self.shared)
             except (OSError, MemoryError) as error:
                 if nbytes <= max(least, ALIGNMENT_BYTES):
                     if not least:
@@ -273,6 +234,11 @@ class Arena:
         if self._closed:
             self._let_go()
 
+    def descriptor(self, region: int) -> tuple[int, int]:
+        """Return the descriptor by which another process can map a region, and how many bytes it has. The descriptor is
+        -1 where the region is not shared."""
+        return self._regions[region].fd, len(self._regions[region].memory)
+
     def free_bytes(self) -> int:
         """Return how many bytes can be staged without waiting for a write; memory that is still faulted in counts."""
         with self._changed:
@@ -314,10 +280,13 @@ class Arena:
     def _largest_bytes(self) -> int:
         return max((region.nbytes for region in self._regions.values()), default=0)
 
-    def _prepare(self, number: int, region: _Region, pin: bool, least: int) -> None:
+    def _prepare(self, number: int, region: Region, pin: bool, least: int) -> None:
         try:
             if pin:  # all of it is faulted in at once
                 self._shorten(region, 0, least)
+                if self.shared and not region.fault_in(0, region.nbytes):  # the driver would touch what is not there
+                    self._cut(region, 0)
+                    return
                 region.pin()
             offset = 0
             while offset < region.nbytes and not self._closed:
@@ -326,7 +295,9 @@ class Arena:
                 size = min(_FAULT_IN_BYTES, region.nbytes - offset)
                 if size <= 0:
                     return
-                region.fault_in(offset, size)
+                if not region.fault_in(offset, size):
+                    self._cut(region, offset)
+                    return
                 with self._changed:
                     self._cold_bytes -= size
                 self._put(number, offset, size)
@@ -336,13 +307,16 @@ class Arena:
                 self._faulting -= 1
                 self._changed.notify_all()
 
-    def _shorten(self, region: _Region, offset: int, least: int) -> None:
+    def _shorten(self, region: Region, offset: int, least: int) -> None:
         """Do without the rest of a region, from ``offset`` on, as far as it would take more than half of the memory
         that is free now: since the budget was made, others may have taken theirs. ``least`` bytes stay in any case."""
         affordable = available_memory_bytes() // 2 // ALIGNMENT_BYTES * ALIGNMENT_BYTES
         nbytes = max(offset + affordable, least, offset)
-        if nbytes >= region.nbytes:
-            return
+        if nbytes < region.nbytes:
+            self._cut(region, nbytes)
+
+    def _cut(self, region: Region, nbytes: int) -> None:
+        """Do without what a region has beyond ``nbytes``, none of which was handed out."""
         log.warning(
             "memory is short: %d bytes of staging memory instead of %d; saves take longer",
             self.budget_bytes - (region.nbytes - nbytes),
@@ -383,7 +357,6 @@ class Arena:
             nbytes,
             home.address + offset,
             home.view[offset : offset + nbytes],
-            home.tensor[offset : offset + nbytes],
             copies=copies,
         )
 
@@ -401,7 +374,7 @@ def _has_run(copy: QueuedCopy) -> bool:
         return False
 
 
-def _end(free: Iterable[_Free], regions: Mapping[int, _Region]) -> None:
+def _end(free: Iterable[_Free], regions: Mapping[int, Region]) -> None:
     """Wait for the copies that are queued into free memory. Where a device cannot say that its copy has run, the region
     stays mapped for the life of the process."""
     for number, _, _, copies in free:
@@ -416,4 +389,4 @@ def _end(free: Iterable[_Free], regions: Mapping[int, _Region]) -> None:
 
 
 #: A device may still write into these regions, as far as anybody knows.
-_never_unmapped: list[_Region] = []
+_never_unmapped: list[Region] = []

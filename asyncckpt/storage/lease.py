@@ -40,6 +40,8 @@ _RECORD_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _RELEASE_SECONDS = 10.0
 #: Linux lists a process's descriptors here; elsewhere the folder is missing, and what a child has is not looked for.
 _DESCRIPTORS = "/proc/self/fd"
+#: Who waits for a process that finishes looks this often.
+_LOOK_SECONDS = 0.02
 #: A record takes a few hundred bytes.
 _MAX_RECORD_BYTES = 64 << 10
 
@@ -83,6 +85,7 @@ def parse_holder(data: bytes) -> Holder | None:
             int(body["beat"]),
             bool(body["released"]),
             int(body.get("lock", 0)),
+            bool(body.get("finishing", False)),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
@@ -92,14 +95,21 @@ class _LockFile:
     """Holds the lock file open. A forked child shares the open file description and would keep the lock of a killed
     trainer alive, so the file is closed there. Raises ``OSError`` where it cannot be opened."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int = -1) -> None:
         self._path = os.path.realpath(path)
-        self.fd = -1
+        self.fd = fd
         self._opening = True
         forks.disarm_in_child(self)  # before there is a descriptor: another thread may fork as soon as there is
-        # a link somebody planted is not followed, nor is a FIFO waited for
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if fd < 0:  # a link somebody planted is not followed, nor is a FIFO waited for
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         self._opening = False
+
+    def unlock(self) -> None:
+        """Give the lock back, and close the file. A process that the descriptor was passed to loses the lock, too."""
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+        self.close()
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -122,13 +132,15 @@ class Lease:
     directory: str
     owner: str
 
-    def __init__(self, directory: str, lock: _LockFile, options: LeaseOptions) -> None:
+    def __init__(self, directory: str, lock: _LockFile, options: LeaseOptions, adopted: Holder | None = None) -> None:
         self.directory = directory
-        self.owner = uuid.uuid4().hex
+        self.owner = adopted.owner if adopted is not None else uuid.uuid4().hex
+        self.options = options
+        self._finishing = adopted is not None
         self._lock_file = lock
         self._inode = os.fstat(lock.fd).st_ino
         self._pid = os.getpid()
-        self._beat = 0
+        self._beat = adopted.beat if adopted is not None else 0
         self._given_back = False
         self._stop = threading.Event()
         self._write_lock = threading.Lock()
@@ -162,10 +174,8 @@ class Lease:
         try:
             if not stat.S_ISREG(os.fstat(lock.fd).st_mode):
                 raise RunPathError(f"{path} is no regular file; remove it, or use another directory")
-            try:
-                fcntl.flock(lock.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise locked(directory, read_holder(directory)) from None
+            if not _lock(lock.fd) and not _wait_for_the_last(directory, lock.fd, options):
+                raise locked(directory, read_holder(directory))
             if os.fstat(lock.fd).st_ino != os.stat(path).st_ino:
                 raise locked(directory, read_holder(directory))  # somebody took over between open and lock
             if not takeover:
@@ -179,6 +189,23 @@ class Lease:
             raise RunPathError(
                 f"{directory}: cannot write the lease ({error}); free space or repair the path"
             ) from error
+
+    @classmethod
+    def adopt(cls, directory: str, lock: int, owner: str, options: LeaseOptions) -> Lease:
+        """Go on with the lease of a process that is gone. ``lock``: the descriptor of its lock file, which that process
+        has passed on; it is this lease's from then on. Blocks on the storage. Raises as ``check`` does."""
+        file = _LockFile(os.path.join(directory, LOCK_FILE), lock)
+        before = _read_record(directory)
+        if before is None or before.owner != owner:
+            raise LeaseLost(
+                f"{directory}: the run was taken over by {before or 'another run'}; nothing more is published from here"
+            )
+        return cls(directory, file, options, before)
+
+    @property
+    def lock(self) -> int:
+        """The descriptor of the lock file: a process that it is passed to holds the lock, too."""
+        return self._lock_file.fd
 
     def check(self) -> None:
         """Raise ``LeaseLost`` where another run has taken the directory over, and ``OSError`` where that cannot be
@@ -230,7 +257,7 @@ class Lease:
             self._given_back = released
             self._beat += 1
             host, boot = socket.gethostname(), boot_id()
-            holder = Holder(self.owner, host, boot, self._pid, self._beat, released, self._inode)
+            holder = Holder(self.owner, host, boot, self._pid, self._beat, released, self._inode, self._finishing)
             temp = os.path.join(self.directory, f".tmp-lease-{self.owner}")
             Path(temp).write_text(json.dumps(asdict(holder)))
             os.replace(temp, os.path.join(self.directory, LEASE_FILE))
@@ -290,7 +317,45 @@ def keep_beating(renew: weakref.WeakMethod[Callable[[], None]], stop: threading.
 
 def _let_go(lock: _LockFile, stop: threading.Event) -> None:
     stop.set()
-    lock.close()
+    lock.unlock()
+
+
+def _lock(fd: int) -> bool:
+    """Whether this process has the lock now."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _wait_for_the_last(directory: str, fd: int, options: LeaseOptions) -> bool:
+    """Wait for the lock of a run whose process is gone, while the background process of that one publishes what it has
+    staged. Returns whether this process has the lock; False at once where the run is in use."""
+    deadline = time.monotonic() + options.finish_seconds
+    told = False
+    while not _lock(fd):
+        holder = read_holder(directory)
+        ends = holder is not None and (holder.released or holder.finishing or not _lives(holder.pid))
+        if not ends or holder is None or holder.boot != boot_id() or time.monotonic() > deadline:
+            return False
+        if not told:
+            told = True
+            log.info("%s: waiting until the last run (%s) has published what it had staged", directory, holder)
+        time.sleep(_LOOK_SECONDS)
+    return True
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this machine does anything any more: one that is dead and that its parent has not asked
+    after yet does nothing."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True
 
 
 def boot_id() -> str:

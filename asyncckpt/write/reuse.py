@@ -145,6 +145,11 @@ class ReuseSource:
             others = [one for one in self._known.get(kind, ()) if one[0] != name]
             self._known[kind] = [*others, (name, files)][-_REMEMBERED:]
 
+    def names(self) -> dict[str, list[str]]:
+        """Return the names of the checkpoints that are remembered, by kind, the newest last."""
+        with self._lock:
+            return {kind: [name for name, _ in known] for kind, known in self._known.items()}
+
     def distrust(self, name: str) -> None:
         """Note that a file of this checkpoint was found damaged: nothing is taken over from it any more."""
         self._quarantined.add(name)

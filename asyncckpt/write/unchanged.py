@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from asyncckpt.codecs.blosc import Array
 from asyncckpt.errors import CheckpointDamaged
@@ -311,7 +310,7 @@ class Unchanged:
         known, _ = self._known(progress)
         extent = progress.shard.extents[number]
         buffer = memoryview(aligned_buffer(slot_bytes(extent)))
-        slot = StagingBuffer(-1, 0, len(buffer), 0, buffer, torch.frombuffer(buffer, dtype=torch.uint8))
+        slot = StagingBuffer(-1, 0, len(buffer), 0, buffer)
         if self._layer_reader is not None:
             data: Array = np.frombuffer(buffer, np.uint8)[FRAME_HEADER_BYTES : extent.nbytes]
             self._layer_reader.add(known.layers, number, data)

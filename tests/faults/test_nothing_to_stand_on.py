@@ -120,11 +120,11 @@ def test_no_memory_for_even_one_extent_is_an_error_of_that_save_alone(
 ) -> None:
     run = Checkpointer(tmp_path / "run")
 
-    def refuse(_nbytes: int) -> Any:
+    def refuse(_nbytes: int, **_: object) -> Any:
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(arena, "_Region", refuse)
+        patch.setattr(arena, "Region", refuse)
         with pytest.raises(NotEnoughMemory, match="budget_bytes"):
             run.save(1, state_of(1))
     run.save(1, state_of(1)).result()

@@ -95,7 +95,7 @@ def test_the_ranks_of_a_host_divide_one_budget(monkeypatch: pytest.MonkeyPatch) 
 def test_memory_that_others_have_taken_meanwhile_is_not_faulted_in(pin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1 << 30] if not pin else [])
     monkeypatch.setattr(arena, "available_memory_bytes", lambda: next(free, 32 << 20))
-    monkeypatch.setattr(arena._Region, "pin", lambda self: None)
+    monkeypatch.setattr(arena.Region, "pin", lambda self: None)
     pool = Arena()
     pool.grow(256 << 20, largest_bytes=1 << 20, pin=pin)
     assert pool.wait_prepared(30)

@@ -109,7 +109,7 @@ def test_memory_is_not_unmapped_under_a_copy(give: str) -> None:
     assert arena.wait_prepared(PATIENCE_SECONDS)
     event, slot = Event(), arena.acquire(8 << 10)
     regions = arena._regions
-    slot = StagingBuffer(0, slot.offset, slot.nbytes, slot.address, slot.view, slot.tensor, copies=(event,))
+    slot = StagingBuffer(0, slot.offset, slot.nbytes, slot.address, slot.view, copies=(event,))
     ended = threading.Event()
 
     def end() -> None:

@@ -25,6 +25,7 @@ from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, WrittenExtent
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
+from asyncckpt.memory.region import address_of
 from asyncckpt.protocols import Digest, Hold, PendingDirectory, renaming
 from asyncckpt.stage.copy import copy_segments, write_header
 from asyncckpt.stage.image import cut_digests
@@ -206,8 +207,7 @@ class WriterSession:
             slot = self.buffers.pop() if self.buffers else None
         if slot is None or slot.nbytes < nbytes:
             buffer = memoryview(aligned_buffer(max(nbytes, LayoutOptions().extent_bytes)))
-            tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-            slot = StagingBuffer(-1, 0, len(buffer), tensor.data_ptr(), buffer, tensor)
+            slot = StagingBuffer(-1, 0, len(buffer), address_of(buffer), buffer)
         try:
             yield slot
         finally:

@@ -1,0 +1,1 @@
+"""The background process: a child of the trainer that hashes, writes and publishes what the trainer has staged."""
