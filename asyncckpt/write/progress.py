@@ -64,7 +64,8 @@ class ShardProgress:
     @property
     def frozen(self) -> bool:
         """Whether the shard holds only tensors that training does not change."""
-        return all(spec.frozen for spec in specs_of(self.shard))
+        shard = self.shard  # the first one that is not decides, and there may be many
+        return all(one.spec.frozen for one in shard.placements) and all(run.tensor.spec.frozen for run in shard.runs)
 
     def known(self) -> ReusableFile:
         """Describe the file as the next save compares with it."""
