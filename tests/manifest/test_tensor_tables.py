@@ -53,7 +53,7 @@ def _rows(draw: st.DrawFn) -> dict[str, Any]:
         elif change == "length":
             row.pop()
         else:
-            move = draw(st.integers(-8, 8)) * ITEM.get(row[0], 1)
+            move = draw(st.integers(-8, 8))
             row[3:] = [row[3] + move, row[4] + move]
     return rows
 
@@ -75,6 +75,30 @@ def test_columns_take_and_refuse_what_single_rows_do(rows: dict[str, Any]) -> No
         expected = _parsed(rows)
     assert _parsed(rows) == expected
     assert rows == {} or isinstance(expected, str) or table_of(rows, FILES) is not None, "the fast way is never taken"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ["U8", [1], "a.safetensors", True, 2],
+        ["U8", [0], "a.safetensors", False, 0],
+        ["U8", [True], "a.safetensors", 0, 1],
+        ["U8", [1.0], "a.safetensors", 0, 1],
+        ["U8", [1], "a.safetensors", 0.0, 1],
+        ["F32", [1], "a.safetensors", 2, 6],
+        ["U8", [1 << 32, 1 << 32], "a.safetensors", 0, 0],
+        ["F64", [1 << 61], "a.safetensors", 0, 0],
+        ["U8", [1] * 65, "a.safetensors", 0, 1],
+        ["U8", [-1, -1], "a.safetensors", 0, 1],
+        ["U8", [1], "a.safetensors", 4096, 4097],
+        ["U8", [1], "a.safetensors", -1, 0],
+    ],
+    ids=str,
+)
+def test_a_row_that_only_looks_right_is_refused_among_others(row: list[Any]) -> None:
+    good = {f"t{number}": ["U8", [2], "b.safetensors", 2 * number, 2 * number + 2] for number in range(9)}
+    assert isinstance(_parsed(good), dict)
+    assert isinstance(_parsed({**good, "bad": row}), str)
 
 
 def test_a_table_is_a_mapping_whose_records_keep_their_identity() -> None:

@@ -24,7 +24,7 @@ from asyncckpt.restore.live_memory import Memory
 from asyncckpt.restore.plan import LiveTarget, RestorePlan
 from asyncckpt.restore.shared_memory import _groups, span_bytes
 
-_DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 _FORMS = ["plain", "plain", "plain", "transposed", "view", "tied", "empty", "scalar", "channels_last"]
 
 
@@ -115,6 +115,37 @@ def test_state_that_fits_stays_where_it_is_and_other_state_is_made(tmp_path: Pat
     assert [list(state) for state in fresh["optimizer"].state.values()] == [["step", "exp_avg", "exp_avg_sq"]] * 3
 
 
+_CHANGES: dict[str, Any] = {
+    "order": lambda state: {key: state[key] for key in reversed(state)},
+    "memory": lambda state: {**state, "exp_avg": state["exp_avg"].t().contiguous().t()},
+    "kind": lambda state: {**state, "step": 1.0},
+    "dtype": lambda state: {**state, "exp_avg": state["exp_avg"].double()},
+    "less": lambda state: {"step": state["step"]},
+    "more": lambda state: {**state, "more": torch.zeros(1)},
+    "nothing": lambda state: {},
+}
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+def test_state_of_another_form_is_what_it_was_when_it_was_saved(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forms = [("plain", torch.float32)] * 3
+    with Checkpointer(tmp_path / "run") as saver:
+        saver.save(1, _state(forms, 1, steps=2)).result()
+
+    def restored() -> Any:
+        live = _state(forms, 2, steps=1)
+        for parameter in list(live["optimizer"].state)[1:]:
+            live["optimizer"].state[parameter] = _CHANGES[change](live["optimizer"].state[parameter])
+        found = _restored(Run(tmp_path / "run"), live, {})
+        return found, [value.stride() for state in live["optimizer"].state.values() for value in state.values()]
+
+    fast = restored()
+    monkeypatch.setattr(plain_state.PlainStates, "plan", lambda *_args: None)
+    assert restored() == fast
+
+
 def test_a_hook_of_the_module_still_sees_what_is_loaded(tmp_path: Path) -> None:
     forms = [("plain", torch.float32)] * 2
     with Checkpointer(tmp_path / "run") as saver:
@@ -187,3 +218,21 @@ def test_memory_that_cannot_be_written_to_is_found_in_columns_too(tmp_path: Path
     assert set(expected) == {1, 3, 4, 5, 8}
     assert Memory().problems(tensors) == expected
     assert Memory().problems([]) == {}
+
+
+@examples(200)
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 4)), max_size=4),
+    pieces=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), min_size=1, max_size=4),
+)
+def test_ranges_that_are_read_only_are_met_alike(ranges: list[tuple[int, int]], pieces: list[tuple[int, int]]) -> None:
+    whole, memory = torch.zeros(40, dtype=torch.uint8), Memory()
+    begin, reach = whole.data_ptr(), 0
+    memory._read_only = []
+    for first, size in sorted(ranges):
+        if first >= reach:
+            memory._read_only.append((begin + first, begin + first + size))
+            reach = first + size
+    tensors = [whole[first : first + size] for first, size in pieces]
+    expected = {number for number, tensor in enumerate(tensors) if memory.problem(tensor) is not None}
+    assert set(memory.problems(tensors)) == expected
