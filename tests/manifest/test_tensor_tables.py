@@ -82,6 +82,7 @@ def test_columns_take_and_refuse_what_single_rows_do(rows: dict[str, Any]) -> No
     [
         ["U8", [1], "a.safetensors", True, 2],
         ["U8", [0], "a.safetensors", False, 0],
+        ["U8", [1], "a.safetensors", 0, True],
         ["U8", [True], "a.safetensors", 0, 1],
         ["U8", [1.0], "a.safetensors", 0, 1],
         ["U8", [1], "a.safetensors", 0.0, 1],

@@ -156,6 +156,14 @@ def test_a_hook_of_the_module_still_sees_what_is_loaded(tmp_path: Path) -> None:
     assert seen == [_Model(forms, 1).p0.flatten()[0].item()]
 
 
+def test_values_of_another_dtype_of_the_same_size_are_converted(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run") as saver:
+        saver.save(1, {"model": _Model([("plain", torch.float16)] * 2, 1)}).result()
+    live = _Model([("plain", torch.bfloat16)] * 2, 2)
+    Run(tmp_path / "run").restore({"model": live}, dtype=torch.bfloat16)
+    assert torch.equal(live.p1, _Model([("plain", torch.float16)] * 2, 1).p1.to(torch.bfloat16))
+
+
 def test_a_report_says_where_the_time_went(tmp_path: Path) -> None:
     with Checkpointer(tmp_path / "run") as saver:
         saver.save(1, _state([("plain", torch.float32)], 1, steps=1)).result()
