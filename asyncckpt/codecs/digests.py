@@ -21,7 +21,7 @@ from asyncckpt.types import Buffer
 DEFAULT = "xxh3-128"
 #: The library keeps the interpreter for buffers of up to 100 kB.
 _KEPT_BYTES = 64 << 10
-#: Up to here hashing takes 40 µs, and to give the interpreter up and get it back beside a busy thread takes milliseconds.
+#: Hashing so much takes 40 µs; to give the interpreter up and get it back beside a busy thread takes milliseconds.
 _SHORT_BYTES = 1 << 20
 
 
