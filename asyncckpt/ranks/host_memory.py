@@ -85,4 +85,6 @@ class HostMemory:
 
 def _mapped(fd: int) -> torch.Tensor:
     memory: Any = mmap.mmap(fd, os.fstat(fd).st_size, flags=mmap.MAP_SHARED)
+    with contextlib.suppress(OSError):  # huge pages only make it faster
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
