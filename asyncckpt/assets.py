@@ -101,7 +101,7 @@ def check_places(names: Iterable[str], components: Iterable[str]) -> None:
 
 
 def _is_notice(data: bytes) -> bool:
-    return len(data) <= _NOTICE_BYTES and data.isascii() and data.replace(b"\n", b" ").decode("ascii").isprintable()
+    return 0 < len(data) <= _NOTICE_BYTES and data.isascii() and data.replace(b"\n", b" ").decode("ascii").isprintable()
 
 
 def _check_name(name: str, data: bytes) -> None:

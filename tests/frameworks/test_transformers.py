@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import scripts
 
 from asyncckpt import CheckpointDamaged, InvalidOption, NoUsableCheckpoint, Run, StateMismatch
 
@@ -259,3 +260,10 @@ def test_a_failed_save_is_raised_by_train(tmp_path: Path) -> None:
 
     with pytest.raises(Exception, match="run"):
         _trained(tmp_path / "run", Full)
+
+
+def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
+    example = TESTS.parent / "examples" / "trainer_transformers.py"
+    assert "step 5 is saved" in scripts.run(example, "--out", tmp_path, "--steps", "5")
+    assert "step 8 is saved" in scripts.run(example, "--out", tmp_path, "--steps", "8")
+    assert [entry.step for entry in Run(tmp_path).ls()] == [7, 8]
