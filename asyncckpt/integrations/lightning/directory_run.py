@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from asyncckpt.catalog.retention import Candidate
 from asyncckpt.checkpointer import Checkpointer
@@ -86,8 +89,16 @@ class DirectoryRun:
             run=RunOptions(create_parents=True),
             **options,
         )
+        self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         #: Saves in flight, with their names.
         self._in_flight: dict[PendingSave, str] = {}
+
+    def watch(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Let saves overlap training with these optimizers; see ``Checkpointer.watch``."""
+        for optimizer in optimizers:
+            if optimizer not in self._watched:
+                self._watched.add(optimizer)
+                self._checkpointer.watch(optimizer)
 
     def save(self, path: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Save ``state`` and have the file ``path`` name it. Returns once training may go on; the first save of a run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -20,6 +21,7 @@ from asyncckpt.formats.options import Files, FilesName
 from asyncckpt.integrations.lightning.directory_run import DirectoryRun
 from asyncckpt.integrations.lightning.pointer import Pointer, read_pointer
 from asyncckpt.integrations.lightning.removal import Removal
+from asyncckpt.integrations.lightning.stepping import SteppingOptimizers
 from asyncckpt.integrations.lightning.translation import from_components, to_components
 from asyncckpt.run import Run
 from asyncckpt.stage.options import StagingOptions
@@ -61,6 +63,7 @@ class AsyncckptIO(CheckpointIO):
         self._runs: dict[Path, DirectoryRun] = {}
         self._torch = TorchCheckpointIO()
         self._lock = threading.Lock()
+        self._stepping = SteppingOptimizers()
         #: What Lightning has removed, and is still there because saves are in flight.
         self._removals: dict[Path, Removal] = {}
 
@@ -85,6 +88,8 @@ class AsyncckptIO(CheckpointIO):
         run = self._run_of(target.parent, step if type(step) is int else None)
         with self._lock:
             self._removals.pop(target, None)
+        run.watch(self._stepping.owners_of(checkpoint.get("optimizer_states")))
+        self._stepping.listen()
         epoch = checkpoint.get("epoch")
         run.save(
             target,
@@ -136,9 +141,11 @@ class AsyncckptIO(CheckpointIO):
     def teardown(self) -> None:
         """Wait for every save, and close the runs; the next save opens its run anew. Raises what failed in the
         background."""
+        self._stepping.stop()
         runs, self._runs = self._runs, {}
-        for run in runs.values():
-            run.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever the others raise
+            for run in runs.values():
+                stack.callback(run.close)
 
     def _run_of(self, directory: Path, step: int | None) -> DirectoryRun:
         run = self._runs.get(directory)
