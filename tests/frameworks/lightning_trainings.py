@@ -54,6 +54,9 @@ class Model(lightning.LightningModule):
         self.log("loss", loss)
         return loss
 
+    def test_step(self, batch: torch.Tensor, index: int) -> None:
+        self.log("tested", self.net(batch).square().mean())
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.9)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from asyncckpt.errors import MissingExtra
 
 try:
+    from asyncckpt.integrations.lightning.callback import AsyncckptCallback, RandomState
+    from asyncckpt.integrations.lightning.exporting import export, load_from_checkpoint
     from asyncckpt.integrations.lightning.plugin import AsyncckptIO
 except ImportError as error:
     if (error.name or "").partition(".")[0] != "lightning":
@@ -13,4 +15,4 @@ except ImportError as error:
         "asyncckpt.integrations.lightning needs lightning: pip install 'asyncckpt[lightning]'"
     ) from error
 
-__all__ = ["AsyncckptIO"]
+__all__ = ["AsyncckptIO", "AsyncckptCallback", "RandomState", "export", "load_from_checkpoint"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 from pathlib import Path
@@ -15,19 +14,17 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from asyncckpt.assets import Assets
-from asyncckpt.errors import CheckpointNotFound, InvalidOption
+from asyncckpt.errors import InvalidOption
 from asyncckpt.events import Subscriber
 from asyncckpt.formats.options import Files, FilesName
 from asyncckpt.integrations.lightning.directory_run import DirectoryRun
-from asyncckpt.integrations.lightning.pointer import Pointer, read_pointer
+from asyncckpt.integrations.lightning.loading import is_run, load_newest, load_pointed
+from asyncckpt.integrations.lightning.pointer import read_pointer
 from asyncckpt.integrations.lightning.removal import Removal
 from asyncckpt.integrations.lightning.stepping import SteppingOptimizers
-from asyncckpt.integrations.lightning.translation import from_components, to_components
-from asyncckpt.run import Run
+from asyncckpt.integrations.lightning.translation import to_components
 from asyncckpt.stage.options import StagingOptions
 from asyncckpt.write.options import WriterOptions
-
-log = logging.getLogger("asyncckpt")
 
 
 class AsyncckptIO(CheckpointIO):
@@ -105,16 +102,20 @@ class AsyncckptIO(CheckpointIO):
         Tensors are on the CPU, or where ``map_location`` says, if that is a device. Waits for saves in flight.
 
         Where a crash has kept the newest ``last*.ckpt`` from being finished, the checkpoint before it is returned, and
-        a warning says so. A file of plain Lightning is given to ``torch.load``, with ``weights_only``. Raises
+        a warning says so; ``path`` may be a run, too, which means its newest checkpoint that verifies. A file of plain
+        Lightning is given to ``torch.load``, with ``weights_only``. Raises
         ``FileNotFoundError``, ``CheckpointNotFound``, ``CheckpointDamaged`` and ``RunPathError``."""
         for run in self._runs.values():
             run.wait()
-        pointer = read_pointer(Path(path)) if _is_local_file_protocol(os.fspath(path)) else None
+        device = map_location if isinstance(map_location, str | torch.device) else "cpu"
+        is_local = _is_local_file_protocol(os.fspath(path))
+        if is_local and is_run(Path(path)):
+            return load_newest(Path(path), device)
+        pointer = read_pointer(Path(path)) if is_local else None
         if pointer is None:
             kwargs = {} if map_location is None else {"map_location": map_location}
             return self._torch.load_checkpoint(os.fspath(path), weights_only=weights_only, **kwargs)
-        device = map_location if isinstance(map_location, str | torch.device) else "cpu"
-        return _load(Path(path), pointer, device)
+        return load_pointed(Path(path), pointer, device)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint, once the saves that are in flight are durable; not at all where one of them fails.
@@ -161,19 +162,3 @@ def _local(path: str | os.PathLike[str]) -> Path:
     if not _is_local_file_protocol(os.fspath(path)):
         raise InvalidOption(f"{os.fspath(path)}: AsyncckptIO saves to local directories; give ModelCheckpoint one")
     return Path(os.path.abspath(path))
-
-
-def _load(path: Path, pointer: Pointer, device: str | torch.device) -> dict[str, Any]:
-    folder = Path(os.path.realpath(path)).parent / pointer.run
-    run = Run(folder)
-    try:
-        return from_components(run.load(pointer.name, device=device), str(path))
-    except CheckpointNotFound as error:
-        if not path.name.startswith("last"):
-            raise CheckpointNotFound(
-                f"{path}: the checkpoint that this file names is not in {folder}: its save was not finished, or its "
-                f"folder was left behind. Resume with ckpt_path='last', or see `asyncckpt ls {folder}`"
-            ) from error
-    newest = run.newest()
-    log.warning("%s: its last save was not finished; the newest that was, %s, is used", path, newest.name)
-    return from_components(run.load(device=device), str(path))
