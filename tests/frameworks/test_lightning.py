@@ -94,9 +94,9 @@ def test_best_and_explicit_paths_load_for_fit_and_validate(tmp_path: Path) -> No
     best = AsyncckptIO().load_checkpoint(checkpoints.best_model_path)
     assert best["global_step"] < 20
     model = Model()
-    trainer.test(model, [torch.zeros(4, 8)], ckpt_path="best", verbose=False)
+    trainer.test(model, DataLoader(torch.zeros(4, 8), 4), ckpt_path="best", verbose=False)
     assert bits(model) == bits(dict(best["state_dict"]))
-    resumed, again = fit(
+    _, again = fit(
         tmp_path, [AsyncckptIO()], ckpt_path=checkpoints.best_model_path, checkpoints=ModelCheckpoint(dirpath=tmp_path)
     )
     assert again.global_step == 20
@@ -131,10 +131,17 @@ def test_random_numbers_and_the_order_of_a_plain_loader_come_back(tmp_path: Path
 def test_callback_saves_at_our_cadence_and_resumes_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     def train(path: Path, epochs: int, **options: Any) -> tuple[Any, AsyncckptCallback]:
         callback = AsyncckptCallback(path, every=4, keep=asyncckpt.KeepLast(2))
+        torch.manual_seed(0)
         model, _ = fit(
-            path, [], checkpoints=callback, callbacks=(RandomState(),), epochs=epochs, ckpt_path=callback.newest(),
-            model=Model(dropout=0.2), **options,
-        )  # fmt: skip
+            path,
+            [],
+            checkpoints=callback,
+            callbacks=(RandomState(),),
+            epochs=epochs,
+            ckpt_path=callback.newest(),
+            model=Model(dropout=0.2),
+            **options,
+        )
         return bits(model), callback
 
     unbroken, _ = train(tmp_path / "unbroken", 4)
@@ -165,7 +172,7 @@ def test_plain_lightning_refuses_ours_as_it_is_and_goes_on_with_an_export(tmp_pa
 
 
 def test_load_from_checkpoint_gives_the_module_with_its_hyper_parameters(tmp_path: Path) -> None:
-    trained, _ = fit(tmp_path, [AsyncckptIO()], model=Model(width=24))
+    trained, _ = fit(tmp_path, [AsyncckptIO()], model=Model(width=24), epochs=3)
     loaded = load_from_checkpoint(Model, tmp_path / "last.ckpt")
     assert loaded.hparams.width == 24
     assert bits(loaded.state_dict()) == bits(trained.state_dict())
