@@ -88,20 +88,21 @@ def test_model_checkpoint_leaves_the_same_names_and_each_loads_what_plain_lightn
     assert steps == live | {max(steps)}, "what Lightning has removed is still there"
 
 
-def test_best_and_explicit_paths_load_for_fit_and_validate(tmp_path: Path) -> None:
-    checkpoints = ModelCheckpoint(dirpath=tmp_path, monitor="loss", save_top_k=2, every_n_train_steps=2)
+def test_best_loads_and_training_that_goes_back_takes_no_checkpoints_place(tmp_path: Path) -> None:
+    checkpoints = ModelCheckpoint(dirpath=tmp_path, monitor="loss", save_top_k=-1, every_n_train_steps=4)
     _, trainer = fit(tmp_path, [AsyncckptIO()], checkpoints=checkpoints)
-    best = AsyncckptIO().load_checkpoint(checkpoints.best_model_path)
-    assert best["global_step"] < 20
     model = Model()
     trainer.test(model, DataLoader(torch.zeros(4, 8), 4), ckpt_path="best", verbose=False)
-    assert bits(model) == bits(dict(best["state_dict"]))
-    _, again = fit(
-        tmp_path, [AsyncckptIO()], ckpt_path=checkpoints.best_model_path, checkpoints=ModelCheckpoint(dirpath=tmp_path)
-    )
-    assert again.global_step == 20
-    assert (tmp_path / "asyncckpt-run-2").is_dir(), "training that went back takes no checkpoint's place"
-    assert AsyncckptIO().load_checkpoint(checkpoints.best_model_path)["global_step"] == best["global_step"]
+    assert bits(model) == bits(dict(AsyncckptIO().load_checkpoint(checkpoints.best_model_path)["state_dict"]))
+
+    before = {name: bits(AsyncckptIO().load_checkpoint(tmp_path / name)) for name in names(tmp_path)}
+    assert len(before) == 5
+    early = next(path for path in tmp_path.glob("*step=4.ckpt"))
+    again = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, every_n_train_steps=4, save_last=True)
+    fit(tmp_path, [AsyncckptIO()], ckpt_path=early, checkpoints=again)
+    assert len(names(tmp_path)) == 10
+    assert {name: bits(AsyncckptIO().load_checkpoint(tmp_path / name)) for name in before} == before
+    assert AsyncckptIO().load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 20
 
 
 def test_random_numbers_and_the_order_of_a_plain_loader_come_back(tmp_path: Path) -> None:
