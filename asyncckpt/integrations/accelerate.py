@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -55,6 +55,8 @@ class AsyncState:
         self._saved = -1
         self._watched: set[int] = set()
         self._warned = False
+        #: The random generators as the last ``load_state`` has left them.
+        self._rng: dict[str, Any] | None = None
 
     def save_state(
         self,
@@ -87,8 +89,18 @@ class AsyncState:
             found = self.checkpointer.resume(state)
         else:
             found = self.checkpointer.restore(state, step).step
+        self._rng = RngState().state_dict()
         self._saved = max(found, self._newest() if step is None else found)
         return found
+
+    def skip_first_batches(self, loader: Any, count: int) -> Any:
+        """Return what ``accelerator.skip_first_batches`` does, to go on in the middle of an epoch after ``load_state``.
+        Making an iterator draws random numbers, which an unbroken training would not do there: so the generators are
+        set again, to where ``load_state`` has set them, once the first batch is there."""
+        if not count:
+            return loader
+        skipping = self._accelerator.skip_first_batches(loader, count)
+        return skipping if self._rng is None else _GoesOn(skipping, self._rng)
 
     def export(self, folder: str | os.PathLike[str], step: int | str | None = None) -> None:
         """Load a checkpoint, and have Accelerate save it into ``folder``, from where plain ``load_state`` goes on. What
@@ -151,6 +163,23 @@ class AsyncState:
                 "an epoch; use DataLoaderConfiguration(use_seedable_sampler=True) or a stateful loader"
             )
         return state
+
+
+class _GoesOn:
+    """Gives the batches of a loader, once, and sets the random generators when the first is there."""
+
+    def __init__(self, loader: Any, rng: Mapping[str, Any]) -> None:
+        self._loader = loader
+        self._rng = rng
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(self._loader):
+            if index == 0:
+                RngState().load_state_dict(self._rng)
+            yield batch
 
 
 class LoaderState:

@@ -59,13 +59,19 @@ class Training:
         self.counter = Counter()
         self.accelerator.register_for_checkpointing(self.counter)
 
-    def run(self, first: int = 0, last: int = 4 * BATCHES, after_batch: Callable[[int], Any] = lambda step: None) -> None:
+    def run(
+        self,
+        first: int = 0,
+        last: int = 4 * BATCHES,
+        after_batch: Callable[[int], Any] = lambda step: None,
+        skip: Any = None,
+    ) -> None:
         """Train from the batch ``first``, counted over all epochs, to before ``last``."""
         step = first
         while step < last:
             epoch, skipped = divmod(step, BATCHES)
             self.loader.set_epoch(epoch)
-            loader = self.accelerator.skip_first_batches(self.loader, skipped) if skipped else self.loader
+            loader = (skip or self.accelerator.skip_first_batches)(self.loader, skipped) if skipped else self.loader
             for batch in loader:
                 with self.accelerator.accumulate(*self.models):
                     loss = sum(model(batch).square().mean() for model in self.models)
@@ -89,7 +95,9 @@ def train(path: Path, last: int = 4 * BATCHES, seed: int = 0, every: int = 4) ->
     training = Training(seed)
     with AsyncState(training.accelerator, path) as state:
         first = state.load_state()
-        training.run(first, last, lambda step: state.save_state(step) if step % every == 0 else None)
+        training.run(
+            first, last, lambda step: state.save_state(step) if step % every == 0 else None, state.skip_first_batches
+        )
     return training.end()
 
 
