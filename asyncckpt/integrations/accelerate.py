@@ -65,7 +65,7 @@ class AsyncState:
         metrics: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> PendingSave:
-        """Save now, and return once training may go on. ``step``: the training step; None counts the saves of the run.
+        """Save now, and return once training may go on. ``step``: the training step; None counts the saves of the run from 1.
         ``metrics``, ``name``: see ``Checkpointer.save``, which this blocks and raises as. Raises ``InvalidOption``
         where hooks are registered with ``register_save_state_pre_hook``: they write files of their own."""
         if self._accelerator._save_model_state_pre_hook:
@@ -75,7 +75,7 @@ class AsyncState:
             )
         state = self._state()
         if step is None:
-            step = max(self._saved, self._newest()) + 1
+            step = (self._saved if self._saved >= 0 else max(self._newest(), 0)) + 1
         pending = self.checkpointer.save(step, state, metrics=metrics, name=name)
         self._saved = pending.step
         return pending
@@ -90,7 +90,7 @@ class AsyncState:
         else:
             found = self.checkpointer.restore(state, step).step
         self._rng = RngState().state_dict()
-        self._saved = max(found, self._newest() if step is None else found)
+        self._saved = found
         return found
 
     def skip_first_batches(self, loader: Any, count: int) -> Any:

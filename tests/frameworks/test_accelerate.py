@@ -106,3 +106,95 @@ def test_resumed_training_ends_as_the_unbroken_one_in_the_middle_of_an_epoch(tmp
     plain.run()
     train(tmp_path / "run", last=10)
     assert train(tmp_path / "run", seed=5) == plain.end()
+
+
+def test_killed_in_the_middle_of_saves_it_resumes_and_ends_as_the_unbroken_one(tmp_path: Path) -> None:
+    def write(folder: Path, seed: int) -> None:
+        torch.save(train(folder / "run", seed=seed), folder / "end.pt")
+
+    plain = Training()
+    plain.run()
+    (tmp_path / "whole").mkdir()
+    _, calls = in_child(lambda: write(tmp_path / "whole", 0))
+    chosen = int(os.environ.get("ASYNCCKPT_SEED", "0")) or random.Random(os.urandom(8)).randrange(1 << 30)
+    for point in random.Random(chosen).sample(range(2, calls), 6):
+        folder = tmp_path / f"killed-{point}"
+        folder.mkdir()
+        killed, _ = in_child(lambda folder=folder: write(folder, 0), point)  # type: ignore[misc]
+        assert killed
+        in_child(lambda folder=folder: write(folder, 0))  # type: ignore[misc]
+        assert torch.load(folder / "end.pt") == plain.end(), f"killed at call {point} of {calls}, seed {chosen}"
+
+
+def test_plain_accelerates_checkpoint_goes_on_with_ours(tmp_path: Path) -> None:
+    unbroken = Training()
+    unbroken.run()
+    first = Training()
+    first.run(last=2 * BATCHES)
+    first.accelerator.save_state(str(tmp_path / "plain"))
+    then = Training(seed=4)
+    # Accelerate leaves the seed of the order out unless it is given
+    then.loader.get_sampler().initial_seed = first.loader.get_sampler().initial_seed
+    then.accelerator.load_state(str(tmp_path / "plain"))
+    with AsyncState(then.accelerator, tmp_path / "run") as state:
+        state.save_state(2 * BATCHES)
+    last = Training(seed=5)
+    with AsyncState(last.accelerator, tmp_path / "run") as state:
+        last.run(state.load_state())
+    assert last.end() == unbroken.end()
+
+
+def test_plain_accelerate_refuses_ours_as_it_is_and_goes_on_with_an_export(tmp_path: Path) -> None:
+    unbroken = Training()
+    unbroken.run()
+    train(tmp_path / "run", last=2 * BATCHES)
+    plain = Training(seed=4)
+    with pytest.raises(FileNotFoundError):
+        plain.accelerator.load_state(str(tmp_path / "run" / f"step-{2 * BATCHES:08d}"))
+    exporting = Training(seed=5)
+    with AsyncState(exporting.accelerator, tmp_path / "run") as state:
+        state.export(tmp_path / "exported")
+    plain.accelerator.load_state(str(tmp_path / "exported"))
+    plain.loader.get_sampler().initial_seed = unbroken.loader.get_sampler().initial_seed
+    plain.run(2 * BATCHES)
+    assert plain.end() == unbroken.end()
+
+
+def test_steps_are_counted_where_none_is_given_and_names_are_found(tmp_path: Path) -> None:
+    training = Training()
+    with AsyncState(training.accelerator, tmp_path / "run", keep=asyncckpt.KeepLast(2)) as state:
+        assert state.load_state() == 0
+        for name in ("a", "b", "c"):
+            training.run(last=2)
+            state.save_state(name=f"{name}1")
+        state.wait()
+        assert state.load_state("b1") == 2
+    assert [entry.step for entry in asyncckpt.Run(tmp_path / "run").ls()] == [2, 3]
+
+
+def test_folder_that_accelerate_counts_and_deletes_is_refused(tmp_path: Path) -> None:
+    configuration = ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, total_limit=2)
+    training = Training(project_config=configuration)
+    with pytest.raises(asyncckpt.InvalidOption, match="automatic_checkpoint_naming"):
+        AsyncState(training.accelerator, tmp_path / "checkpoints" / "run")
+
+
+def test_hooks_that_write_files_of_their_own_are_refused(tmp_path: Path) -> None:
+    training = Training()
+    training.accelerator.register_save_state_pre_hook(lambda models, weights, folder: None)
+    with AsyncState(training.accelerator, tmp_path / "run") as state, pytest.raises(asyncckpt.InvalidOption):
+        state.save_state(1)
+
+
+def test_scaler_comes_back(tmp_path: Path) -> None:
+    scales = []
+    for scale in (1024.0, 2.0):
+        training = Training()
+        training.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        training.accelerator.scaler._lazy_init_scale_growth_tracker("cpu")
+        with AsyncState(training.accelerator, tmp_path / "run") as state:
+            state.load_state()
+            scales.append(training.accelerator.scaler.get_scale())
+            if scale == 1024.0:
+                state.save_state(1)
+    assert scales == [1024.0, 1024.0]
