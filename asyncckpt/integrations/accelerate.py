@@ -65,8 +65,8 @@ class AsyncState:
         metrics: Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> PendingSave:
-        """Save now, and return once training may go on. ``step``: the training step; None counts the saves of the run from 1.
-        ``metrics``, ``name``: see ``Checkpointer.save``, which this blocks and raises as. Raises ``InvalidOption``
+        """Save now, and return once training may go on. ``step``: the training step; None counts the saves of the run,
+        from 1. ``metrics``, ``name``: see ``Checkpointer.save``, which this blocks and raises as. Raises ``InvalidOption``
         where hooks are registered with ``register_save_state_pre_hook``: they write files of their own."""
         if self._accelerator._save_model_state_pre_hook:
             raise InvalidOption(
