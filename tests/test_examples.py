@@ -20,7 +20,7 @@ def steps(run: Path) -> list[int]:
 
 
 def test_there_is_a_test_for_every_example() -> None:
-    """``pretrain_fsdp2`` has its own, ranks/test_example_fsdp2.py, and those in trainers, frameworks/test_examples.py."""
+    """Those of trainers are in frameworks/test_examples.py; ``pretrain_fsdp2`` has ranks/test_example_fsdp2.py."""
     own = {"pretrain_fsdp2", "lightning_trainer", "accelerate_loop"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {"minimal", "own_loop", "finetune"} | own
 

@@ -66,8 +66,8 @@ class AsyncState:
         name: str | None = None,
     ) -> PendingSave:
         """Save now, and return once training may go on. ``step``: the training step; None counts the saves of the run,
-        from 1. ``metrics``, ``name``: see ``Checkpointer.save``, which this blocks and raises as. Raises ``InvalidOption``
-        where hooks are registered with ``register_save_state_pre_hook``: they write files of their own."""
+        from 1. ``metrics``, ``name``: see ``Checkpointer.save``, which this blocks and raises as. ``InvalidOption``
+        also where hooks are registered with ``register_save_state_pre_hook``: they write files of their own."""
         if self._accelerator._save_model_state_pre_hook:
             raise InvalidOption(
                 "save_state: hooks of register_save_state_pre_hook write into a folder that there is none of here. "
