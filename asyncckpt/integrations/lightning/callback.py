@@ -10,10 +10,11 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from asyncckpt.catalog.retention import Policy
 from asyncckpt.checkpointer import Checkpointer
-from asyncckpt.errors import CheckpointNotFound
+from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
 from asyncckpt.integrations.lightning.translation import to_components
 from asyncckpt.loop.cadence import Every
@@ -21,6 +22,8 @@ from asyncckpt.ownership import RunOptions
 from asyncckpt.run import Run
 from asyncckpt.state.markers import Owner
 from asyncckpt.state.rng import RngState
+
+_SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 class AsyncckptCallback(Checkpoint):
@@ -31,7 +34,8 @@ class AsyncckptCallback(Checkpoint):
     ``options`` (``preemption``, ``files``, ``staging``, …) are those of ``Checkpointer``. Metrics that were logged are
     those of the checkpoint. In a job of several ranks all of them write each checkpoint together. Where the Trainer has
     no other ``CheckpointIO``, it gets ``AsyncckptIO``, so that it can read the run. Raises as ``Checkpointer`` does:
-    errors of background saves come with the next step, or at the end of ``fit``.
+    errors of background saves come with the next step, or at the end of ``fit``; and ``InvalidOption`` under a strategy
+    that shards, which Lightning resumes past any plugin.
     """
 
     def __init__(
@@ -63,6 +67,11 @@ class AsyncckptCallback(Checkpoint):
     # -- what Lightning calls ----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if isinstance(trainer.strategy, _SHARDING):
+            raise InvalidOption(
+                f"AsyncckptCallback: {type(trainer.strategy).__name__} reads checkpoints past any plugin, so what is "
+                f"saved here could not be resumed; use ModelCheckpoint there"
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AsyncckptIO()
 
