@@ -28,6 +28,7 @@ test-slow: $(STAMP)       ## the long tests
 	ASYNCCKPT_EXAMPLES=all $(BIN)/python -m pytest -m 'hypothesis and not slow'
 
 test-frameworks: $(STAMP) ## the adapters to other libraries' trainers
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[frameworks]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m frameworks tests/frameworks
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`

@@ -263,7 +263,7 @@ def test_a_failed_save_is_raised_by_train(tmp_path: Path) -> None:
 
 
 def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
-    example = TESTS.parent / "examples" / "trainer_transformers.py"
+    example = TESTS.parent / "examples" / "transformers_trainer.py"
     assert "step 5 is saved" in scripts.run(example, "--out", tmp_path, "--steps", "5")
     assert "step 8 is saved" in scripts.run(example, "--out", tmp_path, "--steps", "8")
     assert [entry.step for entry in Run(tmp_path).ls()] == [7, 8]

@@ -1,6 +1,6 @@
 """Train a tiny language model with the Trainer of Transformers; run it again after a Ctrl-C, and it goes on.
 
-python examples/trainer_transformers.py --out runs/trainer
+python examples/transformers_trainer.py --out runs/trainer
 """
 
 from __future__ import annotations
