@@ -219,3 +219,24 @@ def test_removed_checkpoint_stays_until_the_one_that_takes_its_place_is_durable(
     plugin.teardown()
     assert names(tmp_path) == ["step=2.ckpt"]
     assert [entry.step for entry in asyncckpt.Run(tmp_path / "asyncckpt-run").ls()] == [2]
+
+
+@pytest.mark.parametrize("kind", ["plugin", "callback"])
+def test_two_ranks_of_ddp_resume_and_end_as_the_unbroken_ones(tmp_path: Path, kind: str) -> None:
+    def train(path: Path, epochs: int = 4) -> Any:
+        callback = AsyncckptCallback(path, every=4)
+        model, _ = fit(
+            path,
+            [AsyncckptIO()],
+            epochs=epochs,
+            checkpoints=callback if kind == "callback" else None,
+            ckpt_path=callback.newest() if kind == "callback" else "last",
+            devices=2,
+            strategy="ddp_fork",
+            use_distributed_sampler=False,
+        )
+        return bits(model)
+
+    unbroken = train(tmp_path / "unbroken")
+    train(tmp_path / "resumed", epochs=2)
+    assert train(tmp_path / "resumed") == unbroken
