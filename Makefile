@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow faults nfs coverage lint docs bench bench-micro clean
+.PHONY: demo test test-slow test-frameworks faults nfs coverage lint docs bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ test: $(STAMP)            ## the fast suite
 test-slow: $(STAMP)       ## the long tests
 	$(BIN)/python -m pytest -m 'slow and not nfs'
 	ASYNCCKPT_EXAMPLES=all $(BIN)/python -m pytest -m 'hypothesis and not slow'
+
+test-frameworks: $(STAMP) ## the adapters to other libraries' trainers
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[frameworks]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m frameworks tests/frameworks
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000

@@ -34,9 +34,12 @@ Assets: TypeAlias = "Mapping[str, Asset] | Sequence[Asset]"
 _OURS: Final = frozenset({MANIFEST_FILE, STATE_FILE, "zarr.json"})
 #: What lies below this directory belongs to checkpoints that others build on.
 _OUR_FOLDER: Final = "base"
-#: The first two are those of this format's own files.
+#: A file of up to so many bytes that is plain text is no weights, whatever it is called: a notice to those who look for
+#: weights of that name.
+_NOTICE_BYTES: Final = 4096
+_OUR_ENDINGS: Final = (".safetensors", ".index.json")
 _ENDINGS_OF_WEIGHTS: Final = (
-    *(".safetensors", ".index.json"),
+    *_OUR_ENDINGS,
     *(".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl", ".pickle"),
 )
 
@@ -70,11 +73,11 @@ def join_assets(common: Mapping[str, bytes], own: Mapping[str, bytes], limit_byt
     return joined
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_names(assets: Mapping[str, bytes]) -> None:
     """Raise ``InvalidOption`` for names that files of one checkpoint cannot have beside those of the format."""
     seen: dict[str, str] = {}
-    for name in names:
-        _check_name(name)
+    for name, data in assets.items():
+        _check_name(name, data)
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise InvalidOption(f"assets {other!r} and {name!r} have names that differ only in case; rename one")
@@ -97,14 +100,18 @@ def check_places(names: Iterable[str], components: Iterable[str]) -> None:
             )
 
 
-def _check_name(name: str) -> None:
+def _is_notice(data: bytes) -> bool:
+    return 0 < len(data) <= _NOTICE_BYTES and data.isascii() and data.replace(b"\n", b" ").decode("ascii").isprintable()
+
+
+def _check_name(name: str, data: bytes) -> None:
     if not is_file_name(name):
         raise InvalidOption(
             f"asset {name!r:.200} is no name for a file of a checkpoint: give a relative one, of at most two folders "
             f"and a file, of letters, digits and ._=+-, each part beginning with a letter or digit"
         )
     folded = name.casefold()
-    if folded.endswith(_ENDINGS_OF_WEIGHTS):
+    if folded.endswith(_OUR_ENDINGS) or (folded.endswith(_ENDINGS_OF_WEIGHTS) and not _is_notice(data)):
         raise InvalidOption(
             f"asset {name!r} is named as weights are, which are no assets: they are saved in the background as a part "
             f"of the state. Put the module or tensors into the state; a file that is something else wants another name"

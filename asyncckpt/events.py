@@ -54,7 +54,8 @@ class Stalled(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtentStaged(Event):
-    """One extent of ``nbytes`` has been copied into the arena, or its copy enqueued on the device, in ``seconds``."""
+    """One extent, or several that are neighbours in a file, of ``nbytes`` together, have been copied into the arena, or
+    their copies enqueued on the device, in ``seconds``."""
 
     nbytes: int
     seconds: float
@@ -62,7 +63,8 @@ class ExtentStaged(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExtentWritten(Event):
-    """One extent of ``nbytes`` has been hashed and written; ``seconds`` is how long the write took."""
+    """One extent, or several that are neighbours in a file, of ``nbytes`` together, have been hashed and written;
+    ``seconds`` is how long the write took."""
 
     nbytes: int
     seconds: float

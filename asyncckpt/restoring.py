@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt.catalog.catalog import Catalog
@@ -77,6 +79,7 @@ class RestoresState:
         ``InvalidOption`` and, in a job, ``RankLost``. Every error says in ``overwritten`` which components have
         changed, wholly or in part, and in ``untouched`` which have not.
         """
+        began = time.perf_counter()
         self._before_restore()
         options = {"strict": strict, "include": include, "rename": rename, "device": device, "dtype": dtype}
         changes = Changes()
@@ -87,6 +90,7 @@ class RestoresState:
             else:
                 options["expect_digest"] = expect_digest
                 report = self._restore_chosen(step, state, options, changes)
+        report = replaced(report, find_seconds=max(0.0, time.perf_counter() - began - report.seconds))
         self._after_restore(report)
         return report
 

@@ -178,7 +178,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """``Extent`` is a byte range of a shard's file that is staged, hashed and written as a unit.
+    """``Extent`` is a byte range of a shard's file that has digests of its own. It is staged and written by itself or,
+    where it is no chunk, together with its neighbours (``stage/units.py``).
 
     ``shard`` is the index of the shard in its layout. The extent begins with the format's bytes ``header``; then come
     the bytes of ``segments``, and zeros after the last of them. They are staged ``block_offset`` bytes into the slot,
@@ -294,7 +295,7 @@ class Layout:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayoutOptions:
     """These options decide a layout. ``shard_bytes``: data bytes after which a new shard begins. ``extent_bytes``: the
-    unit of staging, hashing and writing, a multiple of 4096. ``by_rank``: each rank writes files of its own
+    largest extent, a multiple of 4096. ``by_rank``: each rank writes files of its own
     (``plan/per_rank_files.py``). Raises ``InvalidOption`` for a size that cannot be used."""
 
     shard_bytes: int = 4 << 30

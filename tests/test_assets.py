@@ -116,6 +116,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({"m.safetensors": b""}, "named as weights"),
     ({"model.safetensors.index.json": b""}, "named as weights"),
     ({"pytorch_model.BIN": b""}, "named as weights"),
+    ({"optimizer.pt": b"PK\x03\x04"}, "named as weights"),
+    ({"optimizer.pt": b"text " * 1000}, "named as weights"),
+    ({"model.safetensors": b"a notice"}, "named as weights"),
     ({"x": "there is no such file"}, "cannot be read"),
     ({"x": "a\0b"}, "cannot be read"),
     ({"x": "/"}, "directory"),
@@ -282,3 +285,10 @@ def test_the_index_has_the_name_that_its_reader_looks_for(config: bytes, name: s
     with Checkpointer(tmp_path, assets={"config.json": config}) as run:
         path = Path(run.save(1, {"unet": net()}).result().path)
     assert [file.name for file in path.glob("*.index.json")] == [f"{name}.safetensors.index.json"]
+
+
+def test_a_notice_may_lie_where_others_look_for_weights(tmp_path: Path) -> None:
+    notice = b"the optimizer lies elsewhere\nlook there\n"
+    with Checkpointer(tmp_path, assets={"optimizer.pt": notice}) as checkpointer:
+        checkpointer.save(1, {"x": torch.ones(2)}).result()
+    assert Run(tmp_path).assets(1) == {"optimizer.pt": notice}

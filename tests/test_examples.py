@@ -20,8 +20,9 @@ def steps(run: Path) -> list[int]:
 
 
 def test_there_is_a_test_for_every_example() -> None:
-    """``pretrain_fsdp2`` has its own: ranks/test_example_fsdp2.py."""
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"minimal", "own_loop", "finetune", "pretrain_fsdp2"}
+    """Those of trainers are in frameworks/; ``pretrain_fsdp2`` has its own: ranks/test_example_fsdp2.py."""
+    own = {"pretrain_fsdp2", "lightning_trainer", "accelerate_loop", "transformers_trainer"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"minimal", "own_loop", "finetune"} | own
 
 
 def test_minimal_saves_and_takes_up_where_it_was(tmp_path: Path) -> None:

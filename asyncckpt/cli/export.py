@@ -36,15 +36,26 @@ class DType(enum.StrEnum):
 def export(
     run: RunArgument,
     step: Annotated[str, typer.Argument(metavar="STEP", help=STEP_HELP)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="a name ending in .safetensors or .pt")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="a name ending in .safetensors or .pt, or a new folder")],
     every: Annotated[bool, typer.Option("--all", help="the whole training state, not only the weights")] = False,
     component: Annotated[str | None, typer.Option(help="this component alone")] = None,
     dtype: Annotated[DType | None, typer.Option(help="convert floating tensors")] = None,
+    trainer: Annotated[
+        bool, typer.Option("--trainer", help="a folder that the plain Trainer of Transformers resumes from")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="overwrite OUT")] = False,
     json: JsonOption = False,
 ) -> None:
     """Write a checkpoint to one file: weights for inference, or the whole state. Every byte is verified first."""
     with exits():
+        if trainer:
+            if every or component is not None or dtype is not None or force:
+                raise InvalidOption("--trainer takes the whole state as it is: leave the other options out")
+            from asyncckpt.convert.trainer_folder import export_for_trainer
+
+            number, nbytes = read(open_run(run), step, lambda entry, one: (entry.step, export_for_trainer(one, out)))
+            _tell(number, out, nbytes, "trainer", json)
+            return
         if every and component is not None:
             raise InvalidOption("give --all or --component, not both")
         what = "all" if every else component or "weights"
@@ -59,7 +70,11 @@ def export(
             return entry.step, exporting(checkpoint, out, what=what, dtype=target, overwrite=force)
 
         number, nbytes = read(open_run(run), step, write)
-        if json:
-            print_json({"step": number, "out": str(out), "nbytes": nbytes, "what": what})
-        else:
-            console.print(f"step {number} → {clean(out)}  {size(nbytes)}")
+        _tell(number, out, nbytes, what, json)
+
+
+def _tell(number: int, out: Path, nbytes: int, what: str, json: bool) -> None:
+    if json:
+        print_json({"step": number, "out": str(out), "nbytes": nbytes, "what": what})
+    else:
+        console.print(f"step {number} → {clean(out)}  {size(nbytes)}")

@@ -19,13 +19,21 @@ from asyncckpt.protocols import Digest
 from asyncckpt.types import Buffer
 
 DEFAULT = "xxh3-128"
+#: The library keeps the interpreter for buffers of up to 100 kB.
+_KEPT_BYTES = 64 << 10
+#: Hashing so much takes 40 µs; to give the interpreter up and get it back beside a busy thread takes milliseconds.
+_SHORT_BYTES = 1 << 20
 
 
 def _xxh3() -> Digest:
     def digest(*parts: Buffer) -> str:
-        if len(parts) == 1:
-            return str(xxhash.xxh3_128_hexdigest(parts[0]))
-        return _updated(xxhash.xxh3_128(), parts)
+        if len(parts) > 1:
+            return _updated(xxhash.xxh3_128(), parts)
+        view = memoryview(parts[0])
+        if not _KEPT_BYTES < view.nbytes <= _SHORT_BYTES or view.itemsize != 1:
+            return str(xxhash.xxh3_128_hexdigest(view))
+        slices = (view[begin : begin + _KEPT_BYTES] for begin in range(0, view.nbytes, _KEPT_BYTES))
+        return _updated(xxhash.xxh3_128(), slices)
 
     return digest
 

@@ -42,7 +42,7 @@ def publish(
     directory: PendingDirectory,
     draft: Manifest,
     *,
-    components_json: str | None = None,
+    components_json: bytes | None = None,
     known: dict[str, Any] | None = None,
     replace: bool,
     before: Callable[[], None],

@@ -23,7 +23,7 @@ from asyncckpt.commit.publisher import Publisher
 from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed, UnsupportedValue
 from asyncckpt.events import EventBus, Written
 from asyncckpt.manifest import json as manifest
-from asyncckpt.manifest.draft import Contents, _components_json
+from asyncckpt.manifest.draft import Contents, _components_json, _state_json
 from asyncckpt.manifest.json import MAX_STATE_BYTES
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena
@@ -239,10 +239,20 @@ class SaveTransaction:
             if shards:
                 small |= self._format.small_files(component, shards, self._codec)
         if state:
-            indexed = [shard for shard in contents.layout.shards if shard.component == _indexed(contents.kinds)]
-            small |= self._format.root_files(indexed, contents.assets) | dict(contents.assets)
+            small |= self._root_files(contents) | dict(contents.assets)
         directory.write_small(small)
         return small
+
+    def _root_files(self, contents: Contents) -> dict[str, bytes]:
+        """Return the files of the checkpoint's root, which the layout keeps: they are the same at every save of it."""
+        component = _indexed(contents.kinds)
+        key = component, dict(contents.assets)
+        kept = contents.layout.cache.get("root files")
+        if kept is None or kept[0] != key:
+            indexed = [shard for shard in contents.layout.shards if shard.component == component]
+            kept = contents.layout.cache["root files"] = (key, self._format.root_files(indexed, contents.assets))
+        files: dict[str, bytes] = kept[1]
+        return dict(files)
 
     def discard(self, timeout_seconds: float) -> bool:
         """Remove a failed attempt, once none of its writes is in the kernel. Returns False where one still is after
@@ -272,7 +282,7 @@ def _indexed(kinds: Mapping[str, str]) -> str | None:
 
 def _state_file(contents: Contents, step: int) -> bytes:
     """Return the bytes of ``state.json``. Raises ``UnsupportedValue`` where they are more than a reader takes."""
-    data = jsontree.dumps(contents.trees)
+    data = _state_json(contents)
     if len(data) > MAX_STATE_BYTES:
         sizes = {name: len(jsontree.dumps(tree)) for name, tree in contents.trees.items()}
         largest = max(sizes, key=lambda name: sizes[name])

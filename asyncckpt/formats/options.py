@@ -39,7 +39,7 @@ class Safetensors:
     or one of ``asyncckpt.codecs`` with options of its own; all are lossless. ``delta``: save differences; this needs a
     codec. ``per_rank``: in a job, each rank writes files of its own instead of parts of common ones; this needs codec
     ``none``. ``shard_bytes``: a new file begins after so many bytes of data, 4 GiB by default. ``extent_bytes``: so
-    many bytes are staged, hashed and written at a time, a multiple of 4096, 8 MiB by default, 1 GiB at most. Raises
+    many bytes have a digest and are read at a time, a multiple of 4096, 8 MiB by default, 1 GiB at most. Raises
     ``InvalidOption`` and, for a codec that does not exist, ``UnknownName``.
     """
 

@@ -3,11 +3,12 @@ version 4, and a reader that does not know them must not take them for damage.""
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from asyncckpt.jsontree import standard_values, typed_values, wrapper_tensors
 
-_MARK: Final = b'{"$":"'
+_MARK_OF_TAGS: Final = re.escape(b'{"$":"')
 #: Text in JSON has its quotes escaped, so that nothing but a tag looks like this.
 _SINCE_4: Final = (
     *(
@@ -22,13 +23,10 @@ _SINCE_4: Final = (
 )
 
 
+_NEW: Final = re.compile(_MARK_OF_TAGS + b"(?:" + b"|".join(map(re.escape, _SINCE_4)) + b")")
+
+
 def version_of(text: bytes) -> int:
-    """Return the oldest format version that knows every tag in a text that ``dumps`` made. Takes a few microseconds for
-    each thousand tags."""
-    at = text.find(_MARK)
-    while at >= 0:
-        at += len(_MARK)
-        if text.startswith(_SINCE_4, at):
-            return 4
-        at = text.find(_MARK, at)
-    return 1
+    """Return the oldest format version that knows every tag in a text that ``dumps`` made. Takes a millisecond for each
+    ten thousand tags."""
+    return 4 if _NEW.search(text) else 1

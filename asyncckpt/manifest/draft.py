@@ -12,6 +12,7 @@ from asyncckpt import jsontree
 from asyncckpt.errors import InvalidOption
 from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest.pieces import KeptTexts, dumps_in_pieces
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Codec
 from asyncckpt.types import ComponentSnapshot, JsonValue, Layout
@@ -103,7 +104,14 @@ def contents_of(
     )
 
 
-def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> str:
+def _state_json(contents: Contents) -> bytes:
+    """Return the text of ``state.json``. The layout keeps that of trees which are the same objects as at the save
+    before. Raises ``ValueError`` for nan and infinities."""
+    kept: KeptTexts = contents.layout.cache.setdefault("trees", KeptTexts())
+    return kept.dumps(contents.trees)
+
+
+def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> bytes:
     """Return the manifest's ``components`` as JSON text. The layout keeps it, because it is the same for every save;
     see ``components_of`` for ``orders``."""
     names = {
@@ -116,6 +124,6 @@ def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) ->
     if cached is None or cached[0] != key:
         body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, contents.descriptions, orders)
         body |= contents.others
-        cached = contents.layout.cache["components"] = (key, jsontree.dumps(body).decode().rstrip("\n"))
-    text: str = cached[1]
+        cached = contents.layout.cache["components"] = (key, dumps_in_pieces(body))
+    text: bytes = cached[1]
     return text

@@ -28,6 +28,7 @@ from asyncckpt.errors import (
 from asyncckpt.jsontree import dumps, loads, version_of
 from asyncckpt.manifest.given import parse_assets, parse_names
 from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
+from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import (
     BoxedRecord,
     ChunkedRecord,
@@ -126,14 +127,16 @@ def _part_row(part: PartRecord) -> list[Any]:
     return [part.file, list(part.extents)]
 
 
-def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
+def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes:
     """Return the bytes of the manifest's file. ``components_json`` is the text of its components, where that is known
     from the save before: to encode it again would take long."""
-    components = components_json if components_json is not None else json.dumps(_components_json(manifest.components))
-    plain = manifest.codec == "none" and '"parts":' not in components and '"boxes":' not in components
+    components = components_json
+    if components is None:
+        components = dumps_in_pieces(_components_json(manifest.components))
+    plain = manifest.codec == "none" and b'"parts":' not in components and b'"boxes":' not in components
     body: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "format_version": max(3 if '"boxes":' in components else 1 if plain else 2, manifest.least_version),
+        "format_version": max(3 if b'"boxes":' in components else 1 if plain else 2, manifest.least_version),
         "step": manifest.step,
         "name": manifest.name,
         "attempt": manifest.attempt,
@@ -155,7 +158,7 @@ def encode(manifest: Manifest, *, components_json: str | None = None) -> bytes:
     if not plain or manifest.least_version > 1:
         body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
     text = json.dumps(body, allow_nan=False, separators=(",", ":"))
-    return seal(f'{text[:-1]},"components":{components}'.encode())
+    return seal(b"".join((text[:-1].encode(), b',"components":', components)))
 
 
 def version_of_values(state: bytes, config: JsonValue) -> int:

@@ -9,7 +9,7 @@ from asyncckpt.manifest.json import MAX_MANIFEST_BYTES, decode, encode
 from asyncckpt.manifest.records import FileRecord, Manifest
 
 
-def check_readable(draft: Manifest, data: bytes, components_json: str | None, known: dict[str, Any]) -> None:
+def check_readable(draft: Manifest, data: bytes, components_json: bytes | None, known: dict[str, Any]) -> None:
     """Raise ``SaveFailed`` where a reader would refuse the manifest with the bytes ``data``, which ``encode`` made of
     ``draft`` and ``components_json``.
 
@@ -27,7 +27,7 @@ def check_readable(draft: Manifest, data: bytes, components_json: str | None, kn
             return
         proven = components_json, tuple(map(_shape_of, draft.files))
         if known.get("readable") == proven:
-            decode(encode(draft, components_json="{}"), where)
+            decode(encode(draft, components_json=b"{}"), where)
         else:
             decode(data, where)
             known["readable"] = proven

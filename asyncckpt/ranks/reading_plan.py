@@ -13,6 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from asyncckpt.memory.buffers import padded
+
 #: A message takes neighbouring extents up to this many bytes, or one extent that is larger.
 MESSAGE_BYTES: Final = 8 << 20
 #: In one phase, each rank reads up to this many bytes before it passes them on.
@@ -44,6 +46,16 @@ class ReadingPlan:
     def largest_message(self) -> int:
         """Return the bytes of the largest message."""
         return max((message.nbytes for phase in self.phases for message in phase), default=0)
+
+    def part_bytes(self, ranks: int) -> list[int]:
+        """Return the bytes of each rank's largest part, each message of it rounded up to whole pages."""
+        largest = [0] * ranks
+        for phase in self.phases:
+            sums = [0] * ranks
+            for message in phase:
+                sums[message.owner] += padded(message.nbytes)
+            largest = [max(pair) for pair in zip(largest, sums, strict=True)]
+        return largest
 
 
 def shared_bytes(sizes: NDArray[np.int64], wanted: NDArray[np.bool_]) -> int:

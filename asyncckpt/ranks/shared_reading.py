@@ -23,10 +23,12 @@ from asyncckpt.errors import CheckpointDamaged, NotEnoughMemory, RestoreFailed
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Reader
+from asyncckpt.ranks.host_memory import HostMemory
 from asyncckpt.ranks.passing import Passing, Ticket
 from asyncckpt.ranks.reading_plan import MESSAGE_BYTES, Message, ReadingPlan, plan_reading, shared_bytes
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.extents import READ_THREADS, Consume, Extents, read_extents
+from asyncckpt.storage.lease import boot_id
 
 #: What was received and is not placed yet takes at most this many bytes, or two messages where those are larger.
 _WINDOW_BYTES: Final = 64 << 20
@@ -59,17 +61,40 @@ class SharedReading:
         mine[[numbers[file.name, extent.offset] for file, extent in wanted]] = True
         passing = Passing.of_job(self._rank, self._size, self._timeout_seconds)
         kind = passing.kind if passing is not None else ""
-        bodies = self._exchange({"wants": np.packbits(mine).tobytes().hex(), "by": kind})
+        bodies = self._exchange({"wants": np.packbits(mine).tobytes().hex(), "by": kind, "host": boot_id()})
         everybodys = _everybodys([body["wants"] for body in bodies], len(every))
         sizes = np.fromiter((extent.nbytes for _, extent in every), np.int64, len(every))
-        together = kind and all(body["by"] == kind for body in bodies)
         alike = shared_bytes(sizes, everybodys)
-        if not together or passing is None or alike < max(1, self._least_bytes):
+        here = all(body["host"] == bodies[0]["host"] for body in bodies)
+        together = bool(kind) and all(body["by"] == kind for body in bodies)
+        if not (here or together) or alike < max(1, self._least_bytes):
             return read_extents(reader, manifest.digest, wanted, consume)
         offsets = np.fromiter((extent.offset for _, extent in every), np.int64, len(every))
         plan = plan_reading(sizes, offsets, everybodys, self._rank)
-        run = _Run(reader, manifest, every, plan, consume, passing, self._rank)
-        return run.carry_out(lambda: self._exchange(None))
+        memory = self._host_memory(plan) if here else None
+        try:
+            if memory is None and not together:
+                return read_extents(reader, manifest.digest, wanted, consume)
+            run = _Run(reader, manifest, every, plan, consume, passing, memory, self._rank)
+            return run.carry_out(lambda: self._exchange(None))
+        finally:
+            if memory is not None:
+                memory.close()
+
+    def _host_memory(self, plan: ReadingPlan) -> HostMemory | None:
+        """Return memory that all ranks, which are on one host, can map; None where one of them cannot."""
+        memory: HostMemory | None = None
+        with contextlib.suppress(OSError, MemoryError, ValueError):
+            memory = HostMemory(self._rank, plan.part_bytes(self._size))
+        good = False
+        try:
+            found = self._exchange(memory.description() if memory is not None else None)
+            mapped = memory is not None and None not in found and memory.map_others(found)
+            good = all(self._exchange(mapped))
+        finally:
+            if memory is not None and not good:
+                memory.close()
+        return memory if good else None
 
 
 class _Run:
@@ -82,7 +107,8 @@ class _Run:
         every: Extents,
         plan: ReadingPlan,
         consume: Consume,
-        passing: Passing,
+        passing: Passing | None,
+        memory: HostMemory | None,
         rank: int,
     ) -> None:
         self._reader = reader
@@ -91,6 +117,7 @@ class _Run:
         self._plan = plan
         self._consume = consume
         self._passing = passing
+        self._memory = memory
         self._rank = rank
 
     def carry_out(self, agree: Callable[[], object]) -> list[Damage]:
@@ -98,14 +125,17 @@ class _Run:
         once every rank has read its part."""
         phases = self._plan.phases
         parts = [[message for message in phase if message.owner == self._rank] for phase in phases]
-        largest = max((sum(padded(message.nbytes) for message in part) for part in parts), default=0)
+        slots: _Slots | None = None
         try:
-            buffers = [_memory(largest) for _ in range(min(2, len(phases)))]
-            slots = _Slots(self._passing, self._plan.largest_message())
+            if self._memory is not None:
+                buffers = [self._memory.part(0), self._memory.part(1)]
+            else:
+                largest = max((sum(padded(message.nbytes) for message in part) for part in parts), default=0)
+                buffers = [_memory(largest) for _ in range(min(2, len(phases)))]
+                slots = _Slots(self._passing, self._plan.largest_message()) if self._passing is not None else None
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
-            raise NotEnoughMemory(
-                f"{self._reader.path}: no memory to read together with other ranks ({error})"
-            ) from error
+            what = f"{self._reader.path}: no memory to read together with other ranks ({error})"
+            raise NotEnoughMemory(what) from error
         reading = _Reading(self._read_part, parts[0], buffers[0])
         try:
             for number, phase in enumerate(phases):
@@ -116,7 +146,10 @@ class _Run:
                 sent = reading.memory
                 if number + 1 < len(phases):
                     reading = _Reading(self._read_part, parts[number + 1], buffers[(number + 1) % 2])
-                self._pass(phase, sent, slots)
+                if self._memory is not None:
+                    self._take(number, phase, self._memory)
+                elif self._passing is not None and slots is not None:
+                    self._pass(phase, sent, self._passing, slots)
         finally:
             reading.wait(_STOPPING_SECONDS)
         return self._read_alone()
@@ -146,28 +179,36 @@ class _Run:
         wanted = [self._every[number] for message in part for number in message.extents]
         return read_extents(self._reader, self._manifest.digest, wanted, keep), memory
 
-    def _pass(self, phase: Sequence[Message], sent: dict[int, torch.Tensor], slots: _Slots) -> None:
+    def _take(self, number: int, phase: Sequence[Message], memory: HostMemory) -> None:
+        """Place what the other ranks have read in a phase. They read into the same memory again two phases later, which
+        begins once every rank has agreed to the phase in between."""
+        with _Placing(memory, None, self._rank, self._place) as placing:
+            for ticket, host in memory.received(number, phase):
+                placing.take(ticket, host, None)
+            placing.finish()
+
+    def _pass(self, phase: Sequence[Message], sent: dict[int, torch.Tensor], passing: Passing, slots: _Slots) -> None:
         """Send this rank's messages of a phase, receive and place the others'. Signals wait until that is done, because
         others would wait for this rank."""
-        with interrupts.deferred(), _Placing(self._passing, slots, self._place) as placing:
+        with interrupts.deferred(), _Placing(passing, slots, self._rank, self._place) as placing:
             for message in phase:
                 if message.owner == self._rank:
                     host = sent[message.extents[0]]
-                    memory = self._passing.memory(message.nbytes, host)
-                    placing.take(self._passing.begin(message, memory, host), host, None)
+                    memory = passing.memory(message.nbytes, host)
+                    placing.take(passing.begin(message, memory, host), host, None)
                 elif self._rank in message.receivers:
                     slot = placing.slot()
-                    placing.take(self._passing.begin(message, slot.memory, slot.host), slot.host, slot)
+                    placing.take(passing.begin(message, slot.memory, slot.host), slot.host, slot)
             placing.finish()
 
     def _place(self, message: Message, host: torch.Tensor) -> None:
-        """Verify what was received, and put it where it belongs."""
+        """Put what was received where it belongs; what has travelled is verified before."""
         view = _bytes(host)
         digest = digests.get(self._manifest.digest)
         for number, place in zip(message.extents, message.places, strict=True):
             file, extent = self._every[number]
             data = view[place : place + extent.nbytes]
-            if digest(data) != extent.digest:
+            if self._memory is None and digest(data) != extent.digest:
                 raise RestoreFailed(
                     f"{self._reader.path}/{file.name} [{extent.offset}:{extent.offset + extent.nbytes}]: rank "
                     f"{message.owner} has read it well, and other bytes came to rank {self._rank}: look at the network"
@@ -236,9 +277,16 @@ class _Placing:
     """Ends messages on threads of its own, and places what was received. ``place``: is called with each message that
     was received, and its bytes. A context manager: at its end no thread places anything any more."""
 
-    def __init__(self, passing: Passing, slots: _Slots, place: Callable[[Message, torch.Tensor], None]) -> None:
+    def __init__(
+        self,
+        passing: Passing | HostMemory,
+        slots: _Slots | None,
+        rank: int,
+        place: Callable[[Message, torch.Tensor], None],
+    ) -> None:
         self._passing = passing
         self._slots = slots
+        self._rank = rank
         self._place = place
         self._tickets: queue.SimpleQueue[tuple[Ticket, torch.Tensor, _Slot | None] | None] = queue.SimpleQueue()
         self._ended = [threading.Event() for _ in range(READ_THREADS)]
@@ -257,6 +305,8 @@ class _Placing:
         """Return a free slot. Blocks until there is one. Raises what a thread has raised."""
         while True:
             self._raise()
+            if self._slots is None:
+                raise LookupError("there are no slots to receive into")
             with contextlib.suppress(queue.Empty):
                 return self._slots.free.get(timeout=interrupts.SLICE_SECONDS)
 
@@ -302,7 +352,7 @@ class _Placing:
                 ticket, host, slot = taken
                 try:
                     self._passing.end(ticket, host)
-                    if slot is not None and self._may_place():
+                    if ticket.message.owner != self._rank and self._may_place():
                         try:
                             self._place(ticket.message, host)
                         finally:
@@ -310,7 +360,7 @@ class _Placing:
                 except BaseException as error:
                     self._error = self._error or error
                     return
-                if slot is not None:
+                if slot is not None and self._slots is not None:
                     self._slots.free.put(slot)
         finally:
             ended.set()

@@ -53,8 +53,8 @@ class RankOptions:
     may be far apart. ``check_replicas``: before each save, on the training thread, digest every byte of the tensors
     that several ranks hold copies of, and not only a sample; where copies differ the save fails and names them.
     ``shared_reading_bytes``: where ranks restore at least so many bytes alike, each reads a part of them from the
-    storage and passes it on to the others, through the job's default process group (gloo or NCCL); None: each reads
-    all that it needs. Raises ``InvalidOption``."""
+    storage and passes it on to the others, in the memory of their host or through the job's default process group
+    (gloo or NCCL); None: each reads all that it needs. Raises ``InvalidOption``."""
 
     timeout_seconds: float = 300.0
     check_replicas: bool = False

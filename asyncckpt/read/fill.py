@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def fill(
         return 0
     reader, manifest = checkpoint.reader, checkpoint.manifest
     files = {record.name: record for record in manifest.files}
+    began = time.perf_counter()
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
     requests: dict[str, _ReadRequests] = defaultdict(list)
     consumers: dict[tuple[str, int], list[Consumer]] = defaultdict(list)
@@ -171,6 +173,7 @@ def fill(
     if manifest.shard_format == "zarr":
         zarr.announce_dtypes()
     raise_damage(reader.path, damage)
+    checkpoint.reading_seconds += time.perf_counter() - began
     return sum(extent.nbytes for _, extent in chosen)
 
 

@@ -24,12 +24,14 @@ class OpenCheckpoint:
 
     Whoever finds a checkpoint makes one of these, and everything on the way back takes it. Nothing is opened, parsed or
     checked a second time, so nothing can change in between. Retention spares the checkpoint until ``close``.
-    ``reader`` is thread-safe; the rest is for one thread.
+    ``reader`` is thread-safe; the rest is for one thread. ``reading_seconds``: how long ``fill`` has taken to read,
+    verify and copy tensors.
     """
 
     def __init__(self, reader: Reader, manifest: Manifest) -> None:
         self.reader = reader
         self.manifest = manifest
+        self.reading_seconds = 0.0
         self._small_files_are_checked = False
         self._state: bytes | None = None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,6 @@ from asyncckpt.manifest.records import ExtentRecord, StoredTensor, TensorRecord
 from asyncckpt.memory.tensor_bytes import copy_memory, copy_small
 from asyncckpt.read.boxes import Target
 from asyncckpt.read.scatter import Window
-
-if TYPE_CHECKING:
-    import torch
 
 #: Larger copies are made without the interpreter's lock; to give it away and take it back costs more than a small one.
 _SMALL_BYTES: Final = 1 << 16
@@ -36,7 +33,7 @@ class WholeTensors:
 
     def __init__(self) -> None:
         there = loaded_torch()
-        self._dtypes: dict[str, torch.dtype] = {code: getattr(there, name) for code, name in NAMES.items()}
+        self._dtypes: dict[str, Any] = {code: getattr(there, name) for code, name in NAMES.items()}
         self._taken: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
         self._tables: dict[str, _Numbers] = {}
 

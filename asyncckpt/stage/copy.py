@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import _utils as torch_utils
@@ -14,7 +17,7 @@ from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 from asyncckpt.stage.units import Unit
 from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Segment
 
-#: A tensor is copied in pieces of so many elements: from 32,768 on, torch would start threads of its own for each copy.
+#: Where torch may use threads, a tensor is copied in pieces of so many elements: from 32,768 on, it would.
 _SERIAL_ELEMENTS = 7 << 12
 #: So many pieces go into one call. More objects at a time would have Python's collector run.
 _AT_ONCE = 512
@@ -30,20 +33,51 @@ def copy_segments(tensors: Sequence[torch.Tensor], segments: Sequence[Segment], 
     """Copy every segment to its place in the slot. CPU tensors: done on return; CUDA tensors: enqueued on the current
     stream. Blocks; releases the GIL while bytes move, once for hundreds of tensors. The tensors must stay unchanged
     meanwhile."""
-    with torch.no_grad():
+    with torch.no_grad(), _without_threads() as alone:
         copies = _Copies(slot.tensor)
         for segment in segments:
             tensor = tensors[segment.piece]
-            if not is_plain(tensor):
+            whole = segment.nbytes == tensor.nbytes
+            # nothing else is asked of most tensors: each call gives the interpreter up, and may wait to get it back
+            if whole and (alone or tensor.numel() <= _SERIAL_ELEMENTS or not tensor.is_cpu):
+                copies.add_whole(tensor, segment.extent_offset)
+            elif is_plain(tensor):
+                copies.add_part(tensor, segment)
+            else:
                 item = tensor.element_size()
                 target = slot.tensor[segment.extent_offset : segment.extent_offset + segment.nbytes]
                 first = segment.source_offset // item
                 _copy_strided(tensor.detach(), first, first + segment.nbytes // item, target.view(tensor.dtype))
-            elif segment.nbytes == tensor.nbytes and tensor.numel() <= _SERIAL_ELEMENTS:
-                copies.add_whole(tensor, segment.extent_offset)
-            else:
-                copies.add_part(tensor, segment)
         copies.flush()
+
+
+@contextlib.contextmanager
+def _without_threads() -> Iterator[bool]:
+    """Keep torch from using several threads for what this thread copies meanwhile: they are training's. Yields False
+    where that cannot be said."""
+    threads = torch.get_num_threads()
+    if threads == 1 or _set_threads is None:
+        yield threads == 1
+        return
+    _set_threads(1)
+    try:
+        yield torch.get_num_threads() == 1
+    finally:
+        _set_threads(threads)
+
+
+def _openmp() -> Callable[[int], object] | None:
+    """Return the function of the OpenMP library behind torch that says how many threads the calling thread uses, and
+    leaves others alone; torch's own is for all threads. None where torch was built without it."""
+    try:
+        found = ctypes.PyDLL(torch._C.__file__).omp_set_num_threads
+    except (OSError, AttributeError):
+        return None
+    found.argtypes, found.restype = [ctypes.c_int], None
+    return cast("Callable[[int], object]", found)
+
+
+_set_threads = _openmp()
 
 
 class _Copies:
@@ -59,7 +93,7 @@ class _Copies:
         self._dtype: torch.dtype | None = None
 
     def add_whole(self, tensor: torch.Tensor, offset: int) -> None:
-        """Copy a small tensor to this offset in the slot."""
+        """Copy a tensor to this offset in the slot, in one piece."""
         dtype = tensor.dtype
         if offset != self._end or dtype is not self._dtype or len(self._run) == _AT_ONCE:
             self._end_run()
@@ -89,7 +123,7 @@ class _Copies:
             return
         self._run = []
         if (int(self._slot.storage_offset()) + self._begin) % dtype.itemsize:
-            bytes_of = [_flat_bytes(tensor.detach()) for tensor in run]
+            bytes_of = [_flat_bytes(tensor.detach().resolve_conj().resolve_neg()) for tensor in run]
             self._add(_split(self._slot[self._begin : self._end], [len(one) for one in bytes_of]), bytes_of)
             return
         # this makes the views of all places in one call

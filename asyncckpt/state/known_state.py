@@ -22,8 +22,11 @@ from asyncckpt.types import ComponentSnapshot, LocalTensor, Pieces, Snapshot, Te
 Picker = Callable[[Sequence[Any]], Sequence[Any]]
 
 
-def picker(positions: Sequence[int]) -> Picker:
-    """Return a function that takes the items at these positions, in order, out of a list or tuple."""
+def picker(positions: Sequence[int], count: int = -1) -> Picker:
+    """Return a function that takes the items at these positions, in order, out of a list or tuple, of which there are
+    ``count``, where that is known."""
+    if len(positions) == count and list(positions) == list(range(count)):
+        return lambda items: items
     if len(positions) > 1:
         found: Picker = operator.itemgetter(*positions)
         return found
@@ -97,7 +100,7 @@ class KnownState:
             begins[n] + at for n, known in found.items() if isinstance(known, KnownModule) for at in known.skipped
         }
         compared = [at for at in range(len(values)) if at not in skipped]
-        self._compared = picker(compared)
+        self._compared = picker(compared, len(values))
         of_interest = self._compared(values)
         self._ids = list(map(id, of_interest))
         first: dict[int, int] = {}
@@ -105,7 +108,7 @@ class KnownState:
             if value is not None:
                 first.setdefault(id(value), at)
         unique = list(first.values())
-        self._unique = picker(unique)
+        self._unique = picker(unique, len(values))
         self._held = sum(at < held for at in unique)
         different = self._unique(values)
         if not can_be_known(different):

@@ -13,7 +13,7 @@ import torch
 from asyncckpt.state.wrappers import PLAIN_TYPES
 
 #: So many tensors are looked at from all sides before the next ones: their memory stays in the processor's cache.
-_AT_ONCE = 256
+_AT_ONCE = 64
 
 _data_ptr: Callable[[Any], int] = torch.Tensor.data_ptr
 _version: Callable[[Any], int] = operator.attrgetter("_version")

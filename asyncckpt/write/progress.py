@@ -12,7 +12,7 @@ from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import ShardWriter
 from asyncckpt.read.delta import order_of
 from asyncckpt.stage.image import Frame
-from asyncckpt.types import ContentDigest, Layout, ShardFile, StagedDigests, TensorSpec
+from asyncckpt.types import ContentDigest, Layout, ShardFile, StagedDigests
 from asyncckpt.write.reuse import ReusableFile
 
 
@@ -64,7 +64,8 @@ class ShardProgress:
     @property
     def frozen(self) -> bool:
         """Whether the shard holds only tensors that training does not change."""
-        return all(spec.frozen for spec in specs_of(self.shard))
+        shard = self.shard  # the first one that is not decides, and there may be many
+        return all(one.spec.frozen for one in shard.placements) and all(run.tensor.spec.frozen for run in shard.runs)
 
     def known(self) -> ReusableFile:
         """Describe the file as the next save compares with it."""
@@ -120,8 +121,3 @@ def progress_of(layout: Layout) -> list[ShardProgress]:
         found.append(progress)
         first += len(shard.extents)
     return found
-
-
-def specs_of(shard: ShardFile) -> list[TensorSpec]:
-    """List the tensors that a shard holds, whole or in part."""
-    return [placement.spec for placement in shard.placements] + [run.tensor.spec for run in shard.runs]

@@ -23,7 +23,7 @@ from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import Frame, as_it_is, staged_digests
 from asyncckpt.stage.staged import StagedUnit
 from asyncckpt.stage.units import Unit
-from asyncckpt.types import ContentDigest, Extent, Layout, StagedDigests, WrittenRange
+from asyncckpt.types import SMALL_SHARD_BYTES, ContentDigest, Extent, Layout, StagedDigests, WrittenRange
 from asyncckpt.write.directory import SaveDirectory
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.progress import EncodedChunk, ShardProgress
@@ -74,7 +74,6 @@ class ShardPipeline:
         self._arena = arena
         self._events = events
         self._lock = threading.Lock()
-        self._open_lock = threading.Lock()
         self._in_flight = 0
         self._reorder_buffer = ReorderBuffer(self._lock, encoder, arena)
         self.written_bytes = 0
@@ -361,7 +360,11 @@ class ShardPipeline:
             progress.missing -= len(records)
             self.written_bytes += nbytes
             complete = progress.missing == 0
-        if complete and self._scope.error is None:
+        if not complete or self._scope.error is not None:
+            return
+        if self.unfinished > 1 and progress.shard.nbytes > SMALL_SHARD_BYTES:  # this thread has other files to write
+            self._submit(functools.partial(self._finish, progress), self._pools.small)
+        else:
             self._finish(progress)
 
     def _copy(self, progress: ShardProgress, number: int) -> None:
@@ -385,7 +388,7 @@ class ShardPipeline:
 
     def _writer(self, progress: ShardProgress) -> ShardWriter:
         directory = self._directory.open()
-        with self._open_lock:
+        with progress.lock:  # other files are made meanwhile
             if progress.writer is None:
                 self._scope.raise_if_failed()
                 try:
@@ -399,6 +402,7 @@ class ShardPipeline:
 
     def _finish(self, progress: ShardProgress) -> None:
         """Write the shard's head and tail, and make the file durable."""
+        self._scope.raise_if_failed()
         writer = self._writer(progress)
         end = progress.shard.nbytes
         if progress.shard.packed_on_write:

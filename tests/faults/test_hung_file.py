@@ -57,7 +57,7 @@ def test_a_file_that_hangs_for_good_costs_its_save_and_no_other(
     monkeypatch.setattr(committer, "_STUCK_SECONDS", 0.3)
     path = tmp_path / "run"
     options = WriterOptions(threads=2, durable_timeout_seconds=3)
-    with scenario.checkpointer(path, keep=(), writer=options, staging_bytes=4 << 20) as run:
+    with scenario.checkpointer(path, keep=(), writer=options, staging_bytes=2 << 20) as run:
         run.save(1, state_of(1)).result()
         for step in range(10, 10 * times + 1, 10):
             ops = run._store.ops = _Stuck(step)

@@ -15,6 +15,7 @@ from support.sharded_states import PARALLELISMS, build, contents, possible, scra
 
 import asyncckpt
 from asyncckpt import RankOptions, RunOptions
+from asyncckpt.ranks import shared_reading
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.testing import InterceptedOps
 
@@ -74,16 +75,20 @@ def test_copies_are_read_once_between_the_ranks(size: int, crews: Crews, tmp_pat
 
 
 def _as_alone(me: Me, path: str, way: str, form: str) -> list[str]:
-    """Save; restore together and alone; return the names of what came back differently."""
+    """Save; restore together, by the host's memory and by the process group, and alone; return the names of what came
+    back differently."""
     state = build(way, me.rank, me.size)
     expected = contents(state)
     kind, _, codec = form.partition("/")
     with asyncckpt.Checkpointer(path, **by_stage(format=kind, codec=codec, ranks=_SHARED, **SIZES)) as run:
         run.save(1, state).result(60)
     wrong = []
-    for ranks in (_SHARED, _ALONE):
+    for ranks, hosts in ((_SHARED, 1), (_SHARED, me.size), (_ALONE, 1)):
         scramble(state)
-        _resumed(me, path, state, ranks)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if hosts > 1:
+                monkeypatch.setattr(shared_reading, "boot_id", lambda: str(me.rank))
+            _resumed(me, path, state, ranks)
         found = contents(state)
         wrong += [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
     return wrong

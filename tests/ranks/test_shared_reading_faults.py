@@ -17,11 +17,12 @@ from support.harness import Crew, Crews, Fault, Me
 
 import asyncckpt
 from asyncckpt import RankOptions, RunOptions
-from asyncckpt.ranks import passing, reading_plan, shared_reading
+from asyncckpt.ranks import host_memory, passing, reading_plan, shared_reading
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.testing import InterceptedOps
 
-_TIMEOUT_SECONDS = 4.0
+#: A connection to the store takes five seconds where names cannot be looked up.
+_TIMEOUT_SECONDS = 8.0
 _RANKS = RankOptions(timeout_seconds=_TIMEOUT_SECONDS, shared_reading_bytes=0)
 #: A rank that stops is found by one deadline where the others wait for its message, and by two while bytes pass.
 _BOUND_SECONDS = 2 * _TIMEOUT_SECONDS + 15
@@ -52,8 +53,11 @@ def _saved(path: str, step: int, model: torch.nn.ParameterList) -> None:
         run.save(step, {"model": model}).result(60)
 
 
-def _small_messages(me: Me, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make so small a state travel in many messages and phases; pass a point at each message."""
+def _small_messages(me: Me, monkeypatch: pytest.MonkeyPatch, carrier: str) -> None:
+    """Make so small a state travel in many messages and phases; pass a point at each message. With the carrier "group",
+    ranks take themselves to be on different hosts."""
+    if carrier == "group":
+        monkeypatch.setattr(shared_reading, "boot_id", lambda: str(me.rank))
     monkeypatch.setattr(reading_plan, "MESSAGE_BYTES", 256 << 10)
     monkeypatch.setattr(reading_plan, "PART_BYTES", 1 << 20)
     begin = passing.Passing.begin
@@ -63,6 +67,14 @@ def _small_messages(me: Me, monkeypatch: pytest.MonkeyPatch) -> None:
         return begin(self, *args)
 
     monkeypatch.setattr(passing.Passing, "begin", begun)
+    received = host_memory.HostMemory.received
+
+    def taken(self: Any, *args: Any) -> Any:
+        for found in received(self, *args):
+            me.at("pass")
+            yield found
+
+    monkeypatch.setattr(host_memory.HostMemory, "received", taken)
 
 
 def _restored(
@@ -89,27 +101,44 @@ def _restored(
     return found
 
 
-def _struck(me: Me, path: str) -> dict[str, Any]:
+def _struck(me: Me, path: str, carrier: str) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         _saved(path, 1, _model())
-        _small_messages(me, monkeypatch)
+        _small_messages(me, monkeypatch, carrier)
         dist.barrier()
         return _restored(me, path)
 
 
-def test_without_faults_it_passes_many_messages(crews: Crews, tmp_path: Path) -> None:
-    found = crews(3).values(_struck, str(tmp_path / "run"))
+@pytest.mark.parametrize("carrier", ["host", "group"])
+def test_without_faults_it_passes_many_messages(carrier: str, crews: Crews, tmp_path: Path) -> None:
+    found = crews(3).values(_struck, str(tmp_path / "run"), carrier)
     assert [(one["error"], one["step"], one["good"]) for one in found] == [("", 1, True)] * 3
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize(("point", "nth"), [("read", 1), ("read", 3), ("pass", 1), ("pass", 9)])
-@pytest.mark.parametrize("victim", [0, 2])
+_LOSSES = [
+    (carrier, victim, point, nth, how)
+    for carrier in ("host", "group")
+    for victim in (0, 2)
+    for point, nth in (("read", 1), ("read", 3), ("pass", 1), ("pass", 9))
+    for how in ("kill", "stop")
+]
+_SAMPLE = {
+    ("group", 0, "pass", 9, "kill"),
+    ("group", 2, "pass", 9, "stop"),
+    ("host", 2, "read", 3, "kill"),
+    ("host", 2, "pass", 1, "stop"),
+}
+
+
+@pytest.mark.parametrize(
+    ("carrier", "victim", "point", "nth", "how"),
+    [pytest.param(*loss, marks=() if loss in _SAMPLE else pytest.mark.slow) for loss in _LOSSES],
+)
 def test_a_rank_that_is_lost_ends_the_restore_on_all(
-    victim: int, point: str, nth: int, how: str, tmp_path: Path
+    carrier: str, victim: int, point: str, nth: int, how: str, tmp_path: Path
 ) -> None:
     with Crew(3) as crew:
-        outcomes = crew.run(_struck, str(tmp_path / "run"), fault=Fault(victim, point, how, nth), timeout=60)
+        outcomes = crew.run(_struck, str(tmp_path / "run"), carrier, fault=Fault(victim, point, how, nth), timeout=60)
     for one in outcomes:
         if one.rank != victim:
             assert one.ok, one
@@ -117,7 +146,7 @@ def test_a_rank_that_is_lost_ends_the_restore_on_all(
             assert one.value["waited"] < _BOUND_SECONDS
 
 
-def _at_odds(me: Me, path: str, kind: str, step: int | None) -> dict[str, Any]:
+def _at_odds(me: Me, path: str, kind: str, step: int | None, carrier: str) -> dict[str, Any]:
     """Restore where something is wrong on rank 1 alone; then once more, where nothing is."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         _saved(path, 1, _model())
@@ -125,7 +154,7 @@ def _at_odds(me: Me, path: str, kind: str, step: int | None) -> dict[str, Any]:
         for tensor in changed:
             tensor.data.add_(1.0)
         _saved(path, 2, changed)
-        _small_messages(me, monkeypatch)
+        _small_messages(me, monkeypatch, carrier)
         if me.rank == 0 and kind == "disk":
             with open(next(Path(path).glob("step-*2/*.safetensors")), "r+b") as file:
                 file.seek(-1000, os.SEEK_END)  # in the last rank's part
@@ -153,17 +182,18 @@ def _at_odds(me: Me, path: str, kind: str, step: int | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "error", "said"),
+    ("kind", "error", "said", "carrier"),
     [
-        ("io", "CheckpointDamaged", ".safetensors ["),
-        ("memory", "NotEnoughMemory", "no memory to read together"),
-        ("network", "RestoreFailed", "look at the network"),
+        ("io", "CheckpointDamaged", ".safetensors [", "host"),
+        ("io", "CheckpointDamaged", ".safetensors [", "group"),
+        ("memory", "NotEnoughMemory", "no memory to read together", "group"),
+        ("network", "RestoreFailed", "look at the network", "group"),
     ],
 )
 def test_what_goes_wrong_on_one_rank_is_raised_on_all(
-    kind: str, error: str, said: str, crews: Crews, tmp_path: Path
+    kind: str, error: str, said: str, carrier: str, crews: Crews, tmp_path: Path
 ) -> None:
-    found = crews(3).values(_at_odds, str(tmp_path / "run"), kind, 2)
+    found = crews(3).values(_at_odds, str(tmp_path / "run"), kind, 2, carrier)
     for rank, one in enumerate(found):
         assert one["error"] == error, one
         assert said in one["message"]
@@ -173,8 +203,9 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_all(
 
 
 @pytest.mark.filterwarnings("ignore:checkpoint")
-def test_damage_that_one_rank_finds_sends_all_to_the_checkpoint_before(crews: Crews, tmp_path: Path) -> None:
-    found = crews(3).values(_at_odds, str(tmp_path / "run"), "disk", None)
+@pytest.mark.parametrize("carrier", ["host", "group"])
+def test_damage_that_one_rank_finds_sends_all_back_one(carrier: str, crews: Crews, tmp_path: Path) -> None:
+    found = crews(3).values(_at_odds, str(tmp_path / "run"), "disk", None, carrier)
     assert [(one["error"], one["step"], one["good"]) for one in found] == [("", 1, True)] * 3
 
 

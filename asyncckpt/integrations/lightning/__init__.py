@@ -1,0 +1,18 @@
+"""``Trainer(plugins=[AsyncckptIO()])`` has Lightning save through asyncckpt. See docs/trainers/lightning.md."""
+
+from __future__ import annotations
+
+from asyncckpt.errors import MissingExtra
+
+try:
+    from asyncckpt.integrations.lightning.callback import AsyncckptCallback, RandomState
+    from asyncckpt.integrations.lightning.exporting import export, load_from_checkpoint
+    from asyncckpt.integrations.lightning.plugin import AsyncckptIO
+except ImportError as error:
+    if (error.name or "").partition(".")[0] != "lightning":
+        raise
+    raise MissingExtra(
+        "asyncckpt.integrations.lightning needs lightning: pip install 'asyncckpt[lightning]'"
+    ) from error
+
+__all__ = ["AsyncckptIO", "AsyncckptCallback", "RandomState", "export", "load_from_checkpoint"]

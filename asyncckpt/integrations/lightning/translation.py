@@ -1,0 +1,101 @@
+"""Translates between the dictionary that Lightning hands to a ``CheckpointIO`` and the components of a checkpoint.
+
+Lightning's dictionary has any shape. Its weights and its optimizers' states become components of their own, and all the
+rest is the component ``lightning``, under Lightning's own keys. What Lightning stores by pickling a class is stored as
+what it stands for: OmegaConf's configurations as plain data with a note of where they were.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from asyncckpt.errors import CheckpointDamaged
+
+#: Lightning's keys, and the components that their values become.
+_COMPONENTS: Final = {"state_dict": "model", "optimizer_states": "optimizer"}
+#: The component of everything else.
+_REST: Final = "lightning"
+_CONFIGS: Final = ("DictConfig", "ListConfig")
+
+
+def to_components(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state to save. The tensors in it are those of ``checkpoint``, which are not copied, and
+    ``checkpoint`` itself is left as it is."""
+    configs: list[list[Any]] = []
+    state: dict[str, Any] = {}
+    rest: dict[Any, Any] = {}
+    order: list[Any] = []
+    versions: Any = None
+    for key, value in checkpoint.items():
+        order.append(key)
+        component = _COMPONENTS.get(key)
+        if component is None:
+            rest[key] = _without_configs(value, [key], configs)
+            continue
+        if key == "state_dict":
+            versions = getattr(value, "_metadata", None)
+            value = dict(value)
+        state[component] = value
+    state[_REST] = {"checkpoint": rest, "keys": order, "configs": configs, "module_versions": versions}
+    return state
+
+
+def from_components(state: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the dictionary that ``to_components`` was given. ``where``: the checkpoint's path, for errors. Raises
+    ``CheckpointDamaged`` where Lightning has not saved this checkpoint."""
+    stored = state.get(_REST)
+    if not isinstance(stored, Mapping) or not {"checkpoint", "keys", "configs"} <= stored.keys():
+        raise CheckpointDamaged(
+            f"{where}: this checkpoint was not saved by Lightning's AsyncckptIO, so a Trainer cannot resume from it"
+        )
+    checkpoint: dict[str, Any] = {}
+    for key in stored["keys"]:
+        component = _COMPONENTS.get(key)
+        checkpoint[key] = stored["checkpoint"][key] if component is None else state[component]
+    if "state_dict" in checkpoint:
+        weights: Any = OrderedDict(checkpoint["state_dict"])
+        if stored.get("module_versions") is not None:
+            weights._metadata = stored["module_versions"]
+        checkpoint["state_dict"] = weights
+    for path, kind in stored["configs"]:
+        _make_config(checkpoint, path, kind)
+    return checkpoint
+
+
+def _without_configs(value: Any, path: list[Any], found: list[list[Any]]) -> Any:
+    """Return ``value`` with plain data in the place of OmegaConf's configurations and of their classes; ``found`` gets
+    the path and the kind of each."""
+    omegaconf: Any = sys.modules.get("omegaconf")
+    if omegaconf is None:
+        return value
+    kinds = {getattr(omegaconf, name): name for name in _CONFIGS}
+    if isinstance(value, type):
+        if value in kinds:
+            found.append([path, f"type {kinds[value]}"])
+            return None
+        return value
+    if type(value) in kinds:
+        found.append([path, kinds[type(value)]])
+        mode = omegaconf.SCMode.DICT
+        return omegaconf.OmegaConf.to_container(value, resolve=False, structured_config_mode=mode)
+    if type(value) is dict:
+        return {key: _without_configs(item, [*path, key], found) for key, item in value.items()}
+    if type(value) is list:
+        return [_without_configs(item, [*path, index], found) for index, item in enumerate(value)]
+    return value
+
+
+def _make_config(checkpoint: dict[str, Any], path: Sequence[Any], kind: str) -> None:
+    """Put the configuration, or the class, that stood at ``path`` back there."""
+    import omegaconf
+
+    owner: Any = checkpoint
+    for key in path[:-1]:
+        owner = owner[key]
+    name = kind.removeprefix("type ")
+    if name not in _CONFIGS:
+        raise CheckpointDamaged(f"hyper-parameters: {kind!r} is no kind of configuration that is known here")
+    owner[path[-1]] = getattr(omegaconf, name) if kind != name else omegaconf.OmegaConf.create(owner[path[-1]])
