@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from asyncckpt.background.wire import Unit
+from asyncckpt.background.wire import HandedUnit
 from asyncckpt.memory.arena import Arena, StagingBuffer
 from asyncckpt.memory.region import address_of, map_shared
 
@@ -15,7 +15,7 @@ class UnitName(NamedTuple):
     """Which unit lies in a slot."""
 
     save: int
-    extent: int
+    first: int
 
 
 class MappedArena(Arena):
@@ -35,10 +35,10 @@ class MappedArena(Arena):
         finally:
             os.close(fd)
 
-    def slot(self, unit: Unit) -> StagingBuffer:
+    def slot(self, unit: HandedUnit) -> StagingBuffer:
         """Return the slot that a unit lies in."""
         view = self._views[unit.region][unit.offset : unit.offset + unit.nbytes]
-        self._names[unit.region, unit.offset] = UnitName(unit.save, unit.extent)
+        self._names[unit.region, unit.offset] = UnitName(unit.save, unit.first)
         return StagingBuffer(unit.region, unit.offset, unit.nbytes, address_of(view), view, unit.split)
 
     def release(self, slot: StagingBuffer) -> None:

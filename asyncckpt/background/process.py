@@ -17,7 +17,7 @@ from typing import Any
 
 from asyncckpt import forks, interrupts
 from asyncckpt.background.messages import Hello
-from asyncckpt.background.wire import Channel, Unit
+from asyncckpt.background.wire import Channel, HandedUnit
 
 log = logging.getLogger("asyncckpt")
 
@@ -66,7 +66,7 @@ class BackgroundProcess:
         nothing where it is gone: whoever waits for an answer hears of that by ``ended``."""
         self._trying(lambda: self._channel.send(message, descriptors))
 
-    def send_units(self, units: Sequence[Unit]) -> None:
+    def send_units(self, units: Sequence[HandedUnit]) -> None:
         """Send units that are staged; see ``send``."""
         self._trying(lambda: self._channel.send_units(units))
 

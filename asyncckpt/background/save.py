@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from asyncckpt.background.failures import as_data, from_data
 from asyncckpt.background.messages import Answer, Begin, Broken, Commit, MemoryShort, ReplaceStuck, Sealed
-from asyncckpt.background.wire import Unit
+from asyncckpt.background.wire import HandedUnit
 from asyncckpt.errors import SaveFailed
 from asyncckpt.manifest.draft import Contents
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.protocols import PendingDirectory
 from asyncckpt.scope import SaveScope
-from asyncckpt.stage.staged import StagedExtent
+from asyncckpt.stage.staged import StagedUnit
 from asyncckpt.types import Layout
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ class BackgroundSave:
 
     ``number``: the save's among those of the process. ``begin``: what the process is told of it.
     """
-
-    #: Whoever copies takes no digests: the process does.
-    digest = None
 
     def __init__(
         self,
@@ -219,37 +216,36 @@ class HandedOver:
         self._maker = threading.get_ident()
         self._lock = threading.Lock()
         self._sending = threading.RLock()
-        self._waiting: list[Unit] = []
+        self._waiting: list[HandedUnit] = []
         self._slots: dict[int, StagingBuffer] = {}
         self._over = False
         self._sealed = False
         #: Whether the process knows of the save.
         self.begun = False
 
-    def submit(self, extent: StagedExtent) -> None:
-        """Hand an extent over. Blocks only where the process takes nothing, and never on a device: where copies are
+    def submit(self, staged: StagedUnit) -> None:
+        """Hand a unit over. Blocks only where the process takes nothing, and never on a device: where copies are
         queued, a thread waits for them."""
-        if extent.slot.copies:
-            self._writer.handing_over.submit(functools.partial(self._hand_over, extent))
+        if staged.slot.copies:
+            self._writer.handing_over.submit(functools.partial(self._hand_over, staged))
         else:
-            self._hand_over(extent)
+            self._hand_over(staged)
 
-    def _hand_over(self, extent: StagedExtent) -> None:
-        slot = extent.slot
+    def _hand_over(self, staged: StagedUnit) -> None:
+        slot, first, count = staged.slot, staged.unit.first, len(staged.unit.extents)
         try:
             if self._scope.error is None:
-                extent.wait_copied()
+                staged.wait_copied()
         except BaseException as error:
             self._scope.fail(error)
         with self._lock:
             dropped = self._over or self._scope.error is not None
             if not dropped:
-                self._slots[extent.index] = slot
+                self._slots[first] = slot
                 waiting = self._arena.waiting
-                self._waiting.append(
-                    Unit(self._save.number, extent.index, slot.region, slot.split, waiting, slot.offset, slot.nbytes)
-                )
-            self._left -= 1
+                place = slot.region, slot.split, waiting, slot.offset, slot.nbytes
+                self._waiting.append(HandedUnit(self._save.number, first, count, *place))
+            self._left -= count
             last = self._left == 0
         if dropped:
             self._arena.release(slot)
@@ -300,10 +296,10 @@ class HandedOver:
         """Have the process write what it has put off: somebody waits for staging memory."""
         self._process.send(MemoryShort(self._arena.waiting))
 
-    def written(self, index: int) -> None:
-        """Note that the process has no use for a unit's memory any more."""
+    def written(self, first: int) -> None:
+        """Note that the process has no use any more for the memory of the unit that begins with this extent."""
         with self._lock:
-            slot = self._slots.pop(index, None)
+            slot = self._slots.pop(first, None)
         if slot is not None:
             self._arena.release(slot)
 

@@ -28,7 +28,7 @@ from asyncckpt.background.messages import (
     Sealed,
 )
 from asyncckpt.background.reports import LogHandler, Reports
-from asyncckpt.background.wire import Channel, Unit
+from asyncckpt.background.wire import Channel, HandedUnit
 from asyncckpt.commit.publisher import Solo
 from asyncckpt.commit.room import make_room
 from asyncckpt.commit.transaction import SaveTransaction
@@ -38,7 +38,8 @@ from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import PendingDirectory
 from asyncckpt.read.verify import verify
 from asyncckpt.scope import SaveScope
-from asyncckpt.stage.staged import StagedExtent
+from asyncckpt.stage.staged import StagedUnit
+from asyncckpt.stage.units import Units
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.reuse import ReuseSource
@@ -85,6 +86,8 @@ class _Save:
     def __init__(self, begin: Begin, transaction: SaveTransaction) -> None:
         self.begin = begin
         self.transaction = transaction
+        layout = transaction.contents.layout
+        self.units = Units(layout.extents(), layout.cache.setdefault("units", {}))
         self.sealed = False
         self.submitted = False
 
@@ -198,18 +201,20 @@ class Server:
         self._saves[begin.save] = _Save(begin, transaction)
         scope.when_failed(lambda: self._tell_of_failure(begin.save, scope))
 
-    def _take(self, unit: Unit) -> None:
+    def _take(self, unit: HandedUnit) -> None:
         self._arena.waiting = unit.waiting
         slot = self._arena.slot(unit)
         save = self._saves.get(unit.save)
         if save is None:  # it has failed and ended meanwhile
             self._arena.release(slot)
             return
-        save.transaction.shards.submit(StagedExtent(unit.extent, slot, _copied))
+        save.transaction.shards.submit(StagedUnit(save.units.of(unit.first, unit.extents), slot, _copied))
 
     def _tell_of_failure(self, number: int, scope: SaveScope) -> None:
-        error = scope.error
-        if error is not None and number in self._saves:
+        error, save = scope.error, self._saves.get(number)
+        if error is not None and save is not None:
+            if isinstance(error, CheckpointDamaged):  # the one before is damaged: write everything next time
+                self._reuse.forget(save.begin.contents.draft.kind)
             self._reports.send({"about": "failed", "save": number, "error": as_data(error)})
 
     # -- what only the trainer can decide ------------------------------------------------------------------------------
@@ -246,7 +251,7 @@ class Server:
 
     def _commit(self, save: _Save) -> None:
         begin, transaction = save.begin, save.transaction
-        number, draft = begin.save, transaction.contents.draft
+        number = begin.save
         outcome: dict[str, object]
         try:
             transaction.descend_from(self._newest or begin.parent)
@@ -255,14 +260,13 @@ class Server:
             )
         except BaseException as error:
             transaction.scope.fail(error)
-            if isinstance(error, CheckpointDamaged):  # the one before is damaged: write everything next time
-                self._reuse.forget(draft.kind)
             outcome = {"error": as_data(error)}
         else:
             outcome = self._published(save, written)
+        transaction.close()  # before the trainer applies retention: what was read is not deleted
         self._reports.send({"about": "outcome", "save": number, **outcome})
         failed = "error" in outcome
-        transaction.close()
+        self._store.empty_trash()
         if failed and not transaction.discard(_STUCK_SECONDS):
             log.warning("step %d: a write of it hangs; its files go once it returns", transaction.step)
             transaction.shards.replace_stuck_threads(_STUCK_SECONDS)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 _FRAME = struct.Struct("<BQ")
-_UNIT = struct.Struct("<IIHBIQQ")
+_UNIT = struct.Struct("<IIIHBIQQ")
 _PICKLED, _JSON, _UNITS = 0, 1, 2
 _READ_BYTES = 256 << 10
 _MOST_DESCRIPTORS = 16
@@ -29,12 +29,13 @@ _MOST_DESCRIPTORS = 16
 SEND_SECONDS = 60
 
 
-class Unit(NamedTuple):
-    """A part of the arena that holds the ``extent`` of this index of a save: ``nbytes`` at ``offset`` of a region. ``split``: see
-    ``StagingBuffer``. ``waiting``: how many threads of the trainer wait for memory."""
+class HandedUnit(NamedTuple):
+    """A part of the arena that holds so many ``extents`` of a save, from index ``first`` on: ``nbytes`` at ``offset`` of
+    a region. ``split``: see ``StagingBuffer``. ``waiting``: how many threads of the trainer wait for memory."""
 
     save: int
-    extent: int
+    first: int
+    extents: int
     region: int
     split: bool
     waiting: int
@@ -65,7 +66,7 @@ class Channel:
         """Send a message as JSON; see ``send``."""
         self._send(_JSON, json.dumps(message).encode(), ())
 
-    def send_units(self, units: Sequence[Unit]) -> None:
+    def send_units(self, units: Sequence[HandedUnit]) -> None:
         """Send units that are staged; see ``send``."""
         self._send(_UNITS, b"".join(_UNIT.pack(*unit) for unit in units), ())
 
@@ -116,7 +117,7 @@ class Channel:
         payload = bytes(self._buffer[_FRAME.size : end])
         del self._buffer[:end]
         if kind == _UNITS:
-            return ([Unit(*fields)._replace(split=bool(fields[3])) for fields in _UNIT.iter_unpack(payload)],)
+            return ([HandedUnit(*fields)._replace(split=bool(fields[4])) for fields in _UNIT.iter_unpack(payload)],)
         return (pickle.loads(payload) if kind == _PICKLED else json.loads(payload),)
 
     def _fill(self) -> bool:

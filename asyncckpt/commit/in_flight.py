@@ -11,14 +11,14 @@ from asyncckpt.catalog.steps import Claim
 from asyncckpt.commit.pending import PendingSave
 from asyncckpt.manifest.draft import Contents
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.protocols import Digest, PendingDirectory
+from asyncckpt.protocols import PendingDirectory
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.job import StagingJob
-from asyncckpt.stage.staged import ExtentSink
+from asyncckpt.stage.staged import UnitSink
 from asyncckpt.write.reuse import ReusableFile
 
 
-class SaveShards(ExtentSink, Protocol):
+class SaveShards(UnitSink, Protocol):
     """Writes the staged extents of one save, in this process or another."""
 
     def unwritten_bytes(self) -> int:
@@ -44,9 +44,6 @@ class Save(Protocol):
 
     @property
     def contents(self) -> Contents: ...
-
-    @property
-    def digest(self) -> Digest | None: ...
 
     @property
     def shards(self) -> SaveShards: ...
