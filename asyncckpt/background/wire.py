@@ -30,8 +30,8 @@ SEND_SECONDS = 60
 
 
 class HandedUnit(NamedTuple):
-    """A part of the arena that holds so many ``extents`` of a save, from index ``first`` on: ``nbytes`` at ``offset`` of
-    a region. ``split``: see ``StagingBuffer``. ``waiting``: how many threads of the trainer wait for memory."""
+    """A part of the arena that holds so many ``extents`` of a save, from index ``first`` on: ``nbytes`` at ``offset``
+    of a region. ``split``: see ``StagingBuffer``. ``waiting``: how many threads of the trainer wait for memory."""
 
     save: int
     first: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import random
 import weakref
@@ -28,6 +29,11 @@ def _found(make: Callable[[], Any]) -> Any:
         return str(error)
 
 
+def _captured(known: KnownStates, state: dict[str, Any], number: int, captured: list[Any]) -> Any:
+    captured.append(known.capture(state, number, weights_only=False))
+    return captured[0].snapshot
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_a_known_state_is_captured_as_one_that_is_not(seed: int) -> None:
     rng, known, state = random.Random(seed), KnownStates(EventBus()), new_state()
@@ -40,13 +46,8 @@ def test_a_known_state_is_captured_as_one_that_is_not(seed: int) -> None:
             rng.choice(CHANGES)(state)
         for _ in range(rng.randrange(1, 4)):  # the second time it is known, unless nobody can vouch for it
             captured: list[Any] = []
-
-            def make(number: int = number, captured: list[Any] = captured) -> Any:
-                captured.append(known.capture(state, number, weights_only=False))
-                return captured[0].snapshot
-
-            found = _found(make)
-            assert found == _found(lambda number=number: capture(state, number))
+            found = _found(functools.partial(_captured, known, state, number, captured))
+            assert found == _found(functools.partial(capture, state, number))
             if captured and captured[0].again is not None:
                 again += 1
                 listed = captured[0].snapshot.pieces()
