@@ -60,8 +60,8 @@ class SnapshotChecks:
         self._tensors: Sequence[torch.Tensor] = pieces_of(pieces).tensors
         checked = division.checked
         cache = division.cache if division.cache is not None else {}
-        if "checked" not in cache:
-            cache["checked"] = frozenset(checked)
+        if "checked" not in cache:  # a rank of a job that copies nothing has nothing that could change meanwhile
+            cache["checked"] = frozenset(checked if extents else ())
         self._checked: frozenset[int] = cache["checked"]
         self._sources = Sources(known, again) if known is not None and again is not None and checked else None
         owners = {n: holder for n in division.on_trial if (holder := owned.holder_of(division.on_trial[n])) is not None}
@@ -77,7 +77,7 @@ class SnapshotChecks:
         self._cache = cache
         if on_trial:
             self.pieces_in(())
-        if checked:
+        if self._checked:
             scope.await_verdict()
         self._addresses = division.addresses
         if known is not None and again is not None and again.is_same and checked:

@@ -246,3 +246,22 @@ def test_a_sample_has_the_bytes_that_the_tensor_had(device: str) -> None:
     }
     whole.zero_()  # what is done after the save was asked for
     assert sample.digests() == ({}, expected)
+
+
+def _last_save(me: Me, path: str) -> list[int]:
+    """Save a small replicated model, deferred, again and again, with no step after the last; return what is there."""
+    torch.manual_seed(3)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with asyncckpt.Checkpointer(path, ranks=asyncckpt.RankOptions(timeout_seconds=10)) as run:
+        run.watch(optimizer)
+        for step in range(1, 5):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            run.save(step, {"model": model, "optimizer": optimizer})
+    return [entry.step for entry in asyncckpt.Run(path).ls()]
+
+
+def test_a_rank_that_copies_nothing_keeps_no_save_waiting(crews: Crews, tmp_path: Path) -> None:
+    """So small a state is rank 0's alone to write, and the last save has no update after it that would judge it."""
+    assert crews(2).values(_last_save, str(tmp_path / "run")) == [[1, 2, 3, 4]] * 2
