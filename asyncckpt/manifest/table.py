@@ -22,6 +22,7 @@ from asyncckpt.manifest.records import ComponentRecord, FileRecord, StoredTensor
 Numbers = npt.NDArray[np.int64]
 #: Products of numbers up to this one and the size of an element still fit into 64 bits.
 _MOST_ELEMENTS: Final = 1 << 57
+_MOST_BYTES: Final = int(np.iinfo(np.int64).max)
 _MOST_DIMENSIONS: Final = 64
 _FIELDS: Final = 5
 _T = TypeVar("_T")
@@ -147,7 +148,7 @@ def table_of(rows: Mapping[str, Any], files: Mapping[str, FileRecord]) -> Tensor
         return None
     item = np.fromiter(map(ITEM_BYTES.__getitem__, dtypes), np.int64, count)
     nbytes = item * np.fromiter(map(elements.__getitem__, sizes), np.int64, count)
-    limits = {name: min(record.nbytes, np.iinfo(np.int64).max) for name, record in files.items()}
+    limits = {name: min(files[name].nbytes, _MOST_BYTES) for name in set(names)}
     limit = np.fromiter(map(limits.__getitem__, names), np.int64, count)
     fits = (begin >= 0) & (end <= limit) & (end >= begin) & (end - begin == nbytes) & (begin % item == 0)
     if not fits.all():

@@ -103,7 +103,7 @@ class KnownModule:
         keys = _keys(modules, children, parameters, buffers)
         self.positions = _positions(module, component, keys, values)
         self.skipped = [
-            at for at, (key, value) in enumerate(zip(keys, values, strict=True)) if not key and value is not None
+            at for at, (key, value) in enumerate(zip(keys, values, strict=True)) if key is None and value is not None
         ]
 
     def values(self, module: nn.Module) -> list[Any]:

@@ -97,7 +97,7 @@ def test_a_restore_beside_an_overwrite_falls_back_to_nothing_older(path: Path, m
     saved(path, 1, 2)
     original, done = carrying_out.fill, []
 
-    def fill(checkpoint: Any, *plan: Any) -> int:
+    def fill(checkpoint: Any, *plan: Any, **options: Any) -> int:
         if not done:
             done.append(True)
             saved(path.parent / "new", 2)  # what takes the place has another inode
@@ -105,7 +105,7 @@ def test_a_restore_beside_an_overwrite_falls_back_to_nothing_older(path: Path, m
             os.rename(path.parent / "new" / "step-00000002", path / "step-00000002")
             checkpoint.reader.close()
             raise CheckpointDamaged("a file is missing")
-        return original(checkpoint, *plan)
+        return original(checkpoint, *plan, **options)
 
     monkeypatch.setattr(carrying_out, "fill", fill)
     with warnings.catch_warnings():

@@ -69,7 +69,7 @@ def _(patch: Patch) -> None:
 
 @mutant("attempts of a live run are reclaimed", checks.a_live_run_keeps_its_attempts)
 def _(patch: Patch) -> None:
-    unlocked = types.SimpleNamespace(LOCK_EX=0, LOCK_NB=0, flock=lambda *_: None)
+    unlocked = types.SimpleNamespace(LOCK_EX=0, LOCK_NB=0, LOCK_UN=0, flock=lambda *_: None)
     patch.setattr(lease, "fcntl", unlocked)
 
 

@@ -52,13 +52,13 @@ def _(patch: Patch) -> None:
 
 @mutant("what an optimizer has is deferred, frozen or not", while_copying.frozen_parameters_are_not_deferred)
 def _(patch: Patch) -> None:
-    def owned(self: hooks.WatchedOptimizers) -> Any:
+    def owned(self: hooks.WatchedOptimizers, *_known: Any) -> Any:
         memory = OwnedMemory()
         for optimizer in self._alive():
             memory.add(p for group in optimizer.param_groups for p in group["params"])
         return memory
 
-    def divided(pieces: Any, owned: OwnedMemory, earned: Any, divider: Any) -> Any:
+    def divided(pieces: Any, owned: OwnedMemory, earned: Any, divider: Any, *_known: Any) -> Any:
         thawed = [replace(one, spec=replace(one.spec, frozen=False)) for one in pieces]
         return owned_memory.divide(thawed, owned, earned, divider)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from asyncckpt.manifest.records import ComponentRecord
-from asyncckpt.restore import modules, optimizer_load, optimizer_state, optimizers, plan, shared_memory
+from asyncckpt.restore import modules, optimizer_load, optimizer_state, optimizers, plain_state, plan, shared_memory
 from asyncckpt.restore.saved_parameters import SavedParameters, row_major
 from asyncckpt.state import fqn
 from faults import state_checks as checks
@@ -19,6 +21,15 @@ def _(patch: Patch) -> None:
         return parameter.dtype
 
     patch.setattr(optimizer_state.StateTargets, "_dtype", cast)
+    patch.setattr(plain_state.PlainStates, "plan", lambda *_: None)
+
+
+@mutant("plain state of an optimizer is made in another dtype", checks.an_optimizer_has_the_dtypes_that_it_had)
+def _(patch: Patch) -> None:
+    def made(record: Any, dtype: Any, device: Any) -> Any:
+        return plan.new_tensor(record, torch.bfloat16 if dtype is torch.float32 else torch.float32, device)
+
+    patch.setattr(plain_state, "new_tensor", made)
 
 
 @mutant("what a class casts on loading stays cast", checks.so_has_one_that_loads_by_itself)
