@@ -23,20 +23,10 @@ from asyncckpt import CheckpointDamaged, InvalidOption, NoUsableCheckpoint, Run,
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from support.tiny_transformers import AsyncTrainer, bits, model, same, trainer
+    from support.tiny_transformers import AsyncTrainer, StopAt, bits, model, same, trainer
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 TESTS = Path(__file__).parents[1]
-
-
-class StopAt(transformers.TrainerCallback):  # type: ignore[misc]
-    """Ends training after a step, as an interruption would, at a step that is not saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step == self.step
 
 
 def _trained(folder: Path, kind: type[Any] = AsyncTrainer, resume: bool | str | None = None, **options: Any) -> Any:
@@ -267,3 +257,13 @@ def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "step 5 is saved" in scripts.run(example, "--out", tmp_path, "--steps", "5")
     assert "step 8 is saved" in scripts.run(example, "--out", tmp_path, "--steps", "8")
     assert [entry.step for entry in Run(tmp_path).ls()] == [7, 8]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_that_stopped_end_as_those_that_did_not(kind: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(TESTS / "frameworks" / "transformers_on_ranks.py"), str(tmp_path), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((tmp_path / "found.json").read_text()) == [True, True]
+    assert [entry.step for entry in Run(tmp_path / "ours").ls()] == [3, 6, 9, 12]

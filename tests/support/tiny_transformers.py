@@ -47,6 +47,16 @@ def model(seed: int = 0, width: int = 16) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
+class StopAt(transformers.TrainerCallback):  # type: ignore[misc]
+    """Ends training after a step, as an interruption would, at a step that is not saved."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
 class AsyncTrainer(AsyncCheckpointMixin, transformers.Trainer):
     """The one line that a user changes."""
 
