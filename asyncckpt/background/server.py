@@ -160,7 +160,9 @@ class Server:
                 save.begin = replace(save.begin, parent=message.parent, replaces=message.replaces)
                 self._submit(save)
             case Broken(save=number, error=error) if number in self._saves:
-                self._saves[number].transaction.scope.give_up(from_data(error))
+                save = self._saves[number]
+                save.transaction.scope.give_up(from_data(error))
+                self._submit(save)  # nobody will say that it is to be published: its end is to be removed
             case Answer(call=call):
                 answered, found = self._asked[call]
                 found.append(message)
