@@ -217,7 +217,10 @@ class Server:
         if error is not None and save is not None:
             if isinstance(error, CheckpointDamaged):  # the one before is damaged: write everything next time
                 self._reuse.forget(save.begin.contents.draft.kind)
-            self._reports.send({"about": "failed", "save": number, "error": as_data(error)})
+            typed = save.transaction.typed(error)
+            if typed is not error:
+                typed.__cause__ = error
+            self._reports.send({"about": "failed", "save": number, "error": as_data(typed)})
 
     # -- what only the trainer can decide ------------------------------------------------------------------------------
 
