@@ -27,7 +27,7 @@ _END_SECONDS = 5.0
 
 class BackgroundProcess:
     """One child process. ``hello``, ``descriptors``: its first message. ``heard``: called with each message of the
-    process, and ``ended`` once it is gone, with the reason, both on a thread of its own. The constructor returns
+    process, and ``ended`` once it is gone, with this object and the reason, both on a thread of its own. The constructor returns
     before the process has started; what is sent waits for it. Thread-safe."""
 
     def __init__(
@@ -35,7 +35,7 @@ class BackgroundProcess:
         hello: Hello,
         descriptors: Sequence[int],
         heard: Callable[[dict[str, Any]], None],
-        ended: Callable[[str], None],
+        ended: Callable[[BackgroundProcess, str], None],
     ) -> None:
         ours, theirs = socket.socketpair()
         self._channel = Channel(ours)
@@ -125,7 +125,7 @@ class BackgroundProcess:
             self._gone.set()
             self._settled.set()
             self.is_ready = False
-            self._ended("" if self._closing else reason)
+            self._ended(self, "" if self._closing else reason)
 
     def _reap(self, child: subprocess.Popen[bytes]) -> str:
         """Wait until the child is gone, and return what it died of."""

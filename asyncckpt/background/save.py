@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from asyncckpt.background.failures import as_data, from_data
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from asyncckpt.background.writer import BackgroundWriter
 
 log = logging.getLogger("asyncckpt")
+
+#: A process that has not reported the end of a save so long after its deadline hangs.
+_SILENCE_SECONDS = 3.0
 
 _NO_LAYOUT = Layout((), 0, "")
 
@@ -54,7 +58,7 @@ class BackgroundSave:
         self.started_seconds = self.written_seconds = started_seconds
         self.number = number
         self._writer = writer
-        self._process = process
+        self.process = process
         self._begin = begin
         self._written_bytes = 0
         #: What the process reports of the end of this save; None: the save has failed here.
@@ -70,14 +74,14 @@ class BackgroundSave:
 
     def say_begin(self) -> None:
         """Tell the process of this save."""
-        self._writer.send_layout(self._process, self.contents.layout)
+        self._writer.send_layout(self.process, self.contents.layout)
         contents = replace(self.contents, layout=_NO_LAYOUT)
-        self._process.send(self._begin(contents))
+        self.process.send(self._begin(contents))
 
     def _broken(self) -> None:
         error = self.scope.error
         if error is not None and self.shards.give_up():
-            self._process.send(Broken(self.number, as_data(error)))
+            self.process.send(Broken(self.number, as_data(error)))
         self._inbox.put(None)
 
     # -- what the process reports ------------------------------------------------------------------------------------
@@ -130,9 +134,10 @@ class BackgroundSave:
         self.shards.seal()
         self.scope.raise_if_failed()
         draft = self.contents.draft
-        self._process.send(Commit(self.number, draft.parent, self._writer.replaced_by(self.contents)))
+        self.process.send(Commit(self.number, draft.parent, self._writer.replaced_by(self.contents)))
+        gives_up_at = self.started_seconds + timeout_seconds + _SILENCE_SECONDS
         while True:
-            message = self._inbox.get()
+            message = self._next(gives_up_at)
             if message is None:
                 if not self._allowed:
                     self.scope.raise_if_failed()
@@ -147,6 +152,15 @@ class BackgroundSave:
             else:
                 return self._published(message)
 
+    def _next(self, gives_up_at: float) -> dict[str, Any] | None:
+        """Return what the process reports next. One that reports nothing for so long does nothing any more: it would
+        have given the save up by itself. It is killed, and that it is gone is reported then."""
+        with contextlib.suppress(Empty):
+            return self._inbox.get(timeout=max(0.0, gives_up_at - time.perf_counter()))
+        log.warning("step %d: the background process hangs; it is killed", self.step)
+        self._writer.replace(self.process)
+        return self._inbox.get()
+
     def _allow(self, call: int, check_lease: Callable[[], None]) -> None:
         try:
             self.scope.raise_if_failed()
@@ -154,10 +168,10 @@ class BackgroundSave:
             self.scope.begin_publish()
             self._allowed = True
         except BaseException as error:
-            self._process.send(Answer(call, as_data(error)))
+            self.process.send(Answer(call, as_data(error)))
             self.scope.fail(error)
             raise
-        self._process.send(Answer(call))
+        self.process.send(Answer(call))
 
     def _published(self, outcome: dict[str, Any]) -> Manifest:
         self._written_bytes = outcome["written_bytes"]
@@ -185,7 +199,7 @@ class BackgroundSave:
             return True
         if not self._ended.wait(timeout_seconds):
             return False
-        if self._process.is_gone:
+        if self.process.is_gone:
             self._writer.remove_attempt(self.contents)
         return True
 

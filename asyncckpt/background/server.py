@@ -160,7 +160,9 @@ class Server:
                 save.begin = replace(save.begin, parent=message.parent, replaces=message.replaces)
                 self._submit(save)
             case Broken(save=number, error=error) if number in self._saves:
-                self._saves[number].transaction.scope.give_up(from_data(error))
+                save = self._saves[number]
+                save.transaction.scope.give_up(from_data(error))
+                self._submit(save)  # nobody will say that it is to be published: its end is to be removed
             case Answer(call=call):
                 answered, found = self._asked[call]
                 found.append(message)
@@ -215,7 +217,10 @@ class Server:
         if error is not None and save is not None:
             if isinstance(error, CheckpointDamaged):  # the one before is damaged: write everything next time
                 self._reuse.forget(save.begin.contents.draft.kind)
-            self._reports.send({"about": "failed", "save": number, "error": as_data(error)})
+            typed = save.transaction.typed(error)
+            if typed is not error:
+                typed.__cause__ = error
+            self._reports.send({"about": "failed", "save": number, "error": as_data(typed)})
 
     # -- what only the trainer can decide ------------------------------------------------------------------------------
 

@@ -97,6 +97,13 @@ class BackgroundWriter:
             self._sent_regions, self._sent_layout = set(), None
         self._process = BackgroundProcess(hello, descriptors, self._hear, self._died)
 
+    def replace(self, process: BackgroundProcess) -> None:
+        """Kill a process that does nothing any more. The next save starts another one; those of this one fail once it
+        is gone. Does not block."""
+        if self._process is process:
+            self._process = None
+        process.kill()
+
     def save(self, contents: Contents, scope: SaveScope, started_seconds: float) -> BackgroundSave | None:
         """Make a save that the process writes; None where no process can be had. Blocks until the first one serves."""
         self.start()
@@ -225,13 +232,16 @@ class BackgroundWriter:
             self._prune()
         process.send(Answer(call))
 
-    def _died(self, reason: str) -> None:
-        process, self._process = self._process, None
+    def _died(self, process: BackgroundProcess, reason: str) -> None:
+        if self._process is process:
+            self._process = None
         with self._lock:
-            saves, self._saves = self._saves, {}
+            saves = {number: save for number, save in self._saves.items() if save.process is process}
+            for number in saves:
+                del self._saves[number]
         if reason:
             log.warning("the background process is gone (%s); the next save starts another one", reason)
         for save in saves.values():
             save.process_died(reason or "it was told to end")
-        if process is not None and reason and not process.was_ready:
+        if reason and not process.was_ready:
             self._give_up_processes(reason)

@@ -154,7 +154,7 @@ class SaveTransaction:
             return self._publisher.publish(self, directory, early, check_lease, read_back)
         except BaseException as error:
             self.scope.fail(error)
-            typed = self._typed(error)
+            typed = self.typed(error)
             raised = self._publisher.failed(self, typed)
             self.discard(0.2)
             if raised is error:
@@ -195,7 +195,9 @@ class SaveTransaction:
             read_back=read_back,
         )
 
-    def _typed(self, error: BaseException) -> BaseException:
+    def typed(self, error: BaseException) -> BaseException:
+        """Return the error of this library that says what an error of the storage means for this save. May look at the
+        disk."""
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
             return error
         path = self._directory.path
@@ -261,7 +263,7 @@ class SaveTransaction:
         if not self.scope.wait_until(lambda: self.shards.in_flight == 0, timeout_seconds, failed_too=False):
             return False
         if self.scope.error is not None:  # the others are told why before their files are gone
-            self._publisher.failed(self, self._typed(self.scope.error))
+            self._publisher.failed(self, self.typed(self.scope.error))
         return self._directory.discard(deadline - time.monotonic(), keep=self._publisher.keeps_files)
 
     def close(self) -> None:
