@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
 from conftest import bits
 from frameworks.killing import in_child
+from frameworks.on_ranks import on_ranks
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -198,3 +199,9 @@ def test_scaler_comes_back(tmp_path: Path) -> None:
             if scale == 1024.0:
                 state.save_state(1)
     assert scales == [1024.0, 1024.0]
+
+
+def test_ranks_that_stopped_end_as_those_that_did_not(tmp_path: Path) -> None:
+    """With DDP: Accelerate's FSDP needs GPUs."""
+    assert on_ranks("accelerate_on_ranks.py", tmp_path) == [True, True]
+    assert [entry.step for entry in asyncckpt.Run(tmp_path / "ours").ls()] == [5, 10, 15, 20]

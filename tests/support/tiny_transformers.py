@@ -1,10 +1,8 @@
-"""A tiny model, data set and trainer of Transformers, for tests; ``python -m support.tiny_transformers`` trains."""
+"""A tiny model, data set and trainer of Transformers, for tests."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -94,15 +92,3 @@ def bits(of: Any) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def main(folder: str, resume: bool, options: dict[str, Any]) -> None:
-    """Train, and write what came of it."""
-    one = trainer(folder, **options)
-    print("training", flush=True)
-    one.train(resume_from_checkpoint=resume)
-    torch.save(bits(one), os.path.join(folder, "bits.pt"))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "resume", json.loads(sys.argv[3]))

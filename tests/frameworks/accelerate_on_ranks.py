@@ -1,0 +1,73 @@
+"""Trains a tiny model with Accelerate on all ranks of a job, unbroken and stopped and resumed; see ``test_accelerate``.
+
+torchrun --nproc-per-node 2 accelerate_on_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from asyncckpt.integrations.accelerate import AsyncState
+
+
+class Training:
+    """Has a model with dropout, its optimizer and its data, always the same."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        loaders = DataLoaderConfiguration(use_seedable_sampler=True)
+        self.accelerator = Accelerator(cpu=True, dataloader_config=loaders)
+        net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 1))
+        x = torch.randn(256, 16)
+        data = DataLoader(TensorDataset(x, x.sum(-1)), 16, shuffle=True)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+        self.model, self.optimizer, self.loader = self.accelerator.prepare(net, optimizer, data)
+
+    def run(self, state: AsyncState | None, stop: int | None = None) -> dict[str, Any]:
+        """Train three epochs, or up to a step; return the weights."""
+        torch.manual_seed(7 + self.accelerator.process_index)
+        step = state.load_state() if state is not None else 0
+        for epoch in range(step // len(self.loader), 3):
+            self.loader.set_epoch(epoch)
+            skipped = step - epoch * len(self.loader)
+            for inputs, targets in self.loader if state is None else state.skip_first_batches(self.loader, skipped):
+                loss = nn.functional.mse_loss(self.model(inputs).squeeze(-1), targets)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                step += 1
+                if state is not None and step % 5 == 0:
+                    state.save_state(step)
+                if step == stop:
+                    break
+            if step == stop:
+                break
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+
+def main(folder: Path) -> None:
+    """Train, and have rank 0 write whether each rank has found the same bits."""
+    expected = Training().run(None)
+    for stop in (13, None):
+        training = Training()
+        with AsyncState(training.accelerator, folder / "ours") as state:
+            weights = training.run(state, stop)
+    same = all(torch.equal(weights[name], value) for name, value in expected.items())
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, same)
+    if dist.get_rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
