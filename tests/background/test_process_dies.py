@@ -15,7 +15,7 @@ import torch
 from conftest import assert_all_memory_came_back
 from support.background import background_pids, only_pid, stop, until
 
-from asyncckpt import Checkpointer, Run, SaveFailed, Safetensors, StagingOptions, WriterOptions
+from asyncckpt import Checkpointer, Run, Safetensors, SaveFailed, StagingOptions, WriterOptions
 
 ALWAYS = WriterOptions(process="always")
 SMALL = {"writer": ALWAYS, "files": Safetensors(extent_bytes=256 << 10, shard_bytes=1 << 20)}

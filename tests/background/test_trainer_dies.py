@@ -15,11 +15,10 @@ from support.background import ForkedTrainer, background_pids, only_pid, stop, u
 
 from asyncckpt import (
     Checkpointer,
-    KeepLast,
     LeaseOptions,
+    Run,
     RunLocked,
     RunOptions,
-    Run,
     Safetensors,
     StagingOptions,
     WriterOptions,

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -80,7 +80,7 @@ class ForkedTrainer:
         self._lines = os.fdopen(read_end)
         self.status: int | None = None
 
-    def __enter__(self) -> ForkedTrainer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
