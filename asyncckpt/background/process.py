@@ -27,8 +27,8 @@ _END_SECONDS = 5.0
 
 class BackgroundProcess:
     """One child process. ``hello``, ``descriptors``: its first message. ``heard``: called with each message of the
-    process, and ``ended`` once it is gone, with this object and the reason, both on a thread of its own. The constructor returns
-    before the process has started; what is sent waits for it. Thread-safe."""
+    process, and ``ended`` once it is gone, with this object and the reason, both on a thread of its own. The
+    constructor returns before the process has started; what is sent waits for it. Thread-safe."""
 
     def __init__(
         self,

@@ -206,8 +206,8 @@ class BackgroundSave:
         return True
 
     def close(self) -> None:
-        """See ``SaveTransaction.close``. Waits until the process has tidied up after a save that is durable, as retention
-        comes next."""
+        """See ``SaveTransaction.close``. Waits until the process has tidied up after a durable save, as retention comes
+        next."""
         if self.scope.error is None:
             self._ended.wait(_TIDY_SECONDS)
         self.scope.end()

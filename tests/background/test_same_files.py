@@ -50,8 +50,7 @@ def _files(path: Path) -> dict[str, str]:
     }
 
 
-@settings(max_examples=8)
-@given(
+combinations = given(
     kind=st.sampled_from(FORMATS),
     changes=st.lists(st.integers(0, 2), min_size=1, max_size=4),
     weights_only=st.booleans(),
@@ -64,7 +63,9 @@ def _files(path: Path) -> dict[str, str]:
     in_flight=st.integers(1, 3),
     keep=st.sampled_from([None, 2]),
 )
-def test_both_ways_write_the_same(
+
+
+def _both_ways(
     kind: dict[str, Any],
     changes: list[int],
     weights_only: bool,
@@ -101,6 +102,19 @@ def test_both_ways_write_the_same(
                 assert Run(path).verify(step) == []
             found.append((steps, _files(path)))
     assert found[0] == found[1]
+
+
+@settings(max_examples=4)
+@combinations
+def test_both_ways_write_the_same(**options: Any) -> None:
+    _both_ways(**options)
+
+
+@pytest.mark.slow
+@settings(max_examples=80)
+@combinations
+def test_both_ways_write_the_same_whatever_is_combined(**options: Any) -> None:
+    _both_ways(**options)
 
 
 # -- which of them writes --------------------------------------------------------------------------------------------
