@@ -32,6 +32,8 @@ log = logging.getLogger("asyncckpt")
 
 #: A process that has not reported the end of a save so long after its deadline hangs.
 _SILENCE_SECONDS = 3.0
+#: How long the trainer waits at most for the process to tidy up.
+_TIDY_SECONDS = 30.0
 
 _NO_LAYOUT = Layout((), 0, "")
 
@@ -204,7 +206,10 @@ class BackgroundSave:
         return True
 
     def close(self) -> None:
-        """See ``SaveTransaction.close``."""
+        """See ``SaveTransaction.close``. Waits until the process has tidied up after a durable save, as retention comes
+        next."""
+        if self.scope.error is None:
+            self._ended.wait(_TIDY_SECONDS)
         self.scope.end()
 
 

@@ -83,9 +83,11 @@ class ForkedTrainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.status is None:
             self.end(signal.SIGKILL)
+        for left in background_pids(self.pid) if kind is not None else ():  # a test that failed may have it stopped
+            os.kill(left, signal.SIGKILL)
         self._lines.close()
 
     def hear(self) -> str:
