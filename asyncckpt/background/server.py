@@ -155,7 +155,7 @@ class Server:
                 save = self._saves[number]
                 save.sealed = True
                 save.transaction.scope.verdict()
-            case Commit(save=number):
+            case Commit(save=number) if number in self._saves:  # not one that has failed and ended meanwhile
                 save = self._saves[number]
                 save.begin = replace(save.begin, parent=message.parent, replaces=message.replaces)
                 self._submit(save)

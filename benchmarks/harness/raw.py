@@ -144,7 +144,10 @@ def drop_page_cache(path: str) -> None:
     """Ask the kernel to forget a file's cached pages, or those of every file below a directory."""
     files = [path] if os.path.isfile(path) else [os.path.join(at, f) for at, _, names in os.walk(path) for f in names]
     for file in files:
-        fd = os.open(file, os.O_RDONLY)
+        try:
+            fd = os.open(file, os.O_RDONLY)
+        except FileNotFoundError:  # it has got its name meanwhile, or is gone
+            continue
         try:
             os.fsync(fd)  # dirty pages cannot be dropped
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
