@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import mmap
-import warnings
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +214,7 @@ def test_memory_that_cannot_be_written_to_is_found_in_columns_too(tmp_path: Path
     with file.open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says once in a process that it is not writable
+        warnings.simplefilter("ignore")  # torch says once in a process that it is not writable
         whole = torch.from_numpy(np.frombuffer(mapped, np.float32))
     shrunk = torch.zeros(100)
     shrunk.untyped_storage().resize_(40)
