@@ -13,6 +13,8 @@ import xxhash
 
 from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
 
 @dataclass(slots=True)  # not frozen: a save makes some of these on the training thread, which takes three times as long
 class LiveTensor:
@@ -27,13 +29,25 @@ class LiveTensor:
     stride: tuple[int, ...]
 
     def now(self) -> torch.Tensor | None:
-        """Return a view of the memory, or None where the owner is gone or has other memory now."""
+        """Return a view of the memory, which may be the owner itself, or None where the owner is gone or has other
+        memory now."""
         owner = self.owner()
         if owner is None:
             return None
         storage = local_part(owner).untyped_storage()
         if storage.data_ptr() != self.block:
             return None
+        if (
+            type(owner) in _PLAIN
+            and owner.storage_offset() == self.offset
+            and owner.shape == self.size
+            and owner.stride() == self.stride
+            and owner.dtype is self.dtype
+            and is_plain(owner)
+            and self.offset * owner.element_size() + owner.nbytes <= storage.nbytes()
+        ):
+            # to make a view gives the interpreter up, for which a thread that is bound by Python has to be waited
+            return owner
         view = torch.empty(0, dtype=self.dtype, device=storage.device)
         try:
             return view.set_(storage, self.offset, self.size, self.stride)
