@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from asyncckpt.background.adopted import AdoptedRun
@@ -29,14 +29,14 @@ from asyncckpt.background.messages import (
 )
 from asyncckpt.background.reports import LogHandler, Reports
 from asyncckpt.background.wire import Channel, HandedUnit
+from asyncckpt.catalog.quarantine import Quarantine
+from asyncckpt.commit.publication import verify_attempt
 from asyncckpt.commit.publisher import Solo
 from asyncckpt.commit.room import make_room
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import Event, EventBus
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.protocols import PendingDirectory
-from asyncckpt.read.verify import verify
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.staged import StagedUnit
 from asyncckpt.stage.units import Units
@@ -51,21 +51,23 @@ log = logging.getLogger("asyncckpt")
 _STUCK_SECONDS = 30.0
 
 
-class _Names:
-    """Holds the names of damaged checkpoints, as the trainer has told them, and tells it of others. Thread-safe."""
+class _Damaged(Quarantine):
+    """Holds the names of damaged checkpoints, as the trainer has told them, and tells it of others."""
 
     def __init__(self, reports: Reports) -> None:
-        self._names: set[str] = set()
+        super().__init__()
         self._reports = reports
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def hear(self, names: set[str]) -> None:
-        self._names = names
+    def hear(self, names: Sequence[str]) -> None:
+        """Note that these are damaged, and no others."""
+        for name in {*self.names(), *names}:
+            if name in names:
+                super().add(name)
+            else:
+                self.discard(name)
 
     def add(self, name: str) -> None:
-        self._names = self._names | {name}
+        super().add(name)
         self._reports.send({"about": "damaged", "name": name})
 
 
@@ -98,7 +100,7 @@ class Server:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._reports = Reports(channel)
-        self._damaged = _Names(self._reports)
+        self._damaged = _Damaged(self._reports)
         self._events = _Bus(self._reports)
         self._arena = MappedArena(self._reports.written)
         #: The newest layout, which is that of the saves that begin, and its number.
@@ -185,7 +187,7 @@ class Server:
         contents = replace(begin.contents, layout=made.layout)
         scope = SaveScope(contents.draft.step)
         scope.await_verdict()
-        self._damaged.hear(set(begin.quarantined))
+        self._damaged.hear(begin.quarantined)
         transaction = SaveTransaction(
             contents,
             scope,
@@ -261,7 +263,7 @@ class Server:
         try:
             transaction.descend_from(self._newest or begin.parent)
             written = transaction.commit(
-                self._before_publish(save), begin.timeout_seconds, _read_back if begin.read_back else None
+                self._before_publish(save), begin.timeout_seconds, verify_attempt if begin.read_back else None
             )
         except BaseException as error:
             transaction.scope.fail(error)
@@ -330,13 +332,3 @@ class Server:
 
 def _copied() -> None:
     """The trainer sends a unit once its bytes are there."""
-
-
-def _read_back(directory: PendingDirectory) -> None:
-    reader = directory.open()
-    try:
-        damage = verify(reader)
-    finally:
-        reader.close()
-    if damage:
-        raise OSError(f"read back differs from what was written: {damage[0]}")

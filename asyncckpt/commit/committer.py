@@ -18,6 +18,7 @@ from asyncckpt.catalog.steps import StepRegistry
 from asyncckpt.commit.in_flight import InFlight, InFlightSaves, Save
 from asyncckpt.commit.pending import Overdue, PendingSave, SaveReport
 from asyncckpt.commit.pruner import Pruner
+from asyncckpt.commit.publication import verify_attempt
 from asyncckpt.commit.room import make_room
 from asyncckpt.errors import (
     ArenaBusy,
@@ -28,9 +29,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import Busy, Committed, EventBus, Failed
 from asyncckpt.memory.arena import Arena
-from asyncckpt.protocols import PendingDirectory, Replaced, Store, renaming
-from asyncckpt.read.damage import Damage
-from asyncckpt.read.verify import verify
+from asyncckpt.protocols import Replaced, Store, renaming
 from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.storage.lease import HeldLease
 from asyncckpt.write.options import WriterOptions
@@ -202,7 +201,7 @@ class Committer:
         error: BaseException | None = None
         began = time.perf_counter()
         try:
-            read_back = self._read_back if self._options.read_back else None
+            read_back = verify_attempt if self._options.read_back else None
             save.descend_from(self._steps.parent_of(save.contents.draft.sequence))
             before = self._before_publish(save, replaced)
             written = save.commit(before, self._options.durable_timeout_seconds, read_back)
@@ -318,15 +317,6 @@ class Committer:
                 if not self._store.remove(one.hidden):
                     kept.append(one)
         self._replaced = kept
-
-    def _read_back(self, directory: PendingDirectory) -> None:
-        reader = directory.open()
-        try:
-            damage: list[Damage] = verify(reader)
-        finally:
-            reader.close()
-        if damage:
-            raise OSError(f"read back differs from what was written: {damage[0]}")
 
     def _end(self, flight: InFlight, error: BaseException | None) -> None:
         if self._saves.begin_end(flight):

@@ -17,6 +17,7 @@ from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.readable import check_readable
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Hold, PendingDirectory, Store
+from asyncckpt.read.verify import verify
 from asyncckpt.types import LeaseOptions
 
 
@@ -65,3 +66,15 @@ def publish(
     before()
     directory.publish(draft.name, replace=replace)
     return replaced(draft, size_bytes=len(data), file_digest=manifests.file_digest(data))
+
+
+def verify_attempt(directory: PendingDirectory) -> None:
+    """Verify every byte of an attempt as it lies on the storage. Raises ``OSError`` where it is not what was written.
+    Blocks."""
+    reader = directory.open()
+    try:
+        damage = verify(reader)
+    finally:
+        reader.close()
+    if damage:
+        raise OSError(f"read back differs from what was written: {damage[0]}")

@@ -16,20 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from asyncckpt.errors import InvalidOption, RunPathError
+from asyncckpt.integrations.output_dir import MODEL, NOTICES, OPTIMIZER, RANDOM, SCALER, SCHEDULER, STATE_ASSET
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.load import load
 from asyncckpt.storage import local_path
 from asyncckpt.storage.posix import PosixOps
 
-#: What ``integrations.transformers`` calls the components of a trainer.
-MODEL: Final = "model"
-OPTIMIZER: Final = "optimizer"
-SCHEDULER: Final = "scheduler"
-SCALER: Final = "scaler"
-RANDOM: Final = "random"
 _RANDOM_OF_RANK: Final = re.compile(RANDOM + r"\+(\d+)\Z")
-_NOTICES: Final = ("optimizer.pt", "scheduler.pt")
-_STATE: Final = "trainer_state.json"
 
 
 def export_for_trainer(checkpoint: OpenCheckpoint, out: str | os.PathLike[str]) -> int:
@@ -48,14 +41,14 @@ def export_for_trainer(checkpoint: OpenCheckpoint, out: str | os.PathLike[str]) 
     records = checkpoint.manifest.components
     assets = checkpoint.assets()
     lacking = [name for name in (OPTIMIZER, SCHEDULER, RANDOM) if name not in records]
-    if _STATE not in assets or lacking:
-        what = ", ".join(lacking) or _STATE
+    if STATE_ASSET not in assets or lacking:
+        what = ", ".join(lacking) or STATE_ASSET
         raise InvalidOption(f"{checkpoint.path}: --trainer needs a checkpoint of AsyncCheckpointMixin; it lacks {what}")
     temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         temp.mkdir()
         for name, data in assets.items():
-            if name not in _NOTICES:
+            if name not in NOTICES:
                 (temp / name).parent.mkdir(parents=True, exist_ok=True)
                 (temp / name).write_bytes(data)
         _write_weights(checkpoint, temp)

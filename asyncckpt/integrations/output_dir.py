@@ -15,6 +15,14 @@ from asyncckpt.run import Run
 from asyncckpt.types import MANIFEST_FILE
 
 STATE_ASSET: Final = "trainer_state.json"
+#: The plain ``Trainer`` reads these with torch. Where one is missing it goes on, in silence, with a new optimizer.
+NOTICES: Final = ("optimizer.pt", "scheduler.pt")
+#: What the components of a trainer's checkpoint are called.
+MODEL: Final = "model"
+OPTIMIZER: Final = "optimizer"
+SCHEDULER: Final = "scheduler"
+SCALER: Final = "scaler"
+RANDOM: Final = "random"
 #: The template of the directories' names, which is that of the plain trainer.
 NAME: Final = "checkpoint-{step}"
 _FOLDER: Final = re.compile(r"checkpoint-(\d+)\Z")

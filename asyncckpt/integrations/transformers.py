@@ -17,10 +17,18 @@ from typing import Any, Final
 
 from torch import nn
 
+from asyncckpt.assets import read_assets
+from asyncckpt.catalog.retention import checked_policies
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, MissingExtra, NoUsableCheckpoint
 from asyncckpt.integrations.output_dir import (
+    MODEL,
     NAME,
+    NOTICES,
+    OPTIMIZER,
+    RANDOM,
+    SCALER,
+    SCHEDULER,
     STATE_ASSET,
     SavedCheckpoint,
     SaveTotalLimit,
@@ -33,6 +41,7 @@ from asyncckpt.integrations.peft import Adapters
 from asyncckpt.ownership import RunOptions
 from asyncckpt.run import Run
 from asyncckpt.state.rng import RngState
+from asyncckpt.types import MAX_EXTENT_BYTES
 
 #: What the methods below find in ``self`` is a ``Trainer``'s, whose own annotations do not hold.
 _Base: Any = object
@@ -45,8 +54,6 @@ except ImportError as error:
 log = logging.getLogger("asyncckpt")
 
 _ARGUMENTS_ASSET: Final = "training_args.json"
-#: The plain ``Trainer`` reads these with torch. Where one is missing it goes on, in silence, with a new optimizer.
-_NOTICES: Final = ("optimizer.pt", "scheduler.pt")
 #: The first byte makes torch's loader take the text for the name of a class, which it shows as it refuses it.
 _NOTICE: Final = (
     b"casyncckpt wrote this checkpoint, and its optimizer lies in optimizer*.safetensors: resume with "
@@ -65,16 +72,17 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
 
     ``train`` ends when every save is durable, and raises the error of one that failed. Between two steps saves run in
     the background; callbacks that change weights in place outside the optimizer's step wrap that in
-    ``trainer.checkpointer.guard()``. Raises ``InvalidOption`` for DeepSpeed, FSDP 1, XLA and SageMaker, and where
+    ``trainer.checkpointer.guard()``. Raises ``InvalidOption`` for DeepSpeed, FSDP 1 and XLA, and where
     ``output_dir`` already has checkpoints of this library that this run does not go on from. Not thread-safe.
     """
 
     #: The checkpointer of the training that runs; None outside ``train``.
     checkpointer: Checkpointer | None = None
-    #: Which checkpoint of ours training begins with, until it is restored.
+    #: Which checkpoint of ours training has begun with, or is to begin with.
     _asyncckpt_resume: SavedCheckpoint | None = None
+    #: The random numbers as that checkpoint has left them; None until it is restored.
+    _asyncckpt_random: dict[str, Any] | None = None
     _asyncckpt_trial: Any = None
-    _asyncckpt_random: RngState | None = None
 
     # -- what a subclass may override --------------------------------------------------------------------------------
 
@@ -84,7 +92,8 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         return {}
 
     def checkpointer_options(self) -> dict[str, Any]:
-        """Return more options for ``Checkpointer``, such as ``staging`` and ``files``, by name."""
+        """Return more options for ``Checkpointer``, such as ``staging`` and ``files``, by name. ``keep`` holds beside
+        ``save_total_limit``, and ``assets`` beside the trainer's."""
         return {}
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -99,14 +108,15 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         self._asyncckpt_check()
         candidates: Sequence[str | None] = self._asyncckpt_candidates(resume_from_checkpoint)
         for number, path in enumerate(candidates):
-            self._asyncckpt_resume = SavedCheckpoint.at(path)
+            self._asyncckpt_resume, self._asyncckpt_random = SavedCheckpoint.at(path), None
             try:
                 with self._asyncckpt_closing():
                     if self._asyncckpt_resume is not None:
                         self._asyncckpt_resume.check_assets()
                     return super().train(path, trial, *arguments, **options)
             except CheckpointDamaged as error:
-                if self._asyncckpt_resume is None or number + 1 == len(candidates):
+                restored = self._asyncckpt_random is not None  # then it is a save that has found damage
+                if self._asyncckpt_resume is None or restored or number + 1 == len(candidates):
                     raise
                 what = f"checkpoint {path} cannot be used: {error}; going back to {candidates[number + 1]}"
                 warnings.warn(what, RuntimeWarning, stacklevel=2)
@@ -156,12 +166,11 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         bare = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state: dict[str, Any] = dict(_modules(self.model if self.is_fsdp_enabled else bare))
         if not self.args.save_only_model:
-            state |= {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}
+            state |= {OPTIMIZER: self.optimizer, SCHEDULER: self.lr_scheduler}
             scaler = getattr(self.accelerator, "scaler", None)
             if scaler is not None:
-                state["scaler"] = scaler
-            self._asyncckpt_random = self._asyncckpt_random or RngState()
-            state["random"] = self._asyncckpt_random
+                state[SCALER] = scaler
+            state[RANDOM] = RngState()
         own = self.checkpoint_state()
         taken = sorted(own.keys() & state.keys())
         if taken:
@@ -187,7 +196,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         """Return the assets that all checkpoints have."""
         assets: dict[str, Any] = {_ARGUMENTS_ASSET: self.args.to_json_string().encode()}
         if not self.args.save_only_model:
-            assets |= dict.fromkeys(_NOTICES, _NOTICE)
+            assets |= dict.fromkeys(NOTICES, _NOTICE)
         bare = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not _is_peft(bare):
             for name in ("config", "generation_config"):
@@ -212,12 +221,12 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
     def _asyncckpt_opened(self) -> Checkpointer:
         """Return the checkpointer of this training, made when it is asked for first."""
         if self.checkpointer is None:
-            options = self.checkpointer_options()
+            options = dict(self.checkpointer_options())
             run = dataclasses.replace(options.pop("run", RunOptions()), name=NAME, create_parents=True)
-            keep = [*options.pop("keep", ())]
+            keep = [*checked_policies(options.pop("keep", ()))]
             if self.args.save_total_limit is not None and self.args.save_total_limit > 0:
                 keep.append(SaveTotalLimit(self.args.save_total_limit, self))
-            assets = {**self._asyncckpt_common(), **options.pop("assets", {})}
+            assets = {**self._asyncckpt_common(), **read_assets(options.pop("assets", None), MAX_EXTENT_BYTES)}
             folder = self._get_output_dir(trial=self._asyncckpt_trial)
             self.checkpointer = Checkpointer(folder, keep=keep, assets=assets, run=run, **options)
         return self.checkpointer
@@ -269,6 +278,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         saves = self._asyncckpt_opened()
         reader = saves if saves.path == resumed.run.path else resumed.run
         reader.restore(self._asyncckpt_state(), resumed.step)
+        self._asyncckpt_random = RngState().state_dict()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self._asyncckpt_resume is None or not self._asyncckpt_resume.is_at(checkpoint):
@@ -279,8 +289,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         if resumed is None or not resumed.is_at(checkpoint):
             super()._load_rng_state(checkpoint)
         elif self._asyncckpt_random is not None:
-            # the data that was skipped has drawn from the generators since they were restored
-            resumed.run.restore({"random": self._asyncckpt_random}, resumed.step)
+            RngState().load_state_dict(self._asyncckpt_random)  # skipping data has drawn from the generators
 
     def _asyncckpt_candidates(self, asked: str | bool | None) -> list[str | None]:
         """List the directories to resume from, in the order in which they are tried; None is a new start."""
@@ -312,7 +321,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         unsupported = {
             "DeepSpeed": self.is_deepspeed_enabled,
             "FSDP 1 (set fsdp_version: 2)": self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2,
-            "XLA": self.is_fsdp_xla_enabled,
+            "XLA": self.accelerator.distributed_type.value == "XLA",
         }
         for name, used in unsupported.items():
             if used:
@@ -327,7 +336,7 @@ def _modules(model: nn.Module) -> Mapping[str, nn.Module]:
             return Adapters.all(model)
         except InvalidOption as error:
             log.info("the whole PEFT model is saved: %s", error)
-    return {"model": model}
+    return {MODEL: model}
 
 
 def _is_peft(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from frameworks.killing import in_child
 from frameworks.on_ranks import on_ranks
 from support import scripts
 
-from asyncckpt import CheckpointDamaged, InvalidOption, NoUsableCheckpoint, Run, StateMismatch
+from asyncckpt import CheckpointDamaged, InvalidOption, KeepEvery, NoUsableCheckpoint, Run, StateMismatch
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -227,6 +227,42 @@ def test_what_a_subclass_adds_comes_back_and_callbacks_go_on(tmp_path: Path) -> 
     assert resumed.average.tolist() == [7.0] * 3
     (counting,) = (one for one in resumed.callback_handler.callbacks if isinstance(one, Counting))
     assert counting.seen == 12
+
+
+def test_damage_that_a_save_finds_does_not_send_training_back(tmp_path: Path) -> None:
+    class Finds(AsyncTrainer):
+        begun = 0
+
+        def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+            self.begun += 1
+            return super()._prepare_for_training(*arguments, **options)
+
+        def _save_checkpoint(self, *arguments: Any) -> None:
+            if self.state.global_step == 12:
+                raise CheckpointDamaged("what has not changed was to be taken over, but is damaged")
+            super()._save_checkpoint(*arguments)
+
+    _trained(tmp_path, callbacks=[StopAt(8)])
+    resumed = trainer(str(tmp_path), Finds)
+    with pytest.raises(CheckpointDamaged, match="taken over"):
+        resumed.train(resume_from_checkpoint=True)
+    assert (resumed.begun, resumed.state.global_step) == (1, 12)
+
+
+def test_options_are_taken_in_each_form_that_a_checkpointer_takes(tmp_path: Path) -> None:
+    note = tmp_path / "note.txt"
+    note.write_text("a note")
+
+    class Configured(AsyncTrainer):
+        given = {"keep": KeepEvery(6), "assets": [str(note)]}  # noqa: RUF012  it must not be changed
+
+        def checkpointer_options(self) -> dict[str, Any]:
+            return self.given
+
+    for options in ({"callbacks": [StopAt(8)]}, {"resume": True}):
+        _trained(tmp_path / "run", Configured, save_total_limit=1, **options)
+    assert _folders(tmp_path / "run") == {"checkpoint-6", "checkpoint-12"}
+    assert Run(tmp_path / "run").assets(12)["note.txt"] == b"a note"
 
 
 def test_a_failed_save_is_raised_by_train(tmp_path: Path) -> None:

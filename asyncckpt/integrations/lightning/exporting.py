@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from asyncckpt.errors import RunPathError
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
+from asyncckpt.integrations.lightning.pointer import write_whole
 
 
 def export(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -24,17 +24,7 @@ def export(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwri
     if os.path.lexists(target) and not overwrite:
         raise RunPathError(f"{target} exists; choose another name, or overwrite it (overwrite=True)")
     checkpoint = AsyncckptIO().load_checkpoint(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    write_whole(target, lambda file: torch.save(checkpoint, file), durable=True)
 
 
 def load_from_checkpoint(cls: Any, path: str | os.PathLike[str], **options: Any) -> Any:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from asyncckpt.errors import RunPathError
 
@@ -59,10 +60,16 @@ def write_pointer(path: Path, pointer: Pointer, *, durable: bool) -> None:
     loss, too. The file appears whole or not at all. Raises ``RunPathError`` where that is a directory."""
     if path.is_dir() and not path.is_symlink():
         raise RunPathError(f"{path}: this is a directory, which a save does not replace; remove it, or save elsewhere")
+    write_whole(path, lambda file: file.write(pointer.text()), durable=durable)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool) -> None:
+    """Have ``write`` make a file, which appears whole or not at all, in the place of what is there. ``durable``: so
+    that it survives a power loss. Blocks on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(pointer.text())
+            write(file)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
