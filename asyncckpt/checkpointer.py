@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ import torch
 
 from asyncckpt import forks, interrupts
 from asyncckpt.assets import Assets, read_assets
-from asyncckpt.background.writer import BackgroundWriter
 from asyncckpt.catalog import names, retention
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.step_number import step_number
@@ -142,16 +140,9 @@ class Checkpointer(RunOwnership):
             events=self.events,
             committer=self._committer,
             reuse=self._reuse,
-            background=functools.partial(
-                BackgroundWriter,
-                lease=self._held,
-                options=writer,
-                reuse=self._reuse,
-                quarantine=self._quarantine,
-                steps=self._steps,
-                events=self.events,
-                prune=self._committer.prune,
-            ),
+            lease=self._held,
+            quarantine=self._quarantine,
+            steps=self._steps,
         )
         self._arena = self._builder.arena
         self._starter = SaveStarter(self._builder, self._committer, self._steps, self._watched, staging, self.events)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from asyncckpt import formats
 from asyncckpt.assets import Assets, check_places, join_assets, read_assets
 from asyncckpt.background.choice import why_threads
 from asyncckpt.background.writer import BackgroundWriter
-from asyncckpt.catalog.steps import Claim
+from asyncckpt.catalog.quarantine import Quarantine
+from asyncckpt.catalog.steps import Claim, StepRegistry
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.committer import Committer
 from asyncckpt.commit.in_flight import Save
@@ -38,6 +39,7 @@ from asyncckpt.stage.image import slot_bytes
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.known_states import KnownStates
 from asyncckpt.state.markers import without_owners
+from asyncckpt.storage.lease import HeldLease
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import Layout, LayoutOptions, pieces_of
 from asyncckpt.write.encoder import Encoder
@@ -52,7 +54,8 @@ class SaveBuilder:
     """Holds what the saves of one checkpointer share, and makes each of them. For the training thread.
 
     ``config``: plain values for every manifest. ``assets``: those of every checkpoint. ``replace``: saving a step
-    again replaces it. ``background``: makes the writer that has a process. The options are those of ``Checkpointer``.
+    again replaces it. ``lease``, ``quarantine``, ``steps``: the run's, which a background process needs. The options
+    are those of ``Checkpointer``.
     """
 
     def __init__(
@@ -70,7 +73,9 @@ class SaveBuilder:
         events: EventBus,
         committer: Committer,
         reuse: ReuseSource,
-        background: Callable[..., BackgroundWriter],
+        lease: HeldLease,
+        quarantine: Quarantine,
+        steps: StepRegistry,
     ) -> None:
         self._format = formats.get(files.format)
         self._codec = codecs.get(files.codec)
@@ -84,13 +89,16 @@ class SaveBuilder:
         self._store = store
         self._events = events
         self._committer = committer
+        self._source = reuse
         self._reuse = reuse if writer.reuse_unchanged else None
         self._known = KnownStates(events)
         self._layouts = LayoutCache(self._format, self._codec, layout)
         #: Identifies the layout for which the arena was last found large enough.
         self._fits: tuple[int, int, str] | None = None
         self.arena = Arena()
-        self._make_background = background
+        self._lease = lease
+        self._quarantine = quarantine
+        self._steps = steps
         #: Where the saves of this checkpointer are written: None for threads. ``grow_arena`` decides, once.
         self.background: BackgroundWriter | None = None
         self._decided = False
@@ -166,8 +174,18 @@ class SaveBuilder:
         if why is None:
             self.arena.shared = True
             assert isinstance(self._store, LocalStore)
-            self.background = self._make_background(
-                store=self._store, arena=self.arena, codec=self._codec, chain=self._chain
+            self.background = BackgroundWriter(
+                store=self._store,
+                lease=self._lease,
+                codec=self._codec,
+                chain=self._chain,
+                options=self._writer,
+                arena=self.arena,
+                reuse=self._source,
+                quarantine=self._quarantine,
+                steps=self._steps,
+                events=self._events,
+                prune=self._committer.prune,
             )
             self.background.start()
         elif self._writer.process == "always":

@@ -124,3 +124,14 @@ def _gaps(extent: Extent, place: int) -> Iterator[tuple[int, int]]:
         end, stop = last.extent_offset + last.nbytes, extent.block_offset + extent.nbytes
         if end < stop:
             yield place + end, place + stop
+
+
+def neighbours(positions: Sequence[int]) -> list[list[int]]:
+    """Return the positions, in ascending order, in runs without a gap."""
+    runs: list[list[int]] = []
+    for at in sorted(positions):
+        if runs and runs[-1][-1] + 1 == at:
+            runs[-1].append(at)
+        else:
+            runs.append([at])
+    return runs

@@ -15,20 +15,21 @@ from typing import NamedTuple
 
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
 from asyncckpt.events import EventBus, ExtentWritten
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent
+from asyncckpt.manifest.records import FileRecord, WrittenExtent
 from asyncckpt.memory.arena import Arena, StagingBuffer
-from asyncckpt.memory.buffers import aligned_buffer, padded
-from asyncckpt.protocols import Digest, ShardFormat, ShardWriter
+from asyncckpt.memory.buffers import padded
+from asyncckpt.protocols import Digest, ShardFormat
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import Frame, as_it_is, staged_digests
 from asyncckpt.stage.staged import StagedUnit
-from asyncckpt.stage.units import Unit
-from asyncckpt.types import SMALL_SHARD_BYTES, ContentDigest, Extent, Layout, StagedDigests, WrittenRange
+from asyncckpt.stage.units import Unit, neighbours
+from asyncckpt.types import SMALL_SHARD_BYTES, ContentDigest, Extent, Layout, StagedDigests
 from asyncckpt.write.directory import SaveDirectory
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.progress import EncodedChunk, ShardProgress
 from asyncckpt.write.reorder_buffer import ReorderBuffer
 from asyncckpt.write.reuse import ReusableFile
+from asyncckpt.write.shard_files import ShardFiles
 from asyncckpt.write.small_file_queue import SmallFileQueue
 from asyncckpt.write.threads import Pools, WriterPool
 from asyncckpt.write.unchanged import Unchanged
@@ -65,7 +66,7 @@ class ShardPipeline:
         events: EventBus,
     ) -> None:
         self._scope = scope
-        self._format = shard_format
+        self._files = ShardFiles(scope, directory, shard_format, digest, encoder.codec)
         self._digest = digest
         self._encoder = encoder
         self._unchanged = unchanged
@@ -257,7 +258,7 @@ class ShardPipeline:
     ) -> None:
         """Write these extents of a unit, all that are neighbours at once."""
         first = unit.first - progress.first
-        for run in _neighbours(changed):
+        for run in neighbours(changed):
             records: list[WrittenExtent] = []
             for at in run:
                 extent, digests = unit.extents[at], found[at]
@@ -349,7 +350,7 @@ class ShardPipeline:
     def _write(self, progress: ShardProgress, view: memoryview, records: Sequence[WrittenExtent], number: int) -> None:
         """Write extents from ``number`` on, which lie side by side in ``view`` as they do in the file."""
         began = time.perf_counter()
-        writer = self._writer(progress)
+        writer = self._files.writer(progress)
         nbytes = sum(record.nbytes for record in records)
         with self._encoder.auto_compression.timing_write(nbytes):
             writer.write_at(view, nbytes, records[0].offset)
@@ -386,38 +387,8 @@ class ShardPipeline:
 
     # -- shards ------------------------------------------------------------------------------------------------------
 
-    def _writer(self, progress: ShardProgress) -> ShardWriter:
-        directory = self._directory.open()
-        with progress.lock:  # other files are made meanwhile
-            if progress.writer is None:
-                self._scope.raise_if_failed()
-                try:
-                    progress.writer = directory.create_shard(
-                        progress.shard.file, progress.shard.nbytes, shared=progress.shard.multi_writer
-                    )
-                except BaseException as error:  # before the lock goes: whoever tried again would find this try's file
-                    self._scope.fail(error)
-                    raise
-            return progress.writer
-
     def _finish(self, progress: ShardProgress) -> None:
-        """Write the shard's head and tail, and make the file durable."""
-        self._scope.raise_if_failed()
-        writer = self._writer(progress)
-        end = progress.shard.nbytes
-        if progress.shard.packed_on_write:
-            placed = [WrittenRange(record.offset, record.nbytes, record.payload_bytes) for record in progress.ordered()]
-            head, tail = self._format.seal(progress.shard, placed, self._encoder.codec)
-            end = max(place.offset + place.nbytes for place in placed)
-            for offset, data in ((0, head), (end, tail)):
-                if data:
-                    view = memoryview(aligned_buffer(len(data)))
-                    view[: len(data)] = data
-                    progress.format_extents.append(ExtentRecord(offset, len(data), self._digest(view[: len(data)])))
-                    writer.write_at(view, len(data), offset)
-            end += len(tail)
-        writer.finish(end)
-        progress.nbytes = end
+        self._files.finish(progress)
         self._done(progress)
 
     def _done(self, progress: ShardProgress) -> None:
@@ -425,14 +396,3 @@ class ShardPipeline:
             progress.finished = True
             self.unfinished -= 1
         self._small_files.done(progress.shard)
-
-
-def _neighbours(positions: Sequence[int]) -> list[list[int]]:
-    """Return the positions, in ascending order, in runs without a gap."""
-    runs: list[list[int]] = []
-    for at in sorted(positions):
-        if runs and runs[-1][-1] + 1 == at:
-            runs[-1].append(at)
-        else:
-            runs.append([at])
-    return runs
