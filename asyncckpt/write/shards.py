@@ -7,6 +7,7 @@ checkpoint, verified.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -195,7 +196,12 @@ class ShardPipeline:
     def _submit(self, work: Callable[[], None], pool: WriterPool) -> None:
         with self._lock:
             self._in_flight += 1
-        pool.submit(lambda: self._run(work))
+        try:
+            pool.submit(lambda: self._run(work))
+        except BaseException:
+            with self._lock:
+                self._in_flight -= 1
+            raise
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -364,9 +370,10 @@ class ShardPipeline:
         if not complete or self._scope.error is not None:
             return
         if self.unfinished > 1 and progress.shard.nbytes > SMALL_SHARD_BYTES:  # this thread has other files to write
-            self._submit(functools.partial(self._finish, progress), self._pools.small)
-        else:
-            self._finish(progress)
+            with contextlib.suppress(RuntimeError):  # no thread can be had
+                self._submit(functools.partial(self._finish, progress), self._pools.small)
+                return
+        self._finish(progress)
 
     def _copy(self, progress: ShardProgress, number: int) -> None:
         """Write an extent out of the previous checkpoint, verified: the extent matched, but its shard did not."""

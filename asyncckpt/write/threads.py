@@ -32,11 +32,18 @@ class WriterPool:
         self._spawned = 0
 
     def submit(self, task: Callable[[], None]) -> None:
-        """Run ``task`` on some thread; it must not raise. The first call starts the threads."""
+        """Run ``task`` on some thread; it must not raise. The first call starts the threads. Where the system gives no
+        more of them, those that there are do the work. Raises ``RuntimeError``, and takes no task, where there is
+        none."""
         with self._start_lock:
             while self._wanted:
+                try:
+                    self._spawn()
+                except RuntimeError:  # the next task tries again
+                    if not self._threads:
+                        raise
+                    break
                 self._wanted -= 1
-                self._spawn()
         self._tasks.put(task)
 
     def replace_stuck(self, stuck_seconds: float) -> int:
@@ -63,7 +70,12 @@ class WriterPool:
             self._threads += 1
             self._spawned += 1
             number = self._spawned
-        threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name=f"{self._name}-{number}", daemon=True).start()
+        except BaseException:
+            with self._lock:
+                self._threads -= 1
+            raise
 
     def _run(self) -> None:
         ident = threading.get_ident()

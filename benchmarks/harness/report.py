@@ -6,6 +6,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -93,6 +94,27 @@ def show(runs: Sequence[Run], names: Sequence[str], environment: Mapping[str, st
             table.add_row(*row, style=style)
         console.print(table)
     console.print(_footer(runs, environment), highlight=False)
+
+
+def tell(
+    result: Result, met: Sequence[bool | None], console: Console, *, out: Path | None = None, as_json: bool = False
+) -> None:
+    """Print a result of one table, or with ``as_json`` its JSON; ``met`` says of each row whether its bar was met.
+    ``out``: a folder for ``<suite>.json`` and ``<suite>.md``."""
+    if as_json:
+        print(result.json(), end="")
+    else:
+        (found,) = result.tables
+        table = RichTable(title=found.title, title_justify="left")
+        for column in found.head:
+            table.add_column(column, overflow="fold")
+        for row, is_met in zip(found.rows, met, strict=True):
+            table.add_row(*row, style={True: "green", False: "red", None: None}[is_met])
+        console.print(table)
+        console.print(result.footer, highlight=False)
+    if out is not None:
+        for name, content in ((f"{result.suite}.json", result.json()), (f"{result.suite}.md", result.markdown())):
+            Console(stderr=True).print(f"wrote {write(str(out), name, content)}")
 
 
 def result(

@@ -10,13 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from benchmarks.harness import environment
-from benchmarks.harness.figures import Row
-from benchmarks.harness.report import write
+from benchmarks.harness.report import tell
 from benchmarks.harness.results import Result, Table
 from benchmarks.suites.light import bars
 
@@ -73,13 +70,7 @@ def run(
     asked = f"python -m benchmarks light --rounds {rounds}"
     tables = [Table(TITLE, bars.HEAD, [bars.cells(row) for row in rows])]
     result = Result("light", asked, described, tables, f"{environment.sentence(described)}.", data)
-    if as_json:
-        typer.echo(result.json(), nl=False)
-    else:
-        _show(rows, described, console)
-    if out is not None:
-        for name, content in (("light.json", result.json()), ("light.md", result.markdown())):
-            progress.print(f"wrote {write(str(out), name, content)}")
+    tell(result, [row.met for row in rows], console, out=out, as_json=as_json)
     return result
 
 
@@ -90,13 +81,3 @@ def _run_job(job: Job, directory: Path) -> list[dict[str, Any]]:
     if done.returncode:
         raise RuntimeError(f"{job} failed with {done.returncode}:\n{done.stderr[-_SHOWN_CHARACTERS:]}")
     return [{**json.loads(line), "scenario": job.scenario, "tensors": job.tensors} for line in done.stdout.splitlines()]
-
-
-def _show(rows: Sequence[Row], described: dict[str, str | int], console: Console) -> None:
-    table = RichTable(title=TITLE, title_justify="left")
-    for column in bars.HEAD:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*bars.cells(row), style=None if row.met is None else "green" if row.met else "red")
-    console.print(table)
-    console.print(environment.sentence(described), highlight=False)

@@ -21,6 +21,7 @@ from typing import Any, Final
 from asyncckpt.catalog.retention import KeepLast
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.stage.options import StagingOptions
+from asyncckpt.write.options import WriterOptions
 from benchmarks.harness.raw import Ceiling, drop_page_cache
 from benchmarks.harness.state import State, all_tensors
 from benchmarks.suites.light.counting import Counter, FullCollections
@@ -32,6 +33,8 @@ _PAUSE_SECONDS: Final = 0.3
 _LOOP_SECONDS: Final = 6.0
 #: An iteration of the loops that a save must not slow down.
 _ITERATION_SECONDS: Final = 0.02
+
+_WRITER: Final = WriterOptions()
 
 Events = Iterator[dict[str, Any]]
 
@@ -68,9 +71,9 @@ def returns(directory: str, state: State, repeats: int) -> Events:
             }
 
 
-def interpreter(directory: str, state: State, repeats: int) -> Events:
+def interpreter(directory: str, state: State, repeats: int, writer: WriterOptions = _WRITER) -> Events:
     """Measure what a thread that counts in pure Python loses to a save, until that is durable."""
-    with Checkpointer(directory, keep=KeepLast(1)) as checkpointer, Counter() as counter:
+    with Checkpointer(directory, keep=KeepLast(1), writer=writer) as checkpointer, Counter() as counter:
         last = _warm(checkpointer, state)
         for step in range(last + 1, last + 1 + repeats):
             time.sleep(_PAUSE_SECONDS)
@@ -93,11 +96,11 @@ def interpreter(directory: str, state: State, repeats: int) -> Events:
             }
 
 
-def loops(directory: str, state: State, repeats: int) -> Events:
+def loops(directory: str, state: State, repeats: int, writer: WriterOptions = _WRITER) -> Events:
     """Measure a loop that is bound by Python on one busy thread, and one that waits for a device, saving always and not
     at all by turns."""
     for kind, iterate in (("busy", _compute), ("device", lambda: time.sleep(_ITERATION_SECONDS))):
-        with Checkpointer(os.path.join(directory, kind), keep=KeepLast(1)) as checkpointer:
+        with Checkpointer(os.path.join(directory, kind), keep=KeepLast(1), writer=writer) as checkpointer:
             last = _warm(checkpointer, state)
             for _ in range(repeats):
                 quiet, _ = _looped(iterate, None)
@@ -183,7 +186,7 @@ def first_step(directory: str, state: State, repeats: int) -> Events:
         yield {"kind": "first_step", **json.loads(done.stdout.splitlines()[-1])}
 
 
-SCENARIOS: Final[dict[str, Callable[[str, State, int], Events]]] = {
+SCENARIOS: Final[dict[str, Callable[..., Events]]] = {
     "returns": returns,
     "interpreter": interpreter,
     "loops": loops,
@@ -245,13 +248,15 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=600)
     parser.add_argument("--items", type=int, default=256, help="float32 values of a tensor")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--process", choices=("auto", "always", "never"), help="who writes, for interpreter and loops")
     options = parser.parse_args()
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     directory = tempfile.mkdtemp(prefix="asyncckpt-bench-", dir=options.directory)
     state = adamw_state(options.tensors, options.items)
     try:
-        for event in SCENARIOS[options.scenario](directory, state, options.repeats):
+        more = {"writer": WriterOptions(process=options.process)} if options.process else {}
+        for event in SCENARIOS[options.scenario](directory, state, options.repeats, **more):
             lines.write(json.dumps(event) + "\n")
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -12,7 +12,7 @@ from benchmarks.suites.ranks.simulation import Planning
 HEAD = ("figure", "bar", "measured: median (min..max)", "met", "ceiling, same processes")
 DCP = ("dcp_async_thread", "dcp_async_process")
 _MET = {True: "yes", False: "no", None: "-"}
-_ALONE, _TALK, _DURABLE, _STALL, _RESTORE, _SHARE = 0.9, 2, 2.0, 0.5, 0.8, 0.05
+_ALONE, _TALK, _DURABLE, _STALL, _RESTORE, _SHARE, _READ = 0.9, 2, 2.0, 0.5, 0.8, 0.05, 1.05
 
 Event = Mapping[str, Any]
 
@@ -27,6 +27,7 @@ def rows(events: Sequence[Event], planning: Planning) -> list[Row]:
     for ranks in (2, 4):
         found += _against_dcp(events, ranks)
     found.append(_staged(events))
+    found.append(_read(events))
     found.append(_messages(events))
     found += [_restore(events, before, after) for before, after in ((4, 2), (2, 4))]
     text = f"{planning.once_seconds:.1f} s; {planning.again_seconds * 1e3:.0f} ms; {planning.grown_bytes >> 20} MiB"
@@ -91,6 +92,16 @@ def _staged(events: Sequence[Event]) -> Row:
         return Row(figure, bar, UNMEASURED, None)
     met = all(abs(4 * share - 1) <= _SHARE for share in shares)
     return Row(figure, bar, f"{min(shares):.4f}..{max(shares):.4f}", met)
+
+
+def _read(events: Sequence[Event]) -> Row:
+    figure, bar = "DDP, 4 ranks: bytes read by all to resume, of the state", f"<= {_READ} x"
+    ways = [[e for e in events if e["kind"] == "resumed" and e["together"] is together] for together in (True, False)]
+    if not all(ways):
+        return Row(figure, bar, UNMEASURED, None)
+    most = [max(e["nbytes"] / e["state_bytes"] for e in way) for way in ways]
+    texts = [f"{n:.3f} x in {min(e['seconds'] for e in way):.2f} s" for n, way in zip(most, ways, strict=True)]
+    return Row(figure, bar, f"{texts[0]}; each for itself {texts[1]}", most[0] <= _READ)
 
 
 def _messages(events: Sequence[Event]) -> Row:

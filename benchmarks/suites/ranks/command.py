@@ -8,18 +8,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
-from rich.table import Table as RichTable
 
 from benchmarks.harness import environment
-from benchmarks.harness.figures import Row
-from benchmarks.harness.report import write
+from benchmarks.harness.report import tell
 from benchmarks.harness.results import Result, Table
 from benchmarks.suites.ranks import bars
 from benchmarks.suites.ranks.simulation import simulate
@@ -73,13 +69,7 @@ def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool
     asked = f"python -m benchmarks ranks --rounds {rounds} --size {size}"
     tables = [Table(TITLE, bars.HEAD, [bars.cells(row) for row in rows])]
     result = Result("ranks", asked, described, tables, f"{environment.sentence(described)}.", data)
-    if as_json:
-        typer.echo(result.json(), nl=False)
-    else:
-        _show(rows, described, console)
-    if out is not None:
-        for name, content in (("ranks.json", result.json()), ("ranks.md", result.markdown())):
-            progress.print(f"wrote {write(str(out), name, content)}")
+    tell(result, [row.met for row in rows], console, out=out, as_json=as_json)
     return result
 
 
@@ -113,13 +103,3 @@ def _launch(job: Job, folder: str, size: str) -> list[str]:
         last = "\n".join(done.stdout.splitlines()[-_SHOWN_LINES:])
         raise RuntimeError(f"{job} failed with {done.returncode}:\n{last}")
     return Path(events).read_text().splitlines()
-
-
-def _show(rows: Sequence[Row], described: dict[str, str | int], console: Console) -> None:
-    table = RichTable(title=TITLE, title_justify="left")
-    for column in bars.HEAD:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*bars.cells(row), style=None if row.met is None else "green" if row.met else "red")
-    console.print(table)
-    console.print(environment.sentence(described), highlight=False)

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 
 import asyncckpt
 from asyncckpt.events import Event, ExtentStaged
-from asyncckpt.ranks.store import RankStore
+from asyncckpt.ranks.store import RankOptions, RankStore
 from benchmarks import peers
 from benchmarks.harness.raw import Ceiling, drop_page_cache
 from benchmarks.harness.state import GPT, SIZES, State, all_tensors
@@ -77,7 +77,8 @@ def saves(directory: str, size: str, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def replicated(directory: str, size: str, _repeats: int) -> Iterator[dict[str, Any]]:
-    """Measure the bytes that each rank stages of a state that all hold a copy of, as DDP's ranks do."""
+    """Measure the bytes that each rank stages of a state that all hold a copy of, as DDP's ranks do, and those that all
+    of them read to get it back: together, and each for itself."""
     torch.manual_seed(0)
     state = {"model": torch.nn.parallel.DistributedDataParallel(GPT(SIZES[size]))}
     staged: list[int] = []
@@ -90,7 +91,21 @@ def replicated(directory: str, size: str, _repeats: int) -> Iterator[dict[str, A
         run.save(1, state).result(_TIMEOUT_SECONDS)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, sum(staged))
-    yield {"kind": "staged", "nbytes": shares, "state_bytes": sum(tensor.nbytes for tensor in all_tensors(state))}
+    state_bytes = sum(tensor.nbytes for tensor in all_tensors(state))
+    yield {"kind": "staged", "nbytes": shares, "state_bytes": state_bytes}
+    path = os.path.join(directory, "run")
+    for least_bytes in (0, None, 0, None):
+        if dist.get_rank() == 0:
+            drop_page_cache(path)
+        dist.barrier()
+        began, before = time.perf_counter(), _read_bytes()
+        with asyncckpt.Checkpointer(path, ranks=RankOptions(shared_reading_bytes=least_bytes)) as run:
+            run.resume(state)
+        seconds, mine = _longest(time.perf_counter() - began), _read_bytes() - before
+        read: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(read, mine)
+        found = {"together": least_bytes is not None, "nbytes": sum(read), "state_bytes": state_bytes}
+        yield {"kind": "resumed", **found, "seconds": seconds}
 
 
 def written(directory: str, size: str, _repeats: int) -> Iterator[dict[str, Any]]:
@@ -125,6 +140,12 @@ MODES: dict[str, Callable[[str, str, int], Iterator[dict[str, Any]]]] = {
     "written": written,
     "restores": restores,
 }
+
+
+def _read_bytes() -> int:
+    """Return how many bytes this process has asked files for."""
+    with open("/proc/self/io") as file:
+        return int(next(line for line in file if line.startswith("rchar")).split()[1])
 
 
 class _Talk:
