@@ -3,6 +3,7 @@ object for any of them."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import operator
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ def _forms(tensors: Sequence[torch.Tensor]) -> list[Any]:
     ]
 
 
+@functools.cache
 def _guards() -> Callable[..., _Forms]:
     """Return what makes ``_Forms``: torch's own guards in C++, with which compiled functions recognise arguments."""
     try:
@@ -68,15 +70,6 @@ def _guards() -> Callable[..., _Forms]:
     return make
 
 
-_make_forms: list[Callable[..., _Forms]] = []
-
-
-def _new_forms(tensors: Sequence[torch.Tensor]) -> _Forms:
-    if not _make_forms:
-        _make_forms.append(_guards())
-    return _make_forms[0](*tensors)
-
-
 class KnownTensors:
     """Knows different plain tensors, in their order, and keeps none of them alive. For the training thread.
 
@@ -89,7 +82,8 @@ class KnownTensors:
         self.ids = list(map(id, tensors))
         self.addresses = list(map(_data_ptr, tensors))
         parts = [tensors[begin : begin + _AT_ONCE] for begin in range(0, len(tensors), _AT_ONCE)]
-        self._parts = [(_new_forms(part), list(map(_data_ptr, part))) for part in parts]
+        make = _guards()
+        self._parts = [(make(*part), list(map(_data_ptr, part))) for part in parts]
 
     def read(self, tensors: Sequence[torch.Tensor], held: int) -> tuple[list[int], list[torch.UntypedStorage]] | None:
         """Return torch's counts of in-place changes of these tensors, and the memory blocks of the first ``held`` of
