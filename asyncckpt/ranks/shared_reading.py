@@ -275,7 +275,9 @@ class _Reading:
 
 class _Placing:
     """Ends messages on threads of its own, and places what was received. ``place``: is called with each message that
-    was received, and its bytes. A context manager: at its end no thread places anything any more."""
+    was received, and its bytes. What it raises is raised by ``finish``: until then messages are received all the same,
+    because other ranks are in the middle of sending them. A context manager: at its end no thread places anything any
+    more."""
 
     def __init__(
         self,
@@ -290,7 +292,9 @@ class _Placing:
         self._place = place
         self._tickets: queue.SimpleQueue[tuple[Ticket, torch.Tensor, _Slot | None] | None] = queue.SimpleQueue()
         self._ended = [threading.Event() for _ in range(READ_THREADS)]
+        #: What is raised at the end, and what has ended the passing.
         self._error: BaseException | None = None
+        self._lost: BaseException | None = None
         self._broken_off = False
         self._busy = 0
         self._changed = threading.Condition()
@@ -302,9 +306,9 @@ class _Placing:
         return self
 
     def slot(self) -> _Slot:
-        """Return a free slot. Blocks until there is one. Raises what a thread has raised."""
+        """Return a free slot. Blocks until there is one. Raises what has ended the passing."""
         while True:
-            self._raise()
+            self._raise_lost()
             if self._slots is None:
                 raise LookupError("there are no slots to receive into")
             with contextlib.suppress(queue.Empty):
@@ -315,12 +319,15 @@ class _Placing:
         self._tickets.put((ticket, host, slot))
 
     def finish(self) -> None:
-        """Block until all is sent, and all that was received is placed. Raises what a thread has raised."""
+        """Block until all is sent, and all that was received is placed. Raises what has ended the passing, at once, and
+        what could not be placed, at the end."""
         self._close()
         for ended in self._ended:
             while not ended.wait(interrupts.SLICE_SECONDS):
-                self._raise()
-        self._raise()
+                self._raise_lost()
+        self._raise_lost()
+        if self._error is not None:
+            raise self._error
 
     def __exit__(self, *_: object) -> None:
         self._close()
@@ -332,9 +339,9 @@ class _Placing:
         for _ in self._ended:
             self._tickets.put(None)
 
-    def _raise(self) -> None:
-        if self._error is not None:
-            raise self._error
+    def _raise_lost(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     def _may_place(self) -> bool:
         with self._changed:
@@ -352,14 +359,16 @@ class _Placing:
                 ticket, host, slot = taken
                 try:
                     self._passing.end(ticket, host)
-                    if ticket.message.owner != self._rank and self._may_place():
-                        try:
-                            self._place(ticket.message, host)
-                        finally:
-                            self._placed()
                 except BaseException as error:
-                    self._error = self._error or error
+                    self._lost = self._lost or error
                     return
+                if ticket.message.owner != self._rank and self._error is None and self._may_place():
+                    try:
+                        self._place(ticket.message, host)
+                    except BaseException as error:
+                        self._error = self._error or error
+                    finally:
+                        self._placed()
                 if slot is not None and self._slots is not None:
                     self._slots.free.put(slot)
         finally:

@@ -169,13 +169,18 @@ def _at_odds(me: Me, path: str, kind: str, step: int | None, carrier: str) -> di
 
             monkeypatch.setattr(shared_reading, "aligned_buffer", none)
         if me.rank == 1 and kind == "network":
-            end = passing.Passing.end
+            begin, end = passing.Passing.begin, passing.Passing.end
+
+            def slowly(self: Any, *message: Any) -> Any:
+                time.sleep(0.05)  # what came first is found to be wrong while others of the phase have not begun
+                return begin(self, *message)
 
             def flipped(self: Any, ticket: Any, host: torch.Tensor) -> None:
                 end(self, ticket, host)
                 if ticket.message.owner != 1:
                     host[0] ^= 1
 
+            monkeypatch.setattr(passing.Passing, "begin", slowly)
             monkeypatch.setattr(passing.Passing, "end", flipped)
         me.passed.clear()
         found = _restored(me, path, step, ranks=_PATIENT, fails=me.rank == 1 and kind == "io")
