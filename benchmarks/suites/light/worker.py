@@ -88,7 +88,8 @@ def interpreter(directory: str, state: State, repeats: int, writer: WriterOption
             after = counter.stretch()
             yield {
                 "kind": "counted",
-                "lost_seconds": during.lost_seconds((before.rate + after.rate) / 2),
+                "lost_seconds": during.lost_seconds,
+                "quiet_lost_share": (before.lost_seconds + after.lost_seconds) / (before.seconds + after.seconds),
                 "longest_seconds": during.longest_seconds,
                 "quiet_longest_seconds": max(before.longest_seconds, after.longest_seconds),
                 "durable_seconds": report.durable_seconds,
