@@ -1,6 +1,6 @@
-"""A thread that counts in pure Python shows what others take of the interpreter: time in which it neither runs nor waits
-for a core is time in which it waits for the interpreter. Linux says how long a thread has run and waited for a core, so a
-machine with few cores measures the same as one with many."""
+"""A thread that counts in pure Python shows what others take of the interpreter: time in which it neither runs nor
+waits for a core is time in which it waits for the interpreter. Linux says how long a thread has run and waited for a
+core, so a machine with few cores measures the same as one with many."""
 
 from __future__ import annotations
 

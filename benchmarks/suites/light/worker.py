@@ -146,8 +146,10 @@ def eager(directory: str, state: State, repeats: int) -> Events:
 
 
 def durable(directory: str, state: State, repeats: int, budget_bytes: int | None = None) -> Events:
-    """Measure saves that nothing else waits for, and raw writes of the same bytes, by turns."""
-    ceiling = Ceiling(all_tensors(state), directory)
+    """Measure saves that nothing else waits for, and raw writes of the same bytes, by turns; those from small pages,
+    too, as the memory is that a background process writes from."""
+    ceiling = Ceiling(all_tensors(state), os.path.join(directory, "huge"))
+    small = Ceiling(all_tensors(state), os.path.join(directory, "small"), small_pages=True)
     try:
         options = StagingOptions(budget_bytes=budget_bytes) if budget_bytes else StagingOptions()
         with Checkpointer(os.path.join(directory, "run"), keep=KeepLast(1), staging=options) as checkpointer:
@@ -164,9 +166,11 @@ def durable(directory: str, state: State, repeats: int, budget_bytes: int | None
                         "nbytes": report.nbytes,
                         "durable_seconds": report.durable_seconds,
                         "raw_seconds": (before + raw) / 2,
+                        "raw_small_pages_seconds": small.write(),
                     }
     finally:
         ceiling.close()
+        small.close()
 
 
 def budget(directory: str, state: State, repeats: int) -> Events:
