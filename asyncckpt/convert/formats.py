@@ -1,0 +1,113 @@
+"""The formats that checkpoints come from and go to are known here by name, and by what their files look like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from asyncckpt.codecs import digests
+from asyncckpt.convert.importing import Imported, import_source, renamed_source
+from asyncckpt.convert.selection import Selection
+from asyncckpt.convert.source import Progress, Source
+from asyncckpt.errors import CheckpointNotFound, InvalidOption
+
+_SUFFIXES: Final = {
+    ".safetensors": "safetensors",
+    ".safetensors.index.json": "safetensors",
+    ".pt": "torch",
+    ".pth": "torch",
+    ".ckpt": "torch",
+    ".bin": "torch",
+}
+
+
+def _safetensors(path: str) -> Source:
+    from asyncckpt.convert.safetensors_files import read_safetensors
+
+    return read_safetensors(path)
+
+
+def _torch(path: str) -> Source:
+    from asyncckpt.convert.torch_file import read_torch_file
+
+    return read_torch_file(path)
+
+
+#: Each reads one format; it imports what it needs when it is called.
+READERS: Final[dict[str, Callable[[str], Source]]] = {
+    "safetensors": _safetensors,
+    "torch": _torch,
+}
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str],
+    run: str | os.PathLike[str],
+    step: int,
+    *,
+    format: str | None = None,
+    component: str | None = None,
+    selection: Selection | None = None,
+    overwrite: bool = False,
+    digest: str = digests.DEFAULT,
+    metrics: Mapping[str, float] | None = None,
+    progress: Progress = lambda _what, _done, _total: None,
+) -> Imported:
+    """Write a file or directory of another format into the run directory ``run`` as ``step``.
+
+    ``format`` is one of ``READERS``, and is found out by default. ``component`` names the module that the tensors
+    become, where the source has one module (default: ``model``). ``selection`` chooses and renames tensors, and says what
+    may be left behind. ``overwrite`` replaces a checkpoint of the same step. ``digest``: the algorithm that proves the
+    new files' bytes, as in ``WriterOptions``. ``metrics`` go into the manifest. ``progress(what, done_bytes,
+    total_bytes)`` is called on several threads.
+
+    Nothing that a pickle names is executed. The manifest records where the checkpoint came from, with a digest of each
+    file. Raises ``UnsupportedValue`` for what a checkpoint cannot hold and ``selection`` does not drop,
+    ``CheckpointDamaged`` where the source does not fit together, ``CheckpointNotFound``, ``InvalidOption``,
+    ``MissingExtra``, ``StepExists`` and ``RunLocked``. Blocks until the checkpoint is durable; tensors are read as they
+    are written, in extents of 8 MiB.
+    """
+    path = os.fspath(source)
+    with open_source(path, format) as opened:
+        if component is not None:
+            renamed_source(opened, component)
+        return import_source(
+            opened,
+            run,
+            step,
+            selection=selection,
+            overwrite=overwrite,
+            digest=digest,
+            metrics=metrics,
+            progress=progress,
+        )
+
+
+def open_source(path: str, format: str | None = None) -> Source:
+    """Open a file or directory for importing. Raises as ``import_checkpoint`` does."""
+    chosen = format or detect(path)
+    if chosen not in READERS:
+        raise InvalidOption(f"format {chosen!r} cannot be imported; formats are {', '.join(READERS)}")
+    return READERS[chosen](path)
+
+
+def detect(path: str) -> str:
+    """Return the format of what lies at ``path``. Raises ``CheckpointNotFound``, and ``InvalidOption`` for what looks
+    like none that is known."""
+    if os.path.isdir(path):
+        found = _of_directory(path)
+    elif os.path.lexists(path):
+        found = next((name for suffix, name in _SUFFIXES.items() if path.endswith(suffix)), None)
+    else:
+        raise CheckpointNotFound(f"{path}: no such file or directory")
+    if found is None:
+        raise InvalidOption(f"{path} looks like no format that is known; name it with --format ({', '.join(READERS)})")
+    return found
+
+
+def _of_directory(path: str) -> str | None:
+    names = set(os.listdir(path))
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return "safetensors"
+    return None
