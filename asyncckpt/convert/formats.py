@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from asyncckpt.codecs import digests
+from asyncckpt.convert.exporting import Exported, ExportOptions, Writer, export_with
 from asyncckpt.convert.importing import Imported, import_source, renamed_source
 from asyncckpt.convert.selection import Selection
 from asyncckpt.convert.source import Progress, Source
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
+from asyncckpt.read.opening import OpenCheckpoint
+
+if TYPE_CHECKING:
+    import torch
 
 _SUFFIXES: Final = {
     ".safetensors": "safetensors",
@@ -41,6 +46,32 @@ READERS: Final[dict[str, Callable[[str], Source]]] = {
 }
 
 
+def _to_safetensors() -> Writer:
+    from asyncckpt.convert.safetensors_out import write_file
+
+    return Writer(write_file)
+
+
+def _to_safetensors_folder() -> Writer:
+    from asyncckpt.convert.safetensors_out import write_folder
+
+    return Writer(write_folder, folder=True)
+
+
+def _to_torch() -> Writer:
+    from asyncckpt.convert.torch_out import write_torch_file
+
+    return Writer(write_torch_file, trees=True)
+
+
+#: Each returns what writes one format.
+WRITERS: Final[dict[str, Callable[[], Writer]]] = {
+    "safetensors": _to_safetensors,
+    "safetensors-shards": _to_safetensors_folder,
+    "torch": _to_torch,
+}
+
+
 def import_checkpoint(
     source: str | os.PathLike[str],
     run: str | os.PathLike[str],
@@ -57,9 +88,9 @@ def import_checkpoint(
     """Write a file or directory of another format into the run directory ``run`` as ``step``.
 
     ``format`` is one of ``READERS``, and is found out by default. ``component`` names the module that the tensors
-    become, where the source has one module (default: ``model``). ``selection`` chooses and renames tensors, and says what
-    may be left behind. ``overwrite`` replaces a checkpoint of the same step. ``digest``: the algorithm that proves the
-    new files' bytes, as in ``WriterOptions``. ``metrics`` go into the manifest. ``progress(what, done_bytes,
+    become, where the source has one module (default: ``model``). ``selection`` chooses and renames tensors, and says
+    what may be left behind. ``overwrite`` replaces a checkpoint of the same step. ``digest``: the algorithm that
+    proves the new files' bytes, as in ``WriterOptions``. ``metrics`` go into the manifest. ``progress(what, done_bytes,
     total_bytes)`` is called on several threads.
 
     Nothing that a pickle names is executed. The manifest records where the checkpoint came from, with a digest of each
@@ -111,3 +142,57 @@ def _of_directory(path: str) -> str | None:
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
     return None
+
+
+def export_checkpoint(
+    checkpoint: OpenCheckpoint,
+    out: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    what: str = "weights",
+    dtype: torch.dtype | None = None,
+    selection: Selection | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda _what, _done, _total: None,
+    options: ExportOptions | None = None,
+) -> Exported:
+    """Write what is chosen of an open checkpoint to ``out``, a file or a new directory.
+
+    ``format`` is one of ``WRITERS``, and by default what the ending of ``out`` says. ``what`` is ``weights`` (the
+    modules; names lack the component where there is one module), ``all``, or one component's name. ``dtype`` converts
+    floating tensors, rounded to the nearest, ties to even; a value that would become infinite is refused. ``selection``
+    chooses and renames tensors, and says what may be lost. ``overwrite`` replaces an existing file.
+    ``progress(what, done_bytes, total_bytes)`` is called on several threads.
+
+    Every byte read is verified, and the result appears whole or not at all, fsynced; where the format has room for it,
+    it records the checkpoint and the digest of its manifest. Tensors are written as they are read, in extents of 8 MiB.
+    Blocks. Raises ``InvalidOption``, ``UnsupportedValue`` for what would be lost, ``RunPathError`` (``out`` exists, or
+    cannot be written), ``NotEnoughSpace``, ``MissingExtra`` and ``CheckpointDamaged``.
+    """
+    chosen = format or format_of(out)
+    if chosen not in WRITERS:
+        raise InvalidOption(f"format {chosen!r} cannot be exported to; formats are {', '.join(WRITERS)}")
+    return export_with(
+        WRITERS[chosen](),
+        chosen,
+        checkpoint,
+        out,
+        what=what,
+        dtype=dtype,
+        selection=selection,
+        overwrite=overwrite,
+        progress=progress,
+        options=options,
+    )
+
+
+def format_of(out: str | os.PathLike[str]) -> str:
+    """Return the format that the ending of a name says. Raises ``InvalidOption``."""
+    name = os.fspath(out)
+    found = next((kind for suffix, kind in _SUFFIXES.items() if name.endswith(suffix)), None)
+    if found is None or name.endswith(".index.json"):
+        raise InvalidOption(
+            f"{name}: export to a name that ends in .safetensors, .pt, .pth or .ckpt, or name the format with --format "
+            f"({', '.join(WRITERS)})"
+        )
+    return found

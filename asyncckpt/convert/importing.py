@@ -23,7 +23,7 @@ from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.commit.publication import publish, take_over
 from asyncckpt.convert.selection import Selection, checked_names
 from asyncckpt.convert.source import Progress, Source, SourceComponent
-from asyncckpt.convert.tensors import SourceTensor
+from asyncckpt.convert.tensors import SourceTensor, ViewTensor
 from asyncckpt.errors import InvalidOption, InvalidStep, StepExists, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.manifest import environment
@@ -103,7 +103,7 @@ def import_source(
     origin: dict[str, JsonValue] = {
         "format": source.format,
         "path": os.path.abspath(source.path),
-        "files": dict(files_read),
+        "files": {name: dict(one) for name, one in files_read.items()},
         **({"metadata": dict(source.metadata)} if source.metadata else {}),
         **({"dropped": list(skipped)} if skipped else {}),
     }
@@ -127,7 +127,8 @@ def import_source(
     return Imported(path, step, len(tensors), layout.nbytes, kinds, skipped, tuple(source.notes), origin)
 
 
-# -- what becomes of the source's values ---------------------------------------------------------------------------------
+# -- what becomes of the source's values
+# ---------------------------------------------------------------------------------
 def _captured(source: Source, selection: Selection) -> tuple[list[ComponentSnapshot], list[SourceTensor]]:
     """Return the components as a save has them, and the readers of their tensors, in the order of the pieces."""
     snapshots: list[ComponentSnapshot] = []
@@ -135,8 +136,8 @@ def _captured(source: Source, selection: Selection) -> tuple[list[ComponentSnaps
     for component in source.components:
         if not is_component_name(component.name):
             raise InvalidOption(
-                f"{source.path}: {component.name!r:.80} is no name for a component (letters, digits and _=+-); leave it "
-                f"behind with --exclude, or import the file's parts one by one"
+                f"{source.path}: {component.name!r:.80} is no name for a component (letters, digits and _=+-); leave "
+                f"it behind with --exclude, or import the file's parts one by one"
             )
         capture = _module if component.kind == "module" else _values
         snapshot, mine = capture(component, selection, source.path)
@@ -194,9 +195,7 @@ def _values(
     readers: list[SourceTensor] = []
 
     def sink(name: str, tensor: torch.Tensor) -> None:
-        reader = by_id.get(id(tensor))
-        if reader is None:  # an array, which stands in memory already
-            raise UnsupportedValue(f"{where}: {component.name}.{name}: an array inside a value cannot be imported")
+        reader = by_id.get(id(tensor)) or ViewTensor(tensor)  # that of an array, which is in memory already
         pieces.append(LocalTensor(TensorSpec(name, reader.dtype, reader.shape, reader.nbytes), tensor))
         readers.append(reader)
 
@@ -232,7 +231,8 @@ class _Walk:
             made = {self._key(key, keys): self.chosen(item, (*keys, str(key))) for key, item in items}
             if self._is_params(keys):
                 checked_names(((str(key), str(self._key(key, keys))) for key, _ in items), self._where)
-            return made if type(value) is dict else type(value)(made)
+            kind: Any = type(value)
+            return made if kind is dict else kind(made)
         if isinstance(value, list | tuple):
             if self._is_params(keys) and keys[0] == "param_groups":
                 return [self._selection.renamed(name) for name in value]
@@ -268,7 +268,8 @@ def _refuse(name: str, _tensor: object) -> None:
     raise UnsupportedValue(f"{name}: a tensor inside a plain value")
 
 
-# -- writing -------------------------------------------------------------------------------------------------------------
+# -- writing
+# -------------------------------------------------------------------------------------------------------------
 @dataclass
 class _Writing:
     """Writes one checkpoint: ``tensors[i]`` is read for piece ``i`` of the layout."""

@@ -64,9 +64,16 @@ def tensors_of_file(source: Source, path: str) -> dict[str, SourceTensor]:
     ranges = safetensors.parse_header(head, size, path)
     extra = json.loads(head[8 : 8 + length]).get("__metadata__") or {}
     if extra.get("format") == safetensors.ENCODED_FORMAT:
-        raise CheckpointDamaged(f"{path} is a compressed shard of a checkpoint of this library; import nothing: read it")
-    source.metadata.update({str(key): str(value) for key, value in extra.items() if key != "format"})
-    return {one.spec.name: FileTensor(one.spec.dtype, one.spec.shape, fd, one.begin, path) for one in ranges}
+        raise CheckpointDamaged(f"{path} is a compressed shard of a checkpoint of this library; export that checkpoint")
+    found: dict[str, SourceTensor] = {
+        one.spec.name: FileTensor(one.spec.dtype, one.spec.shape, fd, one.begin, path) for one in ranges
+    }
+    for key, value in extra.items():
+        if key not in found and value in found:  # a tied tensor's other name, as safetensors' save_model says it
+            found[key] = found[value]
+        elif key != "format":
+            source.metadata[str(key)] = str(value)
+    return found
 
 
 def _sharded(source: Source, index: str) -> dict[str, SourceTensor]:

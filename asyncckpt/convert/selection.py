@@ -12,8 +12,8 @@ from asyncckpt.errors import InvalidOption, UnsupportedValue
 @dataclass(frozen=True, kw_only=True)
 class Selection:
     """``include`` and ``exclude`` are shell patterns (``*``, ``?``, ``[…]``) for the names that the source has, with
-    the component (``model.wte.weight``) or without it. ``rename`` maps a name, or the beginning of names up to a dot, to
-    another; the longest that fits counts. ``drop`` has patterns for what may be lost."""
+    the component (``model.wte.weight``) or without it. ``rename`` maps a name, or the beginning of names up to a dot,
+    to another; the longest that fits counts. ``drop`` has patterns for what may be lost."""
 
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
@@ -53,8 +53,9 @@ class Selection:
         return bool(found)
 
     def check_losses(self, losses: Mapping[str, str], where: str) -> dict[str, str]:
-        """Return what is lost by name, with the reasons, where the user allows all of it. Raises ``UnsupportedValue``,
-        which names the rest."""
+        """Return what is lost of what is chosen, by name with the reasons, where the user allows all of it. Raises
+        ``UnsupportedValue``, which names the rest."""
+        losses = {name: why for name, why in losses.items() if self.takes("", name)}
         refused = {name: why for name, why in losses.items() if not self.may_drop(name)}
         if refused:
             shown = [f"{name} ({why})" for name, why in list(refused.items())[:10]]

@@ -24,8 +24,8 @@ _PIECE_BYTES = 8 << 20
 @dataclass
 class SourceComponent:
     """A component as it will be in the checkpoint. ``kind``: ``module`` (``value`` maps names to ``SourceTensor``),
-    ``optimizer`` (a ``state_dict`` by the names of parameters) or ``plain`` (any plain containers and values). Tensors in
-    ``value`` are ``SourceTensor`` objects."""
+    ``optimizer`` (a ``state_dict`` by the names of parameters) or ``plain`` (any plain containers and values). Tensors
+    in ``value`` are ``SourceTensor`` objects."""
 
     name: str
     kind: str
@@ -36,9 +36,10 @@ class SourceComponent:
 class Source:
     """What a file or a directory of another format holds.
 
-    ``lost`` says by name what a checkpoint cannot hold, and why; ``notes`` say in words what became of what. ``assets``:
-    small files to keep with the checkpoint; ``metadata`` and ``metrics`` go into its manifest. ``checks`` verify what the format itself can verify. ``open_file`` and
-    ``map_file`` open files for reading, which stay open until ``close``; what they opened is what ``digests`` digests.
+    ``lost`` says by name what a checkpoint cannot hold, and why; ``notes`` say in words what became of what.
+    ``assets``: small files to keep with the checkpoint; ``metadata`` and ``metrics`` go into its manifest. ``checks``
+    verify what the format itself can verify. ``open_file`` and ``map_file`` open files for reading, which stay open
+    until ``close``; what they opened is what ``digests`` digests.
     """
 
     format: str

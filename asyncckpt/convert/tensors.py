@@ -6,6 +6,7 @@ import abc
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.memory.tensor_bytes import _copy_strided
 from asyncckpt.state.dtypes import CODES, DTYPES
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
 
 
 class SourceTensor(abc.ABC):
@@ -37,7 +40,7 @@ class SourceTensor(abc.ABC):
     def whole(self) -> torch.Tensor:
         """Return the whole tensor in memory of its own; for small ones."""
         data = torch.empty(self.nbytes, dtype=torch.uint8)
-        self.read_into(0, memoryview(data.numpy()).cast("B"))
+        self.read_into(0, data.numpy().data)
         return data.view(DTYPES[self.dtype]).reshape(self.shape)
 
 
@@ -76,14 +79,14 @@ class ViewTensor(SourceTensor):
         flat = torch.empty(last - first, dtype=self._view.dtype)
         _copy_strided(self._view, first, last, flat)
         skipped = begin - first * item
-        target[:] = memoryview(flat.view(torch.uint8).numpy()).cast("B")[skipped : skipped + len(target)]
+        target[:] = flat.view(torch.uint8).numpy().data[skipped : skipped + len(target)]
 
 
 class RowsTensor(SourceTensor):
     """A tensor that is made row by row: ``row(n)`` returns the values of row ``n`` of its first dimension as an array,
     which may be decoded, or be another row of the source. The calls are thread-safe."""
 
-    def __init__(self, dtype: str, shape: Sequence[int], row: Callable[[int], np.ndarray]) -> None:  # type: ignore[type-arg]
+    def __init__(self, dtype: str, shape: Sequence[int], row: Callable[[int], Array]) -> None:
         super().__init__(dtype, shape)
         self._row = row
         self._row_bytes = self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
@@ -92,7 +95,7 @@ class RowsTensor(SourceTensor):
         done = 0
         while done < len(target):
             number, within = divmod(begin + done, self._row_bytes)
-            data = memoryview(np.ascontiguousarray(self._row(number)).reshape(-1).view(np.uint8))
+            data = np.ascontiguousarray(self._row(number)).reshape(-1).view(np.uint8).data
             part = data[within : within + len(target) - done]
             if not len(part):
                 raise CheckpointDamaged(f"a row of {len(data)} bytes, which should have {self._row_bytes}")
@@ -101,10 +104,10 @@ class RowsTensor(SourceTensor):
 
 
 class LoadedTensor(SourceTensor):
-    """A tensor that its library only gives as a whole. It is held while pieces of it are read, one tensor of a source at
-    a time: ``holder`` is shared by all tensors of a source."""
+    """A tensor that its library only gives as a whole. It is held while pieces of it are read, one tensor of a source
+    at a time: ``holder`` is shared by all tensors of a source."""
 
-    def __init__(self, dtype: str, shape: Sequence[int], load: Callable[[], np.ndarray], holder: Holder) -> None:  # type: ignore[type-arg]
+    def __init__(self, dtype: str, shape: Sequence[int], load: Callable[[], Array], holder: Holder) -> None:
         super().__init__(dtype, shape)
         self._load = load
         self._holder = holder
@@ -124,10 +127,10 @@ class Holder:
         self._of: object = None
         self._data = memoryview(b"")
 
-    def bytes_of(self, owner: object, load: Callable[[], np.ndarray]) -> memoryview:  # type: ignore[type-arg]
+    def bytes_of(self, owner: object, load: Callable[[], Array]) -> memoryview:
         with self._lock:
             if self._of is not owner:
                 self._data, self._of = memoryview(b""), None
-                self._data = memoryview(np.ascontiguousarray(load()).reshape(-1).view(np.uint8))
+                self._data = np.ascontiguousarray(load()).reshape(-1).view(np.uint8).data
                 self._of = owner
             return self._data

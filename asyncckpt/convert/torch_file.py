@@ -1,4 +1,5 @@
-"""Files of ``torch.save`` in: ``.pt``, ``.pth``, Lightning's ``.ckpt``, ``pytorch_model.bin``, zipped or of the old kind.
+"""Files of ``torch.save`` in: ``.pt``, ``.pth``, Lightning's ``.ckpt``, ``pytorch_model.bin``, zipped or of the old
+kind.
 
 Nothing in them is executed (``torch_pickle``), and tensors are read from where they lie.
 """
@@ -26,8 +27,9 @@ from asyncckpt.state.dtypes import CODES
 _MAX_PICKLE_BYTES: Final = 512 << 20
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
 _PIECE_BYTES: Final = 4 << 20
-#: A component's name has none of these.
+#: A component's name has none of these, and is none of those.
 _ODD: Final = re.compile(r"[^A-Za-z0-9_=+-]+")
+_RESERVED: Final = ("state", "manifest", "latest")
 
 
 def read_torch_file(path: str) -> Source:
@@ -86,14 +88,17 @@ def _tensor(source: Source, path: str, tensor: TensorStandIn, place: _Place) -> 
     return ViewTensor(bytes_.view(tensor.dtype).as_strided(tensor.size, tensor.stride, tensor.offset))
 
 
-# -- zipped files --------------------------------------------------------------------------------------------------------
+# -- zipped files
+# --------------------------------------------------------------------------------------------------------
 def _zipped(source: Source, path: str) -> tuple[Any, _Place]:
     fd, size = source.open_file(path)
     try:
         with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
             entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "data.pkl" not in entries or entries["data.pkl"].file_size > _MAX_PICKLE_BYTES:
-                raise CheckpointDamaged(f"{path}: an archive without a pickle of a sensible size, so none of torch.save")
+                raise CheckpointDamaged(
+                    f"{path}: an archive without a pickle of a sensible size, so none of torch.save"
+                )
             if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
                 raise CheckpointDamaged(f"{path}: a compressed archive, which torch.save does not make")
             if "constants.pkl" in entries:
@@ -155,7 +160,8 @@ def _check_sums(source: Source, path: str, entries: Mapping[str, zipfile.ZipInfo
         source.notes.append(f"{unproven} parts of the file have no checksum: damage in them could not be seen")
 
 
-# -- the old kind --------------------------------------------------------------------------------------------------------
+# -- the old kind
+# --------------------------------------------------------------------------------------------------------
 def _legacy(source: Source, path: str) -> tuple[Any, _Place]:
     """Read a file that ``torch.save`` wrote before version 1.6, or with ``_use_new_zipfile_serialization=False``: five
     pickles, and then each storage behind the number of its elements."""
@@ -223,7 +229,8 @@ def _find_storages(value: Any, found: dict[str, torch.dtype]) -> None:
             stack += node
 
 
-# -- what the content becomes --------------------------------------------------------------------------------------------
+# -- what the content becomes
+# --------------------------------------------------------------------------------------------
 def _components(content: Any, source: Source) -> list[SourceComponent]:
     """Return the components that the content of a file becomes, and say in the source's notes which."""
     if _is_state_dict(content):
@@ -233,6 +240,8 @@ def _components(content: Any, source: Source) -> list[SourceComponent]:
         source.notes.append(f"a {type(content).__name__} became the tree 'value'")
         return [SourceComponent("value", "plain", content)]
     loose = {key: item for key, item in content.items() if isinstance(item, SourceTensor)}
+    if any(_is_state_dict(item) for item in content.values()):  # these are no weights of the model, then
+        loose = {}
     found: list[SourceComponent] = []
     if loose:
         found.append(module("model", loose))
@@ -244,6 +253,7 @@ def _components(content: Any, source: Source) -> list[SourceComponent]:
         source.notes.append(f"step {rest.pop('step')} and metrics of an export of this library are in the manifest")
     for key, item in rest.items():
         name = "model" if key == "state_dict" and "model" not in taken else _ODD.sub("_", key).lstrip("+-=") or "value"
+        name += "_" if name.casefold() in _RESERVED else ""
         if name.casefold() in {one.name.casefold() for one in found}:
             raise CheckpointDamaged(
                 f"{source.path}: {key!r:.80} would be the component {name!r}, as another key; choose with --exclude"
@@ -255,6 +265,8 @@ def _components(content: Any, source: Source) -> list[SourceComponent]:
 
 
 def _component(name: str, item: Any) -> tuple[SourceComponent, str]:
+    if isinstance(item, SourceTensor):
+        return SourceComponent(name, "tensor", item), "tensor"
     if _is_state_dict(item):
         return module(name, item), f"module of {len(item)} tensors"
     if isinstance(item, Mapping) and isinstance(item.get("state"), Mapping) and "param_groups" in item:

@@ -1,8 +1,8 @@
 """The pickle in a file of ``torch.save`` is read here without executing it.
 
 The unpickler knows torch's storages and the functions that make tensors of them, plain containers and values, and
-NumPy's arrays. Any other name becomes a stand-in, which only remembers that it was there: nothing is looked up or called
-that a forger could choose.
+NumPy's arrays. Any other name becomes a stand-in, which only remembers that it was there: nothing is looked up or
+called that a forger could choose.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Lost:
 
 def _lost(why: str) -> Lost:
     found = Lost()
-    found.why = why  # type: ignore[misc]
+    found.why = why
     return found
 
 
@@ -143,7 +143,8 @@ class _NumpyDtype:
     def dtype(self) -> np.dtype[Any]:
         if not isinstance(self._code, str) or self._code[:1] not in "biufc" or not self._code[1:].isdecimal():
             raise pickle.UnpicklingError(f"an array of dtype {self._code!r:.40}")
-        return np.dtype(self._code).newbyteorder(self._order if self._order in "<>" else "=")
+        order: Any = self._order if self._order in ("<", ">") else "="
+        return np.dtype(self._code).newbyteorder(order)
 
 
 def _numpy_reconstruct(*_: Any) -> _NumpyArray:
@@ -171,7 +172,7 @@ class _Factory(Lost):
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
-        self.why = f"the type {kind.__name__}"  # type: ignore[misc]
+        self.why = f"the type {kind.__name__}"
 
 
 def _defaultdict(factory: Any = None, *items: Any) -> Any:
@@ -282,7 +283,9 @@ def unpickle(file: Any, what: str) -> Any:
     except CheckpointDamaged:
         raise
     except Exception as error:  # a forger's opcodes can run into anything
-        raise CheckpointDamaged(f"{what}: its pickle cannot be read ({type(error).__name__}: {error!s:.200})") from error
+        raise CheckpointDamaged(
+            f"{what}: its pickle cannot be read ({type(error).__name__}: {error!s:.200})"
+        ) from error
 
 
 def unpickle_bytes(data: bytes, what: str) -> Any:
@@ -325,7 +328,8 @@ class _Resolving:
             made = {key: item for key, item in items if item is not _GONE}
             if isinstance(value, collections.defaultdict):
                 return collections.defaultdict(value.default_factory, made)
-            return made if type(value) is dict else type(value)(made)
+            kind: Any = type(value)
+            return made if kind is dict else kind(made)
         if isinstance(value, argparse.Namespace | types.SimpleNamespace):
             members = self.value(dict(vars(value)), path)
             return type(value)(**members)
