@@ -100,6 +100,10 @@ def import_checkpoint(
     are written, in extents of 8 MiB.
     """
     path = os.fspath(source)
+    if (format or detect(path)) == "dcp":
+        if component is not None:
+            raise InvalidOption("a checkpoint of torch.distributed.checkpoint names its components itself: use rename")
+        return _import_dcp(path, run, step, selection, overwrite, digest, metrics, progress)
     with open_source(path, format) as opened:
         if component is not None:
             renamed_source(opened, component)
@@ -113,6 +117,26 @@ def import_checkpoint(
             metrics=metrics,
             progress=progress,
         )
+
+
+def _import_dcp(
+    path: str,
+    run: str | os.PathLike[str],
+    step: int,
+    selection: Selection | None,
+    overwrite: bool,
+    digest: str,
+    metrics: Mapping[str, float] | None,
+    progress: Progress,
+) -> Imported:
+    """Import a directory of plain DCP, whose tensors stay the boxes that they were saved in."""
+    from asyncckpt.convert.dcp.conversion import convert
+
+    done = convert(
+        path, run, step, overwrite=overwrite, digest=digest, metrics=metrics, selection=selection, progress=progress
+    )
+    note = "each dict of the state became a component; dcp.load reads it with asyncckpt.integrations.dcp.Reader"
+    return Imported(done.path, step, done.tensors, done.nbytes, {}, done.skipped, (note,), {"format": "dcp"})
 
 
 def open_source(path: str, format: str | None = None) -> Source:
@@ -139,6 +163,8 @@ def detect(path: str) -> str:
 
 def _of_directory(path: str) -> str | None:
     names = set(os.listdir(path))
+    if ".metadata" in names:
+        return "dcp"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
     return None
