@@ -69,12 +69,13 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """Writes one format. ``folder``: it makes a directory. ``trees``: it holds plain values, too. ``weights``: it takes
-    modules alone."""
+    """Writes one format. ``folder``: it makes a directory. ``trees``: it looks after values that are no tensors itself.
+    ``choose``: returns which component the user's word means, where the format has only room for one."""
 
     write: Callable[[Export], None]
     folder: bool = False
     trees: bool = False
+    choose: Callable[[OpenCheckpoint, str], str] = lambda _checkpoint, what: what
 
 
 def export_with(
@@ -93,6 +94,7 @@ def export_with(
     """Write what is chosen of an open checkpoint with ``writer``; see ``formats.export_checkpoint``."""
     selection = selection or Selection()
     checkpoint.check_small_files()
+    what = writer.choose(checkpoint, what)
     chosen = components(checkpoint.manifest, what, checkpoint.path)
     with output(out, folder=writer.folder, overwrite=overwrite) as result:
         found = items(checkpoint, chosen, selection, dtype)

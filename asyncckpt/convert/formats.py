@@ -39,10 +39,24 @@ def _torch(path: str) -> Source:
     return read_torch_file(path)
 
 
+def _hf(path: str) -> Source:
+    from asyncckpt.convert.huggingface import read_model_directory
+
+    return read_model_directory(path)
+
+
+def _peft(path: str) -> Source:
+    from asyncckpt.convert.huggingface import read_adapter_directory
+
+    return read_adapter_directory(path)
+
+
 #: Each reads one format; it imports what it needs when it is called.
 READERS: Final[dict[str, Callable[[str], Source]]] = {
     "safetensors": _safetensors,
     "torch": _torch,
+    "hf": _hf,
+    "peft": _peft,
 }
 
 
@@ -64,11 +78,25 @@ def _to_torch() -> Writer:
     return Writer(write_torch_file, trees=True)
 
 
+def _to_hf() -> Writer:
+    from asyncckpt.convert.huggingface_out import choose_model, write_model_directory
+
+    return Writer(write_model_directory, folder=True, choose=choose_model)
+
+
+def _to_peft() -> Writer:
+    from asyncckpt.convert.huggingface_out import choose_adapter, write_adapter_directory
+
+    return Writer(write_adapter_directory, folder=True, trees=True, choose=choose_adapter)
+
+
 #: Each returns what writes one format.
 WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "safetensors": _to_safetensors,
     "safetensors-shards": _to_safetensors_folder,
     "torch": _to_torch,
+    "hf": _to_hf,
+    "peft": _to_peft,
 }
 
 
@@ -165,6 +193,10 @@ def _of_directory(path: str) -> str | None:
     names = set(os.listdir(path))
     if ".metadata" in names:
         return "dcp"
+    if "adapter_config.json" in names:
+        return "peft"
+    if "config.json" in names and any(name.endswith((".safetensors", ".bin", ".index.json")) for name in names):
+        return "hf"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
     return None

@@ -173,7 +173,7 @@ def _module(
         if owner != name:
             aliases[name] = owner
             continue
-        pieces.append(LocalTensor(TensorSpec(name, tensor.dtype, tensor.shape, tensor.nbytes), _placeholder(tensor)))
+        pieces.append(LocalTensor(_spec(name, tensor, component.file), _placeholder(tensor)))
         readers.append(tensor)
     tree = jsontree.encode(extra, "", _refuse, component=component.name)
     return ComponentSnapshot(component.name, "module", pieces, aliases, tree), readers
@@ -196,7 +196,7 @@ def _values(
 
     def sink(name: str, tensor: torch.Tensor) -> None:
         reader = by_id.get(id(tensor)) or ViewTensor(tensor)  # that of an array, which is in memory already
-        pieces.append(LocalTensor(TensorSpec(name, reader.dtype, reader.shape, reader.nbytes), tensor))
+        pieces.append(LocalTensor(_spec(name, reader), tensor))
         readers.append(reader)
 
     tree = jsontree.encode(wanted, "", sink, component=component.name)
@@ -258,6 +258,10 @@ class _Walk:
 
     def _key(self, key: Any, keys: tuple[str, ...]) -> Any:
         return self._selection.renamed(key) if isinstance(key, str) and self._is_params(keys) else key
+
+
+def _spec(name: str, tensor: SourceTensor, file: str = "") -> TensorSpec:
+    return TensorSpec(name, tensor.dtype, tensor.shape, tensor.nbytes, file=file)
 
 
 def _placeholder(tensor: SourceTensor) -> torch.Tensor:

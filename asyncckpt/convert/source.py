@@ -30,6 +30,8 @@ class SourceComponent:
     name: str
     kind: str
     value: Any
+    #: The file of a checkpoint that its tensors have to lie in, so that another library finds them there.
+    file: str = ""
 
 
 @dataclass
