@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
 from asyncckpt.convert import safetensors_files, torch_file
@@ -148,20 +148,43 @@ def tied_names(config: bytes) -> dict[str, str]:
     return {str(name): str(owner) for name, owner in keys.items()}
 
 
-def empty_model(config: bytes) -> Any:
+def empty_model(config: bytes, names: Collection[str] = ()) -> Any:
     """Return the model that a ``config.json`` describes, without memory for its weights; None where Transformers does
-    not know it. No code is run that lies beside a config."""
+    not know it. A config that does not say which class it is of may be any with these ``names`` of weights, a language
+    model where none fits. No code is run that lies beside a config."""
     import torch
     import transformers
 
     body = json.loads(config)
-    names: Sequence[str] = body.get("architectures") or ()
-    kind = getattr(transformers, str(names[0]), None) if names else None
-    if kind is None or not hasattr(kind, "from_pretrained"):
-        return None
-    try:
-        known = transformers.AutoConfig.for_model(**{k: v for k, v in body.items() if k != "transformers_version"})
-        with torch.device("meta"):
-            return kind(known)
-    except Exception:  # a config of another version, say: then nothing is known about the model
-        return None
+    given: Sequence[str] = body.get("architectures") or ()
+    kinds = [getattr(transformers, str(given[0]), None)] if given else _possible(transformers, body)
+    made: list[Any] = []
+    for kind in kinds:
+        if kind is None or not hasattr(kind, "from_pretrained"):
+            continue
+        try:
+            known = transformers.AutoConfig.for_model(**{k: v for k, v in body.items() if k != "transformers_version"})
+            with torch.device("meta"):
+                model = kind(known)
+        except Exception:  # a config of another version, say: then nothing is known about the model
+            continue
+        if given or set(names) == set(model.state_dict()):
+            return model
+        made.append(model)
+    return made[0] if made else None
+
+
+def _possible(transformers: Any, body: Mapping[str, Any]) -> list[Any]:
+    """Return the classes that a config of this type may be of, those for languages first."""
+    kind = type(transformers.AutoConfig.for_model(body["model_type"])) if "model_type" in body else None
+    autos = (
+        "CausalLM",
+        "Seq2SeqLM",
+        "MaskedLM",
+        "SequenceClassification",
+        "TokenClassification",
+        "ImageClassification",
+    )
+    mappings = [getattr(transformers, f"AutoModelFor{auto}")._model_mapping for auto in autos]
+    mappings.append(transformers.AutoModel._model_mapping)
+    return [mapping[kind] for mapping in mappings if kind in mapping]

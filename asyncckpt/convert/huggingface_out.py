@@ -52,8 +52,7 @@ def write_model_directory(job: Export) -> None:
             f"{job.checkpoint.path} has no {CONFIG} among its assets, which a model directory needs: save with "
             f"assets=[model.config, tokenizer], or export to .safetensors and add the files yourself"
         )
-    config = _with_dtype(assets[CONFIG], job)
-    _check_names(job, config)
+    config = _config(assets[CONFIG], job, _checked_class(job, assets[CONFIG]))
     write_folder(job)
     for name, data in assets.items():
         if name != ADAPTER_CONFIG:
@@ -67,7 +66,12 @@ def write_adapter_directory(job: Export) -> None:
     folder = ""
     tree: Any = job.checkpoint.trees.get(job.components[0])
     identity = tree.get("adapter") if isinstance(tree, dict) else None
-    if isinstance(identity, dict) and identity.get("name") not in (None, "default"):
+    if not isinstance(identity, dict):
+        raise InvalidOption(
+            f"{job.checkpoint.path}: {job.what!r} is no adapter, which a directory of PEFT needs with its "
+            f"{ADAPTER_CONFIG}: save adapters with integrations.peft.Adapters"
+        )
+    if identity.get("name") not in (None, "default"):
         folder = f"{identity['name']}/"
     if folder + ADAPTER_CONFIG not in assets:
         raise InvalidOption(
@@ -78,21 +82,27 @@ def write_adapter_directory(job: Export) -> None:
     job.output.write(ADAPTER_CONFIG, assets[folder + ADAPTER_CONFIG])
 
 
-def _with_dtype(config: bytes, job: Export) -> bytes:
-    """Return the config with the dtype that the weights get: Transformers loads them as that."""
-    if job.dtype is None:
-        return config
+def _config(config: bytes, job: Export, kind: str) -> bytes:
+    """Return the config with the dtype that the weights get, as which Transformers loads them, and with the class of the
+    model, which a config has only where the model itself was saved."""
     body = json.loads(config)
-    keys = [key for key in ("dtype", "torch_dtype") if key in body] or ["dtype"]
-    body |= dict.fromkeys(keys, str(job.dtype).removeprefix("torch."))
+    if job.dtype is None and (body.get("architectures") or not kind):
+        return config
+    if kind and not body.get("architectures"):
+        body["architectures"] = [kind]
+    if job.dtype is not None:
+        keys = [key for key in ("dtype", "torch_dtype") if key in body] or ["dtype"]
+        body |= dict.fromkeys(keys, str(job.dtype).removeprefix("torch."))
     return (json.dumps(body, indent=2) + "\n").encode()
 
 
-def _check_names(job: Export, config: bytes) -> None:
-    model = empty_model(config)
+def _checked_class(job: Export, config: bytes) -> str:
+    """Compare names and shapes with those of the model; return its class's name, empty where it is not known. Raises
+    ``InvalidOption``."""
+    model = empty_model(config, [item.name for item in job.items])
     if model is None:
         job.notes.append("Transformers does not know the model of the config, so names were not compared")
-        return
+        return ""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = {str(name) for name in getattr(model, "all_tied_weights_keys", None) or {}}
     there = {item.name: item.shape for item in job.items}
@@ -103,13 +113,14 @@ def _check_names(job: Export, config: bytes) -> None:
         for name in wanted
         if there.get(name, wanted[name]) != wanted[name]
     ]
+    kind = type(model).__name__
     if not (missing or extra or odd):
-        return
+        return kind
     if not odd and all(_is_converted(name) for name in (*missing, *extra)):
         job.notes.append("experts have the names of files, not those of the model; Transformers converts them")
-        return
+        return kind
     raise InvalidOption(
-        f"{job.checkpoint.path}: these are not the weights of the {type(model).__name__} in {CONFIG}"
+        f"{job.checkpoint.path}: these are not the weights of the {kind} in {CONFIG}"
         f"{_listed('missing', missing)}{_listed('unknown', extra)}{_listed('of another shape', odd)}"
         f"{_hint(missing, extra)}"
     )

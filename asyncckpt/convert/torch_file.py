@@ -169,7 +169,7 @@ def _legacy(source: Source, path: str) -> tuple[Any, _Place]:
     with os.fdopen(os.dup(fd), "rb") as raw:
         raw.seek(0)
         file = io.BufferedReader(raw) if not isinstance(raw, io.BufferedReader) else raw
-        numbers = _Reading(file)
+        numbers = _Reading(file, size)
         try:
             magic = torch_pickle.unpickle(numbers, path)
         except CheckpointDamaged as error:
@@ -210,9 +210,14 @@ def _legacy(source: Source, path: str) -> tuple[Any, _Place]:
 class _Reading:
     """Presents a file to an unpickler that must not read ahead: other pickles follow."""
 
-    def __init__(self, file: io.BufferedReader) -> None:
-        self.read = file.read
+    def __init__(self, file: io.BufferedReader, size: int) -> None:
+        self._file = file
+        self._size = size
         self.readline = file.readline
+
+    def read(self, nbytes: int) -> bytes:
+        """Read so many bytes, or what is left: memory is never taken for a length that is only claimed."""
+        return self._file.read(min(nbytes, self._size) if nbytes > 4096 else nbytes)
 
 
 def _find_storages(value: Any, found: dict[str, torch.dtype]) -> None:

@@ -16,7 +16,7 @@ import pickle
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 import torch
@@ -182,10 +182,47 @@ def _defaultdict(factory: Any = None, *items: Any) -> Any:
     return collections.defaultdict(kind, *items)
 
 
-class _Unpickler(pickle.Unpickler):
+_Python: Any = pickle._Unpickler
+
+
+class PatientUnpickler(_Python):  # type: ignore[misc]
+    """The unpickler of the standard library that is written in Python, without what a forger could use.
+
+    The one in C makes a table as long as the largest number in the pickle, which takes all memory; buffers of a length
+    that is only claimed, extensions that a program registered, and attributes for classes and functions are refused by
+    both kinds of pickle that are read here."""
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: call
+        for code, call in _Python.dispatch.items()
+        if bytes([code])
+        not in (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)
+    }
+    #: Objects of these may be given attributes.
+    built: tuple[type, ...] = ()
+
+    def load_build(self) -> None:
+        """Give an object its state, where it is one of those that may have some."""
+        if not isinstance(self.stack[-2], self.built):
+            raise pickle.UnpicklingError(f"attributes for a {type(self.stack[-2]).__name__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+class _Unpickler(PatientUnpickler):
     def __init__(self, file: Any) -> None:
         super().__init__(file)
         self._kinds: dict[tuple[str, str], type[Lost]] = {}
+
+    built = (
+        Lost,
+        _NumpyArray,
+        _NumpyDtype,
+        collections.OrderedDict,
+        argparse.Namespace,
+        types.SimpleNamespace,
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         found = _VALUES.get((module, name)) or _FUNCTIONS.get((module, name))

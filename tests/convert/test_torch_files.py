@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import random
+import resource
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def test_damaged_files_give_typed_errors_or_what_was_saved(tmp_path: Path, zippe
     whole = (tmp_path / "whole.pt").read_bytes()
     rng = random.Random(3)
     refused = 0
-    for number in range(150):
+    for number in range(60):
         data = bytearray(whole)
         if number % 3:
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -119,7 +120,7 @@ def test_damaged_files_give_typed_errors_or_what_was_saved(tmp_path: Path, zippe
             import_checkpoint(tmp_path / "in.pt", tmp_path / "run", number, selection=Selection(drop=["*"]))
         except AsyncCkptError:
             refused += 1
-    assert refused > 50
+    assert refused > 20
 
 
 def test_classes_are_named_and_dropped_and_what_is_excluded_is_no_loss(tmp_path: Path) -> None:
@@ -132,6 +133,24 @@ def test_classes_are_named_and_dropped_and_what_is_excluded_is_no_loss(tmp_path:
     assert dict(done.components) == {"model": "module"}
 
 
+def test_a_pickle_of_claimed_sizes_takes_no_memory_and_changes_no_class(tmp_path: Path) -> None:
+    huge_memo = b"\x80\x02Nr\xff\xff\xff\x7f."
+    huge_buffer = b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"."
+    changed_class = b"\x80\x02cargparse\nNamespace\nN}X\x03\x00\x00\x00odds\x86b."
+    for number, body in enumerate((huge_memo, huge_buffer, changed_class)):
+        file = tmp_path / f"{number}.pt"
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("x/data.pkl", body)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if number:
+            with pytest.raises(CheckpointDamaged):
+                import_checkpoint(file, tmp_path / "run", number)
+        else:
+            import_checkpoint(file, tmp_path / "run", number)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    assert not hasattr(argparse.Namespace, "odd")
+
+
 def test_what_is_no_file_of_torch_says_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(CheckpointDamaged, match=r"no file of torch.save"):
@@ -142,7 +161,9 @@ def test_what_is_no_file_of_torch_says_what_it_is(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "zip.pt", tmp_path / "run", 1)
     with pytest.raises(CheckpointNotFound):
         import_checkpoint(tmp_path / "missing.pt", tmp_path / "run", 1)
-    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), tmp_path / "script.pt")
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:
+        archive.writestr("script/data.pkl", pickle.dumps(1))
+        archive.writestr("script/constants.pkl", pickle.dumps(()))
     with pytest.raises(CheckpointDamaged, match=r"TorchScript.*state_dict"):
         import_checkpoint(tmp_path / "script.pt", tmp_path / "run", 1)
 
