@@ -90,6 +90,12 @@ def _to_peft() -> Writer:
     return Writer(write_adapter_directory, folder=True, trees=True, choose=choose_adapter)
 
 
+def _to_dcp() -> Writer:
+    from asyncckpt.convert.dcp.directory import write_dcp_directory
+
+    return Writer(write_dcp_directory, folder=True, trees=True)
+
+
 #: Each returns what writes one format.
 WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "safetensors": _to_safetensors,
@@ -97,6 +103,7 @@ WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "torch": _to_torch,
     "hf": _to_hf,
     "peft": _to_peft,
+    "dcp": _to_dcp,
 }
 
 

@@ -83,8 +83,8 @@ def write_adapter_directory(job: Export) -> None:
 
 
 def _config(config: bytes, job: Export, kind: str) -> bytes:
-    """Return the config with the dtype that the weights get, as which Transformers loads them, and with the class of the
-    model, which a config has only where the model itself was saved."""
+    """Return the config with the dtype that the weights get, as which Transformers loads them, and with the class of
+    the model, which a config has only where the model itself was saved."""
     body = json.loads(config)
     if job.dtype is None and (body.get("architectures") or not kind):
         return config

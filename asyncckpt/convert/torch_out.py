@@ -15,17 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from asyncckpt import jsontree
 from asyncckpt.convert import torch_pickle
 from asyncckpt.convert.exporting import Export
-from asyncckpt.convert.stored import Place, StoredItem, check_overflow, converted, fill_places, view_at
+from asyncckpt.convert.placeholders import Placeholders
+from asyncckpt.convert.stored import Place, StoredItem, check_overflow, fill_places, view_at
 from asyncckpt.convert.torch_pickle import TensorStandIn
-from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
-from asyncckpt.manifest.records import StoredTensor
-from asyncckpt.restore.restore import load_tensors
-from asyncckpt.state.dtypes import CODES, DTYPES
+from asyncckpt.errors import UnsupportedValue
+from asyncckpt.state.dtypes import CODES
 
 _ENTRY_BYTES: Final = 46  # of an entry in the archive's list, before the name
 
@@ -36,7 +33,7 @@ def write_torch_file(job: Export) -> None:
     Weights, or one module, are a flat ``state_dict``, which opens with ``weights_only=True``. Another component is its
     state, an optimizer's by the names of parameters; ``all`` is ``{component: state}`` with ``step`` and ``metrics``
     beside them where no component has that name."""
-    made = _Placeholders(job)
+    made = Placeholders(job)
     content = made.content()
     path = job.output.inside("")
     try:
@@ -45,85 +42,6 @@ def write_torch_file(job: Export) -> None:
     except (RuntimeError, TypeError, AttributeError) as error:
         raise OSError(str(error).partition("\n")[0]) from error
     _fill(job, path, content, made.items)
-
-
-class _Placeholders:
-    """Builds the content of the file with tensors that have no data; ``items`` says which each stands for."""
-
-    def __init__(self, job: Export) -> None:
-        self._job = job
-        self._mode = FakeTensorMode()
-        self.items: dict[int, StoredItem] = {}
-        self._made: dict[int, torch.Tensor] = {}
-
-    def content(self) -> Any:
-        job = self._job
-        manifest = job.checkpoint.manifest
-        kinds = {manifest.components[component].kind for component in job.components}
-        if job.what != "all" and kinds == {"module"}:
-            self._check_modules()
-            return {item.name: self._tensor(item) for item in job.items}
-        if job.what != "all":
-            return self._state(job.components[0])
-        beside = {"step": manifest.step, "metrics": dict(manifest.metrics)}
-        return beside | {name: self._state(name) for name in job.components}
-
-    def _check_modules(self) -> None:
-        trees = self._job.checkpoint.trees
-        losses = {name: "values in a module that are no tensors" for name in self._job.components if trees.get(name)}
-        self._job.selection.check_losses(losses, self._job.checkpoint.path)
-
-    def _tensor(self, item: StoredItem) -> torch.Tensor:
-        owner = item.tied_to or item
-        found = self._made.get(id(owner))
-        if found is None:
-            with self._mode:
-                found = torch.empty(owner.shape, dtype=DTYPES[owner.dtype])
-            self._made[id(owner)] = found
-            self.items[id(found)] = owner
-        return found
-
-    def _state(self, component: str) -> Any:
-        job = self._job
-        checkpoint = job.checkpoint
-        record = checkpoint.manifest.components[component]
-        mine = {item.fqn: item for item in job.items if item.component == component}
-        if record.kind == "module":
-            prefix = "" if len(job.components) == 1 else f"{component}."
-            return {item.name.removeprefix(prefix): self._tensor(item) for item in mine.values()}
-        trees = checkpoint.trees
-        if component not in trees:
-            raise CheckpointDamaged(f"{checkpoint.path}: state.json lacks the component {component!r}")
-        records: Mapping[str, StoredTensor] = record.tensors
-
-        def tensor(name: str) -> torch.Tensor:
-            if name not in records:
-                raise _missing(checkpoint.path, name)
-            item = mine.get(name)
-            if item is None:
-                left_out = f"{component}.{name}"
-                if not job.selection.may_drop(left_out):
-                    raise UnsupportedValue(
-                        f"{checkpoint.path}: {left_out} stands inside plain values, which would refer to nothing "
-                        f"without it; choose whole components, or --exclude '{component}*'"
-                    )
-                item = StoredItem(name, component, name, records[name], converted(records[name].dtype, job.dtype))
-            return self._tensor(item)
-
-        @functools.cache
-        def exact() -> dict[str, torch.Tensor]:  # arrays of NumPy are data, not weights, and keep their dtype
-            return load_tensors(checkpoint, [component])
-
-        def array(name: str) -> torch.Tensor:
-            if f"{component}.{name}" not in exact():
-                raise _missing(checkpoint.path, name)
-            return exact()[f"{component}.{name}"]
-
-        return jsontree.decode(trees[component], tensor, array)
-
-
-def _missing(path: str, name: str) -> CheckpointDamaged:
-    return CheckpointDamaged(f"{path}: state.json refers to {name!r:.80}, which is not there")
 
 
 def _fill(job: Export, path: Any, content: Any, items: Mapping[int, StoredItem]) -> None:
