@@ -24,6 +24,7 @@ _SUFFIXES: Final = {
     ".pth": "torch",
     ".ckpt": "torch",
     ".bin": "torch",
+    ".gguf": "gguf",
 }
 
 
@@ -51,12 +52,19 @@ def _peft(path: str) -> Source:
     return read_adapter_directory(path)
 
 
+def _gguf(path: str) -> Source:
+    from asyncckpt.convert.gguf_file import read_gguf
+
+    return read_gguf(path)
+
+
 #: Each reads one format; it imports what it needs when it is called.
 READERS: Final[dict[str, Callable[[str], Source]]] = {
     "safetensors": _safetensors,
     "torch": _torch,
     "hf": _hf,
     "peft": _peft,
+    "gguf": _gguf,
 }
 
 
@@ -96,6 +104,12 @@ def _to_dcp() -> Writer:
     return Writer(write_dcp_directory, folder=True, trees=True)
 
 
+def _to_gguf() -> Writer:
+    from asyncckpt.convert.gguf_out import write_gguf
+
+    return Writer(write_gguf)
+
+
 #: Each returns what writes one format.
 WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "safetensors": _to_safetensors,
@@ -104,6 +118,7 @@ WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "hf": _to_hf,
     "peft": _to_peft,
     "dcp": _to_dcp,
+    "gguf": _to_gguf,
 }
 
 
