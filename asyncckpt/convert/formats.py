@@ -25,6 +25,7 @@ _SUFFIXES: Final = {
     ".ckpt": "torch",
     ".bin": "torch",
     ".gguf": "gguf",
+    ".onnx": "onnx",
 }
 
 
@@ -58,6 +59,12 @@ def _gguf(path: str) -> Source:
     return read_gguf(path)
 
 
+def _onnx(path: str) -> Source:
+    from asyncckpt.convert.onnx_file import read_onnx
+
+    return read_onnx(path)
+
+
 #: Each reads one format; it imports what it needs when it is called.
 READERS: Final[dict[str, Callable[[str], Source]]] = {
     "safetensors": _safetensors,
@@ -65,6 +72,7 @@ READERS: Final[dict[str, Callable[[str], Source]]] = {
     "hf": _hf,
     "peft": _peft,
     "gguf": _gguf,
+    "onnx": _onnx,
 }
 
 
@@ -110,6 +118,12 @@ def _to_gguf() -> Writer:
     return Writer(write_gguf)
 
 
+def _to_onnx() -> Writer:
+    from asyncckpt.convert.onnx_out import write_onnx
+
+    return Writer(write_onnx)
+
+
 #: Each returns what writes one format.
 WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "safetensors": _to_safetensors,
@@ -119,6 +133,7 @@ WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "peft": _to_peft,
     "dcp": _to_dcp,
     "gguf": _to_gguf,
+    "onnx": _to_onnx,
 }
 
 

@@ -86,9 +86,7 @@ def _tensor(
             source.map_file(path)[one.data_offset : one.data_offset + one.n_bytes], dtype=DTYPES[kind]
         )
         if reordered and shape[0] % (2 * reordered):
-            raise CheckpointDamaged(
-                f"{path}: {one.name!r:.80} has {shape[0]} rows, which {reordered} heads do not share"
-            )
+            raise CheckpointDamaged(f"{path}: {one.name!r:.80} has {shape[0]} rows, for {reordered} heads")
         view = architecture.hf_view(one.name, data.view(shape))
         return ViewTensor(view, shape[::-1] if transposed else shape)
     block, block_bytes = library.GGML_QUANT_SIZES[one.tensor_type]

@@ -51,7 +51,7 @@ def write_gguf(job: Export) -> None:
     if kind and kind not in _KINDS:
         raise InvalidOption(f"--quantized {job.options.quantized!r}: kinds are {', '.join(_KINDS)}")
     config, architecture = _architecture(job)
-    tensors = [_Tensor(job, item, architecture, kind) for item in job.items if item.tied_to is None]
+    tensors = [_Tensor(job, item, architecture, kind) for item in job.items if architecture is None or not item.tied_to]
     lost = {one.item.name: one.problem for one in tensors if one.problem}
     job.selection.check_losses(lost, job.checkpoint.path)
     tensors = [one for one in tensors if not one.problem]
@@ -161,7 +161,7 @@ class _Tensor:
             turned = whole(job.checkpoint, exact).t()
             rows_at_once = max(1, (8 << 20) // width)
             starts = range(0, turned.shape[0], rows_at_once)
-            pieces = (turned[start : start + rows_at_once].contiguous() for start in starts)
+            pieces = iter([turned[start : start + rows_at_once].contiguous() for start in starts])
         else:
             pieces = pieces_of(job.checkpoint, exact)
         first = 0

@@ -27,6 +27,7 @@ class Output:
         self.path = path
         self._folder = folder
         self._maps: list[tuple[mmap.mmap, int]] = []
+        self.beside_target: list[tuple[Path, Path]] = []
 
     def inside(self, name: str) -> Path:
         """Return where the file ``name`` is written to: the file itself, or one below the directory."""
@@ -34,6 +35,13 @@ class Output:
             return self.path
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def beside(self, ending: str) -> Path:
+        """Return where to write a file that will be called as the target with this ending, and has its name before the
+        target has."""
+        path = self.path.with_name(self.path.name + ending)
+        self.beside_target.append((path, self.target.with_name(self.target.name + ending)))
         return path
 
     def create(self, name: str, nbytes: int) -> torch.Tensor:
@@ -77,6 +85,11 @@ class Output:
         else:
             _sync(str(self.path))
         nbytes = self._nbytes()
+        for path, name in self.beside_target:
+            if path.exists():
+                _sync(str(path))
+                nbytes += path.stat().st_size
+                (ops.replace if overwrite else ops.rename_noreplace)(str(path), str(name))
         if overwrite and not self._folder:
             ops.replace(str(self.path), str(self.target))
         else:
@@ -107,12 +120,14 @@ def output(out: str | os.PathLike[str], *, folder: bool, overwrite: bool) -> Ite
     if target.is_dir() or (os.path.lexists(target) and not (overwrite and not folder)):
         raise _exists(target, folder)
     temp = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    made: Output | None = None
     try:
         if folder:
             temp.mkdir()
         else:
             temp.touch()
-        yield Output(target, temp, folder=folder)
+        made = Output(target, temp, folder=folder)
+        yield made
     except BaseException as error:
         raise_typed = _typed(error, target, folder)
         if raise_typed is None:
@@ -124,6 +139,9 @@ def output(out: str | os.PathLike[str], *, folder: bool, overwrite: bool) -> Ite
                 shutil.rmtree(temp, ignore_errors=True)
             else:
                 temp.unlink()
+        for path, _ in made.beside_target if made is not None else ():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _typed(error: BaseException, target: Path, folder: bool) -> AsyncCkptError | None:
