@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.chosen import open_chosen, open_unseen, read_chosen
@@ -14,9 +14,8 @@ from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference
 from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.catalog.newest import tell_of_missing
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.errors import (
-    storage_errors,
-)
+from asyncckpt.catalog.retention import KeepBest
+from asyncckpt.errors import CheckpointNotFound, InvalidOption, storage_errors
 from asyncckpt.events import EventBus
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.config import read_config
@@ -86,6 +85,33 @@ class Run(RestoresState):
         checkpoints never are. Raises ``CheckpointNotFound``."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).newest()
+
+    def best(
+        self, metric: str, mode: Literal["min", "max", ""] = "", *, kind: Literal["full", "weights"] | None = None
+    ) -> CheckpointInfo:
+        """Return the row of the usable checkpoint with the best value of ``metric``: the smallest (``mode="min"``) or
+        the largest (``mode="max"``). The mode must be given, but for a metric whose name ends in ``loss``.
+
+        Metrics are those of ``save`` and of ``annotate``. Nan is never the best, and of equals the later save is.
+        Looked at are the run's own checkpoints, those among them that training left by going back; ``kind`` restricts
+        them to full or weights-only ones. Blocks on the disk. Raises ``CheckpointNotFound`` where there is no usable
+        checkpoint, and ``InvalidOption`` where none has a value of that metric, which names the metrics that there
+        are."""
+        policy = KeepBest(metric, 1, mode=mode)
+        if kind not in (None, "full", "weights"):
+            raise InvalidOption(f"kind must be 'full', 'weights' or None, not {kind!r:.80}")
+        entries = [e for e in self.ls() if e.damage is None and not e.renamed and kind in (None, e.kind)]
+        if not entries:
+            of_kind = f" of kind {kind!r}" if kind is not None else ""
+            raise CheckpointNotFound(f"{self.path}: no usable checkpoint{of_kind} here")
+        ranked = policy.ranked(entries)
+        if not ranked:
+            known = ", ".join(sorted({name for entry in entries for name in entry.metrics})) or "none"
+            raise InvalidOption(
+                f"{self.path}: no usable checkpoint has a value of the metric {metric!r}; metrics there: {known}. Give "
+                f"it with save(..., metrics={{{metric!r}: …}}), or later with Run.annotate(step, {{{metric!r}: …}})"
+            )
+        return ranked[0]
 
     def tell_of_missing(self, newest: CheckpointInfo) -> None:
         """Log where the run has saved a later checkpoint than this one, and it is not there any more: retention deletes

@@ -35,6 +35,9 @@ class Candidate(Protocol):
     def kind(self) -> str: ...
 
 
+C = TypeVar("C", bound=Candidate)
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Decides which checkpoints stay. A policy must be pure: it answers the same for the same candidates, on each
@@ -125,13 +128,14 @@ class KeepBest:
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
         if self.is_unreported(candidates):
             return {candidate.step for candidate in candidates}
+        return {candidate.step for candidate in self.ranked(candidates)[: self.n]}
+
+    def ranked(self, candidates: Iterable[C]) -> list[C]:
+        """Return the candidates that have a value of the metric which can be compared, the best first, and of equals
+        the later save first."""
         sign = 1 if self.mode == "min" else -1
-        ranked = sorted(
-            (sign * candidate.metrics[self.metric], [-part for part in age(candidate)], candidate.step)
-            for candidate in candidates
-            if not math.isnan(candidate.metrics.get(self.metric, math.nan))
-        )
-        return {step for _, _, step in ranked[: self.n]}
+        have = [one for one in candidates if not math.isnan(one.metrics.get(self.metric, math.nan))]
+        return sorted(have, key=lambda one: (sign * one.metrics[self.metric], [-part for part in age(one)]))
 
     def is_unreported(self, candidates: Iterable[Candidate]) -> bool:
         """Return whether no candidate has the metric."""
@@ -157,10 +161,34 @@ class KeepSteps:
         return f"KeepSteps({list(self.steps)})"
 
 
+@dataclass(frozen=True, slots=True)
+class KeepFor:
+    """Keep what was saved in the last ``hours`` hours before the newest save of the same kind.
+
+    It counts from the newest save and not from now, so a run that stood still for a week has all of its checkpoints
+    when it goes on. The times are those of the clocks of the hosts that saved: have ``KeepLast`` beside it where a
+    clock may be wrong. A checkpoint of which nobody knows when it was saved stays.
+    """
+
+    hours: float
+
+    def __post_init__(self) -> None:
+        usable = isinstance(self.hours, int | float) and not isinstance(self.hours, bool)
+        if not usable or not 0 < self.hours < math.inf:
+            raise InvalidOption(f"KeepFor: hours must be a number > 0, not {self.hours!r}")
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        if not candidates:
+            return set()
+        since = _saved_at(max(candidates, key=age)) - self.hours * 3600
+        return {one.step for one in candidates if _saved_at(one) >= since or not _saved_at(one)}
+
+    def describe(self) -> str:
+        return f"KeepFor(hours={self.hours})"
+
+
 #: These policies tell the milestones and the best of one line of training.
 _OF_ONE_LINE = (KeepEvery, KeepBest, KeepSteps)
-
-C = TypeVar("C", bound=Candidate)
 
 
 def checked_policies(keep: object) -> tuple[Policy, ...]:
@@ -227,6 +255,11 @@ def unreported(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> l
 def _left(candidate: Candidate) -> bool:
     """Whether training went back and left this checkpoint."""
     return bool(getattr(candidate, "abandoned", False))
+
+
+def _saved_at(candidate: Candidate) -> float:
+    """Return when the checkpoint was saved, in seconds since 1970, 0 where nobody knows."""
+    return float(getattr(candidate, "created_unix_seconds", 0.0))
 
 
 def _check_count(what: str, value: object) -> None:

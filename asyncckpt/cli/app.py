@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from asyncckpt.cli.annotate import annotate
+from asyncckpt.cli.best import best
 from asyncckpt.cli.common import EXIT_CODES, LATEST_HELP
 from asyncckpt.cli.convert import convert
 from asyncckpt.cli.demo import demo
@@ -25,7 +26,7 @@ from asyncckpt.manifest.environment import version
 
 #: Panels of ``--help`` group the verbs by what a user wants, in this order.
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Look": (ls, show, diff),
+    "Look": (ls, show, best, diff),
     "Check": (verify, doctor),
     "Change": (pin, unpin, annotate, prune),
     "Convert": (export, convert),

@@ -14,6 +14,7 @@ from asyncckpt.catalog.retention import (
     KeepAll,
     KeepBest,
     KeepEvery,
+    KeepFor,
     KeepLast,
     KeepSteps,
     Policy,
@@ -30,6 +31,12 @@ class Entry:
     metrics: Mapping[str, float] = field(default_factory=dict)
     pinned: bool = False
     kind: str = "full"
+    created_unix_seconds: float = 0.0
+
+
+def at_hours(**hours: float) -> list[Entry]:
+    """Step 1, 2, … saved so many hours after some moment."""
+    return [Entry(int(name[1:]), created_unix_seconds=1e9 + 3600 * hour) for name, hour in hours.items()]
 
 
 def entries(*steps: int, **options: Any) -> list[Entry]:
@@ -55,6 +62,11 @@ nan, inf = math.nan, math.inf
         (KeepLast(1), [], set()),
         (KeepEvery(10), entries(0, 5, 10, 15, 20), {0, 10, 20}),
         (KeepEvery(7), entries(1, 2), set()),
+        (KeepFor(2), at_hours(s1=0, s2=1, s3=1.5, s4=3), {2, 3, 4}),
+        (KeepFor(hours=0.5), at_hours(s1=0, s2=1), {2}),
+        (KeepFor(2), [*at_hours(s2=0, s3=9), Entry(1)], {1, 3}),
+        (KeepFor(2), at_hours(s1=5, s2=0), {1, 2}),  # the clock went back
+        (KeepFor(2), [], set()),
         (KeepSteps([5, 1, 99]), entries(1, 2, 5), {1, 5}),
         (KeepSteps(range(0, 10, 5)), entries(4, 5), {5}),
         (KeepBest("loss", mode="min"), losses(3.0, 1.0, 2.0), {2}),
@@ -140,6 +152,11 @@ def test_kinds_of_the_same_step_are_judged_apart() -> None:
         lambda: KeepLast(k="3"),  # type: ignore[arg-type]
         lambda: KeepEvery(0),
         lambda: KeepEvery(True),
+        lambda: KeepFor(0),
+        lambda: KeepFor(True),
+        lambda: KeepFor(nan),
+        lambda: KeepFor(inf),
+        lambda: KeepFor("3"),  # type: ignore[arg-type]
         lambda: KeepBest("", mode="min"),
         lambda: KeepBest(5, mode="min"),  # type: ignore[arg-type]
         lambda: KeepBest("loss", n=0, mode="min"),
