@@ -209,13 +209,14 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     """Return the candidates to delete, the oldest save first: those that no policy keeps. Pure.
 
     Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, the newest
-    full checkpoint, and what a name means that moves (``_named``) are never among them; without policies nothing is.
-    Where a candidate is ``abandoned`` (see ``CheckpointInfo``), policies that name milestones and the best keep it
-    until training has reached its step again; all others count it like any other.
+    full checkpoint, what a name means that moves (``_named``), and what somebody made of several checkpoints
+    (``beside``) are never among them; without policies nothing is. Where a candidate is ``abandoned`` (see
+    ``CheckpointInfo``), policies that name milestones and the best keep it until training has reached its step again;
+    all others count it like any other.
     """
     if not policies:
         return []
-    in_order = sorted(candidates, key=age)
+    in_order = sorted((one for one in candidates if not getattr(one, "beside", False)), key=age)
     reached = max((one.step for one in in_order if not _left(one)), default=-1)
     groups: dict[str, list[C]] = {}
     for candidate in in_order:

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from asyncckpt.cli.annotate import annotate
+from asyncckpt.cli.average import average
 from asyncckpt.cli.best import best
 from asyncckpt.cli.common import EXIT_CODES, LATEST_HELP
 from asyncckpt.cli.convert import convert
@@ -29,6 +30,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Look": (ls, show, best, diff),
     "Check": (verify, doctor),
     "Change": (pin, unpin, annotate, prune),
+    "Combine": (average,),
     "Convert": (export, convert),
     "Try it out": (demo,),
 }
