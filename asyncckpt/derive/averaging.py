@@ -21,7 +21,7 @@ from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.commit.publication import publish, take_over
 from asyncckpt.commit.room import make_room
 from asyncckpt.derive.blend import Blend, accumulator_of, ema_weights, fractions_of
-from asyncckpt.derive.writing import Stretch, write_shards
+from asyncckpt.derive.writing import Scratch, Stretch, write_shards
 from asyncckpt.errors import CheckpointNotFound, InvalidOption, RunLocked, StateMismatch, storage_errors
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.manifest import environment
@@ -39,6 +39,8 @@ from asyncckpt.storage import open_store
 from asyncckpt.types import JsonValue, Layout, LayoutOptions, TensorSpec
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors\Z")
+#: The values of so many checkpoints are read before they are blended.
+_AT_ONCE = 4
 #: So many differences between checkpoints are named.
 _SHOWN = 5
 
@@ -80,7 +82,7 @@ def average(
     Floating values are added up in float32 (float64 and complex ones in their own dtype) and stored in the dtype that
     they have; equal values stay what they are to the bit. Whole numbers, truth values, plain values, config and assets
     are the newest one's; it has no metrics of its own, see ``Run.annotate``. Every byte read is verified. Tensors are
-    read and written in windows of 32 MiB, several at a time, as plain safetensors. The manifest's ``derived`` names
+    read and written in windows of 16 MiB, several at a time, as plain safetensors. The manifest's ``derived`` names
     what it was made of. It is published as a save is: whole or not at all, durable. ``resume`` never takes it,
     retention never deletes it.
 
@@ -285,40 +287,41 @@ class _Work:
         small = {manifests.STATE_FILE: jsontree.dumps(trees)} | SafetensorsFormat().root_files(shards, assets)
         return small | dict(assets)
 
-    def _blend(self, stretches: Sequence[Stretch]) -> None:
+    def _blend(self, stretches: Sequence[Stretch], scratch: Scratch) -> None:
         """Make the bytes of each stretch from those of all sources."""
-        blends: list[tuple[Stretch, Blend, torch.Tensor]] = []
+        floats: list[tuple[Stretch, Blend]] = []
         plain: list[tuple[StoredTensor, list[Window]]] = []
-        begun: list[tuple[StoredTensor, list[Window]]] = []
-        widened: list[tuple[torch.Tensor, torch.Tensor]] = []
         for stretch in stretches:
             dtype = DTYPES[self._tensors[stretch.piece][0].dtype]
             out, wide = stretch.out.view(dtype), accumulator_of(dtype)
-            window = [Window(out, stretch.begin // dtype.itemsize)]
             if wide is None:
-                plain.append((self._tensors[stretch.piece][-1], window))
-                continue
-            begun.append((self._tensors[stretch.piece][0], window))
-            total = out if wide == dtype else torch.empty(out.shape, dtype=wide)
-            if total is not out:
-                widened.append((total, out))
-            blends.append((stretch, Blend(total), torch.empty_like(out)))
-        self._read(0, begun)
-        for total, out in widened:
-            total.copy_(out)
-        for number, fraction in enumerate(self._fractions[1:], 1):
-            self._read(
-                number,
-                [
-                    (self._tensors[stretch.piece][number], [Window(values, stretch.begin // values.itemsize)])
-                    for stretch, _, values in blends
-                ],
-            )
-            for _, blend, values in blends:
-                blend.add(values, fraction)
-        for total, out in widened:
-            out.copy_(total)
+                window = Window(out, stretch.begin // dtype.itemsize)
+                plain.append((self._tensors[stretch.piece][-1], [window]))
+            elif wide == dtype:
+                floats.append((stretch, Blend(out, out)))
+            elif len(self._sources) <= _AT_ONCE:
+                floats.append((stretch, Blend(out, None)))
+            else:
+                floats.append((stretch, Blend(out, scratch.tensor(out.numel(), wide))))
+        space = [
+            [scratch.tensor(stretch.nbytes, torch.uint8) for stretch, _ in floats]
+            for _ in range(min(_AT_ONCE, len(self._sources)))
+        ]
+        for first in range(0, len(self._sources), _AT_ONCE):
+            numbers = range(first, min(first + _AT_ONCE, len(self._sources)))
+            for number, memory in zip(numbers, space, strict=False):
+                self._read(number, [self._wanted(s, number, m) for (s, _), m in zip(floats, memory, strict=True)])
+            fractions = self._fractions[first : first + len(numbers)]
+            for place, (stretch, blend) in enumerate(floats):
+                dtype = DTYPES[self._tensors[stretch.piece][0].dtype]
+                blend.add([space[row][place].view(dtype) for row in range(len(numbers))], fractions)
         self._read(len(self._sources) - 1, plain)
+
+    def _wanted(self, stretch: Stretch, number: int, memory: torch.Tensor) -> tuple[StoredTensor, list[Window]]:
+        """Say what to read of a source for a stretch, and into what."""
+        tensor = self._tensors[stretch.piece][number]
+        values = memory.view(DTYPES[tensor.dtype])
+        return tensor, [Window(values, stretch.begin // values.itemsize)]
 
     def _read(self, number: int, wanted: Sequence[tuple[StoredTensor, list[Window]]]) -> None:
         if not wanted:

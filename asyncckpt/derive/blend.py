@@ -10,7 +10,7 @@ import torch
 from asyncckpt.errors import InvalidOption
 
 #: This many elements at a time are blended, so that they stay in the processor's cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 17
 #: Differences of smaller numbers stay finite in float32, whatever their signs are.
 _SAFE = 1e38
 
@@ -51,32 +51,55 @@ def accumulator_of(dtype: torch.dtype) -> torch.dtype | None:
 
 
 class Blend:
-    """Takes the values of one stretch of a tensor from one checkpoint after the other. ``sum``: what it adds up in, of
-    the dtype that ``accumulator_of`` gives; it holds the first values already, and the blend at the end."""
+    """Takes the values of one stretch of a tensor from several checkpoints, some at a time.
 
-    def __init__(self, total: torch.Tensor) -> None:
-        self.total = torch.view_as_real(total).reshape(-1) if total.is_complex() else total
-        self._bounds: list[float] | None = None
+    ``out``: where the blend goes. ``total``: what it is added up in meanwhile, of the dtype that ``accumulator_of``
+    gives: ``out`` itself, or other memory; None where all values come in one ``add``.
+    """
 
-    def add(self, values: torch.Tensor, fraction: float) -> None:
-        """Go ``fraction`` of the way from the blend so far to ``values``, which are of the accumulator's dtype or of a
-        narrower one. An infinity stays one, and two of different signs, or a nan, give nan."""
-        if values.is_complex():
-            values = torch.view_as_real(values).reshape(-1)
-        blocks = range(0, self.total.numel(), _BLOCK)
-        if self._bounds is None:
-            self._bounds = [_bound(self.total[at : at + _BLOCK]) for at in blocks]
-        for number, at in enumerate(blocks):
-            so_far = self.total[at : at + _BLOCK]
-            block = values[at : at + _BLOCK].to(so_far.dtype)
-            bound = _bound(block)
-            if bound < _SAFE and self._bounds[number] < _SAFE:
-                so_far.lerp_(block, fraction)
-                self._bounds[number] = max(bound, self._bounds[number])
-                continue
-            blended = so_far * (1 - fraction) + block * fraction
-            so_far.copy_(torch.where(so_far == block, so_far, blended))
-            self._bounds[number] = math.inf
+    def __init__(self, out: torch.Tensor, total: torch.Tensor | None) -> None:
+        self._out = _real(out)
+        self._total = _real(total) if total is not None else None
+        self._bounds: list[float] = []
+        self._block = torch.empty(_BLOCK, dtype=_real(torch.empty(0, dtype=accumulator_of(out.dtype))).dtype)
+
+    def add(self, values: Sequence[torch.Tensor], fractions: Sequence[float]) -> None:
+        """Go from the blend so far to each of ``values`` in turn, by ``fractions`` of the way; the first fraction of
+        all is 1. An infinity stays one, and two of different signs, or a nan, give nan."""
+        rows = [_real(row) for row in values]
+        begins = not self._bounds
+        for number, at in enumerate(range(0, self._out.numel(), _BLOCK)):
+            out = self._out[at : at + _BLOCK]
+            total = self._total[at : at + _BLOCK] if self._total is not None else torch.empty_like(self._block)
+            total = total[: out.numel()]
+            if begins:
+                total.copy_(rows[0][at : at + _BLOCK])
+                self._bounds.append(_bound(total))
+            bound = self._bounds[number]
+            for row, fraction in zip(rows[begins:], fractions[begins:], strict=True):
+                bound = self._go(total, row[at : at + _BLOCK], fraction, bound)
+            self._bounds[number] = bound
+            if self._total is not self._out:
+                out.copy_(total)
+
+    def _go(self, total: torch.Tensor, values: torch.Tensor, fraction: float, bound: float) -> float:
+        """Go ``fraction`` of the way to one block of values. ``bound``: the largest absolute value so far; returns that
+        of both."""
+        block = values
+        if values.dtype != total.dtype:
+            block = self._block[: values.numel()]
+            block.copy_(values)
+        own = _bound(block)
+        if own < _SAFE and bound < _SAFE:
+            total.lerp_(block, fraction)
+            return max(own, bound)
+        blended = total * (1 - fraction) + block * fraction
+        total.copy_(torch.where(total == block, total, blended))
+        return math.inf
+
+
+def _real(values: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(values).reshape(-1) if values.is_complex() else values
 
 
 def _bound(block: torch.Tensor) -> float:

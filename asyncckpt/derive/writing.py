@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,13 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent
-from asyncckpt.memory.buffers import aligned_buffer
+from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.protocols import Digest, PendingDirectory, ShardWriter
+from asyncckpt.stage.copy import _without_threads
 from asyncckpt.stage.image import cut_digests
 from asyncckpt.types import Extent, ShardFile
 
 #: Extents of a file are made and written together, up to this many bytes: each source is read once for all of them.
-WINDOW_BYTES = 32 << 20
+WINDOW_BYTES = 16 << 20
 #: So many windows are worked on at a time: while one waits for the disk, others compute.
 _THREADS = 3
 
@@ -32,8 +34,38 @@ class Stretch:
     out: torch.Tensor
 
 
-#: It is called, on several threads, with what a window wants, and puts the bytes there.
-Produce = Callable[[Sequence[Stretch]], None]
+class Scratch:
+    """Lends memory to what works on one window, and keeps it for the next one: fresh memory takes as long to get as it
+    does to be read from a fast disk. For one thread."""
+
+    def __init__(self) -> None:
+        self._slabs: list[memoryview] = []
+        self._slab = self._used = 0
+
+    def take(self, nbytes: int) -> memoryview:
+        """Return aligned memory of ``nbytes``, and of what is missing to a whole block, that is the caller's until
+        ``clear``, with anything in it."""
+        room = padded(nbytes)
+        while self._slab < len(self._slabs) and self._used + room > len(self._slabs[self._slab]):
+            self._slab, self._used = self._slab + 1, 0
+        if self._slab == len(self._slabs):
+            self._slabs.append(memoryview(aligned_buffer(max(room, WINDOW_BYTES))))
+        found = self._slabs[self._slab][self._used : self._used + room]
+        self._used += room
+        return found
+
+    def tensor(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return ``count`` values of such memory."""
+        memory = self.take(max(1, count * dtype.itemsize))
+        return torch.frombuffer(memory, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+
+    def clear(self) -> None:
+        """Take everything back."""
+        self._slab = self._used = 0
+
+
+#: It is called, on several threads, with what a window wants and memory to work in, and puts the bytes there.
+Produce = Callable[[Sequence[Stretch], Scratch], None]
 
 
 def write_shards(
@@ -41,10 +73,15 @@ def write_shards(
 ) -> list[FileRecord]:
     """Write the files of plain shards, whose tensors' bytes ``produce`` makes; return their records. They are durable
     then. Blocks. Takes ``_THREADS`` windows of memory, and what ``produce`` takes."""
+    local = threading.local()
     writers = [directory.create_shard(shard.file, shard.nbytes) for shard in shards]
 
     def one(extents: Sequence[Extent]) -> list[ExtentRecord]:
-        return _write(extents, writers[extents[0].shard], produce, digest)
+        scratch: Scratch = getattr(local, "scratch", None) or Scratch()
+        local.scratch = scratch
+        scratch.clear()
+        with _without_threads():  # there is a window on each core already
+            return _write(extents, writers[extents[0].shard], produce, digest, scratch)
 
     windows = [window for shard in shards for window in _windows(shard)]
     with ThreadPoolExecutor(_THREADS, "asyncckpt-derive") as pool:
@@ -71,11 +108,13 @@ def _windows(shard: ShardFile) -> Iterator[list[Extent]]:
         yield window
 
 
-def _write(extents: Sequence[Extent], writer: ShardWriter, produce: Produce, digest: Digest) -> list[ExtentRecord]:
+def _write(
+    extents: Sequence[Extent], writer: ShardWriter, produce: Produce, digest: Digest, scratch: Scratch
+) -> list[ExtentRecord]:
     base = extents[0].offset
-    buffer = memoryview(aligned_buffer(extents[-1].offset + extents[-1].nbytes - base))
+    buffer = scratch.take(extents[-1].offset + extents[-1].nbytes - base)
     memory = torch.frombuffer(buffer, dtype=torch.uint8)
-    produce(list(_stretches(extents, base, memory)))
+    produce(list(_stretches(extents, base, memory)), scratch)
     records: list[ExtentRecord] = []
     for extent in extents:
         at = extent.offset - base

@@ -170,6 +170,13 @@ def test_whatever_they_are_stored_as_checkpoints_can_be_averaged(files: Any, tmp
     torch.testing.assert_close(found["model.w"], torch.arange(5000) * 3.0)
 
 
+def test_more_checkpoints_than_are_read_at_once_can_be_averaged(tmp_path: Path) -> None:
+    path = saved(tmp_path / "run", {step: float(step) for step in range(1, 12)})
+    found = loaded(path, average(path, last=11).name)
+    torch.testing.assert_close(found["model.w"], torch.arange(5000) * 6.0, rtol=1e-6, atol=0)
+    assert found["model.low"].unique().tolist() == [6.0]
+
+
 def test_windows_end_in_the_middle_of_tensors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(writing, "WINDOW_BYTES", 1)  # one extent each
     with Checkpointer(tmp_path / "run") as run:
@@ -199,19 +206,20 @@ def test_a_blend_is_the_weighted_mean_and_equal_values_stay(data: st.DataObject)
     weights = data.draw(st.lists(st.floats(0.01, 100), min_size=count, max_size=count))
     wide = accumulator_of(dtype)
     assert wide is not None
-    blend = Blend(total := rows[0].to(wide, copy=True))
-    for row, fraction in zip(rows[1:], fractions_of(weights)[1:], strict=True):
-        blend.add(row, fraction)
+    total = torch.empty(size, dtype=wide)
+    cut = data.draw(st.integers(1, count))  # some come at once
+    blend, fractions = Blend(torch.empty(size, dtype=dtype), total), fractions_of(weights)
+    blend.add(rows[:cut], fractions[:cut])
+    blend.add(rows[cut:], fractions[cut:])
     parts = torch.view_as_real if dtype.is_complex else (lambda one: one)
     exact = sum(
         torch.where((p := parts(row).double()) == 0, 0.0, p * w) for row, w in zip(rows, weights, strict=True)
     ) / sum(weights)
     found = parts(total).double()
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5 * 100, equal_nan=True)
-    blend = Blend(same := rows[0].to(wide, copy=True))
-    for fraction in fractions_of(weights)[1:]:
-        blend.add(rows[0], fraction)
-    assert torch.equal(parts(same).nan_to_num(7), parts(rows[0].to(wide)).nan_to_num(7))
+    same = torch.empty(size, dtype=dtype)
+    Blend(same, None).add([rows[0]] * count, fractions)
+    assert torch.equal(parts(same.to(wide)).nan_to_num(7), parts(rows[0].to(wide)).nan_to_num(7))
 
 
 @given(st.integers(2, 20), st.floats(0.01, 0.99))
