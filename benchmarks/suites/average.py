@@ -47,15 +47,15 @@ def run(directory: Path, rounds: int, size: str, out: Path | None, as_json: bool
         with tempfile.TemporaryDirectory(dir=directory) as folder:
             times += _measure(Path(folder), rounds, size, dtype, lambda line: progress.print(line, highlight=False))
     rows, met = [], []
-    for dtype in dict.fromkeys(one.dtype for one in times):
-        of_dtype = [one for one in times if one.dtype == dtype]
+    for kind in dict.fromkeys(one.dtype for one in times):
+        of_dtype = [one for one in times if one.dtype == kind]
         share = statistics.median(one.read_seconds / one.average_seconds for one in of_dtype)
         met.append(share >= _BAR)
         cells = [
             f"{statistics.median(values):.2f} s"
             for values in zip(*((t.raw_seconds, t.read_seconds, t.average_seconds) for t in of_dtype), strict=True)
         ]
-        weights = f"{_COUNT} of {of_dtype[0].nbytes / 1e6:.0f} MB {dtype}"
+        weights = f"{_COUNT} of {of_dtype[0].nbytes / 1e6:.0f} MB {kind}"
         rows.append([weights, *cells, f"{share:.2f}", f"≥ {_BAR}", "yes" if met[-1] else "**no**"])
     described = environment.describe(str(directory))
     asked = f"python -m benchmarks average --rounds {rounds} --size {size}"
