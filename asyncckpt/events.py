@@ -146,6 +146,16 @@ class Pruned(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ThinnedOut(Event):
+    """Retention has left the weights alone of the checkpoint ``name``, as the checkpoint ``left``. Files of
+    ``freed_bytes`` are not in that one."""
+
+    name: str
+    left: str
+    freed_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FellBack(Event):
     """The checkpoint at ``path`` could not be restored, for this ``reason``, and the one before it is tried."""
 
@@ -263,6 +273,8 @@ def log_event(event: Event) -> None:
                 )
         case Preempting():
             log.warning("%s: saving step %d within %.0f s", event.signal, event.step, event.deadline_seconds)
+        case ThinnedOut():
+            log.info("step %d: the weights alone are left, as %s", event.step, event.left)
         case Pruned(deleted=False):
             log.info("step %d is being read; retention left it", event.step)
         case ExtentStaged() | ExtentWritten():

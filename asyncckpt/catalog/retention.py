@@ -82,18 +82,23 @@ class KeepLast:
 
 @dataclass(frozen=True, slots=True)
 class KeepEvery:
-    """Keep the steps that ``n`` divides."""
+    """Keep the steps that ``n`` divides. ``weights_only``: keep of them what a weights-only save would have, once no
+    other policy keeps the whole: the modules, with config, metrics and assets. Optimizer, scheduler and RNGs go. What
+    has no module is kept whole."""
 
     n: int
+    weights_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_count("KeepEvery: n", self.n)
+        if type(self.weights_only) is not bool:
+            raise InvalidOption(f"KeepEvery: weights_only must be True or False, not {self.weights_only!r}")
 
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
         return {candidate.step for candidate in candidates if candidate.step % self.n == 0}
 
     def describe(self) -> str:
-        return f"KeepEvery({self.n})"
+        return f"KeepEvery({self.n}{', weights_only=True' if self.weights_only else ''})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,16 +229,41 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     to_delete: list[C] = []
     named = _named(in_order)
     for kind, group in groups.items():
-        kept = set(protected)
-        ahead = tuple(one for one in group if not _left(one) or one.step > reached)
-        for policy in policies:
-            kept |= policy.keep(ahead if isinstance(policy, _OF_ONE_LINE) else tuple(group))
-            if isinstance(policy, KeepBest):  # what training has left takes no place from the best that it has now
-                kept |= policy.keep(tuple(one for one in group if not _left(one)))
-        if kind == "full":
-            kept.add(group[-1].step)
+        kept = _kept(kind, group, policies, reached) | set(protected)
         to_delete += [one for one in group if one.step not in kept and not one.pinned and id(one) not in named]
     return sorted(to_delete, key=age)
+
+
+def plan_thinning(candidates: Sequence[C], policies: Sequence[Policy], protected: Collection[int] = ()) -> list[C]:
+    """Return the full candidates of which only the weights are kept, the oldest save first: those that nothing keeps
+    but policies with ``weights_only``. Pure. None of them is among what ``plan`` returns."""
+    whole = [policy for policy in policies if not getattr(policy, "weights_only", False)]
+    if len(whole) == len(policies):
+        return []
+    unkept = plan(candidates, whole or [_KeepNone()], protected)
+    deleted = {id(one) for one in plan(candidates, policies, protected)}
+    return [one for one in unkept if id(one) not in deleted and one.kind == "full"]
+
+
+class _KeepNone:
+    """Keeps no checkpoint; ``plan`` keeps the newest and what is pinned all the same."""
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        return set()
+
+    def describe(self) -> str:
+        return "no policy"
+
+
+def _kept(kind: str, group: Sequence[C], policies: Sequence[Policy], reached: int) -> set[int]:
+    """Return the steps of one kind that the policies keep. ``reached``: the largest step on training's line."""
+    kept: set[int] = set()
+    ahead = tuple(one for one in group if not _left(one) or one.step > reached)
+    for policy in policies:
+        kept |= policy.keep(ahead if isinstance(policy, _OF_ONE_LINE) else tuple(group))
+        if isinstance(policy, KeepBest):  # what training has left takes no place from the best that it has now
+            kept |= policy.keep(tuple(one for one in group if not _left(one)))
+    return kept | ({group[-1].step} if kind == "full" else set())
 
 
 def _named(in_order: Sequence[Candidate]) -> set[int]:

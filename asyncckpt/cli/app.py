@@ -22,6 +22,7 @@ from asyncckpt.cli.ls import ls
 from asyncckpt.cli.pin import pin, unpin
 from asyncckpt.cli.prune import prune
 from asyncckpt.cli.show import show
+from asyncckpt.cli.thin import thin
 from asyncckpt.cli.verify import verify
 from asyncckpt.manifest.environment import version
 
@@ -29,7 +30,7 @@ from asyncckpt.manifest.environment import version
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Look": (ls, show, best, diff),
     "Check": (verify, doctor),
-    "Change": (pin, unpin, annotate, prune),
+    "Change": (pin, unpin, annotate, prune, thin),
     "Combine": (average,),
     "Convert": (export, convert),
     "Try it out": (demo,),

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncckpt.derive.averaging import Averaged, average
+    from asyncckpt.derive.thinning import ThinningReport, thin
 
-__all__ = ["Averaged", "average"]
+__all__ = ["Averaged", "ThinningReport", "average", "thin"]
 
-_HOMES = {"Averaged": "asyncckpt.derive.averaging", "average": "asyncckpt.derive.averaging"}
+_HOMES = {
+    "Averaged": "asyncckpt.derive.averaging",
+    "average": "asyncckpt.derive.averaging",
+    "ThinningReport": "asyncckpt.derive.thinning",
+    "thin": "asyncckpt.derive.thinning",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from asyncckpt.catalog.retention import (
     Policy,
     checked_policies,
     plan,
+    plan_thinning,
     unreported,
 )
 from asyncckpt.errors import InvalidOption
@@ -92,6 +93,27 @@ def deleted(candidates: Sequence[Entry], policies: Sequence[Policy], protected: 
     return [entry.step for entry in plan(candidates, policies, protected)]
 
 
+@pytest.mark.parametrize(
+    ("candidates", "policies", "thinned"),
+    [
+        (entries(*range(1, 8)), [KeepLast(1), KeepEvery(2, weights_only=True)], [2, 4, 6]),
+        (entries(*range(1, 8)), [KeepLast(3), KeepEvery(2, weights_only=True)], [2, 4]),
+        (entries(*range(1, 8)), [KeepLast(1), KeepEvery(4), KeepEvery(2, weights_only=True)], [2, 6]),
+        (entries(2, 4, 6), [KeepEvery(2, weights_only=True)], [2, 4]),
+        ([*entries(2, pinned=True), *entries(4, 6)], [KeepEvery(2, weights_only=True)], [4]),
+        ([*entries(2, 4), *entries(2, 4, kind="weights")], [KeepEvery(2, weights_only=True)], [2]),
+        (entries(1, 2, 3), [KeepLast(1)], []),
+        (entries(1, 2, 3), [], []),
+    ],
+)
+def test_of_what_nothing_else_keeps_the_weights_stay(
+    candidates: Sequence[Entry], policies: Sequence[Policy], thinned: list[int]
+) -> None:
+    found = plan_thinning(candidates, policies)
+    assert [(entry.step, entry.kind) for entry in found] == [(step, "full") for step in thinned]
+    assert not {id(entry) for entry in found} & {id(entry) for entry in plan(candidates, policies)}
+
+
 def test_without_policies_nothing_is_deleted() -> None:
     assert deleted(entries(1, 2, 3), []) == []
 
@@ -152,6 +174,7 @@ def test_kinds_of_the_same_step_are_judged_apart() -> None:
         lambda: KeepLast(k="3"),  # type: ignore[arg-type]
         lambda: KeepEvery(0),
         lambda: KeepEvery(True),
+        lambda: KeepEvery(2, weights_only=1),  # type: ignore[arg-type]
         lambda: KeepFor(0),
         lambda: KeepFor(True),
         lambda: KeepFor(nan),

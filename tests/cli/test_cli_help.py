@@ -32,7 +32,7 @@ def test_verbs_stand_in_panels_the_demo_in_the_last() -> None:
     assert rows == {
         "Look": ["ls", "show", "best", "diff"],
         "Check": ["verify", "doctor"],
-        "Change": ["pin", "unpin", "annotate", "prune"],
+        "Change": ["pin", "unpin", "annotate", "prune", "thin"],
         "Combine": ["average"],
         "Convert": ["export", "convert"],
         "Try it out": ["demo"],
