@@ -14,6 +14,7 @@ from asyncckpt.cli.average import average
 from asyncckpt.cli.best import best
 from asyncckpt.cli.common import EXIT_CODES, LATEST_HELP
 from asyncckpt.cli.convert import convert
+from asyncckpt.cli.copy import copy
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
 from asyncckpt.cli.doctor import doctor
@@ -31,7 +32,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Look": (ls, show, best, diff),
     "Check": (verify, doctor),
     "Change": (pin, unpin, annotate, prune, thin),
-    "Combine": (average,),
+    "Combine": (average, copy),
     "Convert": (export, convert),
     "Try it out": (demo,),
 }

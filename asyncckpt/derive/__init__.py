@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncckpt.derive.averaging import Averaged, average
+    from asyncckpt.derive.copying import Copied, copy
     from asyncckpt.derive.thinning import ThinningReport, thin
 
-__all__ = ["Averaged", "ThinningReport", "average", "thin"]
+__all__ = ["Averaged", "Copied", "ThinningReport", "average", "copy", "thin"]
 
 _HOMES = {
     "Averaged": "asyncckpt.derive.averaging",
     "average": "asyncckpt.derive.averaging",
+    "Copied": "asyncckpt.derive.copying",
+    "copy": "asyncckpt.derive.copying",
     "ThinningReport": "asyncckpt.derive.thinning",
     "thin": "asyncckpt.derive.thinning",
 }

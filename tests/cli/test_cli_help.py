@@ -33,7 +33,7 @@ def test_verbs_stand_in_panels_the_demo_in_the_last() -> None:
         "Look": ["ls", "show", "best", "diff"],
         "Check": ["verify", "doctor"],
         "Change": ["pin", "unpin", "annotate", "prune", "thin"],
-        "Combine": ["average"],
+        "Combine": ["average", "copy"],
         "Convert": ["export", "convert"],
         "Try it out": ["demo"],
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,13 @@ class StruckOps(InterceptedOps):
         return args
 
 
+def _close_all(path: Path) -> None:
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{number}").startswith(f"{path}/"):
+                os.close(number)
+
+
 def strike_everywhere(make: Callable[[Path], Path], act: Callable[[LocalStore], object], *, dies: bool) -> int:
     """Call ``act`` on a new run that ``make`` makes in a place of its own, struck at the first call, the second, and so
     on, until it comes to its end; return how often it was struck. After each, every visible checkpoint verifies."""
@@ -51,6 +60,8 @@ def strike_everywhere(make: Callable[[Path], Path], act: Callable[[LocalStore], 
             act(LocalStore(str(path), ops=ops))
         except (Gone, AsyncCkptError):
             assert ops.struck
+        if dies:
+            _close_all(path)  # as the end of a process does
         run = Run(path)
         for entry in run.ls():
             assert entry.damage is None, (number, entry)
