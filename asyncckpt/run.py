@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.chosen import open_chosen, open_unseen, read_chosen
+from asyncckpt.catalog.journal import JournalEntry, note, note_restores, read_journal
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference
 from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.catalog.newest import tell_of_missing
@@ -56,6 +59,8 @@ class Run(RestoresState):
         self._store = store if store is not None else open_store(path, direct=direct)
         self.path = self._store.address
         self.events = events or EventBus()
+        if events is None:
+            self.events.note = functools.partial(note_restores, self._store)
         #: Names of the checkpoints whose files were found damaged.
         self._quarantine = Quarantine()
 
@@ -137,7 +142,7 @@ class Run(RestoresState):
         required = required_components(require)
         with storage_errors(self.path):
             entry, reader = open_unseen(self._store, step)
-            return _verified(entry, reader, progress, expect_digest, required)
+            return self._verified(entry, reader, progress, expect_digest, required)
 
     def verify_entry(
         self,
@@ -150,7 +155,30 @@ class Run(RestoresState):
         """Verify the checkpoint of one row of ``ls``: a step can have a full and a weights-only one. See ``verify``."""
         required = required_components(require)
         with storage_errors(self.path):
-            return _verified(entry, self._store.open(entry.name), progress, expect_digest, required)
+            return self._verified(entry, self._store.open(entry.name), progress, expect_digest, required)
+
+    def _verified(
+        self,
+        entry: CheckpointInfo,
+        opened: Reader,
+        progress: Progress | None,
+        expect_digest: str | None,
+        require: Sequence[str],
+    ) -> list[Damage]:
+        began = time.perf_counter()
+        with contextlib.closing(opened) as reader:
+            damage = verify(reader, progress=progress, expect_digest=expect_digest, require=require)
+        if entry.damage is not None and not damage:  # such as a name that is not the manifest's
+            damage = [Damage(MANIFEST_FILE, 0, 0, entry.damage)]
+        found = {"damage": len(damage), "first": str(damage[0])[:300]} if damage else {"damage": 0}
+        seconds = round(time.perf_counter() - began, 6)
+        note(self._store, "verify", entry.step, entry.name, nbytes=entry.nbytes, seconds=seconds, **found)
+        return damage
+
+    def journal(self) -> list[JournalEntry]:
+        """Return the lines of the journal that the run keeps beside its checkpoints, the oldest first; none where it
+        keeps none. It is a hint, never truth: lines may be missing. Blocks on the disk."""
+        return read_journal(self._store)
 
     def load_tensors(
         self,
@@ -259,17 +287,3 @@ class Run(RestoresState):
         ``CheckpointDamaged`` (it cannot be used), ``InvalidOption`` (names or numbers) and ``RunPathError``."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).annotate(step, metrics)
-
-
-def _verified(
-    entry: CheckpointInfo,
-    opened: Reader,
-    progress: Progress | None,
-    expect_digest: str | None,
-    require: Sequence[str],
-) -> list[Damage]:
-    with contextlib.closing(opened) as reader:
-        damage = verify(reader, progress=progress, expect_digest=expect_digest, require=require)
-    if entry.damage is not None and not damage:  # such as a name that is not the manifest's
-        damage = [Damage(MANIFEST_FILE, 0, 0, entry.damage)]
-    return damage
