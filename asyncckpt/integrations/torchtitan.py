@@ -39,9 +39,9 @@ class AsyncckptManager(CheckpointManager):  # type: ignore[misc]
 
     ``Config`` means what it means (``folder``, ``interval``, ``keep_latest_k``, ``exclude_from_loading``, …), and has
     ``options``, more of those of ``Checkpointer``. A checkpoint has each part of the model, each optimizer, the
-    schedules, the data loader of each rank and the trainer's own state. A save goes on while training does; ``maybe_wait_for_staging`` blocks until it is copied. Checkpoints of plain torchtitan are loaded as
-    ever, and never deleted. ``close`` waits for every save. Errors of background saves are raised by the next save, and
-    by ``close``.
+    schedules, the data loader of each rank and the trainer's own state. A save goes on while training does;
+    ``maybe_wait_for_staging`` blocks until it is copied. Checkpoints of plain torchtitan are loaded as ever, and never
+    deleted. ``close`` waits for every save. Errors of background saves are raised by the next save, and by ``close``.
     """
 
     @dataclass(kw_only=True, slots=True)
