@@ -283,7 +283,11 @@ def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [entry.step for entry in Run(tmp_path).ls()] == [7, 8]
 
 
-def test_ranks_that_stopped_end_as_those_that_did_not(tmp_path: Path) -> None:
-    """With DDP: the trainer's FSDP needs GPUs."""
-    assert on_ranks("transformers_on_ranks.py", tmp_path) == [True, True]
-    assert [entry.step for entry in Run(tmp_path / "ours").ls()] == [3, 6, 9, 12]
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_that_stopped_end_as_those_that_did_not(kind: str, tmp_path: Path) -> None:
+    """They go on from the plain trainer's checkpoint, too, and the plain trainer refuses theirs."""
+    assert on_ranks("transformers_on_ranks.py", tmp_path, kind) == [[True, True, True]] * 2
+    run = Run(tmp_path / "ours")
+    assert [entry.step for entry in run.ls()] == [3, 6, 9, 12]
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-12")
+    assert opened.state_dict()["model.embed_tokens.weight"].shape == (64, 16)
