@@ -320,7 +320,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         unsupported = {
             "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP 1 (in fsdp_config set "version": 2)": self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2,
+            "FSDP 1 (in fsdp_config say version 2)": self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2,
             "XLA": self.accelerator.distributed_type.value == "XLA",
         }
         for name, used in unsupported.items():

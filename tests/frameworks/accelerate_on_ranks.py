@@ -68,8 +68,8 @@ class Training:
 
 
 def main(folder: Path, kind: str) -> None:
-    """Train, and have rank 0 write whether each rank has found the same bits: of the end of a training that was stopped,
-    and of what plain Accelerate loads from an export."""
+    """Train, and have rank 0 write whether each rank has found the same bits: at the end of a training that was
+    stopped, and in what plain Accelerate loads from an export."""
     use_fsdp_on_cpu()
     expected = Training(kind).run(None)
     for stop in (13, None):

@@ -1,5 +1,5 @@
-"""Has Accelerate use FSDP on ranks without GPUs. By itself it puts the plugin that it is given away there, without a word,
-and wraps models in DDP; everything that follows runs with gloo as it does with GPUs."""
+"""Has Accelerate use FSDP on ranks without GPUs. By itself it drops the plugin that it is given there, without a word,
+and wraps models in DDP; all that follows runs with gloo as it does with GPUs."""
 
 from __future__ import annotations
 
