@@ -60,3 +60,14 @@ def write_pointer(path: Path, pointer: Pointer, *, durable: bool) -> None:
     if path.is_dir() and not path.is_symlink():
         raise RunPathError(f"{path}: this is a directory, which a save does not replace; remove it, or save elsewhere")
     write_whole(path, lambda file: file.write(pointer.text()), durable=durable)
+
+
+def link_to(path: Path, target: Path) -> None:
+    """Have ``path`` be a link to ``target``, a file beside it, in the place of what is there. Raises ``RunPathError``
+    where that is a directory."""
+    if path.is_dir() and not path.is_symlink():
+        raise RunPathError(f"{path}: this is a directory, which a save does not replace; remove it, or save elsewhere")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(path)
