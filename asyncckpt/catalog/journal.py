@@ -128,7 +128,7 @@ def _told(event: Event) -> tuple[str, int, str, dict[str, Any]]:
         case Committed():
             metrics = dict(list(event.metrics.items())[:_METRICS])
             fields: dict[str, Any] = {
-                "kind": event.kind,
+                "kind": event.checkpoint_kind,
                 "nbytes": event.nbytes,
                 "written_bytes": event.written_bytes,
                 "state_bytes": event.state_bytes,

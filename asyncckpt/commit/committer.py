@@ -226,7 +226,7 @@ class Committer:
                     durable_seconds=report.durable_seconds,
                     stall_seconds=report.stall_seconds,
                     commit_seconds=now - max(began, save.written_seconds),
-                    kind=save.contents.draft.kind,
+                    checkpoint_kind=save.contents.draft.kind,
                     metrics=save.contents.draft.metrics,
                     state_bytes=save.contents.layout.nbytes,
                 )
