@@ -89,11 +89,11 @@ class Written(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed(Event):
-    """The checkpoint at ``path``, of that ``checkpoint_kind`` and with these ``metrics``, is durable and visible. ``nbytes`` is
-    the size of all its files, where the events before this one count the shards alone; ``written_bytes`` is the part
-    that this process wrote. ``durable_seconds`` have passed since the call of ``save``, the last ``commit_seconds`` of
-    them after the shards were written; the training thread spent ``stall_seconds`` inside asyncckpt. ``state_bytes``:
-    what the tensors would take as they are, without compression."""
+    """The checkpoint at ``path``, of that ``checkpoint_kind`` and with these ``metrics``, is durable and visible.
+    ``nbytes`` is the size of all its files, where the events before this one count the shards alone; ``written_bytes``
+    is the part that this process wrote. ``durable_seconds`` have passed since the call of ``save``, the last
+    ``commit_seconds`` of them after the shards were written; the training thread spent ``stall_seconds`` inside
+    asyncckpt. ``state_bytes``: what the tensors would take as they are, without compression."""
 
     path: str
     nbytes: int
