@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
 import signal
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +49,7 @@ def test_killed_and_resumed_it_ends_bit_equal(
     forked: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if forked:
+        platform.platform()  # starts a process of its own, once
         monkeypatch.setattr(child.subprocess, "Popen", _Forked)
     out = tmp_path / "demo"
     assert demo.run(out, steps=12, rounds=1) == 0
