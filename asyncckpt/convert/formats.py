@@ -26,6 +26,7 @@ _SUFFIXES: Final = {
     ".bin": "torch",
     ".gguf": "gguf",
     ".onnx": "onnx",
+    ".zarr": "zarr",
 }
 
 
@@ -65,6 +66,12 @@ def _onnx(path: str) -> Source:
     return read_onnx(path)
 
 
+def _zarr(path: str) -> Source:
+    from asyncckpt.convert.zarr_groups import read_zarr
+
+    return read_zarr(path)
+
+
 #: Each reads one format; it imports what it needs when it is called.
 READERS: Final[dict[str, Callable[[str], Source]]] = {
     "safetensors": _safetensors,
@@ -73,6 +80,7 @@ READERS: Final[dict[str, Callable[[str], Source]]] = {
     "peft": _peft,
     "gguf": _gguf,
     "onnx": _onnx,
+    "zarr": _zarr,
 }
 
 
@@ -124,6 +132,12 @@ def _to_onnx() -> Writer:
     return Writer(write_onnx)
 
 
+def _to_zarr() -> Writer:
+    from asyncckpt.convert.zarr_groups import write_zarr
+
+    return Writer(write_zarr, folder=True)
+
+
 #: Each returns what writes one format.
 WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "safetensors": _to_safetensors,
@@ -134,6 +148,7 @@ WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "dcp": _to_dcp,
     "gguf": _to_gguf,
     "onnx": _to_onnx,
+    "zarr": _to_zarr,
 }
 
 
@@ -236,7 +251,7 @@ def _of_directory(path: str) -> str | None:
         return "hf"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
-    return None
+    return "zarr" if "zarr.json" in names else None
 
 
 def export_checkpoint(

@@ -167,26 +167,32 @@ def check_overflow(checkpoint: OpenCheckpoint, items: Sequence[tuple[StoredItem,
     """Raise ``UnsupportedValue`` where a value became infinite in the dtype that its tensor got. ``items``: tensors and
     the places that they were put into."""
     for item, target in items:
-        if not _has_less_range(item) or not _infinite(target):
-            continue
-        exact = StoredItem(item.name, item.component, item.fqn, item.record, item.record.dtype)
-        before = sum(int(torch.isinf(piece).sum()) for piece in pieces_of(checkpoint, exact))
-        after = sum(int(torch.isinf(part).sum()) for part in _parts(target))
-        if after != before:
-            raise UnsupportedValue(
-                f"{checkpoint.path}: {item.name!r:.120} has {after - before} values too large for "
-                f"{DTYPES[item.dtype]}, which would become infinite: export as bf16 or fp32, or --exclude it"
-            )
+        if _has_less_range(item):
+            refuse_overflow(checkpoint, item, sum(count_infinite(item, part) for part in _parts(target)))
+
+
+def count_infinite(item: StoredItem, values: torch.Tensor) -> int:
+    """Return how many of these values of the item are infinite, where its dtype has less range than the stored one."""
+    return int(torch.isinf(values).sum()) if _has_less_range(item) else 0
+
+
+def refuse_overflow(checkpoint: OpenCheckpoint, item: StoredItem, infinite: int) -> None:
+    """Raise ``UnsupportedValue`` where so many infinite values are more than were stored."""
+    if not infinite:
+        return
+    exact = StoredItem(item.name, item.component, item.fqn, item.record, item.record.dtype)
+    before = sum(int(torch.isinf(piece).sum()) for piece in pieces_of(checkpoint, exact))
+    if infinite != before:
+        raise UnsupportedValue(
+            f"{checkpoint.path}: {item.name!r:.120} has {infinite - before} values too large for "
+            f"{DTYPES[item.dtype]}, which would become infinite: export as bf16 or fp32, or --exclude it"
+        )
 
 
 def _has_less_range(item: StoredItem) -> bool:
     """Return whether a value of the stored dtype may be too large for the one that the tensor gets."""
     before, after = DTYPES[item.record.dtype], DTYPES[item.dtype]
     return after.is_floating_point and torch.finfo(after).max < torch.finfo(before).max
-
-
-def _infinite(target: torch.Tensor) -> bool:
-    return any(bool(torch.isinf(part).any()) for part in _parts(target))
 
 
 def _parts(target: torch.Tensor) -> Iterator[torch.Tensor]:

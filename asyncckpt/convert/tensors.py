@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -119,8 +120,35 @@ class LoadedTensor(SourceTensor):
         target[:] = data[begin : begin + len(target)]
 
 
+class SlabsTensor(SourceTensor):
+    """A tensor that its library gives in slabs of ``rows`` of its first dimension: ``load(first, last)`` returns those
+    rows as an array. ``holder``: see ``LoadedTensor``; it holds one slab."""
+
+    def __init__(
+        self, dtype: str, shape: Sequence[int], rows: int, load: Callable[[int, int], Array], holder: Holder
+    ) -> None:
+        super().__init__(dtype, shape)
+        self._rows = max(1, rows)
+        self._load = load
+        self._holder = holder
+        count = self.shape[0] if self.shape else 1
+        self._slab_bytes = self.nbytes // count * self._rows if count else 1
+
+    def read_into(self, begin: int, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            number, within = divmod(begin + done, self._slab_bytes)
+            first = number * self._rows
+            data = self._holder.bytes_of((id(self), number), functools.partial(self._load, first, first + self._rows))
+            part = data[within : within + len(target) - done]
+            if not len(part):
+                raise CheckpointDamaged(f"a slab of {len(data)} bytes, which should have {self._slab_bytes}")
+            target[done : done + len(part)] = part
+            done += len(part)
+
+
 class Holder:
-    """Holds the bytes of the tensor that was asked for last."""
+    """Holds the bytes of the tensor, or of the slab, that was asked for last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -129,7 +157,7 @@ class Holder:
 
     def bytes_of(self, owner: object, load: Callable[[], Array]) -> memoryview:
         with self._lock:
-            if self._of is not owner:
+            if self._of != owner:
                 self._data, self._of = memoryview(b""), None
                 self._data = np.ascontiguousarray(load()).reshape(-1).view(np.uint8).data
                 self._of = owner
