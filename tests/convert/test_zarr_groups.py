@@ -55,6 +55,6 @@ def test_groups_of_others_come_in_with_compression_and_shards(tmp_path: Path) ->
     group.create_array("wide", data=np.arange(3, dtype=np.complex128), chunks=(2,))
     with pytest.raises(UnsupportedValue, match=r"wide"):
         imported(tmp_path / "in.zarr", tmp_path / "run2")
-    (tmp_path / "in.zarr" / "zarr.json").write_text("{}")
+    (tmp_path / "in.zarr" / "zarr.json").write_text("no JSON")
     with pytest.raises(CheckpointDamaged):
         imported(tmp_path / "in.zarr", tmp_path / "run3")
