@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from asyncckpt.catalog.listing import CheckpointInfo
-    from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepLast, KeepSteps
+    from asyncckpt.catalog.retention import KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, KeepSteps
     from asyncckpt.checkpointer import Checkpointer
     from asyncckpt.commit.pending import PendingSave, SaveReport
     from asyncckpt.errors import (
@@ -87,6 +87,7 @@ __all__ = [
     "KeepLast",
     "KeepEvery",
     "KeepBest",
+    "KeepFor",
     "KeepSteps",
     "Preemption",
     "Preempted",
@@ -140,6 +141,7 @@ _HOMES: Final[dict[str, str]] = {
     "KeepBest": "asyncckpt.catalog.retention",
     "KeepEvery": "asyncckpt.catalog.retention",
     "KeepLast": "asyncckpt.catalog.retention",
+    "KeepFor": "asyncckpt.catalog.retention",
     "KeepSteps": "asyncckpt.catalog.retention",
     "Checkpointer": "asyncckpt.checkpointer",
     "PendingSave": "asyncckpt.commit.pending",

@@ -13,7 +13,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from asyncckpt.errors import InvalidOption
@@ -89,10 +89,11 @@ class Written(Event):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed(Event):
-    """The checkpoint at ``path`` is durable and visible. ``nbytes`` is the size of all its files, where the events
-    before this one count the shards alone; ``written_bytes`` is the part that this process wrote. ``durable_seconds``
-    have passed since the call of ``save``, the last ``commit_seconds`` of them after the shards were written; the
-    training thread spent ``stall_seconds`` inside asyncckpt."""
+    """The checkpoint at ``path``, of that ``kind`` and with these ``metrics``, is durable and visible. ``nbytes`` is
+    the size of all its files, where the events before this one count the shards alone; ``written_bytes`` is the part
+    that this process wrote. ``durable_seconds`` have passed since the call of ``save``, the last ``commit_seconds`` of
+    them after the shards were written; the training thread spent ``stall_seconds`` inside asyncckpt. ``state_bytes``:
+    what the tensors would take as they are, without compression."""
 
     path: str
     nbytes: int
@@ -100,6 +101,9 @@ class Committed(Event):
     durable_seconds: float
     stall_seconds: float
     commit_seconds: float
+    kind: str = "full"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +147,16 @@ class Pruned(Event):
 
     name: str
     deleted: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ThinnedOut(Event):
+    """Retention has left the weights alone of the checkpoint ``name``, as the checkpoint ``left``. Files of
+    ``freed_bytes`` are not in that one."""
+
+    name: str
+    left: str
+    freed_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +208,8 @@ class EventBus:
     def __init__(self, subscribers: tuple[Subscriber, ...] = ()) -> None:
         self.notifier = Notifier()
         self._subscribers = subscribers
+        #: Called with every event where it happens, before any subscriber is: it must be quick and raise nothing.
+        self.note: Subscriber | None = None
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Call ``subscriber`` with every event from now on."""
@@ -205,6 +221,8 @@ class EventBus:
             log_event(event)
         except Exception:  # a logging handler of the program's own
             log.exception("logging %s failed", type(event).__name__)
+        if self.note is not None:
+            self.note(event)
         soon = not isinstance(event, ExtentStaged | ExtentWritten)
         for subscriber in self._subscribers:
             what = f"the event subscriber {subscriber!r:.100} on {type(event).__name__}"
@@ -263,6 +281,8 @@ def log_event(event: Event) -> None:
                 )
         case Preempting():
             log.warning("%s: saving step %d within %.0f s", event.signal, event.step, event.deadline_seconds)
+        case ThinnedOut():
+            log.info("step %d: the weights alone are left, as %s", event.step, event.left)
         case Pruned(deleted=False):
             log.info("step %d is being read; retention left it", event.step)
         case ExtentStaged() | ExtentWritten():

@@ -54,7 +54,9 @@ class RunOptions:
     ``create_parents``: make the parents of the run directory, not its last part alone. ``overwrite``: saving a step
     again replaces it. ``takeover``: cut off a run that holds the directory and cannot be reached. ``lease``: how this
     run shows that it is alive. ``store``: a storage backend of your own, used instead of the one that the path names
-    (a double in tests, say); ``direct`` of ``WriterOptions`` does not reach it. Raises ``InvalidOption``."""
+    (a double in tests, say); ``direct`` of ``WriterOptions`` does not reach it. ``journal``: keep a line for each save,
+    restore and deletion beside the checkpoints, of 2 MiB at most, for ``asyncckpt report`` (a directory alone can have
+    one). Raises ``InvalidOption``."""
 
     name: str = naming.DEFAULT
     create_parents: bool = False
@@ -62,6 +64,7 @@ class RunOptions:
     takeover: bool = False
     lease: LeaseOptions = field(default_factory=LeaseOptions)
     store: Store | None = None
+    journal: bool = True
 
     def __post_init__(self) -> None:
         naming.NameTemplate(self.name)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.chosen import open_chosen, open_unseen, read_chosen
+from asyncckpt.catalog.journal import JournalEntry, note, note_restores, read_journal
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, Preference
 from asyncckpt.catalog.misplaced import is_checkpoint
 from asyncckpt.catalog.newest import tell_of_missing
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.errors import (
-    storage_errors,
-)
+from asyncckpt.catalog.retention import KeepBest
+from asyncckpt.errors import CheckpointNotFound, InvalidOption, storage_errors
 from asyncckpt.events import EventBus
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.read.config import read_config
@@ -57,6 +59,8 @@ class Run(RestoresState):
         self._store = store if store is not None else open_store(path, direct=direct)
         self.path = self._store.address
         self.events = events or EventBus()
+        if events is None:
+            self.events.note = functools.partial(note_restores, self._store)
         #: Names of the checkpoints whose files were found damaged.
         self._quarantine = Quarantine()
 
@@ -87,6 +91,33 @@ class Run(RestoresState):
         with storage_errors(self.path):
             return Catalog(self._store, self.path).newest()
 
+    def best(
+        self, metric: str, mode: Literal["min", "max", ""] = "", *, kind: Literal["full", "weights"] | None = None
+    ) -> CheckpointInfo:
+        """Return the row of the usable checkpoint with the best value of ``metric``: the smallest (``mode="min"``) or
+        the largest (``mode="max"``). The mode must be given, but for a metric whose name ends in ``loss``.
+
+        Metrics are those of ``save`` and of ``annotate``. Nan is never the best, and of equals the later save is.
+        Looked at are the run's own checkpoints, those among them that training left by going back; ``kind`` restricts
+        them to full or weights-only ones. Blocks on the disk. Raises ``CheckpointNotFound`` where there is no usable
+        checkpoint, and ``InvalidOption`` where none has a value of that metric, which names the metrics that there
+        are."""
+        policy = KeepBest(metric, 1, mode=mode)
+        if kind not in (None, "full", "weights"):
+            raise InvalidOption(f"kind must be 'full', 'weights' or None, not {kind!r:.80}")
+        entries = [e for e in self.ls() if e.damage is None and not e.renamed and kind in (None, e.kind)]
+        if not entries:
+            of_kind = f" of kind {kind!r}" if kind is not None else ""
+            raise CheckpointNotFound(f"{self.path}: no usable checkpoint{of_kind} here")
+        ranked = policy.ranked(entries)
+        if not ranked:
+            known = ", ".join(sorted({name for entry in entries for name in entry.metrics})) or "none"
+            raise InvalidOption(
+                f"{self.path}: no usable checkpoint has a value of the metric {metric!r}; metrics there: {known}. Give "
+                f"it with save(..., metrics={{{metric!r}: …}}), or later with Run.annotate(step, {{{metric!r}: …}})"
+            )
+        return ranked[0]
+
     def tell_of_missing(self, newest: CheckpointInfo) -> None:
         """Log where the run has saved a later checkpoint than this one, and it is not there any more: retention deletes
         no newest one, so somebody else has taken it away."""
@@ -111,7 +142,7 @@ class Run(RestoresState):
         required = required_components(require)
         with storage_errors(self.path):
             entry, reader = open_unseen(self._store, step)
-            return _verified(entry, reader, progress, expect_digest, required)
+            return self._verified(entry, reader, progress, expect_digest, required)
 
     def verify_entry(
         self,
@@ -124,7 +155,30 @@ class Run(RestoresState):
         """Verify the checkpoint of one row of ``ls``: a step can have a full and a weights-only one. See ``verify``."""
         required = required_components(require)
         with storage_errors(self.path):
-            return _verified(entry, self._store.open(entry.name), progress, expect_digest, required)
+            return self._verified(entry, self._store.open(entry.name), progress, expect_digest, required)
+
+    def _verified(
+        self,
+        entry: CheckpointInfo,
+        opened: Reader,
+        progress: Progress | None,
+        expect_digest: str | None,
+        require: Sequence[str],
+    ) -> list[Damage]:
+        began = time.perf_counter()
+        with contextlib.closing(opened) as reader:
+            damage = verify(reader, progress=progress, expect_digest=expect_digest, require=require)
+        if entry.damage is not None and not damage:  # such as a name that is not the manifest's
+            damage = [Damage(MANIFEST_FILE, 0, 0, entry.damage)]
+        found = {"damage": len(damage), "first": str(damage[0])[:300]} if damage else {"damage": 0}
+        seconds = round(time.perf_counter() - began, 6)
+        note(self._store, "verify", entry.step, entry.name, nbytes=entry.nbytes, seconds=seconds, **found)
+        return damage
+
+    def journal(self) -> list[JournalEntry]:
+        """Return the lines of the journal that the run keeps beside its checkpoints, the oldest first; none where it
+        keeps none. It is a hint, never truth: lines may be missing. Blocks on the disk."""
+        return read_journal(self._store)
 
     def load_tensors(
         self,
@@ -233,17 +287,3 @@ class Run(RestoresState):
         ``CheckpointDamaged`` (it cannot be used), ``InvalidOption`` (names or numbers) and ``RunPathError``."""
         with storage_errors(self.path):
             return Catalog(self._store, self.path).annotate(step, metrics)
-
-
-def _verified(
-    entry: CheckpointInfo,
-    opened: Reader,
-    progress: Progress | None,
-    expect_digest: str | None,
-    require: Sequence[str],
-) -> list[Damage]:
-    with contextlib.closing(opened) as reader:
-        damage = verify(reader, progress=progress, expect_digest=expect_digest, require=require)
-    if entry.damage is not None and not damage:  # such as a name that is not the manifest's
-        damage = [Damage(MANIFEST_FILE, 0, 0, entry.damage)]
-    return damage

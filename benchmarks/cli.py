@@ -16,6 +16,7 @@ from benchmarks import peers
 from benchmarks.harness import environment, report, results, runner
 from benchmarks.harness.results import Result
 from benchmarks.harness.state import SIZES
+from benchmarks.suites import average
 from benchmarks.suites.codecs import command, whole_saves
 from benchmarks.suites.light import command as light_command
 from benchmarks.suites.ranks import command as ranks_command
@@ -35,6 +36,7 @@ class Suite(StrEnum):
     codecs = "codecs"
     ranks = "ranks"
     light = "light"
+    average = "average"
 
 
 def _console() -> Console:
@@ -53,7 +55,7 @@ def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> Re
 def bench(
     suite: Annotated[
         Suite,
-        typer.Argument(help="engine: its bars; codecs, ranks, light: theirs; the others: a part of engine"),
+        typer.Argument(help="engine: its bars; codecs, ranks, light, average: theirs; the others: a part of engine"),
     ] = Suite.engine,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes a peer, by turns")] = 3,
     size: Annotated[str, typer.Option(help=f"the state: {', '.join(SIZES)}")] = "gpt2",
@@ -80,6 +82,9 @@ def bench(
         return
     if suite is Suite.ranks:
         _keep(ranks_command.run(Path(target), rounds, size, folder, as_json, _console()), record)
+        return
+    if suite is Suite.average:
+        _keep(average.run(Path(target), rounds, size, folder, as_json, _console()), record)
         return
     if suite is Suite.light:
         measured = light_command.QUICK_JOBS if size == "small" else light_command.JOBS

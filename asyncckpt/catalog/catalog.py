@@ -314,6 +314,7 @@ class Catalog:
                 attempt=manifest.attempt,
                 parent=manifest.parent,
                 names=manifest.names,
+                derived=str(manifest.derived.get("by", "")),
                 extra=extra,
                 inode=inode,
                 renamed=renamed,

@@ -43,7 +43,9 @@ def abandoned(entries: Iterable[Recorded]) -> set[str]:
     It follows the parents from the newest checkpoint on. Where one of them has been deleted, nobody can tell about the
     checkpoints before it, except that those of a later step than the line had reached were left."""
     known = sorted(
-        (e for e in entries if e.attempt and not e.renamed), key=lambda e: (e.sequence, e.step), reverse=True
+        (e for e in entries if e.attempt and not e.renamed and not getattr(e, "beside", False)),
+        key=lambda e: (e.sequence, e.step),
+        reverse=True,
     )
     head = next((entry for entry in known if entry.damage is None), None)
     if head is None:

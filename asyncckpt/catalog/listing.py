@@ -27,7 +27,8 @@ class CheckpointInfo:
     left this checkpoint: the newest one certainly does not descend from it. ``inode``: what ``Store.identity`` said of
     the directory when it was looked at. ``annotated``: what ``Run.annotate`` has given it; ``metrics`` has these, too,
     and of two of one name the one that was annotated. ``annotation_problem``: why its annotations cannot be read;
-    retention keeps it then."""
+    retention keeps it then. ``derived``: what made it of other checkpoints (``average``, ``thin``); empty where it
+    was saved."""
 
     step: int
     name: str
@@ -49,6 +50,13 @@ class CheckpointInfo:
     annotated: Mapping[str, float] = field(default_factory=dict)
     annotation_problem: str | None = None
     names: tuple[str, ...] = ()
+    derived: str = ""
+
+    @property
+    def beside(self) -> bool:
+        """Whether it stands beside the line of training: somebody has made it of several checkpoints, so it is none
+        that training went on from, and retention leaves it alone."""
+        return self.derived not in ("", "thin")
 
 
 #: Says how much a usable checkpoint is wanted: of several, the one with the largest answer; None: not at all.

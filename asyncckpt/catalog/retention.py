@@ -35,6 +35,9 @@ class Candidate(Protocol):
     def kind(self) -> str: ...
 
 
+C = TypeVar("C", bound=Candidate)
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Decides which checkpoints stay. A policy must be pure: it answers the same for the same candidates, on each
@@ -79,18 +82,23 @@ class KeepLast:
 
 @dataclass(frozen=True, slots=True)
 class KeepEvery:
-    """Keep the steps that ``n`` divides."""
+    """Keep the steps that ``n`` divides. ``weights_only``: keep of them what a weights-only save would have, once no
+    other policy keeps the whole: the modules, with config, metrics and assets. Optimizer, scheduler and RNGs go. What
+    has no module is kept whole."""
 
     n: int
+    weights_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_count("KeepEvery: n", self.n)
+        if type(self.weights_only) is not bool:
+            raise InvalidOption(f"KeepEvery: weights_only must be True or False, not {self.weights_only!r}")
 
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
         return {candidate.step for candidate in candidates if candidate.step % self.n == 0}
 
     def describe(self) -> str:
-        return f"KeepEvery({self.n})"
+        return f"KeepEvery({self.n}{', weights_only=True' if self.weights_only else ''})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +133,14 @@ class KeepBest:
     def keep(self, candidates: Sequence[Candidate]) -> set[int]:
         if self.is_unreported(candidates):
             return {candidate.step for candidate in candidates}
+        return {candidate.step for candidate in self.ranked(candidates)[: self.n]}
+
+    def ranked(self, candidates: Iterable[C]) -> list[C]:
+        """Return the candidates that have a value of the metric which can be compared, the best first, and of equals
+        the later save first."""
         sign = 1 if self.mode == "min" else -1
-        ranked = sorted(
-            (sign * candidate.metrics[self.metric], [-part for part in age(candidate)], candidate.step)
-            for candidate in candidates
-            if not math.isnan(candidate.metrics.get(self.metric, math.nan))
-        )
-        return {step for _, _, step in ranked[: self.n]}
+        have = [one for one in candidates if not math.isnan(one.metrics.get(self.metric, math.nan))]
+        return sorted(have, key=lambda one: (sign * one.metrics[self.metric], [-part for part in age(one)]))
 
     def is_unreported(self, candidates: Iterable[Candidate]) -> bool:
         """Return whether no candidate has the metric."""
@@ -157,10 +166,34 @@ class KeepSteps:
         return f"KeepSteps({list(self.steps)})"
 
 
+@dataclass(frozen=True, slots=True)
+class KeepFor:
+    """Keep what was saved in the last ``hours`` hours before the newest save of the same kind.
+
+    It counts from the newest save and not from now, so a run that stood still for a week has all of its checkpoints
+    when it goes on. The times are those of the clocks of the hosts that saved: have ``KeepLast`` beside it where a
+    clock may be wrong. A checkpoint of which nobody knows when it was saved stays.
+    """
+
+    hours: float
+
+    def __post_init__(self) -> None:
+        usable = isinstance(self.hours, int | float) and not isinstance(self.hours, bool)
+        if not usable or not 0 < self.hours < math.inf:
+            raise InvalidOption(f"KeepFor: hours must be a number > 0, not {self.hours!r}")
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        if not candidates:
+            return set()
+        since = _saved_at(max(candidates, key=age)) - self.hours * 3600
+        return {one.step for one in candidates if _saved_at(one) >= since or not _saved_at(one)}
+
+    def describe(self) -> str:
+        return f"KeepFor(hours={self.hours})"
+
+
 #: These policies tell the milestones and the best of one line of training.
 _OF_ONE_LINE = (KeepEvery, KeepBest, KeepSteps)
-
-C = TypeVar("C", bound=Candidate)
 
 
 def checked_policies(keep: object) -> tuple[Policy, ...]:
@@ -181,13 +214,14 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     """Return the candidates to delete, the oldest save first: those that no policy keeps. Pure.
 
     Full checkpoints and weights-only ones are judged apart. Pinned candidates, the steps in ``protected``, the newest
-    full checkpoint, and what a name means that moves (``_named``) are never among them; without policies nothing is.
-    Where a candidate is ``abandoned`` (see ``CheckpointInfo``), policies that name milestones and the best keep it
-    until training has reached its step again; all others count it like any other.
+    full checkpoint, what a name means that moves (``_named``), and what somebody made of several checkpoints
+    (``beside``) are never among them; without policies nothing is. Where a candidate is ``abandoned`` (see
+    ``CheckpointInfo``), policies that name milestones and the best keep it until training has reached its step again;
+    all others count it like any other.
     """
     if not policies:
         return []
-    in_order = sorted(candidates, key=age)
+    in_order = sorted((one for one in candidates if not getattr(one, "beside", False)), key=age)
     reached = max((one.step for one in in_order if not _left(one)), default=-1)
     groups: dict[str, list[C]] = {}
     for candidate in in_order:
@@ -195,16 +229,41 @@ def plan(candidates: Iterable[C], policies: Sequence[Policy], protected: Collect
     to_delete: list[C] = []
     named = _named(in_order)
     for kind, group in groups.items():
-        kept = set(protected)
-        ahead = tuple(one for one in group if not _left(one) or one.step > reached)
-        for policy in policies:
-            kept |= policy.keep(ahead if isinstance(policy, _OF_ONE_LINE) else tuple(group))
-            if isinstance(policy, KeepBest):  # what training has left takes no place from the best that it has now
-                kept |= policy.keep(tuple(one for one in group if not _left(one)))
-        if kind == "full":
-            kept.add(group[-1].step)
+        kept = _kept(kind, group, policies, reached) | set(protected)
         to_delete += [one for one in group if one.step not in kept and not one.pinned and id(one) not in named]
     return sorted(to_delete, key=age)
+
+
+def plan_thinning(candidates: Sequence[C], policies: Sequence[Policy], protected: Collection[int] = ()) -> list[C]:
+    """Return the full candidates of which only the weights are kept, the oldest save first: those that nothing keeps
+    but policies with ``weights_only``. Pure. None of them is among what ``plan`` returns."""
+    whole = [policy for policy in policies if not getattr(policy, "weights_only", False)]
+    if len(whole) == len(policies):
+        return []
+    unkept = plan(candidates, whole or [_KeepNone()], protected)
+    deleted = {id(one) for one in plan(candidates, policies, protected)}
+    return [one for one in unkept if id(one) not in deleted and one.kind == "full"]
+
+
+class _KeepNone:
+    """Keeps no checkpoint; ``plan`` keeps the newest and what is pinned all the same."""
+
+    def keep(self, candidates: Sequence[Candidate]) -> set[int]:
+        return set()
+
+    def describe(self) -> str:
+        return "no policy"
+
+
+def _kept(kind: str, group: Sequence[C], policies: Sequence[Policy], reached: int) -> set[int]:
+    """Return the steps of one kind that the policies keep. ``reached``: the largest step on training's line."""
+    kept: set[int] = set()
+    ahead = tuple(one for one in group if not _left(one) or one.step > reached)
+    for policy in policies:
+        kept |= policy.keep(ahead if isinstance(policy, _OF_ONE_LINE) else tuple(group))
+        if isinstance(policy, KeepBest):  # what training has left takes no place from the best that it has now
+            kept |= policy.keep(tuple(one for one in group if not _left(one)))
+    return kept | ({group[-1].step} if kind == "full" else set())
 
 
 def _named(in_order: Sequence[Candidate]) -> set[int]:
@@ -227,6 +286,11 @@ def unreported(candidates: Sequence[Candidate], policies: Sequence[Policy]) -> l
 def _left(candidate: Candidate) -> bool:
     """Whether training went back and left this checkpoint."""
     return bool(getattr(candidate, "abandoned", False))
+
+
+def _saved_at(candidate: Candidate) -> float:
+    """Return when the checkpoint was saved, in seconds since 1970, 0 where nobody knows."""
+    return float(getattr(candidate, "created_unix_seconds", 0.0))
 
 
 def _check_count(what: str, value: object) -> None:

@@ -181,6 +181,13 @@ class StepRegistry:
             known = self._claims.get((step, kind), ())
             self._put(step, kind, tuple(c for c in known if c.directory != name or c.replaces))
 
+    def thinned(self, step: int, name: str, left: str, sequence: int, names: tuple[str, ...]) -> None:
+        """Note that of a full checkpoint, ``name``, a weights-only one is left, ``left``."""
+        self.deleted(step, "full", name)
+        with self._lock:
+            here = self._claims.get((step, "weights"), ())
+            self._claims[step, "weights"] = (*here, Claim(left, sequence, names))
+
     def rewind_to(self, step: int, attempt: str) -> None:
         """Note that training continues from this full checkpoint: later steps belong to a branch that it has given up.
         Where the directory's checkpoints are not known yet, this takes effect once they are."""

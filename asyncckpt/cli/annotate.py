@@ -15,6 +15,7 @@ from asyncckpt.cli.common import (
     console,
     exits,
     find,
+    name_or_step,
     numbers,
     open_run,
     print_json,
@@ -34,7 +35,7 @@ def annotate(run: RunArgument, step: Step, metrics: Metrics, json: JsonOption = 
         given = _parsed(metrics)
         opened = open_run(run)
         found = find(opened, step)
-        entry = opened.annotate(found.name if step in found.names else found.step, given)
+        entry = opened.annotate(name_or_step(found, step), given)
         if json:
             print_json(as_json(entry))
         else:

@@ -10,7 +10,10 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from asyncckpt.cli.annotate import annotate
+from asyncckpt.cli.average import average
+from asyncckpt.cli.best import best
 from asyncckpt.cli.common import EXIT_CODES, LATEST_HELP
+from asyncckpt.cli.copy import copy
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
 from asyncckpt.cli.doctor import doctor
@@ -20,14 +23,16 @@ from asyncckpt.cli.ls import ls
 from asyncckpt.cli.pin import pin, unpin
 from asyncckpt.cli.prune import prune
 from asyncckpt.cli.show import show
+from asyncckpt.cli.thin import thin
 from asyncckpt.cli.verify import verify
 from asyncckpt.manifest.environment import version
 
 #: Panels of ``--help`` group the verbs by what a user wants, in this order.
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Look": (ls, show, diff),
+    "Look": (ls, show, best, diff),
     "Check": (verify, doctor),
-    "Change": (pin, unpin, annotate, prune),
+    "Change": (pin, unpin, annotate, prune, thin),
+    "Combine": (average, copy),
     "Convert": (export, import_),
     "Try it out": (demo,),
 }

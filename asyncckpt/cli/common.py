@@ -112,6 +112,13 @@ def find(run: Run, step: str) -> CheckpointInfo:
     return entry
 
 
+def name_or_step(found: CheckpointInfo, step: str) -> int | str:
+    """Return what means the checkpoint that ``find`` found to ``Run``: its step, or its name where a user gave one."""
+    if step in found.names:
+        return step
+    return found.step if step.isdecimal() or step == LATEST else found.name
+
+
 def find_all(run: Run, step: str) -> list[CheckpointInfo]:
     """Return the checkpoints that a user named, damaged or not. A step can have a full one, which comes first, and a
     weights-only one; ``latest`` (see ``LATEST_HELP``) is always one checkpoint.
@@ -298,6 +305,7 @@ def as_json(entry: CheckpointInfo) -> dict[str, Any]:
         "abandoned": entry.abandoned,
         "extra": list(entry.extra),
         "names": list(entry.names),
+        "derived": entry.derived,
     }
 
 

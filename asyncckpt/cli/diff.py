@@ -20,6 +20,7 @@ from asyncckpt.cli.common import (
     print_json,
     read,
 )
+from asyncckpt.cli.drift import Moments, by_layer, moments_of
 from asyncckpt.manifest.records import StoredTensor
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint
@@ -45,21 +46,26 @@ def diff(
     run: RunArgument,
     a: Annotated[str, typer.Argument(metavar="A", help=STEP_HELP)],
     b: Annotated[str, typer.Argument(metavar="B", help=STEP_HELP)],
-    other: Annotated[str | None, typer.Option("--other", metavar="RUN", help="the run B is in, if another")] = None,
+    other: Annotated[
+        str | None, typer.Option("--other", metavar="RUN", help="the run that B is in, if it is another")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="also drift and cosine of each layer")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints: names, shapes, plain values, and how far each tensor moved.
+    """Compare two checkpoints, of one run or of two: names, shapes, plain values, and how far each tensor moved.
 
-    For each tensor that is not equal to the bit, the table has max|A-B| and that relative to max|A|, in float64. The
-    change is 0 where only the sign of a zero or the kind of a NaN differs. NaNs and infinities that stand in both at
-    the same place count as equal; the others are counted apart. The command exits with 1 where the two differ."""
+    For each tensor that is not equal to the bit, the table has max|A-B| and that relative to max|A|, the drift
+    |B-A| / |A| (lengths as vectors), and the cosine of the angle between A and B, in float64. The change is 0 where
+    only the sign of a zero or the kind of a NaN differs. NaNs and infinities that stand in both at the same place count
+    as equal; the others are counted apart. --layers has drift and cosine of the weights of each layer, unchanged ones
+    included. The command exits with 1 where the two differ."""
     with exits():
         run_a, run_b = open_run(run), open_run(other or run)
         result = read(run_a, a, lambda _, one: read(run_b, b, lambda _, two: compare(one, two)))
         if json:
             print_json(result)
         else:
-            _print(result)
+            _print(result, layers)
         if any(result[key] for key in _DIFFERENCES):
             raise typer.Exit(int(Exit.DAMAGED_OR_DIFFERENT))
 
@@ -79,12 +85,18 @@ def compare(a: OpenCheckpoint, b: OpenCheckpoint) -> dict[str, Any]:
         if (in_a[name].dtype, in_a[name].shape) != (in_b[name].dtype, in_b[name].shape)
     }
     changed: dict[str, dict[str, float | int | None]] = {}
+    moments: dict[str, Moments] = {}
     for batch in _batches([name for name in common if name not in reshaped], in_a):
         old, new = _load(a, batch, in_a), _load(b, batch, in_b)
         for name in batch:
-            change = change_of(old.pop(name), new.pop(name))
+            one, two = old.pop(name), new.pop(name)
+            change, measured = change_of(one, two), moments_of(one, two)
+            if measured is not None:
+                moments[name] = measured
             if change is not None:
-                changed[name] = change
+                far = measured or Moments()
+                changed[name] = change | {"drift": far.drift, "cosine": far.cosine}
+    weights = {name: moments[name] for name in common if name in moments and _is_weight(a, name)}
     return {
         "only_in_a": [name for name in in_a if name not in in_b],
         "only_in_b": [name for name in in_b if name not in in_a],
@@ -92,7 +104,12 @@ def compare(a: OpenCheckpoint, b: OpenCheckpoint) -> dict[str, Any]:
         "changed": {name: changed[name] for name in common if name in changed},
         "unchanged": len(common) - len(reshaped) - len(changed),
         "plain": plain_changes(a.trees, b.trees),
+        "layers": by_layer(weights, changed),
     }
+
+
+def _is_weight(checkpoint: OpenCheckpoint, name: str) -> bool:
+    return checkpoint.manifest.components[name.partition(".")[0]].kind in ("module", "tensor", "plain")
 
 
 def change_of(a: torch.Tensor, b: torch.Tensor) -> dict[str, float | int | None] | None:
@@ -190,21 +207,36 @@ def _children(tree: JsonValue) -> dict[str, JsonValue] | None:
     return None
 
 
-def _print(result: dict[str, Any]) -> None:
+def _print(result: dict[str, Any], layers: bool) -> None:
     for key, sign in (("only_in_a", "-"), ("only_in_b", "+")):
         for name in result[key]:
             console.print(f"{sign} {clean(name)}")
     for name, (one, two) in result["reshaped"].items():
         console.print(f"~ {clean(name)}: {one} → {two}")
     if result["changed"]:
-        table = Table("tensor", "max abs change", "relative", "not finite")
+        table = Table("tensor", "max abs change", "relative", "drift", "cosine", "not finite")
         for name, change in result["changed"].items():
-            cells = ["" if change[key] is None else f"{change[key]:.3g}" for key in ("max_abs", "relative")]
-            table.add_row(clean(name), *cells, str(change["not_finite"] or ""))
+            table.add_row(
+                clean(name), *_cells(change, "max_abs", "relative"), *_far(change), str(change["not_finite"] or "")
+            )
+        console.print(table)
+    if layers:
+        table = Table("layer", "drift", "cosine", "tensors", "changed")
+        for name, layer in result["layers"].items():
+            table.add_row(clean(name), *_far(layer), str(layer["tensors"]), str(layer["changed"]))
         console.print(table)
     for path, sides in result["plain"].items():
         console.print(f"≠ {clean(path)}: {_short(sides, 'a')} → {_short(sides, 'b')}", soft_wrap=True)
     console.print(f"{len(result['changed'])} tensors changed, {result['unchanged']} equal to the bit")
+
+
+def _cells(row: Mapping[str, float | None], *keys: str) -> list[str]:
+    return ["" if (value := row[key]) is None else f"{value:.3g}" for key in keys]
+
+
+def _far(row: Mapping[str, float | None]) -> list[str]:
+    cosine = row["cosine"]
+    return [*_cells(row, "drift"), "" if cosine is None else f"{cosine:.6f}"]
 
 
 def _short(sides: dict[str, JsonValue], side: str) -> str:

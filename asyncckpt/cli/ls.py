@@ -21,11 +21,14 @@ from asyncckpt.cli.common import (
     size,
 )
 
+_DERIVED = {"average": "an average of others", "thin": "thinned out"}
+
 
 def _good(entry: CheckpointInfo) -> str:
     """Say in what way a checkpoint that is not damaged is good."""
     notes = [
         *([f"named {', '.join(map(clean, entry.names))}"] if entry.names else []),
+        *([_DERIVED.get(entry.derived, "made of others")] if entry.derived else []),
         *(["a copy or renamed"] if entry.renamed else []),
         *(["training went back and left it"] if entry.abandoned else []),
         *(["its annotations cannot be read"] if entry.annotation_problem is not None else []),

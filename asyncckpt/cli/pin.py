@@ -16,6 +16,7 @@ from asyncckpt.cli.common import (
     errors,
     exits,
     find,
+    name_or_step,
     open_run,
     print_json,
 )
@@ -37,7 +38,7 @@ def _set(path: str, step: str, pinned: bool, json: bool) -> None:
     with exits():
         run = open_run(path)
         found = find(run, step)
-        which = found.name if step in found.names else found.step
+        which = name_or_step(found, step)
         entry = run.pin(which) if pinned else run.unpin(which)
         if json:
             print_json(as_json(entry))

@@ -36,6 +36,9 @@ def prune(
     keep_best: Annotated[
         str | None, typer.Option(help="keep the N with the best METRIC", metavar="METRIC[:N[:min|max]]")
     ] = None,
+    keep_for: Annotated[
+        float | None, typer.Option(help="keep what was saved in the last H hours before the newest", metavar="H")
+    ] = None,
     keep_step: Annotated[list[int] | None, typer.Option(help="keep this step (repeatable)", metavar="S")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be deleted")] = False,
     json: JsonOption = False,
@@ -47,7 +50,7 @@ def prune(
     with exits():
         opened = open_run(run)
         entries = [entry for entry in checkpoints(opened) if entry.damage is None and not entry.renamed]
-        policies = _policies(keep_last, keep_every, keep_best, keep_step or [], entries)
+        policies = _policies(keep_last, keep_every, keep_best, keep_for, keep_step or [], entries)
         to_delete = retention.plan(entries, policies)
         in_use: list[CheckpointInfo] = []
         if to_delete:
@@ -110,7 +113,12 @@ def _delete(run: Run, policies: list[retention.Policy], newest: CheckpointInfo) 
 
 
 def _policies(
-    last: int | None, every: int | None, best: str | None, steps: list[int], entries: list[CheckpointInfo]
+    last: int | None,
+    every: int | None,
+    best: str | None,
+    hours: float | None,
+    steps: list[int],
+    entries: list[CheckpointInfo],
 ) -> list[retention.Policy]:
     policies: list[retention.Policy] = []
     if last is not None:
@@ -119,6 +127,8 @@ def _policies(
         policies.append(retention.KeepEvery(every))
     if best is not None:
         policies.append(_best(best, entries))
+    if hours is not None:
+        policies.append(retention.KeepFor(hours))
     if steps:
         policies.append(retention.KeepSteps(steps))
     if not policies:

@@ -68,6 +68,7 @@ def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[s
         "environment": dict(manifest.environment),
         "config": manifest.config,
         "assets": list(manifest.assets),
+        "derived": dict(manifest.derived),
         "files": {record.name: record.nbytes for record in manifest.files},
         "components": {name: _summary(c, tensors) for name, c in manifest.components.items()},
     }
@@ -90,6 +91,15 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
         console.print(f"names: {clean(', '.join(manifest.names))}")
     if manifest.assets:
         console.print(f"assets: {clean(', '.join(manifest.assets))}")
+    if manifest.derived:
+        sources: Any = manifest.derived["from"]
+        rows = ", ".join(
+            f"step {row['step']} ({row['weight']:.4g})"
+            if isinstance(row.get("weight"), float)
+            else f"step {row['step']}"
+            for row in sources
+        )
+        console.print(f"made by {clean(manifest.derived['by'])} of: {rows}")
     if manifest.metrics:
         console.print(f"metrics: {numbers(manifest.metrics)}")
     if entry.annotated:

@@ -226,6 +226,9 @@ class Committer:
                     durable_seconds=report.durable_seconds,
                     stall_seconds=report.stall_seconds,
                     commit_seconds=now - max(began, save.written_seconds),
+                    kind=save.contents.draft.kind,
+                    metrics=save.contents.draft.metrics,
+                    state_bytes=save.contents.layout.nbytes,
                 )
             )
             with _logged(f"step {save.step} is durable, but the next save cannot build on it"):

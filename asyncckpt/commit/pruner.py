@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.quarantine import Quarantine
-from asyncckpt.catalog.retention import Policy, plan, unreported
+from asyncckpt.catalog.retention import Policy, plan, plan_thinning, unreported
 from asyncckpt.catalog.steps import StepRegistry
-from asyncckpt.errors import AsyncCkptError
-from asyncckpt.events import EventBus, Pruned
+from asyncckpt.commit.thinner import THIN, thin
+from asyncckpt.errors import AsyncCkptError, LeaseLost, UnsupportedValue
+from asyncckpt.events import EventBus, Pruned, ThinnedOut
 from asyncckpt.protocols import Store
+from asyncckpt.read.opening import open_checkpoint
 from asyncckpt.storage.lease import HeldLease
 
 log = logging.getLogger("asyncckpt")
@@ -43,6 +45,8 @@ class Pruner:
         self._steps = steps
         self._events = events
         self._lock = threading.Lock()
+        #: The attempts that cannot be thinned out.
+        self._whole: set[str] = set()
         #: The metrics of which was said that no checkpoint has them.
         self._told: set[str] = set()
 
@@ -66,8 +70,49 @@ class Pruner:
                     self._catalog.forget(entry.name)
                     self._steps.deleted(entry.step, entry.kind, entry.name)
                 self._events.emit(Pruned(step=entry.step, name=entry.name, deleted=entry in deleted))
-            self._clear_annotations(deleted)
+            thinned = self._thin_out()
+            self._clear_annotations([*deleted, *thinned])
             return deleted
+
+    def _thin_out(self) -> list[CheckpointInfo]:
+        """Leave the weights alone of what only policies with ``weights_only`` keep; return what was replaced so. What
+        cannot be thinned out stays whole."""
+        if not any(getattr(policy, "weights_only", False) for policy in self.policies):
+            return []
+        seen, own, _ = self._plan()
+        gone: list[CheckpointInfo] = []
+        for entry in plan_thinning(own, self.policies):
+            if entry.annotation_problem is not None or entry.attempt in self._whole:
+                continue
+            self._lease.check()
+            try:
+                if self._thin(entry, own, seen):
+                    gone.append(entry)
+            except LeaseLost:
+                raise
+            except (AsyncCkptError, OSError) as error:
+                if isinstance(error, UnsupportedValue):
+                    self._whole.add(entry.attempt)
+                log.warning("%s is kept whole: %s", entry.path, error)
+        return gone
+
+    def _thin(self, entry: CheckpointInfo, own: Sequence[CheckpointInfo], seen: object) -> bool:
+        """Thin one checkpoint out, unless somebody reads it. One of which the weights are there already, as after a
+        process that ended in between, is only deleted."""
+        twin = next((one for one in own if one.derived == THIN and one.attempt == entry.attempt), None)
+        if twin is None:
+            with open_checkpoint(self._store.open(entry.name)) as checkpoint:
+                made = thin(self._store, checkpoint, self._store.names(), self._lease.check)
+            left, freed_bytes = made.name, made.freed_bytes
+        else:
+            left, freed_bytes = twin.name, entry.nbytes - twin.nbytes
+        # somebody may have pinned it, or given it metrics, since the plan: both stay then, and the next plan decides
+        if self._catalog.marks() != seen or not self._store.remove(entry.name):
+            return False
+        self._catalog.forget(entry.name)
+        self._steps.thinned(entry.step, entry.name, left, entry.sequence, entry.names)
+        self._events.emit(ThinnedOut(step=entry.step, name=entry.name, left=left, freed_bytes=freed_bytes))
+        return True
 
     def _plan(self) -> tuple[object, list[CheckpointInfo], list[CheckpointInfo]]:
         """Return the marks that the plan rests on, the usable checkpoints that this run made itself, and those of them

@@ -68,6 +68,18 @@ def publish(
     return replaced(draft, size_bytes=len(data), file_digest=manifests.file_digest(data))
 
 
+def publish_as_it_is(
+    directory: PendingDirectory, manifest: Manifest, data: bytes, *, before: Callable[[], None]
+) -> None:
+    """Publish a copy of a checkpoint, whose files are all written and durable, under its own name, with the bytes of
+    its own manifest, ``data``. Blocks on the storage. ``before``: see ``publish``."""
+    directory.sync_directory()
+    directory.write_small({manifests.FILE_NAME: data})
+    directory.sync_directory()
+    before()
+    directory.publish(manifest.name, replace=False)
+
+
 def verify_attempt(directory: PendingDirectory) -> None:
     """Verify every byte of an attempt as it lies on the storage. Raises ``OSError`` where it is not what was written.
     Blocks."""

@@ -1,4 +1,5 @@
-"""Parses what the user gave to a save beside the state: its names, and the files that are assets."""
+"""Parses what a manifest says beside the state: names and assets that the user gave, and what the checkpoint was made
+of."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Final
 
 from asyncckpt.manifest.parse import Body
 from asyncckpt.manifest.records import FileRecord
+from asyncckpt.types import JsonValue
 
 #: More names, or a longer one, are taken for an attack.
 _MOST: Final = 1000
@@ -31,3 +33,21 @@ def parse_names(body: Body) -> tuple[str, ...]:
         if not isinstance(row, str) or not 0 < len(row) <= _MOST:
             body.fail("has a name that is no text, or a very long one")
     return tuple(rows)
+
+
+def parse_derived(body: Body) -> Mapping[str, JsonValue]:
+    """Return what made the checkpoint of other ones; empty where it was saved."""
+    value = body.optional("derived", {})
+    if not isinstance(value, dict):
+        body.fail("has a 'derived' that is no object")
+    if value:
+        made = Body(value, body.where)
+        sources = made.take("from", list)
+        if not made.text("by") or not 0 < len(sources) <= _MOST:
+            body.fail("has a 'derived' that names no maker, or no checkpoints")
+        for source in sources:
+            row = Body(source, body.where)
+            row.text("attempt")
+            row.text("name")
+            row.whole("step")
+    return value

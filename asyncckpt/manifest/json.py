@@ -26,7 +26,7 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.jsontree import dumps, loads, version_of
-from asyncckpt.manifest.given import parse_assets, parse_names
+from asyncckpt.manifest.given import parse_assets, parse_derived, parse_names
 from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
 from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import (
@@ -154,6 +154,7 @@ def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes
         "environment": dict(manifest.environment),
         "files": [file_to_json(record) for record in manifest.files],
         **({"assets": list(manifest.assets)} if manifest.assets else {}),
+        **({"derived": dict(manifest.derived)} if manifest.derived else {}),
     }
     if not plain or manifest.least_version > 1:
         body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
@@ -249,6 +250,7 @@ def decode(data: bytes, where: str, *, whole: bool = True) -> Manifest:
         parent=body.text("parent"),
         names=parse_names(body),
         assets=parse_assets(body, by_name),
+        derived=parse_derived(body),
         least_version=version,
     )
     if manifest.kind not in ("full", "weights"):

@@ -213,7 +213,8 @@ class Manifest:
     empty where it began anew or nobody knows. ``names``: those that the save was given. ``assets``: which of the files
     the user gave. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
     manifest's own file. ``least_version``: readers of older format versions cannot read this checkpoint,
-    whatever its tensors would ask for."""
+    whatever its tensors would ask for. ``derived``: what made it of other checkpoints, if it was no save: ``by`` names
+    that (``average``, ``thin``), ``from`` lists these, each with its ``attempt``, ``step`` and ``name``."""
 
     step: int
     name: str
@@ -237,6 +238,7 @@ class Manifest:
     parent: str = ""
     names: tuple[str, ...] = ()
     assets: tuple[str, ...] = ()
+    derived: Mapping[str, JsonValue] = field(default_factory=dict)
     least_version: int = field(default=1, compare=False)
 
     @property

@@ -49,7 +49,8 @@ class Known:
     @classmethod
     def of(cls, entry: CheckpointInfo) -> Known:
         damaged = entry.damage is not None
-        return cls(entry.step, entry.kind, entry.name, entry.sequence, damaged, entry.renamed, entry.names)
+        foreign = entry.renamed or entry.beside  # its name is taken, its step is not
+        return cls(entry.step, entry.kind, entry.name, entry.sequence, damaged, foreign, entry.names)
 
 
 class Coordinator:

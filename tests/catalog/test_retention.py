@@ -14,11 +14,13 @@ from asyncckpt.catalog.retention import (
     KeepAll,
     KeepBest,
     KeepEvery,
+    KeepFor,
     KeepLast,
     KeepSteps,
     Policy,
     checked_policies,
     plan,
+    plan_thinning,
     unreported,
 )
 from asyncckpt.errors import InvalidOption
@@ -30,6 +32,12 @@ class Entry:
     metrics: Mapping[str, float] = field(default_factory=dict)
     pinned: bool = False
     kind: str = "full"
+    created_unix_seconds: float = 0.0
+
+
+def at_hours(**hours: float) -> list[Entry]:
+    """Step 1, 2, … saved so many hours after some moment."""
+    return [Entry(int(name[1:]), created_unix_seconds=1e9 + 3600 * hour) for name, hour in hours.items()]
 
 
 def entries(*steps: int, **options: Any) -> list[Entry]:
@@ -55,6 +63,11 @@ nan, inf = math.nan, math.inf
         (KeepLast(1), [], set()),
         (KeepEvery(10), entries(0, 5, 10, 15, 20), {0, 10, 20}),
         (KeepEvery(7), entries(1, 2), set()),
+        (KeepFor(2), at_hours(s1=0, s2=1, s3=1.5, s4=3), {2, 3, 4}),
+        (KeepFor(hours=0.5), at_hours(s1=0, s2=1), {2}),
+        (KeepFor(2), [*at_hours(s2=0, s3=9), Entry(1)], {1, 3}),
+        (KeepFor(2), at_hours(s1=5, s2=0), {1, 2}),  # the clock went back
+        (KeepFor(2), [], set()),
         (KeepSteps([5, 1, 99]), entries(1, 2, 5), {1, 5}),
         (KeepSteps(range(0, 10, 5)), entries(4, 5), {5}),
         (KeepBest("loss", mode="min"), losses(3.0, 1.0, 2.0), {2}),
@@ -78,6 +91,27 @@ def test_a_policy_keeps_these_steps(policy: Policy, candidates: Sequence[Candida
 
 def deleted(candidates: Sequence[Entry], policies: Sequence[Policy], protected: Sequence[int] = ()) -> list[int]:
     return [entry.step for entry in plan(candidates, policies, protected)]
+
+
+@pytest.mark.parametrize(
+    ("candidates", "policies", "thinned"),
+    [
+        (entries(*range(1, 8)), [KeepLast(1), KeepEvery(2, weights_only=True)], [2, 4, 6]),
+        (entries(*range(1, 8)), [KeepLast(3), KeepEvery(2, weights_only=True)], [2, 4]),
+        (entries(*range(1, 8)), [KeepLast(1), KeepEvery(4), KeepEvery(2, weights_only=True)], [2, 6]),
+        (entries(2, 4, 6), [KeepEvery(2, weights_only=True)], [2, 4]),
+        ([*entries(2, pinned=True), *entries(4, 6)], [KeepEvery(2, weights_only=True)], [4]),
+        ([*entries(2, 4), *entries(2, 4, kind="weights")], [KeepEvery(2, weights_only=True)], [2]),
+        (entries(1, 2, 3), [KeepLast(1)], []),
+        (entries(1, 2, 3), [], []),
+    ],
+)
+def test_of_what_nothing_else_keeps_the_weights_stay(
+    candidates: Sequence[Entry], policies: Sequence[Policy], thinned: list[int]
+) -> None:
+    found = plan_thinning(candidates, policies)
+    assert [(entry.step, entry.kind) for entry in found] == [(step, "full") for step in thinned]
+    assert not {id(entry) for entry in found} & {id(entry) for entry in plan(candidates, policies)}
 
 
 def test_without_policies_nothing_is_deleted() -> None:
@@ -140,6 +174,12 @@ def test_kinds_of_the_same_step_are_judged_apart() -> None:
         lambda: KeepLast(k="3"),  # type: ignore[arg-type]
         lambda: KeepEvery(0),
         lambda: KeepEvery(True),
+        lambda: KeepEvery(2, weights_only=1),  # type: ignore[arg-type]
+        lambda: KeepFor(0),
+        lambda: KeepFor(True),
+        lambda: KeepFor(nan),
+        lambda: KeepFor(inf),
+        lambda: KeepFor("3"),  # type: ignore[arg-type]
         lambda: KeepBest("", mode="min"),
         lambda: KeepBest(5, mode="min"),  # type: ignore[arg-type]
         lambda: KeepBest("loss", n=0, mode="min"),

@@ -30,9 +30,10 @@ def test_verbs_stand_in_panels_the_demo_in_the_last() -> None:
             rows.setdefault(panel, []).append(verb[1])
     rows.pop("Options", None)
     assert rows == {
-        "Look": ["ls", "show", "diff"],
+        "Look": ["ls", "show", "best", "diff"],
         "Check": ["verify", "doctor"],
-        "Change": ["pin", "unpin", "annotate", "prune"],
+        "Change": ["pin", "unpin", "annotate", "prune", "thin"],
+        "Combine": ["average", "copy"],
         "Convert": ["export", "import"],
         "Try it out": ["demo"],
     }
