@@ -72,6 +72,12 @@ def _zarr(path: str) -> Source:
     return read_zarr(path)
 
 
+def _deepspeed(path: str) -> Source:
+    from asyncckpt.convert.deepspeed_zero import read_zero
+
+    return read_zero(path)
+
+
 #: Each reads one format; it imports what it needs when it is called.
 READERS: Final[dict[str, Callable[[str], Source]]] = {
     "safetensors": _safetensors,
@@ -81,6 +87,7 @@ READERS: Final[dict[str, Callable[[str], Source]]] = {
     "gguf": _gguf,
     "onnx": _onnx,
     "zarr": _zarr,
+    "deepspeed": _deepspeed,
 }
 
 
@@ -241,6 +248,15 @@ def detect(path: str) -> str:
     return found
 
 
+def _names_zero(path: str, names: set[str]) -> bool:
+    """Return whether the file ``latest`` of a directory names one of DeepSpeed's."""
+    if "latest" not in names or not os.path.isfile(os.path.join(path, "latest")):
+        return False
+    with open(os.path.join(path, "latest"), "rb") as file:
+        tag = file.read(4096).decode("utf-8", "replace").strip()
+    return tag in names and any(name.endswith("_optim_states.pt") for name in os.listdir(os.path.join(path, tag)))
+
+
 def _of_directory(path: str) -> str | None:
     names = set(os.listdir(path))
     if ".metadata" in names:
@@ -251,6 +267,8 @@ def _of_directory(path: str) -> str | None:
         return "hf"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
+    if any(name.endswith("_optim_states.pt") for name in names) or _names_zero(path, names):
+        return "deepspeed"
     return "zarr" if "zarr.json" in names else None
 
 

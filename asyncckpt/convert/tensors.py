@@ -83,6 +83,27 @@ class ViewTensor(SourceTensor):
         target[:] = flat.view(torch.uint8).numpy().data[skipped : skipped + len(target)]
 
 
+class PartsTensor(SourceTensor):
+    """A tensor whose bytes are those of parts of others, one after the other: ``(tensor, first byte, bytes)``."""
+
+    def __init__(
+        self, dtype: str, shape: Sequence[int], parts: Sequence[tuple[SourceTensor, int, int]], where: str
+    ) -> None:
+        super().__init__(dtype, shape)
+        self._parts = parts
+        if sum(nbytes for _, _, nbytes in parts) < self.nbytes:
+            raise CheckpointDamaged(f"{where}: its parts have fewer bytes than it has")
+
+    def read_into(self, begin: int, target: memoryview) -> None:
+        done = 0
+        for tensor, first, nbytes in self._parts:
+            if done < len(target) and begin < nbytes:
+                count = min(nbytes - begin, len(target) - done)
+                tensor.read_into(first + begin, target[done : done + count])
+                done += count
+            begin = max(0, begin - nbytes)
+
+
 class RowsTensor(SourceTensor):
     """A tensor that is made row by row: ``row(n)`` returns the values of row ``n`` of its first dimension as an array,
     which may be decoded, or be another row of the source. The calls are thread-safe."""
