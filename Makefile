@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan faults nfs coverage lint docs bench bench-micro clean
+.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan test-tensorflow faults nfs coverage lint docs bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,15 @@ FUZZ_RUNS ?= 10000000
 EXT4 ?= 5000
 XFS ?= 1000
 BTRFS ?= 2000
+
+$(VENV)-tensorflow/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-tensorflow
+	$(VENV)-tensorflow/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)-tensorflow/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test-tensorflow]'
+	touch $@
+
+test-tensorflow: $(VENV)-tensorflow/.installed    ## conversions from and to TensorFlow (1.5 GB to install)
+	$(VENV)-tensorflow/bin/python -m pytest -m 'slow or not slow' tests/convert/test_tensorflow.py
 
 faults: $(STAMP)          ## crashes, power losses, kills, full disks, damage, fuzzing, planted bugs: hours (docs/reliability.md)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faults]'

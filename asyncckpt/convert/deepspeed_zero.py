@@ -28,8 +28,8 @@ _MODEL: Final = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\
 
 def read_zero(path: str) -> Source:
     """Open a directory that DeepSpeed saved into, of which the file ``latest`` names the checkpoint, or the
-    checkpoint's own directory. Raises ``CheckpointNotFound``, ``CheckpointDamaged``, and ``UnsupportedValue`` for model parallelism
-    and partitioned experts."""
+    checkpoint's own directory. Raises ``CheckpointNotFound``, ``CheckpointDamaged``, and ``UnsupportedValue`` for
+    model parallelism and partitioned experts."""
     source = Source("deepspeed", path)
     try:
         folder = _folder(source, path)

@@ -78,6 +78,12 @@ def _deepspeed(path: str) -> Source:
     return read_zero(path)
 
 
+def _tensorflow(path: str) -> Source:
+    from asyncckpt.convert.tensorflow_files import read_tensorflow
+
+    return read_tensorflow(path)
+
+
 #: Each reads one format; it imports what it needs when it is called.
 READERS: Final[dict[str, Callable[[str], Source]]] = {
     "safetensors": _safetensors,
@@ -88,6 +94,7 @@ READERS: Final[dict[str, Callable[[str], Source]]] = {
     "onnx": _onnx,
     "zarr": _zarr,
     "deepspeed": _deepspeed,
+    "tensorflow": _tensorflow,
 }
 
 
@@ -145,6 +152,12 @@ def _to_zarr() -> Writer:
     return Writer(write_zarr, folder=True)
 
 
+def _to_tensorflow() -> Writer:
+    from asyncckpt.convert.tensorflow_files import write_tensorflow
+
+    return Writer(write_tensorflow, folder=True)
+
+
 #: Each returns what writes one format.
 WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "safetensors": _to_safetensors,
@@ -156,6 +169,7 @@ WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "gguf": _to_gguf,
     "onnx": _to_onnx,
     "zarr": _to_zarr,
+    "tensorflow": _to_tensorflow,
 }
 
 
@@ -241,6 +255,8 @@ def detect(path: str) -> str:
         found = _of_directory(path)
     elif os.path.lexists(path):
         found = next((name for suffix, name in _SUFFIXES.items() if path.endswith(suffix)), None)
+    elif os.path.isfile(f"{path}.index"):
+        found = "tensorflow"
     else:
         raise CheckpointNotFound(f"{path}: no such file or directory")
     if found is None:
@@ -269,6 +285,8 @@ def _of_directory(path: str) -> str | None:
         return "safetensors"
     if any(name.endswith("_optim_states.pt") for name in names) or _names_zero(path, names):
         return "deepspeed"
+    if any(name.endswith(".index") and f"{name[:-6]}.data-00000-of-" in " ".join(names) for name in names):
+        return "tensorflow"
     return "zarr" if "zarr.json" in names else None
 
 
