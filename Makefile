@@ -46,6 +46,9 @@ test-deepspeed: $(VENV)-deepspeed/.installed    ## the adapter to DeepSpeed
 test-torchtitan: $(VENV)-torchtitan/.installed  ## the adapter to torchtitan (slow)
 	OMP_NUM_THREADS=1 $(VENV)-torchtitan/bin/python -m pytest -m 'frameworks and slow' tests/frameworks/test_torchtitan.py
 
+test-tensorflow: $(VENV)-tensorflow/.installed  ## conversions from and to TensorFlow (1.5 GB to install)
+	$(VENV)-tensorflow/bin/python -m pytest -m 'slow or not slow' tests/convert/test_tensorflow.py
+
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000
 RANK_FAULTS ?= 1000
@@ -53,15 +56,6 @@ FUZZ_RUNS ?= 10000000
 EXT4 ?= 5000
 XFS ?= 1000
 BTRFS ?= 2000
-
-$(VENV)-tensorflow/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)-tensorflow
-	$(VENV)-tensorflow/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(VENV)-tensorflow/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test-tensorflow]'
-	touch $@
-
-test-tensorflow: $(VENV)-tensorflow/.installed    ## conversions from and to TensorFlow (1.5 GB to install)
-	$(VENV)-tensorflow/bin/python -m pytest -m 'slow or not slow' tests/convert/test_tensorflow.py
 
 faults: $(STAMP)          ## crashes, power losses, kills, full disks, damage, fuzzing, planted bugs: hours (docs/reliability.md)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faults]'
