@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan faults nfs coverage lint docs bench bench-micro clean
+.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan test-tensorflow faults nfs coverage lint docs bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,10 +41,13 @@ $(VENV)-%/.installed: pyproject.toml constraints.txt
 	touch $@
 
 test-deepspeed: $(VENV)-deepspeed/.installed    ## the adapter to DeepSpeed
-	OMP_NUM_THREADS=1 $(VENV)-deepspeed/bin/python -m pytest -m frameworks tests/frameworks/test_deepspeed.py
+	OMP_NUM_THREADS=1 $(VENV)-deepspeed/bin/python -m pytest -m frameworks tests/frameworks/test_deepspeed.py tests/frameworks/test_deepspeed_import.py
 
 test-torchtitan: $(VENV)-torchtitan/.installed  ## the adapter to torchtitan (slow)
 	OMP_NUM_THREADS=1 $(VENV)-torchtitan/bin/python -m pytest -m 'frameworks and slow' tests/frameworks/test_torchtitan.py
+
+test-tensorflow: $(VENV)-tensorflow/.installed  ## conversions from and to TensorFlow (1.5 GB to install)
+	$(VENV)-tensorflow/bin/python -m pytest -m 'slow or not slow' tests/convert/test_tensorflow.py
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000

@@ -26,6 +26,7 @@ _SUFFIXES: Final = {
     ".bin": "torch",
     ".gguf": "gguf",
     ".onnx": "onnx",
+    ".zarr": "zarr",
 }
 
 
@@ -65,6 +66,24 @@ def _onnx(path: str) -> Source:
     return read_onnx(path)
 
 
+def _zarr(path: str) -> Source:
+    from asyncckpt.convert.zarr_groups import read_zarr
+
+    return read_zarr(path)
+
+
+def _deepspeed(path: str) -> Source:
+    from asyncckpt.convert.deepspeed_zero import read_zero
+
+    return read_zero(path)
+
+
+def _tensorflow(path: str) -> Source:
+    from asyncckpt.convert.tensorflow_files import read_tensorflow
+
+    return read_tensorflow(path)
+
+
 #: Each reads one format; it imports what it needs when it is called.
 READERS: Final[dict[str, Callable[[str], Source]]] = {
     "safetensors": _safetensors,
@@ -73,6 +92,9 @@ READERS: Final[dict[str, Callable[[str], Source]]] = {
     "peft": _peft,
     "gguf": _gguf,
     "onnx": _onnx,
+    "zarr": _zarr,
+    "deepspeed": _deepspeed,
+    "tensorflow": _tensorflow,
 }
 
 
@@ -124,6 +146,18 @@ def _to_onnx() -> Writer:
     return Writer(write_onnx)
 
 
+def _to_zarr() -> Writer:
+    from asyncckpt.convert.zarr_groups import write_zarr
+
+    return Writer(write_zarr, folder=True)
+
+
+def _to_tensorflow() -> Writer:
+    from asyncckpt.convert.tensorflow_files import write_tensorflow
+
+    return Writer(write_tensorflow, folder=True)
+
+
 #: Each returns what writes one format.
 WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "safetensors": _to_safetensors,
@@ -134,6 +168,8 @@ WRITERS: Final[dict[str, Callable[[], Writer]]] = {
     "dcp": _to_dcp,
     "gguf": _to_gguf,
     "onnx": _to_onnx,
+    "zarr": _to_zarr,
+    "tensorflow": _to_tensorflow,
 }
 
 
@@ -219,11 +255,22 @@ def detect(path: str) -> str:
         found = _of_directory(path)
     elif os.path.lexists(path):
         found = next((name for suffix, name in _SUFFIXES.items() if path.endswith(suffix)), None)
+    elif os.path.isfile(f"{path}.index"):
+        found = "tensorflow"
     else:
         raise CheckpointNotFound(f"{path}: no such file or directory")
     if found is None:
         raise InvalidOption(f"{path} looks like no format that is known; name it with --format ({', '.join(READERS)})")
     return found
+
+
+def _names_zero(path: str, names: set[str]) -> bool:
+    """Return whether the file ``latest`` of a directory names one of DeepSpeed's."""
+    if "latest" not in names or not os.path.isfile(os.path.join(path, "latest")):
+        return False
+    with open(os.path.join(path, "latest"), "rb") as file:
+        tag = file.read(4096).decode("utf-8", "replace").strip()
+    return tag in names and any(name.endswith("_optim_states.pt") for name in os.listdir(os.path.join(path, tag)))
 
 
 def _of_directory(path: str) -> str | None:
@@ -236,7 +283,11 @@ def _of_directory(path: str) -> str | None:
         return "hf"
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return "safetensors"
-    return None
+    if any(name.endswith("_optim_states.pt") for name in names) or _names_zero(path, names):
+        return "deepspeed"
+    if any(name.endswith(".index") and f"{name[:-6]}.data-00000-of-" in " ".join(names) for name in names):
+        return "tensorflow"
+    return "zarr" if "zarr.json" in names else None
 
 
 def export_checkpoint(

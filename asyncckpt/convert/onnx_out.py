@@ -64,7 +64,8 @@ def _write_external(job: Export, items: list[StoredItem], path: Path) -> dict[st
         at += -(-item.nbytes // _ALIGNMENT) * _ALIGNMENT
     memory = job.output.mapped(path, at)
     placed = [(item, view_at(memory, offsets[item.name], item.dtype, item.shape)) for item in items]
-    fill_places(job.checkpoint, [Place(item.record, view) for item, view in placed], job.progress)
+    places = [Place(item.record, view, path=path, offset=offsets[item.name]) for item, view in placed]
+    fill_places(job.checkpoint, places, job.progress)
     check_overflow(job.checkpoint, placed)
     return offsets
 

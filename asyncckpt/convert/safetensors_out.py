@@ -68,7 +68,7 @@ def write_shards(
         memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
         for item, begin in zip(shard, begins, strict=True):
             target = view_at(memory, begin, item.dtype, item.shape)
-            places.append(Place(item.record, target))
+            places.append(Place(item.record, target, path=job.output.inside(file), offset=begin))
             filled.append((item, target))
     fill_places(job.checkpoint, places, job.progress)
     check_overflow(job.checkpoint, filled)

@@ -53,6 +53,8 @@ class Source:
     checks: list[Callable[[Progress], None]] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    #: Files that a library opens by itself, which are digested as well.
+    unopened: list[str] = field(default_factory=list)
     _files: dict[str, tuple[int, os.stat_result]] = field(default_factory=dict)
     _maps: dict[str, memoryview] = field(default_factory=dict)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -106,9 +108,19 @@ class Source:
         below the source's directory. Blocks: it reads all of them."""
         folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         found: dict[str, dict[str, int | str]] = {}
-        done, total = 0, self.nbytes
+        digest: Any
+        sizes = {path: os.path.getsize(path) for path in self.unopened if path not in self._files}
+        done, total = 0, self.nbytes + sum(sizes.values())
+        for path in sizes:
+            with open(path, "rb") as file:
+                digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+                while data := file.read(_PIECE_BYTES):
+                    digest.update(data)
+                    done += len(data)
+            progress("reading the source", done, total)
+            found[os.path.relpath(path, folder or ".")] = {"nbytes": sizes[path], algorithm: digest.hexdigest()}
         for path, (fd, info) in self._files.items():
-            digest: Any = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+            digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
             buffer = memoryview(bytearray(min(_PIECE_BYTES, max(1, info.st_size))))
             at = 0
             while at < info.st_size:

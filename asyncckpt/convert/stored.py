@@ -6,14 +6,16 @@ import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from asyncckpt.codecs.dtypes import ITEM_BYTES
+from asyncckpt.convert.plain_copies import PlainCopy, copy_plainly
 from asyncckpt.convert.selection import Selection, checked_names
 from asyncckpt.convert.source import Progress
 from asyncckpt.errors import InvalidOption, UnsupportedValue
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor
+from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, TensorRecord
 from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.extents import Consume, Extents, read_alone
@@ -100,11 +102,21 @@ def converted(code: str, dtype: torch.dtype | None) -> str:
 @dataclass(frozen=True, slots=True)
 class Place:
     """A place for a tensor: the elements of ``target``, in row-major order, become those of the stored tensor from
-    number ``first`` on. The target may be strided, and have another dtype."""
+    number ``first`` on. The target may be strided, and have another dtype. ``path`` and ``offset``: where a target that
+    is neither lies in its file, if that is known."""
 
     record: StoredTensor
     target: torch.Tensor
     first: int = 0
+    path: Path | None = None
+    offset: int = 0
+
+    def plain_copy(self) -> PlainCopy | None:
+        """Return the copy of bytes that fills the place; None where they are other ones than were stored."""
+        if self.path is None or self.first or not isinstance(self.record, TensorRecord):
+            return None
+        alike = self.target.dtype == DTYPES[self.record.dtype] and self.target.nbytes == self.record.nbytes
+        return PlainCopy(self.record, self.path, self.offset) if alike else None
 
 
 def view_at(memory: torch.Tensor, begin: int, dtype: str, shape: Sequence[int]) -> torch.Tensor:
@@ -122,6 +134,8 @@ def view_at(memory: torch.Tensor, begin: int, dtype: str, shape: Sequence[int]) 
 def fill_places(checkpoint: OpenCheckpoint, places: Sequence[Place], progress: Progress, what: str = "writing") -> None:
     """Read the tensors, verify them, and put them into their places; floating values are rounded to the nearest, ties
     to even. Blocks. Raises ``CheckpointDamaged``."""
+    copies = [copy for place in places if (copy := place.plain_copy()) is not None]
+    places = [place for place in places if place.plain_copy() is None]
     by_record: dict[int, tuple[StoredTensor, list[Window]]] = {}
     for place in places:
         entry = by_record.setdefault(id(place.record), (place.record, []))
@@ -141,6 +155,8 @@ def fill_places(checkpoint: OpenCheckpoint, places: Sequence[Place], progress: P
 
         return read_alone(reader, manifest, extents, counted)
 
+    if copies:
+        copy_plainly(checkpoint, copies, read)
     if wanted:
         fill(checkpoint, wanted, read=read)
 
@@ -167,26 +183,32 @@ def check_overflow(checkpoint: OpenCheckpoint, items: Sequence[tuple[StoredItem,
     """Raise ``UnsupportedValue`` where a value became infinite in the dtype that its tensor got. ``items``: tensors and
     the places that they were put into."""
     for item, target in items:
-        if not _has_less_range(item) or not _infinite(target):
-            continue
-        exact = StoredItem(item.name, item.component, item.fqn, item.record, item.record.dtype)
-        before = sum(int(torch.isinf(piece).sum()) for piece in pieces_of(checkpoint, exact))
-        after = sum(int(torch.isinf(part).sum()) for part in _parts(target))
-        if after != before:
-            raise UnsupportedValue(
-                f"{checkpoint.path}: {item.name!r:.120} has {after - before} values too large for "
-                f"{DTYPES[item.dtype]}, which would become infinite: export as bf16 or fp32, or --exclude it"
-            )
+        if _has_less_range(item):
+            refuse_overflow(checkpoint, item, sum(count_infinite(item, part) for part in _parts(target)))
+
+
+def count_infinite(item: StoredItem, values: torch.Tensor) -> int:
+    """Return how many of these values of the item are infinite, where its dtype has less range than the stored one."""
+    return int(torch.isinf(values).sum()) if _has_less_range(item) else 0
+
+
+def refuse_overflow(checkpoint: OpenCheckpoint, item: StoredItem, infinite: int) -> None:
+    """Raise ``UnsupportedValue`` where so many infinite values are more than were stored."""
+    if not infinite:
+        return
+    exact = StoredItem(item.name, item.component, item.fqn, item.record, item.record.dtype)
+    before = sum(int(torch.isinf(piece).sum()) for piece in pieces_of(checkpoint, exact))
+    if infinite != before:
+        raise UnsupportedValue(
+            f"{checkpoint.path}: {item.name!r:.120} has {infinite - before} values too large for "
+            f"{DTYPES[item.dtype]}, which would become infinite: export as bf16 or fp32, or --exclude it"
+        )
 
 
 def _has_less_range(item: StoredItem) -> bool:
     """Return whether a value of the stored dtype may be too large for the one that the tensor gets."""
     before, after = DTYPES[item.record.dtype], DTYPES[item.dtype]
     return after.is_floating_point and torch.finfo(after).max < torch.finfo(before).max
-
-
-def _infinite(target: torch.Tensor) -> bool:
-    return any(bool(torch.isinf(part).any()) for part in _parts(target))
 
 
 def _parts(target: torch.Tensor) -> Iterator[torch.Tensor]:

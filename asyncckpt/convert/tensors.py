@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -82,6 +83,27 @@ class ViewTensor(SourceTensor):
         target[:] = flat.view(torch.uint8).numpy().data[skipped : skipped + len(target)]
 
 
+class PartsTensor(SourceTensor):
+    """A tensor whose bytes are those of parts of others, one after the other: ``(tensor, first byte, bytes)``."""
+
+    def __init__(
+        self, dtype: str, shape: Sequence[int], parts: Sequence[tuple[SourceTensor, int, int]], where: str
+    ) -> None:
+        super().__init__(dtype, shape)
+        self._parts = parts
+        if sum(nbytes for _, _, nbytes in parts) < self.nbytes:
+            raise CheckpointDamaged(f"{where}: its parts have fewer bytes than it has")
+
+    def read_into(self, begin: int, target: memoryview) -> None:
+        done = 0
+        for tensor, first, nbytes in self._parts:
+            if done < len(target) and begin < nbytes:
+                count = min(nbytes - begin, len(target) - done)
+                tensor.read_into(first + begin, target[done : done + count])
+                done += count
+            begin = max(0, begin - nbytes)
+
+
 class RowsTensor(SourceTensor):
     """A tensor that is made row by row: ``row(n)`` returns the values of row ``n`` of its first dimension as an array,
     which may be decoded, or be another row of the source. The calls are thread-safe."""
@@ -119,8 +141,35 @@ class LoadedTensor(SourceTensor):
         target[:] = data[begin : begin + len(target)]
 
 
+class SlabsTensor(SourceTensor):
+    """A tensor that its library gives in slabs of ``rows`` of its first dimension: ``load(first, last)`` returns those
+    rows as an array. ``holder``: see ``LoadedTensor``; it holds one slab."""
+
+    def __init__(
+        self, dtype: str, shape: Sequence[int], rows: int, load: Callable[[int, int], Array], holder: Holder
+    ) -> None:
+        super().__init__(dtype, shape)
+        self._rows = max(1, rows)
+        self._load = load
+        self._holder = holder
+        count = self.shape[0] if self.shape else 1
+        self._slab_bytes = self.nbytes // count * self._rows if count else 1
+
+    def read_into(self, begin: int, target: memoryview) -> None:
+        done = 0
+        while done < len(target):
+            number, within = divmod(begin + done, self._slab_bytes)
+            first = number * self._rows
+            data = self._holder.bytes_of((id(self), number), functools.partial(self._load, first, first + self._rows))
+            part = data[within : within + len(target) - done]
+            if not len(part):
+                raise CheckpointDamaged(f"a slab of {len(data)} bytes, which should have {self._slab_bytes}")
+            target[done : done + len(part)] = part
+            done += len(part)
+
+
 class Holder:
-    """Holds the bytes of the tensor that was asked for last."""
+    """Holds the bytes of the tensor, or of the slab, that was asked for last."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -129,7 +178,7 @@ class Holder:
 
     def bytes_of(self, owner: object, load: Callable[[], Array]) -> memoryview:
         with self._lock:
-            if self._of is not owner:
+            if self._of != owner:
                 self._data, self._of = memoryview(b""), None
                 self._data = np.ascontiguousarray(load()).reshape(-1).view(np.uint8).data
                 self._of = owner

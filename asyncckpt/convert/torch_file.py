@@ -88,8 +88,7 @@ def _tensor(source: Source, path: str, tensor: TensorStandIn, place: _Place) -> 
     return ViewTensor(bytes_.view(tensor.dtype).as_strided(tensor.size, tensor.stride, tensor.offset))
 
 
-# -- zipped files
-# --------------------------------------------------------------------------------------------------------
+# -- zipped files ------------------------------------------------------------------------------------------------------
 def _zipped(source: Source, path: str) -> tuple[Any, _Place]:
     fd, size = source.open_file(path)
     try:
@@ -160,8 +159,7 @@ def _check_sums(source: Source, path: str, entries: Mapping[str, zipfile.ZipInfo
         source.notes.append(f"{unproven} parts of the file have no checksum: damage in them could not be seen")
 
 
-# -- the old kind
-# --------------------------------------------------------------------------------------------------------
+# -- the old kind ------------------------------------------------------------------------------------------------------
 def _legacy(source: Source, path: str) -> tuple[Any, _Place]:
     """Read a file that ``torch.save`` wrote before version 1.6, or with ``_use_new_zipfile_serialization=False``: five
     pickles, and then each storage behind the number of its elements."""
@@ -234,8 +232,7 @@ def _find_storages(value: Any, found: dict[str, torch.dtype]) -> None:
             stack += node
 
 
-# -- what the content becomes
-# --------------------------------------------------------------------------------------------
+# -- what the content becomes ------------------------------------------------------------------------------------------
 def _components(content: Any, source: Source) -> list[SourceComponent]:
     """Return the components that the content of a file becomes, and say in the source's notes which."""
     if _is_state_dict(content):

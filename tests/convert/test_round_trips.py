@@ -77,6 +77,25 @@ def test_shards_have_an_index_that_names_the_file_of_each_tensor(tmp_path: Path)
     assert {*done.source["files"]} == {path.name for path in (tmp_path / "out").iterdir()}  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("left_out", ["", "c", "a"])
+@pytest.mark.parametrize("ending", ["safetensors", "onnx"])
+def test_large_tensors_are_exact_wherever_they_lie_in_their_blocks(
+    tmp_path: Path, left_out: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from asyncckpt.convert import onnx_out
+    from asyncckpt.convert.selection import Selection
+
+    monkeypatch.setattr(onnx_out, "_EMBEDDED_BYTES", 1000)
+    monkeypatch.setattr(onnx_out, "_EXTERNAL_BYTES", 1000)
+    counts = {"a": 5_000_001, "b": 4096, "c": 999_999, "d": 3_000_000, "e": 1}
+    given = {name: tensor(torch.float32, (count,), count) for name, count in counts.items()}
+    run = saved(tmp_path / "run", {"model": Holder(given)})
+    chosen = Selection(exclude=[left_out] if left_out else [])
+    exported(run, tmp_path / f"out.{ending}", selection=chosen)
+    back, _ = imported(tmp_path / f"out.{ending}", tmp_path / "back")
+    assert module_bits(back) == bits({name: value for name, value in given.items() if name != left_out})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
 def test_dtype_rounds_to_the_nearest_ties_to_even_and_leaves_integers_alone(
