@@ -19,6 +19,7 @@ from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
 from asyncckpt.cli.doctor import doctor
 from asyncckpt.cli.export import export
+from asyncckpt.cli.follow import follow
 from asyncckpt.cli.ls import ls
 from asyncckpt.cli.pin import pin, unpin
 from asyncckpt.cli.prune import prune
@@ -30,7 +31,7 @@ from asyncckpt.manifest.environment import version
 
 #: Panels of ``--help`` group the verbs by what a user wants, in this order.
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Look": (ls, show, best, diff, report),
+    "Look": (ls, show, best, diff, report, follow),
     "Check": (verify, doctor),
     "Change": (pin, unpin, annotate, prune, thin),
     "Combine": (average, copy),
