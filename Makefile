@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-frameworks faults nfs coverage lint docs bench bench-micro clean
+.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan faults nfs coverage lint docs bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +29,22 @@ test-slow: $(STAMP)       ## the long tests
 
 test-frameworks: $(STAMP) ## the adapters to other libraries' trainers
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[frameworks]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m frameworks tests/frameworks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'frameworks and not slow' tests/frameworks
+	$(MAKE) test-deepspeed
+
+# In environments of their own: accelerate, lightning and transformers behave otherwise where they find DeepSpeed, and
+# torchtitan brings data sets and triton.
+$(VENV)-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[frameworks-$*]'
+	touch $@
+
+test-deepspeed: $(VENV)-deepspeed/.installed    ## the adapter to DeepSpeed
+	OMP_NUM_THREADS=1 $(VENV)-deepspeed/bin/python -m pytest -m frameworks tests/frameworks/test_deepspeed.py
+
+test-torchtitan: $(VENV)-torchtitan/.installed  ## the adapter to torchtitan (slow)
+	OMP_NUM_THREADS=1 $(VENV)-torchtitan/bin/python -m pytest -m 'frameworks and slow' tests/frameworks/test_torchtitan.py
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000

@@ -63,7 +63,8 @@ class TensorSpec:
 class RowOwners:
     """``RowOwners`` says how the rows of a global tensor are spread over ranks: each rank of ``holders[i]`` holds the
     rows ``[bounds[i], bounds[i + 1])``. Empty parts are left out; a scalar counts as one row. It is compared by
-    identity, because thousands of tensors share a few of these."""
+    identity, because thousands of tensors share a few of these. Where parts are no whole rows, elements stand for rows:
+    the last of ``bounds`` says which."""
 
     bounds: tuple[int, ...]
     holders: tuple[tuple[int, ...], ...]

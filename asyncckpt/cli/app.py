@@ -13,13 +13,13 @@ from asyncckpt.cli.annotate import annotate
 from asyncckpt.cli.average import average
 from asyncckpt.cli.best import best
 from asyncckpt.cli.common import EXIT_CODES, LATEST_HELP
-from asyncckpt.cli.convert import convert
 from asyncckpt.cli.copy import copy
 from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
 from asyncckpt.cli.doctor import doctor
 from asyncckpt.cli.export import export
 from asyncckpt.cli.follow import follow
+from asyncckpt.cli.importing import import_
 from asyncckpt.cli.ls import ls
 from asyncckpt.cli.pin import pin, unpin
 from asyncckpt.cli.prune import prune
@@ -35,7 +35,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Check": (verify, doctor),
     "Change": (pin, unpin, annotate, prune, thin),
     "Combine": (average, copy),
-    "Convert": (export, convert),
+    "Convert": (export, import_),
     "Try it out": (demo,),
 }
 
@@ -96,4 +96,11 @@ def _without_types(params: list[Any]) -> list[Any]:
 
 for _panel, _verbs in PANELS.items():
     for _verb in _verbs:
-        app.command(cls=_Verb, help=_reflowed(_verb.__doc__), epilog=EXIT_CODES, rich_help_panel=_panel)(_verb)
+        app.command(
+            _verb.__name__.rstrip("_"),  # `import` is a word of Python
+            cls=_Verb,
+            help=_reflowed(_verb.__doc__),
+            epilog=EXIT_CODES,
+            rich_help_panel=_panel,
+        )(_verb)
+app.command("convert", cls=_Verb, help="The old name of import.", epilog=EXIT_CODES, hidden=True)(import_)

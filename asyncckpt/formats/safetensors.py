@@ -129,10 +129,11 @@ def _index_name(config: bytes) -> str:
     return "model.safetensors.index.json"
 
 
-def image(specs: Sequence[TensorSpec]) -> tuple[bytes, list[int], int]:
+def image(specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[int], int]:
     """Return ``(header, begins, nbytes)`` of a plain file that holds these tensors in this order: its first bytes, the
-    offset of each tensor in it, and its size. Pure. Raises ``InvalidOption`` where the header would be too large."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset of each tensor in it, and its size. ``metadata``: what the header's ``__metadata__`` says beside the format.
+    Pure. Raises ``InvalidOption`` where the header would be too large."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begins: list[int] = []
     position = 0
     for spec in specs:

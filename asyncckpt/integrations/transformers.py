@@ -12,8 +12,8 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Final
 
 from torch import nn
 
@@ -38,6 +38,7 @@ from asyncckpt.integrations.output_dir import (
     usable_checkpoints,
 )
 from asyncckpt.integrations.peft import Adapters
+from asyncckpt.integrations.replaced_methods import check_replaced, load_trl_assets, trl_assets, write_model_card
 from asyncckpt.ownership import RunOptions
 from asyncckpt.run import Run
 from asyncckpt.state.rng import RngState
@@ -47,7 +48,7 @@ from asyncckpt.types import MAX_EXTENT_BYTES
 _Base: Any = object
 
 try:
-    import transformers  # noqa: F401
+    import transformers
 except ImportError as error:
     raise MissingExtra("AsyncCheckpointMixin needs transformers: pip install 'asyncckpt[transformers]'") from error
 
@@ -73,8 +74,13 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
     ``train`` ends when every save is durable, and raises the error of one that failed. Between two steps saves run in
     the background; callbacks that change weights in place outside the optimizer's step wrap that in
     ``trainer.checkpointer.guard()``. Raises ``InvalidOption`` for DeepSpeed, FSDP 1 and XLA, and where
-    ``output_dir`` already has checkpoints of this library that this run does not go on from. Not thread-safe.
+    ``output_dir`` already has checkpoints of this library that this run does not go on from, and where another base
+    saves in methods that this class replaces. Not thread-safe.
     """
+
+    #: Methods of other bases, as ``"Class.method"``, that need not be called for a checkpoint; see the error that names
+    #: this.
+    replaced_methods: ClassVar[Collection[str]] = ()
 
     #: The checkpointer of the training that runs; None outside ``train``.
     checkpointer: Checkpointer | None = None
@@ -154,6 +160,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
             # this very step counts: the record of it becomes visible only together with the checkpoint
             if state.best_global_step == state.global_step or os.path.isdir(best):
                 state.best_model_checkpoint = best
+        write_model_card(self)
         pending = saves.save(
             state.global_step, self._asyncckpt_state(), metrics=self._asyncckpt_metrics(), assets=self._asyncckpt_own()
         )
@@ -190,7 +197,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
                 else:
                     self.state.stateful_callbacks[name] = current
         text = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True) + "\n"
-        return {STATE_ASSET: text.encode()}
+        return {STATE_ASSET: text.encode(), **trl_assets(self)}
 
     def _asyncckpt_common(self) -> dict[str, Any]:
         """Return the assets that all checkpoints have."""
@@ -278,6 +285,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         saves = self._asyncckpt_opened()
         reader = saves if saves.path == resumed.run.path else resumed.run
         reader.restore(self._asyncckpt_state(), resumed.step)
+        load_trl_assets(self, resumed.run.assets(resumed.step))
         self._asyncckpt_random = RngState().state_dict()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -317,10 +325,11 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
 
     def _asyncckpt_check(self) -> None:
         """Raise ``InvalidOption`` for what this adapter cannot save right."""
+        check_replaced(type(self), AsyncCheckpointMixin, transformers.Trainer)
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         unsupported = {
             "DeepSpeed": self.is_deepspeed_enabled,
-            "FSDP 1 (set fsdp_version: 2)": self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2,
+            "FSDP 1 (in fsdp_config say version 2)": self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) != 2,
             "XLA": self.accelerator.distributed_type.value == "XLA",
         }
         for name, used in unsupported.items():

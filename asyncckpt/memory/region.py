@@ -28,6 +28,9 @@ _MADV_POPULATE_WRITE = 23
 _DESCRIPTORS = "/proc/self/fd"
 #: A kernel or file system that cannot set memory aside in advance answers this: the pages come when they are touched.
 _NO_FALLOCATE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+#: Shared memory is set aside in large steps: then more of its pages are neighbours, and a device takes them in fewer
+#: parts. The system gives most of it in small pages (docs/design/021-background-process.md).
+_SET_ASIDE_BYTES = 256 << 20
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
@@ -63,6 +66,8 @@ class Region:
     def __init__(self, nbytes: int, *, shared: bool = False) -> None:
         self.nbytes = nbytes
         self.fd = -1
+        #: So many bytes from the beginning of a shared region are there.
+        self._set_aside = 0
         if shared:
             name = f"asyncckpt-{uuid.uuid4().hex}"
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -79,13 +84,16 @@ class Region:
     def fault_in(self, offset: int, nbytes: int) -> bool:
         """Have the system provide these bytes now. Blocks. Returns False where it has no memory for a shared region;
         for any other, the system ends the process then."""
-        if self.fd >= 0 and not self._set_aside(offset, nbytes):
-            return False
+        while self.fd >= 0 and self._set_aside < offset + nbytes:
+            step = min(_SET_ASIDE_BYTES, self.nbytes - self._set_aside)
+            if not self._can_set_aside(self._set_aside, step):
+                return False
+            self._set_aside += step
         if _libc.madvise(self.address + offset, nbytes, _MADV_POPULATE_WRITE) != 0:
             _libc.memset(self.address + offset, 0, nbytes)
         return True
 
-    def _set_aside(self, offset: int, nbytes: int) -> bool:
+    def _can_set_aside(self, offset: int, nbytes: int) -> bool:
         """Whether the system gives memory for a part of a shared region: touching what it does not give would be a
         SIGBUS."""
         try:

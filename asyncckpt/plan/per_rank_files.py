@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from asyncckpt.errors import UnsupportedValue
 from asyncckpt.manifest.records import BoxRecord
 from asyncckpt.plan.layout import fingerprint
 from asyncckpt.plan.partition import Division, RankHolding
@@ -71,6 +72,11 @@ def _parts(component: str, spec: TensorSpec, holding: RankHolding) -> list[tuple
     rows = holding.rows
     if not spec.nbytes or len(rows.holders) == 1:
         return [(_Part(spec, spec, (), 0, holding), rows.holders[0] if spec.nbytes else (0,))]
+    if rows.bounds[-1] != (spec.shape[0] if spec.shape else 1):
+        raise UnsupportedValue(
+            f"{component}.{spec.name}: ranks hold parts of it that are no whole rows, as FSDP 1 divides parameters, "
+            f"and Safetensors(per_rank=True) stores boxes; leave per_rank out, or use fully_shard (FSDP2)"
+        )
     width = spec.nbytes // rows.bounds[-1]
     found: list[tuple[_Part, Sequence[int]]] = []
     for number, holders in enumerate(rows.holders):

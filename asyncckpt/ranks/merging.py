@@ -41,13 +41,14 @@ def merge_trees(
         groups = _unite_groups(component, trees, digests, first_is_right)
         united, *rest = (_without_groups(tree) for _, tree in trees)
         others = [(other, tree) for (other, _), tree in zip(others, rest, strict=True)]
+    made: dict[int, JsonValue] = {}
     for other, tree in others:
 
         def conflict(path: _Path, other: int = other) -> None:
             if not first_is_right:
                 raise _disagree(".".join((component, *path)), (rank, other))
 
-        united = _unite(united, tree, (), conflict)
+        united = _unite(united, tree, (), conflict, made)
     if groups is None or not isinstance(united, dict):
         return united
     return {**united, "param_groups": groups}
@@ -61,19 +62,23 @@ def _disagree(what: str, ranks: Sequence[int]) -> RanksDisagree:
     )
 
 
-def _unite(first: JsonValue, second: JsonValue, path: _Path, conflict: Callable[[_Path], None]) -> JsonValue:
-    """Unite two values; ``conflict`` is called for those that differ, and the first of them stays where it returns."""
+def _unite(
+    first: JsonValue, second: JsonValue, path: _Path, conflict: Callable[[_Path], None], made: dict[int, JsonValue]
+) -> JsonValue:
+    """Unite two values; ``conflict`` is called for those that differ, and the first of them stays where it returns.
+    ``made``: the dicts that were made here, by identity. They are added to, so that many trees are united in the time
+    that their sizes take together; other values are left as they are."""
     if first == second and type(first) is type(second):
         return first
     if isinstance(first, dict) and isinstance(second, dict):
         tag = first.get("$")
         if tag is None and "$" not in second:
-            return {
-                key: _unite(first[key], second[key], (*path, key), conflict)
-                if key in first and key in second
-                else first.get(key, second.get(key))
-                for key in {**first, **second}
-            }
+            united: dict[str, JsonValue] = first if id(first) in made else dict(first)
+            made[id(united)] = united
+            for name, value in second.items():
+                both = name in united
+                united[name] = _unite(united[name], value, (*path, name), conflict, made) if both else value
+            return united
         alike = {key: value for key, value in first.items() if key != "v"} == {
             key: value for key, value in second.items() if key != "v"
         }
@@ -82,7 +87,7 @@ def _unite(first: JsonValue, second: JsonValue, path: _Path, conflict: Callable[
             flat: list[JsonValue] = []
             for text, (key, value) in {**others, **mine}.items():
                 both = text in mine and text in others
-                flat += [key, _unite(value, others[text][1], (*path, text), conflict) if both else value]
+                flat += [key, _unite(value, others[text][1], (*path, text), conflict, made) if both else value]
             return {**first, "v": flat}
     conflict(path)
     return first

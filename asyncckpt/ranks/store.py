@@ -10,19 +10,18 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 import zstandard
 
-from asyncckpt import errors, forks, interrupts
+from asyncckpt import errors, interrupts
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
+from asyncckpt.ranks.connection import JobMessages, connection_to
 from asyncckpt.ranks.lateness import LateNotice
 from asyncckpt.ranks.rendezvous import rendezvous
 from asyncckpt.state.dtensor import job_size
@@ -73,19 +72,17 @@ _instances_lock = threading.Lock()
 
 
 class RankStore:
-    """Reaches all ranks of the job, for one ``Checkpointer``. Thread-safe; each thread has a connection of its own.
+    """Reaches all ranks of the job, for one ``Checkpointer``. Thread-safe.
 
-    Every rank has to make its checkpointers for one path in the same order.
+    Every rank has to make its checkpointers for one path in the same order. ``messages``: those of this checkpointer.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, options: RankOptions) -> None:
+    def __init__(self, messages: JobMessages, rank: int, size: int, options: RankOptions) -> None:
         self.rank = rank
         self.size = size
         self.options = options
-        self._store = store
-        self._local = threading.local()
+        self._messages = messages.within(options.timeout_seconds)
         self._counts: dict[str, int] = {}
-        self._pid = os.getpid()
 
     @classmethod
     def of_job(cls, path: str, options: RankOptions) -> RankStore | None:
@@ -93,37 +90,38 @@ class RankStore:
         ``RankLost`` after the timeout."""
         if job_size() == 1:
             return None
-        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+        from torch.distributed.distributed_c10d import _get_default_store
 
         where = hashlib.sha256(os.path.abspath(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
         with _instances_lock:
             number = _instances[where] = _instances.get(where, -1) + 1
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        store = PrefixStore(f"asyncckpt/{where}/{number}", _get_default_store())
-        session = rendezvous(_Connection(store, options.timeout_seconds), rank, size, options.timeout_seconds)
-        return cls(PrefixStore(session, store), rank, size, options)
+        connection = connection_to(_get_default_store(), rank)
+        messages = JobMessages(connection, f"asyncckpt/{where}/{number}", options.timeout_seconds)
+        session = rendezvous(messages, rank, size, options.timeout_seconds)
+        return cls(messages.below(session), rank, size, options)
 
     def with_options(self, options: RankOptions) -> RankStore:
-        """Return the same ranks with other options, over connections of their own."""
-        return RankStore(self._store, self.rank, self.size, options)
+        """Return the same ranks with other options."""
+        return RankStore(self._messages, self.rank, self.size, options)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def post(self, key: str, body: Any) -> None:
         """Leave a message under ``key``. ``body``: anything that JSON has. Blocks for one round trip. Raises
         ``RankLost`` where the store does not answer."""
-        self._connection().set(key, _packed(body))
+        self._messages.set(key, _packed(body))
 
     def exists(self, key: str) -> bool:
         """Whether there is a message under ``key``. Blocks for one round trip. Raises ``RankLost`` where the store does
         not answer."""
-        return bool(self._connection().check([key]))
+        return bool(self._messages.check([key]))
 
     def read(self, key: str, timeout_seconds: float, peer: str, cancel_key: str | None = None) -> Any:
         """Block until there is a message under ``key``, and return it. Raises ``RankLost``, naming the ``peer`` whose
         message it is, after the timeout or where the store is gone (with the process that ran it), and ``PlanChanged``
         once there is a message under ``cancel_key`` and still none under ``key``."""
-        store = self._connection()
+        store = self._messages
         notice = LateNotice("answer", timeout_seconds)
         began = time.monotonic()
         while not _checked(store, [key], peer):
@@ -157,7 +155,7 @@ class RankStore:
         or, after a while, ``skip_missing(rank)`` for a rank that has posted none. Raises ``RankLost`` naming the
         missing ranks, and the ``operation`` that they did not do, after the timeout.
         """
-        store = self._connection()
+        store = self._messages
         found: list[Any] = [None] * self.size
         missing = set(range(1, self.size) if ranks is None else ranks)
         notice = LateNotice(operation, timeout_seconds)
@@ -198,7 +196,7 @@ class RankStore:
 
     def forget(self, *keys: str) -> None:
         """Take messages out of the store. Never raises."""
-        store = self._connection()
+        store = self._messages
         with contextlib.suppress(RankLost):
             for key in keys:
                 store.delete_key(key)
@@ -241,76 +239,12 @@ class RankStore:
         them raise then. Blocks for one round trip. Raises ``RankLost`` where the store does not answer."""
         self.post(f"{key}/{self.rank or 'all'}", {"declined": error_to_json(error), "who": f"rank {self.rank}"})
 
-    def _connection(self) -> _Connection:
-        """Return this thread's connection: a store answers the calls on one connection one after the other, so threads
-        that shared it would wait for each other."""
-        store: _Connection | None = getattr(self._local, "store", None)
-        if store is None:
-            store = self._local.store = _Connection(self._store, self.options.timeout_seconds)
-        return store
-
-
-class _Connection:
-    """A connection to the job's store on which every call ends.
-
-    A store whose process was stopped, or whose host is gone, never answers, and torch waits for it whatever timeout it
-    was given. So calls run on a thread of their own, which is given up with the connection. They raise ``RankLost``
-    where the store does not answer in time or is gone."""
-
-    def __init__(self, store: Any, timeout_seconds: float) -> None:
-        self._timeout_seconds = timeout_seconds
-        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None] = queue.SimpleQueue()
-        self._lost = False
-        threading.Thread(target=_serve, args=(store, self._calls), name="asyncckpt-store", daemon=True).start()
-        forks.finalize(self, self._calls.put, None)
-
-    def set(self, key: str, value: bytes) -> None:
-        self._call("set", key, value)
-
-    def get(self, key: str) -> bytes:
-        return bytes(self._call("get", key))
-
-    def check(self, keys: Sequence[str]) -> bool:
-        return bool(self._call("check", list(keys)))
-
-    def delete_key(self, key: str) -> None:
-        self._call("delete_key", key)
-
-    def _call(self, name: str, *args: Any) -> Any:
-        future: Future[Any] = Future()
-        if not self._lost:
-            self._calls.put((name, args, future))
-            interrupts.wait_for(lambda seconds: bool(wait([future], seconds)[0]), self._timeout_seconds)
-        if not future.done():
-            self._lost = True
-            raise RankLost(
-                f"the job's store did not answer within {self._timeout_seconds:.0f} s: the process that runs it was "
-                f"stopped, or its host is gone"
-            )
-        try:
-            return future.result()
-        except (RuntimeError, torch.distributed.DistError) as error:
-            raise RankLost(f"the job's store is gone, and with it the process that ran it ({error})") from error
-
-
-def _serve(store: Any, calls: queue.SimpleQueue[tuple[str, tuple[Any, ...], Future[Any]] | None]) -> None:
-    own: Any = None
-    while (call := calls.get()) is not None:
-        name, args, future = call
-        try:
-            if own is None:
-                own = store.clone() if hasattr(store, "clone") else store
-            future.set_result(getattr(own, name)(*args))
-        except BaseException as error:
-            future.set_exception(error)
-        del call, args, future
-
 
 def _closed(rank: int) -> str:
     return f"{_CLOSED}/{rank}"
 
 
-def _checked(store: _Connection, keys: Sequence[str], peer: str) -> bool:
+def _checked(store: JobMessages, keys: Sequence[str], peer: str) -> bool:
     try:
         return store.check(keys)
     except RankLost as error:

@@ -39,6 +39,7 @@ from asyncckpt.restore.wrappers import StoredWrappers, not_live, plan_in_module,
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import canonical_names
+from asyncckpt.state.fsdp1 import sharded_state_dict
 from asyncckpt.state.wrappers import PLAIN_TYPES, hides_values
 from asyncckpt.types import JsonValue
 
@@ -56,7 +57,8 @@ def plan_module(
     its ``state_dict`` held beside plain tensors. ``wrappers``: what was stored of tensors that wrap others."""
     plan = RestorePlan()
     extras = without_wrappers(extras)
-    live = module.state_dict()
+    with sharded_state_dict(module):
+        live = module.state_dict()
     fqns = canonical_names(module, live)
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
@@ -179,10 +181,15 @@ def plan_module(
         plan.finish.append(lambda: take_format(module, formatted))
     if later:  # torch asks every part of the module to load: those with code of their own need all that is theirs
         later |= loaders.given()
-        plan.finish.append(lambda: load(name, lambda: module.load_state_dict(later, strict=False)))
+        plan.finish.append(lambda: load(name, lambda: _load(module, later)))
     else:
         plan.finish += [functools.partial(load, name, owner.run) for owner in loaders.owners.values() if owner.values]
     return plan
+
+
+def _load(module: nn.Module, values: Mapping[str, Any]) -> None:
+    with sharded_state_dict(module):
+        module.load_state_dict(values, strict=False)
 
 
 def _new(

@@ -11,13 +11,24 @@ import torch
 from asyncckpt.jsontree import Wrapper
 from asyncckpt.manifest.records import ComponentRecord, StoredTensor
 from asyncckpt.memory.tensor_bytes import is_dense, may_overlap
+from asyncckpt.read.scatter import Window
 from asyncckpt.restore.live_memory import refusal
 from asyncckpt.restore.optimizer_load import tensor_class
-from asyncckpt.restore.plan import Options, RestorePlan, StoredTensors, find_tensor, mismatch, new_tensor, not_saved
+from asyncckpt.restore.plan import (
+    LiveTarget,
+    Options,
+    RestorePlan,
+    StoredTensors,
+    find_tensor,
+    mismatch,
+    new_tensor,
+    not_saved,
+)
 from asyncckpt.restore.saved_parameters import SavedParameter, same_strides, saved_strides
 from asyncckpt.restore.wrappers import DoesNotFit, fill_or_make, make_wrapper
 from asyncckpt.state.dtensor import is_distributed, like
 from asyncckpt.state.dtypes import DTYPES
+from asyncckpt.state.fsdp1 import FlatPart
 from asyncckpt.state.wrappers import hides_values
 
 
@@ -48,10 +59,12 @@ class StateTargets:
         prefix: str,
         group: Mapping[str, Any],
         plan: RestorePlan,
+        part: FlatPart | None = None,
     ) -> Callable[[str], torch.Tensor]:
         """Return a function that gives the target of a tensor of a parameter's state, by its stored name, and adds it
         to ``plan``. ``saved``: the parameter as it was stored. ``live``: its state now, whose tensors are named like
-        stored ones after ``prefix``. ``group``: the hyperparameters it will have."""
+        stored ones after ``prefix``. ``group``: the hyperparameters it will have.
+        ``part``: which elements of the parameter this rank has, where it has no whole rows."""
         there = tensors_in(live, prefix)
 
         def get(key: str) -> torch.Tensor:
@@ -68,6 +81,8 @@ class StateTargets:
                 )
                 plan.add(record, made, f"{self._name}.{key}", new=made is not found)
                 return made
+            if part is not None and record.shape == part.shape and record.shape:
+                return self._part(key, record, dtype, found, parameter, part, plan)
             strides = self._strides(key, record, parameter, saved)
             if found is not None and usable and not is_distributed(found) and lies_as(found, strides):
                 plan.add(record, found, f"{self._name}.{key}")
@@ -78,6 +93,30 @@ class StateTargets:
             return found
 
         return get
+
+    def _part(
+        self,
+        key: str,
+        record: StoredTensor,
+        dtype: torch.dtype,
+        found: torch.Tensor | None,
+        parameter: torch.Tensor,
+        part: FlatPart,
+        plan: RestorePlan,
+    ) -> torch.Tensor:
+        """Return what takes this rank's elements of a tensor of state: the live ones, where they fit."""
+        where = f"{self._name}.{key}"
+        if (
+            found is not None
+            and refusal(found) is None
+            and tuple(found.shape) == (part.count,)
+            and found.dtype == dtype
+        ):
+            plan.fill.append(LiveTarget(record, Window(found, part.first), where))
+            return found
+        made = torch.empty(part.count, dtype=dtype, device=parameter.device)
+        plan.read.append((record, [Window(made, part.first)]))
+        return made
 
     def wrappers(
         self, optimizer: torch.optim.Optimizer, device: torch.device, plan: RestorePlan

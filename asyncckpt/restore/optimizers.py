@@ -46,6 +46,7 @@ from asyncckpt.state.class_names import class_name
 from asyncckpt.state.dtensor import job_size
 from asyncckpt.state.dtypes import DTYPES
 from asyncckpt.state.fqn import parameter_names
+from asyncckpt.state.fsdp1 import flat_view
 from asyncckpt.state.optimizer import TORCH_KEYS, grouped, optimizer_names
 from asyncckpt.state.zero_redundancy import after_restore, local_optimizer
 from asyncckpt.types import JsonValue
@@ -81,7 +82,10 @@ class _OptimizerPlanner:
     ) -> None:
         self._name = name
         self._given = optimizer
-        self._optimizer = local_optimizer(name, optimizer)
+        view = flat_view(name, optimizer, state)
+        self._hand_over = view.hand_over if view is not None else None
+        self._flat_parts = view.parts if view is not None else {}
+        self._optimizer = local_optimizer(name, optimizer) if view is None else view.optimizer
         self._record = record
         self._saved = saved
         self._opts = opts
@@ -89,7 +93,9 @@ class _OptimizerPlanner:
         self._plain = PlainStates(name, record, opts)
         self._targets = StateTargets(name, record, self._stored, opts, self._format_to_be)
         owners = parameter_names({key: value for key, value in state.items() if isinstance(value, nn.Module)})
-        names = optimizer_names(name, self._optimizer, owners, state, whole=optimizer)
+        owners |= view.owners if view is not None else {}
+        whole = optimizer if view is None else view.optimizer
+        names = optimizer_names(name, self._optimizer, owners, state, whole=whole)
         self._labels = [label for label, _, _ in names]
         self._index_of_label = {label: index for index, label in enumerate(self._labels)}
         self._index_of_place = {(holder, fqn): index for index, (_, holder, fqn) in enumerate(names)}
@@ -99,7 +105,8 @@ class _OptimizerPlanner:
         self._plan = RestorePlan()
 
     def plan(self, tree: JsonValue) -> RestorePlan:
-        live, stored = class_name(self._optimizer), self._record.type_name
+        live = class_name(self._given if self._hand_over else self._optimizer)
+        stored = self._record.type_name
         if stored and live and stored.rpartition(".")[2] != live.rpartition(".")[2]:
             self._plan.mismatched.append(f"{self._name}: saved as {stored}, live {live}: its state means another thing")
         elif self._lazy:
@@ -110,7 +117,10 @@ class _OptimizerPlanner:
             self._plan_whole(tree)
         else:
             self._plan_by_name(tree)
-        if self._plan.finish:
+        if self._plan.finish and self._hand_over is not None:
+            hand_over = self._hand_over
+            self._plan.finish.append(lambda: load(self._name, hand_over))
+        elif self._plan.finish:
             self._plan.finish.append(lambda: after_restore(self._given))
         return self._plan
 
@@ -229,9 +239,12 @@ class _OptimizerPlanner:
     ) -> None:
         """Plan the state of one parameter, or report why it cannot be its state."""
         where, parameter = f"{self._name}.{self._labels[index]}", self._parameters[index]
+        part = self._flat_parts.get(id(parameter))
         problem = self._misfit(saved, parameter)
+        if problem is None and part is not None and not part.count:
+            return  # torch's optimizers have no state for it on this rank
         live = self._optimizer.state.get(parameter) if isinstance(self._optimizer.state, Mapping) else None
-        if problem is None:
+        if problem is None and part is None:
             plain = self._plain.plan(label, parameter, saved, tree, live, group, self._plan)
             if plain is not None:
                 new.states[index] = plain
@@ -244,7 +257,7 @@ class _OptimizerPlanner:
                 problem = f"saved with the state {', '.join(sorted(theirs))}, live with {', '.join(sorted(mine))}"
         if problem is None and tree is not None:
             plan = RestorePlan(used=self._plan.used)
-            get = self._targets.of_parameter(parameter, saved, live, f"state.{label}", group, plan)
+            get = self._targets.of_parameter(parameter, saved, live, f"state.{label}", group, plan, part)
             host = on_host(self._name, self._stored, plan)
             try:
                 made = self._objects(plan), self._wrappers(parameter.device, plan)
@@ -260,8 +273,10 @@ class _OptimizerPlanner:
     def _misfit(self, saved: SavedParameter | None, parameter: torch.Tensor) -> str | None:
         if saved is None:
             return None
-        if saved.record.shape != tuple(parameter.shape):
-            shapes = f"{list(saved.record.shape)}, live {list(parameter.shape)}"
+        part = self._flat_parts.get(id(parameter))
+        shape = tuple(parameter.shape) if part is None else part.shape
+        if saved.record.shape != shape:
+            shapes = f"{list(saved.record.shape)}, live {list(shape)}"
             return f"saved as the state of a parameter of shape {shapes}"
         dtype = DTYPES[saved.record.dtype]
         if dtype == parameter.dtype or parameter.is_meta or self._opts.dtype == parameter.dtype:

@@ -13,6 +13,9 @@ import xxhash
 
 from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 
+#: Python digests so much without giving the interpreter up, which xxhash does: beside a thread that is bound by Python,
+#: each of thousands of small tensors would wait 5 ms to get it back.
+_SMALL_BYTES = 16 << 10
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 
 
@@ -97,12 +100,20 @@ def digest_of(tensor: torch.Tensor, begin: int, nbytes: int) -> int:
     item = tensor.element_size()
     part = torch.empty(nbytes // item, dtype=tensor.dtype)
     _copy_strided(tensor.detach(), begin // item, (begin + nbytes) // item, part)
-    return xxhash.xxh3_128_intdigest(part.view(torch.uint8).numpy().data)
+    return digest_of_image(part.view(torch.uint8).numpy().data)
 
 
 def digest_at(address: int, nbytes: int) -> int:
-    """Digest ``nbytes`` of this process's memory from ``address`` on, which must be readable."""
+    """Digest ``nbytes`` of this process's memory from ``address`` on, which must be readable. Its digests are of use in
+    this process alone."""
+    if nbytes <= _SMALL_BYTES:
+        return hash(ctypes.string_at(address, nbytes))
     return xxhash.xxh3_128_intdigest((ctypes.c_char * nbytes).from_address(address))
+
+
+def digest_of_image(image: memoryview) -> int:
+    """Digest the bytes of a contiguous view, as ``digest_at`` does."""
+    return hash(bytes(image)) if image.nbytes <= _SMALL_BYTES else xxhash.xxh3_128_intdigest(image)
 
 
 _WIDTH = 1024

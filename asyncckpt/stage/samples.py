@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import xxhash
 
 from asyncckpt.codecs.blosc import split_places
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.stage.eager import OwnedMemory
-from asyncckpt.stage.live_bytes import LiveTensor, digest_at, digest_of, live
+from asyncckpt.stage.live_bytes import LiveTensor, digest_at, digest_of, digest_of_image, live
 from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Layout, LocalTensor, Segment
 
 _SAMPLE_BYTES = 8 << 10
@@ -130,7 +129,7 @@ def _from_device(pieces: Sequence[LocalTensor], chosen: Sequence[tuple[int, int,
 
         def digest(at: int = at, nbytes: int = nbytes) -> int:
             event.synchronize()
-            return xxhash.xxh3_128_intdigest(here[at : at + nbytes].numpy().data)
+            return digest_of_image(here[at : at + nbytes].numpy().data)
 
         found.append(Sample(index, number, segment, begin, nbytes, digest, None))
         at += nbytes
@@ -143,14 +142,14 @@ def staged_as_sampled(sample: Sample, extent: Extent, slot: StagingBuffer) -> bo
     first = sample.begin - sample.segment.source_offset
     if not slot.split:
         begin = sample.segment.extent_offset + first
-        staged = xxhash.xxh3_128_intdigest(slot.view[begin : begin + sample.nbytes])
+        staged = digest_of_image(slot.view[begin : begin + sample.nbytes])
     else:
         item = extent.item_bytes
         places = split_places(extent.nbytes - FRAME_HEADER_BYTES, item)
         image = np.frombuffer(slot.view, np.uint8)
         begin, end = first // item, (first + sample.nbytes) // item
         planes = np.stack([image[place + begin : place + end] for place in places])
-        staged = xxhash.xxh3_128_intdigest(np.ascontiguousarray(planes.T).data)
+        staged = digest_of_image(np.ascontiguousarray(planes.T).data)
     return staged == sample.then()
 
 

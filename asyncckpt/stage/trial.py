@@ -11,11 +11,10 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-import xxhash
 
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.stage.deferral import Deferral, Key
-from asyncckpt.stage.live_bytes import LiveTensor, device_checksum, digest_of, live, version_of
+from asyncckpt.stage.live_bytes import LiveTensor, device_checksum, digest_of, digest_of_image, live, version_of
 from asyncckpt.types import Extent, Segment
 
 log = logging.getLogger("asyncckpt")
@@ -62,13 +61,16 @@ class Trial:
 
     def copied(self, extent: Extent, slot: StagingBuffer) -> None:
         """Note what was staged, before the slot is given back."""
+        found: list[tuple[int, int, int]] = []
         for segment in extent.segments:
             if segment.piece in self._segments:
                 begin = segment.extent_offset
-                digest = xxhash.xxh3_128_intdigest(slot.view[begin : begin + segment.nbytes])
-                with self._lock:
-                    self._staged[segment.piece][segment.source_offset] = digest
-                self._judge([segment.piece])
+                digest = digest_of_image(slot.view[begin : begin + segment.nbytes])
+                found.append((segment.piece, segment.source_offset, digest))
+        with self._lock:
+            for index, offset, digest in found:
+                self._staged[index][offset] = digest
+        self._judge({index for index, _, _ in found})
 
     @property
     def awaits_update(self) -> bool:
@@ -88,6 +90,7 @@ class Trial:
     def _look(self, looked_at: Mapping[int, tuple[LiveTensor, int]]) -> None:
         """Digest tensors where they live. One that is gone or has other memory proves nothing."""
         lost: list[int] = []
+        found: dict[int, dict[int, int]] = {}
         on_device: dict[int, torch.Tensor] = {}
         for index, (where, version) in looked_at.items():
             owner, tensor = where.owner(), where.now()
@@ -97,11 +100,11 @@ class Trial:
                 lost.append(index)
             elif index in self._segments:
                 segments = self._segments[index]
-                found = {one.source_offset: digest_of(tensor, one.source_offset, one.nbytes) for one in segments}
-                with self._lock:
-                    self._found[index] = found
+                found[index] = {one.source_offset: digest_of(tensor, one.source_offset, one.nbytes) for one in segments}
             elif index in self._checksums:
                 on_device[index] = tensor
+        with self._lock:
+            self._found.update(found)
         if lost:
             self._deferral.lose(self._step, [self._keys[index] for index in lost])
         if on_device:

@@ -19,6 +19,7 @@ from asyncckpt.errors import InvalidOption
 from asyncckpt.protocols import Stateful
 from asyncckpt.state.class_names import class_name
 from asyncckpt.state.fqn import parameter_names
+from asyncckpt.state.fsdp1 import flat_view
 from asyncckpt.state.kept import KeptCaptures, keep_state
 from asyncckpt.state.markers import LocalShard, Replicated, without_owners, without_shards
 from asyncckpt.state.modules import capture_module
@@ -156,16 +157,21 @@ def _optimizer(
     kept: KeptCaptures,
 ) -> ComponentSnapshot:
     type_name = class_name(local_optimizer(name, optimizer))
-    kind, value = named_optimizer_state(name, optimizer, owners, state)
+    view = flat_view(name, optimizer, state)
+    if view is None:
+        kind, value = named_optimizer_state(name, optimizer, owners, state)
+    else:
+        kind, value = named_optimizer_state(name, view.optimizer, {**owners, **view.owners}, state)
+    parts = view.parts_of_state(name) if view is not None else {}
     pieces: list[LocalTensor] = []
     # where there is more beside these two, names of tensors may depend on it
-    keepable = kind == "optimizer" and list(value) == ["state", "param_groups"]
+    keepable = view is None and kind == "optimizer" and list(value) == ["state", "param_groups"]
     known = kept.states.get(name) if keepable else None
     found = known.pieces(value["state"]) if known is not None else None
     if known is not None and found is not None:
         pieces += found
         value = {**value, "state": jsontree.Encoded(known.tree)}
-    tree: Any = jsontree.encode(value, "", sink(name, pieces), component=name, objects=object_state)
+    tree: Any = jsontree.encode(value, "", sink(name, pieces, parts), component=name, objects=object_state)
     if keepable and found is None:
         of_state = [piece for piece in pieces if piece.spec.name.startswith("state.")]
         made = keep_state(value["state"], of_state, tree["state"])

@@ -16,6 +16,7 @@ from asyncckpt.protocols import LiesInFile
 from asyncckpt.state.class_names import class_name
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor
 from asyncckpt.state.fqn import canonical_names, same_memory
+from asyncckpt.state.fsdp1 import sharded_state_dict
 from asyncckpt.state.kept import KeptCaptures, keep_module, mark_buffers
 from asyncckpt.state.pieces import piece_of, sink, strides_of
 from asyncckpt.state.wrappers import PLAIN_TYPES, hides_values
@@ -163,7 +164,8 @@ def _state_dict(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ma
     """Return the module's ``state_dict``. Where possible its DTensors are the parameters themselves: to detach one
     takes 30 us."""
     if type(module).state_dict is not nn.Module.state_dict or not any(map(is_distributed, parameters.values())):
-        return module.state_dict()
+        with sharded_state_dict(module):
+            return module.state_dict()
     raw = module.state_dict(keep_vars=True)
     return {
         key: value.detach() if isinstance(value, torch.Tensor) and not is_distributed(value) else value

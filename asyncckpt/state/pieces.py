@@ -13,6 +13,7 @@ from asyncckpt.errors import UnsupportedValue
 from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.state.dtensor import is_distributed, is_sharded_tensor, local_rows, sharded_tensor_rows
 from asyncckpt.state.dtypes import CODES
+from asyncckpt.state.fsdp1 import FlatTensor
 from asyncckpt.state.markers import LocalShard
 from asyncckpt.state.wrappers import PLAIN_TYPES, hides_values
 from asyncckpt.types import LocalTensor, TensorSpec
@@ -32,10 +33,17 @@ def strides_of(pieces: list[LocalTensor]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def sink(component: str, pieces: list[LocalTensor], shards: Mapping[int, LocalShard] = MappingProxyType({})) -> Sink:
+def sink(
+    component: str, pieces: list[LocalTensor], shards: Mapping[int, LocalShard | FlatTensor] = MappingProxyType({})
+) -> Sink:
     def add(name: str, tensor: torch.Tensor) -> None:
         shard = shards.get(id(tensor))
-        pieces.append(piece_of(component, name, tensor) if shard is None else _shard_piece(component, name, shard))
+        if shard is None:
+            pieces.append(piece_of(component, name, tensor))
+        elif isinstance(shard, FlatTensor):
+            pieces.append(_flat_piece(component, name, shard))
+        else:
+            pieces.append(_shard_piece(component, name, shard))
 
     return add
 
@@ -72,6 +80,12 @@ def _shard_piece(component: str, name: str, shard: LocalShard) -> LocalTensor:
     rows = shard.global_shape[0]
     first, count = shard.offsets[0], shard.tensor.shape[0] if shard.tensor.numel() else 0
     return LocalTensor(spec, shard.tensor, spec.nbytes // rows * first if rows else 0, span=(first, first + count))
+
+
+def _flat_piece(component: str, name: str, flat: FlatTensor) -> LocalTensor:
+    part, tensor = flat.part, flat.tensor
+    spec = _spec(component, name, tensor.dtype, torch.Size(part.shape), False)
+    return LocalTensor(spec, tensor, part.first * tensor.dtype.itemsize, part.owners)
 
 
 @functools.lru_cache(maxsize=1 << 20)

@@ -23,17 +23,18 @@ READ_THREADS = 8
 class Ceiling:
     """Holds the tensors' bytes in one warm, aligned buffer, and times ways to move them. Not thread-safe; blocks.
 
-    ``directory`` must be on the measured file system. Raises ``OSError`` where that refuses O_DIRECT.
+    ``directory`` must be on the measured file system. ``small_pages``: the buffer is of pages of 4 KiB instead of huge
+    ones, as memory is that processes share. Raises ``OSError`` where the file system refuses O_DIRECT.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], directory: str) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], directory: str, *, small_pages: bool = False) -> None:
         self.nbytes = sum(tensor.nbytes for tensor in tensors)
         self._tensors = tensors
         self._directory = directory
         self._written = 0
         padded = -(-self.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         self._memory = mmap.mmap(-1, padded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory.madvise(mmap.MADV_NOHUGEPAGE if small_pages else mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         os.makedirs(directory, exist_ok=True)

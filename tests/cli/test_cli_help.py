@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from asyncckpt.cli.app import PANELS, app
 
 WIDTHS = (60, 80, 100, 140)
-VERBS = tuple(verb.__name__ for verbs in PANELS.values() for verb in verbs)
+VERBS = tuple(verb.__name__.rstrip("_") for verbs in PANELS.values() for verb in verbs)
 
 
 def _help(*verb: str, width: int = 100) -> str:
@@ -34,7 +34,7 @@ def test_verbs_stand_in_panels_the_demo_in_the_last() -> None:
         "Check": ["verify", "doctor"],
         "Change": ["pin", "unpin", "annotate", "prune", "thin"],
         "Combine": ["average", "copy"],
-        "Convert": ["export", "convert"],
+        "Convert": ["export", "import"],
         "Try it out": ["demo"],
     }
     assert list(rows)[-1] == "Try it out"

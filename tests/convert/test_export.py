@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -15,9 +16,11 @@ from conftest import Tiny, bits, train
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from asyncckpt import Checkpointer, InvalidOption, Run, RunPathError
+from asyncckpt import Checkpointer, InvalidOption, NotEnoughSpace, Run, RunPathError
 from asyncckpt.cli.app import app
 from asyncckpt.convert import single_file as exporting
+from asyncckpt.convert.output import Output
+from asyncckpt.storage.posix import PosixOps
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def test_safetensors_weights_open_in_their_own_reader_with_a_tied_tensor_once(sa
     assert flat.keys() == model.state_dict().keys() - {"head.weight"}
     assert all(bits(model.state_dict()[name]) == bits(tensor) for name, tensor in flat.items())
     data = out.read_bytes()
-    assert json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"] == {"format": "pt"}
+    assert json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["format"] == "pt"
 
 
 @pytest.mark.parametrize(
@@ -124,13 +127,13 @@ def test_nothing_is_overwritten_by_itself(
     assert "--force" in refused.stderr
     assert call(run, "30", out, "--force").exit_code == 0
     out.unlink()
-    serialize = exporting._serialize
+    publish = Output.publish
 
-    def slow(content: Any, path: Path, *, torch_file: bool) -> None:
-        serialize(content, path, torch_file=torch_file)
+    def slow(self: Output, *, overwrite: bool) -> int:
         out.write_text("somebody else's")
+        return publish(self, overwrite=overwrite)
 
-    monkeypatch.setattr(exporting, "_serialize", slow)
+    monkeypatch.setattr(Output, "publish", slow)
     assert call(run, "30", out).exit_code == 5
     assert out.read_text() == "somebody else's", "a file made meanwhile was overwritten"
     assert sorted(os.listdir(tmp_path)) == ["run", name], "the temporary file was left behind"
@@ -143,12 +146,11 @@ def test_a_disk_that_refuses_is_a_typed_error_and_leaves_the_old_file(saved: Any
     out.write_text("old")
 
     def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("unexpected pos: the disk is full\nC++ frames")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporting.torch, "save", full)
-        patch.setattr(exporting, "save_file", full)
-        with pytest.raises(RunPathError, match="the disk is full"):
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(NotEnoughSpace, match="the disk is full"):
             export(run, out, overwrite=True)
     assert out.read_text() == "old"
     assert sorted(os.listdir(tmp_path)) == ["run", name]
@@ -159,7 +161,7 @@ def test_an_export_is_durable_before_it_has_its_name(
 ) -> None:
     run, _ = saved
     log: list[str] = []
-    fsync, rename = os.fsync, exporting.PosixOps.rename_noreplace
+    fsync, rename = os.fsync, PosixOps.rename_noreplace
 
     def logged_fsync(fd: int) -> None:
         log.append(f"fsync {'dir' if os.path.isdir(f'/proc/self/fd/{fd}') else 'file'}")
@@ -170,7 +172,7 @@ def test_an_export_is_durable_before_it_has_its_name(
         rename(ops, source, target)
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
-    monkeypatch.setattr(exporting.PosixOps, "rename_noreplace", logged_rename)
+    monkeypatch.setattr(PosixOps, "rename_noreplace", logged_rename)
     export(run, tmp_path / "w.pt")
     assert log == ["fsync file", "rename", "fsync dir"]
 

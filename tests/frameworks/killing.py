@@ -22,7 +22,7 @@ def in_child(body: Callable[[], Any], kill_at: int | None = None) -> tuple[bool,
     if child == 0:
         status = 1
         try:
-            made = _count_calls(kill_at)
+            made = count_calls(kill_at)
             body()
             os.write(write, made[0].to_bytes(8, "little"))
             status = 0
@@ -39,7 +39,8 @@ def in_child(body: Callable[[], Any], kill_at: int | None = None) -> tuple[bool,
     return killed, int.from_bytes(data, "little")
 
 
-def _count_calls(kill_at: int | None) -> list[int]:
+def count_calls(kill_at: int | None) -> list[int]:
+    """Count this process's calls to the disk in the list that is returned, and kill it before the call ``kill_at``."""
     made = [0]
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -201,7 +201,8 @@ def test_scaler_comes_back(tmp_path: Path) -> None:
     assert scales == [1024.0, 1024.0]
 
 
-def test_ranks_that_stopped_end_as_those_that_did_not(tmp_path: Path) -> None:
-    """With DDP: Accelerate's FSDP needs GPUs."""
-    assert on_ranks("accelerate_on_ranks.py", tmp_path) == [True, True]
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_that_stopped_end_as_those_that_did_not(kind: str, tmp_path: Path) -> None:
+    """And plain Accelerate opens an export of theirs."""
+    assert on_ranks("accelerate_on_ranks.py", tmp_path, kind) == [[True, True]] * 2
     assert [entry.step for entry in asyncckpt.Run(tmp_path / "ours").ls()] == [5, 10, 15, 20]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import asyncckpt
 from asyncckpt.integrations.lightning import AsyncckptCallback, AsyncckptIO, RandomState, export, load_from_checkpoint
-from asyncckpt.testing import GatedOps
+from asyncckpt.testing import FaultyOps, GatedOps
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("default")]
 
@@ -80,12 +81,62 @@ def test_model_checkpoint_leaves_the_same_names_and_each_loads_what_plain_lightn
         found[kind] = {}
         for name in names(folder):
             read = plugin.load_checkpoint(folder / name, weights_only=False)
+            if options.get("save_last") is True:  # of one step saved twice, ours has the first: see the next test
+                next(iter(read["callbacks"].values())).pop("last_model_path")
             found[kind][name] = repr(bits(read)).replace(str(folder), "")
     assert found["ours"] == found["plain"]
     folder = tmp_path / "ours" / "asyncckpt-run"
     steps = {entry.step for entry in asyncckpt.Run(folder).ls()}
     live = {AsyncckptIO().load_checkpoint(tmp_path / "ours" / name)["global_step"] for name in found["ours"]}
     assert steps == live | {max(steps)}, "what Lightning has removed is still there"
+
+
+def test_last_one_of_a_step_that_was_just_saved_is_a_link(tmp_path: Path) -> None:
+    fit(tmp_path, [AsyncckptIO()])
+    assert (tmp_path / "last.ckpt").is_symlink()
+    entries = asyncckpt.Run(tmp_path / "asyncckpt-run").ls()
+    assert len(entries) == len({entry.step for entry in entries})
+    assert AsyncckptIO().load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 18
+
+
+@pytest.mark.parametrize("change", ["weights", "replaced", "value", "name", "step"])
+def test_last_one_of_another_state_is_saved_by_itself(tmp_path: Path, change: str) -> None:
+    weights, value = torch.zeros(9), {"loops": [1, 2]}
+    plugin = AsyncckptIO()
+    plugin.save_checkpoint({"global_step": 1, "state_dict": {"w": weights}, "value": value}, tmp_path / "a.ckpt")
+    if change == "weights":
+        weights += 1
+    if change == "replaced":
+        del weights
+        weights = torch.ones(9)
+    if change == "value":
+        value["loops"].append(3)
+    name = "b.ckpt" if change == "name" else "last.ckpt"
+    step = 2 if change == "step" else 1
+    plugin.save_checkpoint({"global_step": step, "state_dict": {"w": weights}, "value": value}, tmp_path / name)
+    plugin.teardown()
+    assert not (tmp_path / name).is_symlink()
+    read = plugin.load_checkpoint(tmp_path / name)
+    assert (read["global_step"], read["value"]) == (step, value)
+    assert torch.equal(read["state_dict"]["w"], weights)
+
+
+def test_link_to_a_save_that_fails_gives_way_to_the_last_one_before(tmp_path: Path) -> None:
+    plugin = AsyncckptIO()
+    states = [{"global_step": step, "value": torch.full((9,), float(step))} for step in (1, 2)]
+    plugin.save_checkpoint(states[0], tmp_path / "a.ckpt")
+    plugin.save_checkpoint(states[0], tmp_path / "last.ckpt")
+    run = plugin._runs[tmp_path]._checkpointer
+    run.wait()
+    faulty = FaultyOps()
+    faulty.fail = ("rename_noreplace", 1, errno.EIO)
+    run._store.ops = faulty  # type: ignore[attr-defined]
+    plugin.save_checkpoint(states[1], tmp_path / "b.ckpt")
+    plugin.save_checkpoint(states[1], tmp_path / "last.ckpt")
+    with pytest.raises(asyncckpt.AsyncCkptError):
+        plugin.teardown()
+    assert names(tmp_path) == ["a.ckpt", "last.ckpt"]
+    assert AsyncckptIO().load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
 
 
 def test_best_loads_and_training_that_goes_back_takes_no_checkpoints_place(tmp_path: Path) -> None:
@@ -192,6 +243,22 @@ def test_omegaconf_hyper_parameters_come_back_as_omegaconf(tmp_path: Path) -> No
     assert type(checkpoint["hyper_parameters"]["sizes"]) is omegaconf.ListConfig
     assert omegaconf.OmegaConf.to_yaml(checkpoint["hyper_parameters"]) == omegaconf.OmegaConf.to_yaml(config)
     assert checkpoint["hparams_type"] is omegaconf.DictConfig
+
+
+def test_weights_of_compiled_parts_are_stored_by_their_own_names(tmp_path: Path) -> None:
+    class Compiled(Model):
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    unbroken, _ = fit(tmp_path / "plain", [], model=Compiled())
+    fit(tmp_path / "ours", [AsyncckptIO()], epochs=2, model=Compiled())
+    names = asyncckpt.Run(tmp_path / "ours" / "asyncckpt-run").load()["model"].keys()
+    assert "net.0.weight" in names
+    assert not [name for name in names if "_orig_mod" in name]
+    resumed, _ = fit(tmp_path / "ours", [AsyncckptIO()], ckpt_path="last", model=Compiled())
+    assert bits(resumed) == bits(unbroken)
 
 
 def test_plugin_is_pickled_without_what_it_has_open(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from asyncckpt import CheckpointDamaged, InvalidOption, KeepEvery, NoUsableCheck
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from support.tiny_transformers import AsyncTrainer, StopAt, bits, model, same, trainer
+    from support.tiny_transformers import AsyncCheckpointMixin, AsyncTrainer, StopAt, bits, model, same, trainer
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 TESTS = Path(__file__).parents[1]
@@ -140,6 +140,65 @@ def test_the_same_checkpoints_are_kept_and_the_best_comes_back(limit: int, tmp_p
     assert _folders(tmp_path / "ours") == _folders(tmp_path / "plain") | newest
     entry = next(one for one in Run(tmp_path / "ours").ls() if one.step == 6)
     assert entry.metrics["eval_loss"] == 0.2
+
+
+def test_the_best_alone_are_saved_where_that_is_asked_for(tmp_path: Path) -> None:
+    losses = dict(zip(range(2, 13, 2), (0.9, 0.5, 0.7, 0.4, 0.8, 0.6), strict=True))
+
+    class Judged:
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            metrics = {"eval_loss": losses[self.state.global_step]}  # type: ignore[attr-defined]
+            self.log(dict(metrics))  # type: ignore[attr-defined]
+            return metrics
+
+    options: dict[str, Any] = {
+        "save_strategy": "best",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_dataset": [1],
+    }
+    plain = _trained(tmp_path / "plain", type("Kind", (Judged, transformers.Trainer), {}), **options)
+    kind = type("Kind", (Judged, AsyncTrainer), {})
+    _trained(tmp_path / "ours", kind, **options, callbacks=[StopAt(5)])
+    ours = _trained(tmp_path / "ours", kind, **options, resume=True)
+    assert same(ours.model.state_dict(), plain.model.state_dict())
+    assert (
+        _folders(tmp_path / "ours") == _folders(tmp_path / "plain") == {"checkpoint-2", "checkpoint-4", "checkpoint-8"}
+    )
+    assert Path(ours.state.best_model_checkpoint).name == "checkpoint-8"
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eager"}
+    unbroken = _trained(tmp_path / "plain", transformers.Trainer, **options)
+    _trained(tmp_path / "ours", **options, callbacks=[StopAt(8)])
+    resumed = _trained(tmp_path / "ours", **options, resume=True)
+    assert same(bits(resumed), bits(unbroken))
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-12")
+    assert same(opened.state_dict(), resumed.model.state_dict())
+
+
+def test_a_base_whose_saving_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    class Writes(transformers.Trainer):  # type: ignore[misc]
+        def _save_checkpoint(self, *arguments: Any) -> None:
+            raise AssertionError
+
+    class Weights(AsyncTrainer):
+        def save_model(self, *arguments: Any, **options: Any) -> None:
+            raise AssertionError
+
+    class Mixed(AsyncCheckpointMixin, Writes):
+        pass
+
+    for kind, called in ((Mixed, "Writes._save_checkpoint"), (Weights, "Weights.save_model")):
+        with pytest.raises(InvalidOption, match=called):
+            _trained(tmp_path / called, kind)
+        kind.replaced_methods = {called}
+        _trained(tmp_path / called, kind, max_steps=3)
+        assert _folders(tmp_path / called) == {"checkpoint-3"}
 
 
 def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_is_used(tmp_path: Path) -> None:
@@ -283,7 +342,11 @@ def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
     assert [entry.step for entry in Run(tmp_path).ls()] == [7, 8]
 
 
-def test_ranks_that_stopped_end_as_those_that_did_not(tmp_path: Path) -> None:
-    """With DDP: the trainer's FSDP needs GPUs."""
-    assert on_ranks("transformers_on_ranks.py", tmp_path) == [True, True]
-    assert [entry.step for entry in Run(tmp_path / "ours").ls()] == [3, 6, 9, 12]
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_that_stopped_end_as_those_that_did_not(kind: str, tmp_path: Path) -> None:
+    """They go on from the plain trainer's checkpoint, too, and the plain trainer refuses theirs."""
+    assert on_ranks("transformers_on_ranks.py", tmp_path, kind) == [[True, True, True]] * 2
+    run = Run(tmp_path / "ours")
+    assert [entry.step for entry in run.ls()] == [3, 6, 9, 12]
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-12")
+    assert opened.state_dict()["model.embed_tokens.weight"].shape == (64, 16)

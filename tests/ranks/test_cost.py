@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from support.parallelisms import TIMEOUT
 import asyncckpt
 from asyncckpt.events import Event, ExtentStaged
 from asyncckpt.ranks.announcements import LOOK_SECONDS
+from asyncckpt.ranks.connection import JobMessages
 
 
 def _staged(me: Me, path: str) -> int:
@@ -74,8 +75,7 @@ def _messages(me: Me, path: str, saves: int) -> Any:
     ) as run:
         run._join()
         assert run._coordinator is not None
-        connection = run._coordinator.ranks._connection
-        run._coordinator.ranks._connection = lambda: _Counting(connection(), counts)  # type: ignore[method-assign]
+        run._coordinator.ranks._messages = cast("JobMessages", _Counting(run._coordinator.ranks._messages, counts))
         for step in range(1, saves + 3):
             if step == 3:
                 run.wait()

@@ -17,6 +17,7 @@ import asyncckpt
 from asyncckpt.errors import PlanChanged, RankLost
 from asyncckpt.ranks import rendezvous as meeting
 from asyncckpt.ranks import store as distributed
+from asyncckpt.ranks.connection import Connection, JobMessages
 from asyncckpt.ranks.rendezvous import rendezvous
 
 
@@ -109,9 +110,14 @@ class _Overtaking:
         return bool(self._messages.check(keys))
 
 
+def _second_of_two(store: _Overtaking) -> distributed.RankStore:
+    messages = JobMessages(Connection(store), "", 5)
+    return distributed.RankStore(messages, 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
+
+
 def test_an_answer_counts_also_where_rank_0_has_gone_on_since() -> None:
-    ranks = distributed.RankStore(_Overtaking(True), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
+    ranks = _second_of_two(_Overtaking(True))
     assert ranks.agree("plan", "of 1", key="plan", cancel_key="went on") == ["of 0", "of 1"]
-    alone = distributed.RankStore(_Overtaking(False), 1, 2, asyncckpt.RankOptions(timeout_seconds=5))
+    alone = _second_of_two(_Overtaking(False))
     with pytest.raises(PlanChanged, match="on this rank alone"):
         alone.agree("plan", "of 1", key="plan", cancel_key="went on")

@@ -11,10 +11,12 @@ from typing import Any
 from asyncckpt.catalog.names import DEFAULT
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
-from asyncckpt.convert.dcp.native_reader import read_foreign
-from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
+from asyncckpt.convert.dcp.native_reader import Foreign, read_foreign
+from asyncckpt.convert.selection import Selection, checked_names
+from asyncckpt.convert.source import Progress
+from asyncckpt.errors import CheckpointDamaged, InvalidOption, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
-from asyncckpt.integrations.dcp.names import place_of
+from asyncckpt.integrations.dcp.names import Path, place_of
 from asyncckpt.integrations.dcp.session import THREADS, WriterSession
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord
 from asyncckpt.state.dtypes import CODES
@@ -47,24 +49,28 @@ def convert(
     overwrite: bool = False,
     digest: str = "xxh3-128",
     metrics: Mapping[str, float] | None = None,
+    selection: Selection | None = None,
+    progress: Progress = lambda _what, _done, _total: None,
 ) -> Converted:
     """Write what plain DCP left in the directory ``source`` into ``run`` as ``step``: tensors bit for bit, as the boxes
     they were saved in, and plain values. The result verifies, restores and exports like any other checkpoint.
 
     No pickle is executed. Where values are more than plain, ``UnsupportedValue`` names them all; with
     ``skip_unsupported`` they are left out, logged as a warning and listed instead. ``overwrite`` replaces a checkpoint
-    of the same step. ``digest`` is the algorithm that proves the new files' bytes, as in ``WriterOptions``. Also raises
+    of the same step. ``digest`` is the algorithm that proves the new files' bytes, as in ``WriterOptions``.
+    ``selection`` chooses and renames entries by their FQNs, and says what else may be left behind. Also raises
     ``CheckpointDamaged`` where the source does not fit together (it has no digests: damage inside tensors cannot be
     seen), ``CheckpointNotFound``, ``StepExists`` and ``RunLocked``. Blocks until the checkpoint is durable; tensors are
     read as they are written, in extents of 8 MiB.
     """
     take = digests.get(digest)
+    selection = selection or Selection()
     foreign = read_foreign(source)
+    if foreign.skipped and not skip_unsupported:
+        selection.check_losses(foreign.skipped, os.fspath(source))
     if foreign.skipped:
-        shown = "; ".join(foreign.skipped.values())
-        if not skip_unsupported:
-            raise UnsupportedValue(f"{os.fspath(source)}: {shown}. Pass skip_unsupported=True to convert the rest")
-        log.warning("%s: left out: %s", os.fspath(source), shown)
+        log.warning("%s: left out: %s", os.fspath(source), "; ".join(foreign.skipped.values()))
+    foreign = _selected(foreign, selection, os.fspath(source))
     pieces: list[LocalTensor] = []
     boxes: list[tuple[str, tuple[int, ...], TensorSpec]] = []
     for fqn, (_, found) in foreign.tensors.items():
@@ -93,6 +99,8 @@ def convert(
         mine = stored[fqn]
         nbytes = sum(box.end - box.begin for box in mine)
         records[fqn] = BoxedRecord(CODES[found[0].tensor.dtype], shape, nbytes, tuple(mine))
+    total = sum(shard.nbytes for shard in shards)
+    progress("writing", 0, total)
     live, name = WriterSession(), DEFAULT.format(step=step)
     directory = os.path.abspath(os.fspath(run))
     try:
@@ -112,6 +120,37 @@ def convert(
         )
     finally:
         live.close()
+    progress("writing", total, total)
     return Converted(
         os.path.join(directory, name), step, len(records), sum(shard.nbytes for shard in shards), foreign.skipped
     )
+
+
+def _selected(foreign: Foreign, selection: Selection, where: str) -> Foreign:
+    """Return what is chosen of the entries, under their new names. An entry of a list stays where it is: renaming takes
+    the names of dicts alone."""
+    chosen = {fqn: selection.renamed(fqn) for fqn in (*foreign.tensors, *foreign.values) if selection.takes("", fqn)}
+    selection.check_used(where)
+    checked_names(chosen.items(), where)
+    paths: dict[str, Path] = {}
+    for fqn, new in chosen.items():
+        path = foreign.paths.get(fqn)
+        if path is not None:
+            paths[new] = path if fqn == new else _renamed_path(fqn, new, path, where)
+    return Foreign(
+        {new: foreign.tensors[fqn] for fqn, new in chosen.items() if fqn in foreign.tensors},
+        {new: foreign.values[fqn] for fqn, new in chosen.items() if fqn in foreign.values},
+        paths,
+        foreign.skipped,
+    )
+
+
+def _renamed_path(fqn: str, new: str, path: Path, where: str) -> Path:
+    """Return the keys of an entry that got another name: the first key as it is, and the rest of the name as one key,
+    where it lies in a dict of tensors; otherwise one key for each part between dots."""
+    if len(path) == 2 and fqn == f"{path[0]}.{path[1]}" and "." in new:
+        first, _, rest = new.partition(".")
+        return first, rest
+    if all(isinstance(key, str) for key in path):
+        return tuple(new.split("."))
+    raise InvalidOption(f"{where}: {fqn!r} lies in a list, so it cannot be renamed; leave it as it is")

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 
 import torch
 
+from asyncckpt.convert.torch_pickle import PatientUnpickler
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.state.dtypes import CODES
 
@@ -111,8 +112,10 @@ _SAFE: Final[dict[tuple[str, str], Any]] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(PatientUnpickler):
     """Finds nothing but what is listed. Without ``storages``, as for metadata, everything else becomes a stand-in."""
+
+    built = (Inert, collections.OrderedDict)
 
     def __init__(self, data: bytes, storages: Storages | None = None) -> None:
         super().__init__(io.BytesIO(data))

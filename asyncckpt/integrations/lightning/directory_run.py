@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,8 @@ from asyncckpt.catalog.retention import Candidate
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit.pending import PendingSave
 from asyncckpt.errors import CheckpointNotFound
-from asyncckpt.integrations.lightning.pointer import Pointer, read_pointer, write_pointer
+from asyncckpt.integrations.lightning.pointer import Pointer, link_to, read_pointer, write_pointer
+from asyncckpt.integrations.lightning.unchanged import fingerprint
 from asyncckpt.ownership import RunOptions
 from asyncckpt.run import Run
 
@@ -90,6 +92,10 @@ class DirectoryRun:
             **options,
         )
         self._watched: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        #: The last save: its step, the fingerprint of its state, its file.
+        self._last: tuple[int, Any, Path, PendingSave] | None = None
+        #: The files that are links to others. What was saved under the name before leaves such a file alone.
+        self._links: set[Path] = set()
         #: Saves in flight, with their names.
         self._in_flight: dict[PendingSave, str] = {}
 
@@ -102,22 +108,49 @@ class DirectoryRun:
 
     def save(self, path: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """Save ``state`` and have the file ``path`` name it. Returns once training may go on; the first save of a run
-        waits until it is durable. Raises as ``Checkpointer.save`` does."""
+        waits until it is durable. A ``last*`` of what was saved right before becomes a link to that. Raises as
+        ``Checkpointer.save`` does."""
         name = path.name
+        mark = fingerprint(state)
+        if self._last is not None and name.startswith("last") and self._last[:2] == (step, mark):
+            self._link(path, *self._last[2:])
+            return
         self._policy.save(name)
+        self._links.discard(path)
         pending = self._checkpointer.save(step, state, metrics=metrics, name=name)
         self.reached = step
+        self._last = (step, mark, path, pending)
         pointer = Pointer(self.folder, name)
         if self._is_empty:  # until then there is nothing that a training could resume from after a crash
             pending.result()
             self._is_empty = False
-        before = read_pointer(path)
         fresh = not path.exists() and not path.is_symlink()
         if fresh:
             write_pointer(path, pointer, durable=False)
         self._in_flight = {one: name for one, name in self._in_flight.items() if not one.done()}
         self._in_flight[pending] = name
-        pending.add_done_callback(lambda done: _settle(done, path, pointer, fresh, before))
+        pending.add_done_callback(lambda done: self._settle(done, path, pointer, fresh))
+
+    def _link(self, path: Path, saved: Path, pending: PendingSave) -> None:
+        """Have the file ``path`` be a link to ``saved``, and let go of what was saved under its own name. Where that
+        save fails, the file names what it named before."""
+        if path == saved:
+            return
+        before = read_pointer(path)
+        self._links.add(path)
+        link_to(path, saved)
+        self._policy.remove(path.name, frozenset({(pending.step, saved.name)}))
+        pending.add_done_callback(lambda done: _unlink(done, path, saved, before))
+
+    def _settle(self, pending: PendingSave, path: Path, pointer: Pointer, fresh: bool) -> None:
+        """Once a save has ended, have the file name its checkpoint where it is durable, and take the file away again
+        where the save was its first and has failed."""
+        if path in self._links:
+            return
+        if not pending.failed():
+            write_pointer(path, pointer, durable=True)
+        elif fresh and read_pointer(path) == pointer:
+            path.unlink(missing_ok=True)
 
     def in_flight(self) -> dict[PendingSave, str]:
         """Return the saves that have not ended, with their names."""
@@ -165,10 +198,10 @@ def newest_step(run: Path) -> int:
         return -1
 
 
-def _settle(pending: PendingSave, path: Path, pointer: Pointer, fresh: bool, before: Pointer | None) -> None:
-    """Once a save has ended, have the file name its checkpoint where it is durable, and take the file away again where
-    the save was its first and has failed."""
-    if not pending.failed():
-        write_pointer(path, pointer, durable=True)
-    elif fresh and read_pointer(path) == pointer:
-        path.unlink(missing_ok=True)
+def _unlink(pending: PendingSave, path: Path, saved: Path, before: Pointer | None) -> None:
+    """Where a save has failed, take back that the file ``path`` is a link to its file ``saved``."""
+    if pending.failed() and path.is_symlink() and os.readlink(path) == saved.name:
+        if before is not None:
+            write_pointer(path, before, durable=False)
+        else:
+            path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import torch
 
 from asyncckpt.errors import RunPathError
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
-from asyncckpt.integrations.lightning.pointer import write_whole
+from asyncckpt.integrations.whole_files import write_whole
 
 
 def export(path: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False) -> None:

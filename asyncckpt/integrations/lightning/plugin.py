@@ -136,7 +136,10 @@ class AsyncckptIO(CheckpointIO):
             if self._removals.get(removal.path) is not removal:  # saved anew meanwhile
                 return
             del self._removals[removal.path]
-            self._torch.remove_checkpoint(removal.path)
+            if removal.path.is_symlink():  # Lightning leaves one whose target is gone
+                removal.path.unlink(missing_ok=True)
+            else:
+                self._torch.remove_checkpoint(removal.path)
         removal.delete_checkpoint()
 
     def teardown(self) -> None:

@@ -3,15 +3,14 @@ which run is meant, so ``torch.load`` refuses it at once, and nothing is ever re
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from asyncckpt.errors import RunPathError
+from asyncckpt.integrations.whole_files import write_whole
 
 _BEGINNING: Final = b'{"asyncckpt-pointer": '
 _VERSION: Final = 1
@@ -63,29 +62,12 @@ def write_pointer(path: Path, pointer: Pointer, *, durable: bool) -> None:
     write_whole(path, lambda file: file.write(pointer.text()), durable=durable)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool) -> None:
-    """Have ``write`` make a file, which appears whole or not at all, in the place of what is there. ``durable``: so
-    that it survives a power loss. Blocks on the disk."""
+def link_to(path: Path, target: Path) -> None:
+    """Have ``path`` be a link to ``target``, a file beside it, in the place of what is there. Raises ``RunPathError``
+    where that is a directory."""
+    if path.is_dir() and not path.is_symlink():
+        raise RunPathError(f"{path}: this is a directory, which a save does not replace; remove it, or save elsewhere")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    if durable:
-        sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make what was created, renamed and removed in a directory survive a power loss. Blocks on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(path)

@@ -2,14 +2,15 @@
 
 Lightning's dictionary has any shape. Its weights and its optimizers' states become components of their own, and all the
 rest is the component ``lightning``, under Lightning's own keys. What Lightning stores by pickling a class is stored as
-what it stands for: OmegaConf's configurations as plain data with a note of where they were.
+what it stands for: OmegaConf's configurations as plain data with a note of where they were. Weights of compiled parts
+are stored by the names that they have without ``torch.compile``, and handed back by those that Lightning gave.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from asyncckpt.errors import CheckpointDamaged
@@ -18,6 +19,8 @@ from asyncckpt.errors import CheckpointDamaged
 _COMPONENTS: Final = {"state_dict": "model", "optimizer_states": "optimizer"}
 #: The component of everything else.
 _REST: Final = "lightning"
+#: What ``torch.compile`` puts into the names of what it wraps.
+_COMPILED: Final = "_orig_mod"
 _CONFIGS: Final = ("DictConfig", "ListConfig")
 
 
@@ -29,6 +32,7 @@ def to_components(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     rest: dict[Any, Any] = {}
     order: list[Any] = []
     versions: Any = None
+    compiled: dict[str, str] = {}
     for key, value in checkpoint.items():
         order.append(key)
         component = _COMPONENTS.get(key)
@@ -37,9 +41,12 @@ def to_components(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key == "state_dict":
             versions = getattr(value, "_metadata", None)
-            value = dict(value)
+            compiled = _uncompiled(value)
+            value = {compiled.get(name, name): tensor for name, tensor in value.items()}
         state[component] = value
     state[_REST] = {"checkpoint": rest, "keys": order, "configs": configs, "module_versions": versions}
+    if compiled:
+        state[_REST]["compiled"] = {stored: given for given, stored in compiled.items()}
     return state
 
 
@@ -56,13 +63,21 @@ def from_components(state: Mapping[str, Any], where: str) -> dict[str, Any]:
         component = _COMPONENTS.get(key)
         checkpoint[key] = stored["checkpoint"][key] if component is None else state[component]
     if "state_dict" in checkpoint:
-        weights: Any = OrderedDict(checkpoint["state_dict"])
+        given = stored.get("compiled", {})
+        weights: Any = OrderedDict((given.get(name, name), tensor) for name, tensor in checkpoint["state_dict"].items())
         if stored.get("module_versions") is not None:
             weights._metadata = stored["module_versions"]
         checkpoint["state_dict"] = weights
     for path, kind in stored["configs"]:
         _make_config(checkpoint, path, kind)
     return checkpoint
+
+
+def _uncompiled(names: Iterable[str]) -> dict[str, str]:
+    """Return the names that ``torch.compile`` has changed, with what they were; nothing where two would be the same."""
+    parts = {name: ".".join(part for part in name.split(".") if part != _COMPILED) for name in names}
+    changed = {name: stored for name, stored in parts.items() if name != stored}
+    return changed if len(set(parts.values())) == len(parts) else {}
 
 
 def _without_configs(value: Any, path: list[Any], found: list[list[Any]]) -> Any:

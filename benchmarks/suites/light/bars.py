@@ -107,7 +107,8 @@ def _durable(events: Sequence[Event], scenario: str, bar: float) -> Row | None:
     gigabytes = found[0]["nbytes"] / 1e9
     what = f"durable / raw write, {gigabytes:.1f} GB" + (" through 256 MiB" if scenario == "budget" else "")
     rate = spread(event["nbytes"] / event["raw_seconds"] / 1e9 for event in found)
-    text = f"{ratio.text()}; raw {rate.text() if rate else '-'} GB/s"
+    small = spread(event["nbytes"] / event["raw_small_pages_seconds"] / 1e9 for event in found)
+    text = f"{ratio.text()}; raw {rate.text() if rate else '-'} GB/s, from small pages {small.text() if small else '-'}"
     return Row(what, f">= {bar:g}", text, ratio.median >= bar)
 
 

@@ -1,9 +1,11 @@
-"""A thread that counts in pure Python shows what others take of the interpreter: what it would have counted alone, less
-what it has counted, is time that it had to wait."""
+"""A thread that counts in pure Python shows what others take of the interpreter: time in which it neither runs nor
+waits for a core is time in which it waits for the interpreter. Linux says how long a thread has run and waited for a
+core, so a machine with few cores measures the same as one with many."""
 
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from dataclasses import dataclass
@@ -12,39 +14,32 @@ from typing import Self
 
 #: So many additions are one look at the clock: about 0.1 ms.
 _ADDITIONS_A_LOOK = 2000
+_SCHEDSTAT = "/proc/self/task/{}/schedstat"
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """Says what a stretch of time was for the counting thread. ``looks`` is how often it got to the clock in
-    ``seconds``, ``longest_seconds`` the longest time between two of them."""
+    """Says what a stretch of time was for the counting thread: ``seconds`` in all, ``lost_seconds`` of them without the
+    interpreter, and without it at once ``longest_seconds`` at most."""
 
     seconds: float
-    looks: int
+    lost_seconds: float
     longest_seconds: float
-
-    def lost_seconds(self, quiet_rate: float) -> float:
-        """Return how long the thread had to wait, compared with ``quiet_rate`` looks a second."""
-        return self.seconds - self.looks / quiet_rate
-
-    @property
-    def rate(self) -> float:
-        """Looks at the clock a second."""
-        return self.looks / self.seconds
 
 
 class Counter:
-    """Counts on a thread of its own, inside ``with``. ``stretch`` ends one stretch of time and begins the next."""
+    """Counts on a thread of its own, inside ``with``. ``stretch`` ends one stretch of time and begins the next. Raises
+    ``OSError`` where the system does not say how long a thread waits for a core (Linux does)."""
 
     def __init__(self) -> None:
         self._ended = False
-        self._looks = 0
         self._longest_seconds = 0.0
-        self._since = time.perf_counter()
         self._thread = threading.Thread(target=self._count, name="counting", daemon=True)
+        self._began: tuple[float, float] = 0.0, 0.0
 
     def __enter__(self) -> Self:
         self._thread.start()
+        self._began = time.perf_counter(), self._busy_seconds()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -53,21 +48,37 @@ class Counter:
 
     def stretch(self) -> Counted:
         """Return what was counted since the call before, or since the start. For one thread."""
-        now = time.perf_counter()
-        counted = Counted(now - self._since, self._looks, self._longest_seconds)
-        self._looks, self._longest_seconds, self._since = 0, 0.0, now
+        now = time.perf_counter(), self._busy_seconds()
+        seconds = now[0] - self._began[0]
+        counted = Counted(seconds, seconds - (now[1] - self._began[1]), self._longest_seconds)
+        self._longest_seconds, self._began = 0.0, now
         return counted
 
+    def _busy_seconds(self) -> float:
+        """Return how long the counting thread has run and waited for a core so far."""
+        thread = self._thread
+        with open(_SCHEDSTAT.format(thread.native_id), "rb") as file:
+            waited = _waited_seconds(file.read())
+        return waited + time.clock_gettime(time.pthread_getcpuclockid(thread.ident or 0))
+
     def _count(self) -> None:
-        last = time.perf_counter()
-        while not self._ended:
-            total = 0
-            for number in range(_ADDITIONS_A_LOOK):
-                total += number
-            now = time.perf_counter()
-            self._looks += 1
-            self._longest_seconds = max(self._longest_seconds, now - last)
-            last = now
+        fd = os.open(_SCHEDSTAT.format(threading.get_native_id()), os.O_RDONLY)
+        try:
+            last, last_busy = time.perf_counter(), time.thread_time() + _waited_seconds(os.pread(fd, 100, 0))
+            while not self._ended:
+                total = 0
+                for number in range(_ADDITIONS_A_LOOK):
+                    total += number
+                now, busy = time.perf_counter(), time.thread_time() + _waited_seconds(os.pread(fd, 100, 0))
+                self._longest_seconds = max(self._longest_seconds, now - last - (busy - last_busy))
+                last, last_busy = now, busy
+        finally:
+            os.close(fd)
+
+
+def _waited_seconds(schedstat: bytes) -> float:
+    """Return how long a thread was ready to run and waited for a core."""
+    return int(schedstat.split()[1]) / 1e9
 
 
 class FullCollections:
