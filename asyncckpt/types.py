@@ -252,19 +252,22 @@ class ShardFile:
     ``packed_on_write``: the extents get their offsets as they are written, after ``header_bytes`` for the format's
     header; ``nbytes`` is then the largest size that the file can have. ``content_key`` is a digest of everything but
     the tensors' values that decides the file's content; it is empty where the file is not packed on write.
-    ``multi_writer``: several ranks write into the file, and ``extents`` are those of this rank.
+    ``multi_writer``: several ranks write into the file, and ``extents`` are those of this rank. ``pieces``: of each
+    placement, the index of what is copied there; ``header``: what a plain file begins with.
     """
 
     file: str
     component: str
     nbytes: int
     placements: tuple[TensorRange, ...]
-    extents: tuple[Extent, ...]
+    extents: Sequence[Extent]
     runs: tuple[ChunkRun, ...] = ()
     packed_on_write: bool = False
     header_bytes: int = 0
     content_key: str = ""
     multi_writer: bool = False
+    pieces: tuple[int, ...] = ()
+    header: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from benchmarks.suites import average
 from benchmarks.suites.codecs import command, whole_saves
 from benchmarks.suites.light import command as light_command
 from benchmarks.suites.ranks import command as ranks_command
+from benchmarks.suites.scale import command as scale_command
 
 _EPILOG = "`python -m benchmarks tables FILE...` prints the tables of recorded results, as Markdown."
 app = typer.Typer(add_completion=False, help="Measure the engine against the device and against its peers.")
@@ -37,6 +38,7 @@ class Suite(StrEnum):
     ranks = "ranks"
     light = "light"
     average = "average"
+    scale = "scale"
 
 
 def _console() -> Console:
@@ -55,7 +57,9 @@ def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> Re
 def bench(
     suite: Annotated[
         Suite,
-        typer.Argument(help="engine: its bars; codecs, ranks, light, average: theirs; the others: a part of engine"),
+        typer.Argument(
+            help="engine: its bars; codecs, ranks, light, scale, average: theirs; the others: a part of engine"
+        ),
     ] = Suite.engine,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes a peer, by turns")] = 3,
     size: Annotated[str, typer.Option(help=f"the state: {', '.join(SIZES)}")] = "gpt2",
@@ -85,6 +89,10 @@ def bench(
         return
     if suite is Suite.average:
         _keep(average.run(Path(target), rounds, size, folder, as_json, _console()), record)
+        return
+    if suite is Suite.scale:
+        ranks = (2,) if size == "small" else scale_command.SIZES
+        _keep(scale_command.run(Path(target), rounds, folder, as_json, _console(), ranks), record)
         return
     if suite is Suite.light:
         measured = light_command.QUICK_JOBS if size == "small" else light_command.JOBS

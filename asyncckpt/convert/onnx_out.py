@@ -24,8 +24,8 @@ _OPSET: Final = 21
 
 def write_onnx(job: Export) -> None:
     """Write a model. With ``options.module`` its graph is written, with the checkpoint's weights; without it the
-    tensors are initializers, which are the model's outputs, too, each under all of its names. Large ones lie in ``TARGET.data`` beside it. Raises
-    ``InvalidOption`` and ``MissingExtra``."""
+    tensors are initializers, which are the model's outputs, too, each under all of its names. Large ones lie in
+    ``TARGET.data`` beside it. Raises ``InvalidOption`` and ``MissingExtra``."""
     library = onnx()
     if job.options.module is not None:
         _write_graph(job, library)

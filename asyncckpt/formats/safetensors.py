@@ -16,7 +16,7 @@ from typing import Any
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.formats import chunking as chunks
-from asyncckpt.formats import read_boundaries as parts
+from asyncckpt.formats.plain_extents import PlacedTensor, PlainExtents
 from asyncckpt.jsontree import loads
 from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import Codec
@@ -24,7 +24,6 @@ from asyncckpt.types import (
     ChunkRun,
     Extent,
     LayoutOptions,
-    Segment,
     ShardFile,
     TensorRange,
     TensorSpec,
@@ -178,34 +177,10 @@ def _plain(
     placements = tuple(
         TensorRange(spec, begin, begin + spec.nbytes) for (_, spec), begin in zip(members, begins, strict=True)
     )
-    size = options.extent_bytes
-    segments: list[list[Segment]] = [[] for _ in range(-(-nbytes // size))]
-    cuts: list[list[int]] = [[] for _ in segments]
-    for (piece, _), placement in zip(members, placements, strict=True):
-        position = placement.begin
-        while position < placement.end:
-            extent = position // size
-            stop = min(placement.end, (extent + 1) * size)
-            segments[extent].append(
-                Segment(piece, position - placement.begin, position - extent * size, stop - position)
-            )
-            position = stop
-        for cut in parts.boundaries(placement.spec):
-            extent, within = divmod(placement.begin + cut, size)
-            if within and placement.begin + cut < nbytes and within not in cuts[extent][-1:]:
-                cuts[extent].append(within)
-    extents = tuple(
-        Extent(
-            number,
-            i * size,
-            min(size, nbytes - i * size),
-            header[i * size : (i + 1) * size],
-            tuple(segments[i]),
-            digest_boundaries=tuple(cuts[i]),
-        )
-        for i in range(len(segments))
-    )
-    return ShardFile(file, component, nbytes, placements, extents)
+    pieces = tuple(piece for piece, _ in members)
+    lying = [PlacedTensor(placement, piece) for placement, piece in zip(placements, pieces, strict=True)]
+    extents = PlainExtents(number, header, lying, nbytes, options.extent_bytes)
+    return ShardFile(file, component, nbytes, placements, extents, pieces=pieces, header=header)
 
 
 def _encoded(

@@ -8,14 +8,13 @@ so is a shard that training does not change, which can then be taken over from t
 
 from __future__ import annotations
 
-import bisect
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from asyncckpt.errors import UnsupportedValue
-from asyncckpt.formats import read_boundaries as parts
-from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, RowOwners, Segment, ShardFile, TensorRange
+from asyncckpt.formats.plain_extents import PlacedTensor, extents_of
+from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, RowOwners, ShardFile, TensorRange
 
 #: Shorter stretches that several ranks hold are not divided.
 _MIN_DIVIDED_BYTES = 1 << 20
@@ -47,7 +46,7 @@ def divide(layout: Layout, holdings: Sequence[RankHolding], rank: int, extent_by
     whole: dict[int, set[int]] = {}
     shards: list[ShardFile] = []
     for number, shard in enumerate(layout.shards):
-        pieces = {segment.piece for extent in shard.extents for segment in extent.segments}
+        pieces = _pieces_of(shard)
         owner = _owner(shard, [holdings[piece].rows for piece in pieces], load)
         if owner is not None:
             load[owner] = load.get(owner, 0) + shard.nbytes
@@ -61,6 +60,13 @@ def divide(layout: Layout, holdings: Sequence[RankHolding], rank: int, extent_by
     return Division(
         replace(layout, shards=tuple(shards)), {piece: frozenset(owners) for piece, owners in whole.items()}
     )
+
+
+def _pieces_of(shard: ShardFile) -> set[int]:
+    """Return the pieces that bytes of a shard come from."""
+    if shard.placements:
+        return {n for n, place in zip(shard.pieces, shard.placements, strict=True) if place.spec.nbytes}
+    return {segment.piece for extent in shard.extents for segment in extent.segments}
 
 
 def _owner(shard: ShardFile, rows: Sequence[RowOwners], load: Mapping[int, int]) -> int | None:
@@ -89,7 +95,7 @@ def _local(extent: Extent, holdings: Sequence[RankHolding]) -> Extent:
 
 # -- a line of bytes -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
-class _PlacedTensor:
+class _HeldTensor:
     """A tensor in the line of bytes, and who holds it."""
 
     placement: TensorRange
@@ -97,18 +103,15 @@ class _PlacedTensor:
 
 
 def _part(number: int, shard: ShardFile, holdings: Sequence[RankHolding], rank: int, extent_bytes: int) -> ShardFile:
-    pieces: dict[int, int] = {}  # where a tensor begins in the file → its piece
-    for extent in shard.extents:
-        for segment in extent.segments:
-            pieces[extent.offset + segment.extent_offset - segment.source_offset] = segment.piece
-    lying = [_PlacedTensor(p, holdings[pieces[p.begin]]) for p in shard.placements if p.spec.nbytes]
-    header = b"".join(extent.header for extent in shard.extents)
+    placed = zip(shard.placements, shard.pieces, strict=True)
+    lying = [_HeldTensor(place, holdings[piece]) for place, piece in placed if place.spec.nbytes]
     spans = _joined(_spans(lying, shard.nbytes, rank))
-    extents = tuple(_extents(number, spans, header, lying, extent_bytes))
+    mine = [PlacedTensor(item.placement, item.holding.local, item.holding.begin) for item in lying]
+    extents = tuple(extents_of(number, spans, shard.header, mine, extent_bytes))
     return replace(shard, extents=extents, multi_writer=sum(extent.nbytes for extent in extents) != shard.nbytes)
 
 
-def _spans(lying: Sequence[_PlacedTensor], nbytes: int, rank: int) -> Iterator[tuple[int, int]]:
+def _spans(lying: Sequence[_HeldTensor], nbytes: int, rank: int) -> Iterator[tuple[int, int]]:
     """Yield this rank's byte ranges of the file, in order."""
     begin = 0  # of the stretch that ``holders`` hold; the header belongs to the first
     holders: tuple[int, ...] | None = None
@@ -167,36 +170,3 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             found.append((begin, end))
     return found
-
-
-def _extents(
-    number: int, spans: Sequence[tuple[int, int]], header: bytes, lying: Sequence[_PlacedTensor], extent_bytes: int
-) -> Iterator[Extent]:
-    """Cut spans into extents where an undivided file would be cut too, so that none is larger than its extents."""
-    ends = [item.placement.end for item in lying]
-    for low, high in spans:
-        begin = low
-        while begin < high:
-            end = min(high, (begin // extent_bytes + 1) * extent_bytes)
-            block_offset = begin % ALIGNMENT_BYTES
-            segments: list[Segment] = []
-            cuts: set[int] = set()
-            at = bisect.bisect_right(ends, begin)
-            while at < len(lying) and lying[at].placement.begin < end:
-                place, holding = lying[at].placement, lying[at].holding
-                start, stop = max(begin, place.begin), min(end, place.end)
-                source = start - place.begin - holding.begin
-                segments.append(Segment(holding.local, source, block_offset + start - begin, stop - start))
-                offsets = (place.begin + cut for cut in parts.boundaries(place.spec))
-                cuts.update(offset - begin for offset in offsets if begin < offset < end)
-                at += 1
-            yield Extent(
-                number,
-                begin,
-                end - begin,
-                header[begin:end],
-                tuple(segments),
-                block_offset=block_offset,
-                digest_boundaries=tuple(sorted(cuts)),
-            )
-            begin = end

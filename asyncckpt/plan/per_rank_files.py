@@ -108,4 +108,4 @@ def _placed(shard: ShardFile, component: str, parts: Sequence[_Part], *, mine_he
     extents = tuple(
         replace(extent, segments=tuple(map(local, extent.segments))) for extent in (shard.extents if mine_here else ())
     )
-    return replace(shard, component=component, placements=placements, extents=extents)
+    return replace(shard, component=component, placements=placements, extents=extents, pieces=())

@@ -50,7 +50,7 @@ def test_every_byte_is_written_once_by_a_rank_that_has_it(
     tensors: list[tuple[tuple[int, ...], str]], parts: int, copies: int
 ) -> None:
     ranks = parts * copies
-    specs = [simulation.spec(i, shape) for i, (shape, _) in enumerate(tensors)]
+    specs = [simulation.spec_of(f"t{i}", shape) for i, (shape, _) in enumerate(tensors)]
     plan = _layout(specs)
     held = []
     for spec, (_, spread) in zip(specs, tensors, strict=True):
@@ -89,10 +89,10 @@ def _loads(divisions: Sequence[Division]) -> list[int]:
 
 def test_copies_are_divided_evenly() -> None:
     """The tensors of a transformer, on every rank."""
-    specs = [simulation.spec(0, (50257, 64))]
+    specs = [simulation.spec_of("t0", (50257, 64))]
     for _ in range(6):
         for shape in ((256, 64), (64,), (64, 64), (768, 512), (512, 768), (768,), (768,)):
-            specs.append(simulation.spec(len(specs), shape))
+            specs.append(simulation.spec_of(f"t{len(specs)}", shape))
     plan = _layout(specs)
     for ranks in (2, 3, 4, 8):
         held = [RowOwners((0, spec.shape[0]), (tuple(range(ranks)),)) for spec in specs]
@@ -102,7 +102,7 @@ def test_copies_are_divided_evenly() -> None:
 
 def test_rows_on_two_groups_of_ranks_are_divided_between_both() -> None:
     """HSDP: each part lies on two ranks."""
-    specs = [simulation.spec(i, (4096, 1024)) for i in range(4)]
+    specs = [simulation.spec_of(f"t{i}", (4096, 1024)) for i in range(4)]
     held = [simulation.dealt(4096, 4, 2) for _ in specs]
     loads = _loads(_parts(_layout(specs), specs, held, 8))
     assert max(loads) <= 1.05 * sum(loads) / 8, loads

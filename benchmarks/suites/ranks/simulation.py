@@ -32,14 +32,15 @@ class Planning:
 def model(tensors: int) -> list[TensorSpec]:
     """Make specs like a transformer's, fp32."""
     rng = random.Random(1)
-    return [spec(number, rng.choice(_SHAPES)) for number in range(tensors)]
+    return [spec_of(f"t{number}", rng.choice(_SHAPES)) for number in range(tensors)]
 
 
-def spec(number: int, shape: tuple[int, ...]) -> TensorSpec:
+def spec_of(name: str, shape: tuple[int, ...]) -> TensorSpec:
+    """Describe an fp32 tensor."""
     nbytes = 4
     for size in shape:
         nbytes *= size
-    return TensorSpec(f"t{number}", "F32", shape, nbytes)
+    return TensorSpec(name, "F32", shape, nbytes)
 
 
 def dealt(rows: int, parts: int, copies: int) -> RowOwners:

@@ -1,0 +1,111 @@
+"""``python -m benchmarks scale`` simulates large jobs, runs real ranks on this host, and prints the bars."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.harness import environment
+from benchmarks.harness.figures import Row, spread
+from benchmarks.harness.report import tell
+from benchmarks.harness.results import Result, Table
+from benchmarks.suites.light.bars import cells
+from benchmarks.suites.scale import simulated
+
+TITLE = "Thousands of ranks"
+HEAD = ("figure", "bar", "measured: median (min..max)", "met")
+SIZES = (2, 16, 32)
+_TIMEOUT_SECONDS = 600.0
+_SHOWN_CHARACTERS = 4000
+_PLAN_BAR_SECONDS = 1.0
+_MERGE_BARS = {(19_200, 16): 0.1, (100_000, 16): 0.5}
+
+
+def run(
+    directory: Path, rounds: int, out: Path | None, as_json: bool, console: Console, sizes: Sequence[int] = SIZES
+) -> Result:
+    """Measure, print and return the result; progress goes to stderr. ``sizes``: the jobs of real ranks. ``out`` is the
+    folder for ``scale.json`` and ``scale.md``. Raises ``RuntimeError`` where a job fails."""
+    progress = Console(stderr=True)
+    progress.print("planning and merging, simulated")
+    plans, merges = simulated.plans(), simulated.merges()
+    jobs: list[dict[str, Any]] = []
+    for number in range(rounds):
+        for ranks in sizes:
+            progress.print(f"round {number + 1}: {ranks} ranks")
+            jobs.append(run_job(ranks, directory))
+    rows = [*map(_plan, plans), *map(_merge, merges), *(row for ranks in sizes for row in _job(ranks, jobs))]
+    described = environment.describe(str(directory))
+    data = {
+        "options": {"suite": "scale", "rounds": rounds},
+        "bars": [asdict(row) for row in rows],
+        "plans": plans,
+        "merges": merges,
+        "jobs": jobs,
+    }
+    tables = [Table(TITLE, HEAD, [cells(row) for row in rows])]
+    asked = f"python -m benchmarks scale --rounds {rounds}"
+    result = Result("scale", asked, described, tables, f"{environment.sentence(described)}.", data)
+    tell(result, [row.met for row in rows], console, out=out, as_json=as_json)
+    return result
+
+
+def run_job(ranks: int, directory: Path) -> dict[str, Any]:
+    """Return what a job of so many processes reports. Blocks. Raises ``RuntimeError`` with the end of its output where
+    it fails."""
+    with tempfile.TemporaryDirectory(prefix="asyncckpt-bench-", dir=directory) as folder:
+        events = Path(folder) / "events.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "benchmarks.suites.scale.worker", str(Path(folder) / "run"), str(events)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        if done.returncode:
+            raise RuntimeError(f"{ranks} ranks failed with {done.returncode}:\n{done.stderr[-_SHOWN_CHARACTERS:]}")
+        found: dict[str, Any] = json.loads(events.read_text())
+        return found
+
+
+def _plan(event: dict[str, Any]) -> Row:
+    text = (
+        f"{event['seconds']:.2f} s, {event['grown_bytes'] / 2**20:.0f} MiB; {event['tensors']:,} tensors in "
+        f"{event['files']:,} files, of which it opens {event['opened']:,} and writes {event['extents']:,} extents"
+    )
+    return Row(f"a rank's first plan, {event['job']}", "<= 1 s", text, event["seconds"] <= _PLAN_BAR_SECONDS)
+
+
+def _merge(event: dict[str, Any]) -> Row:
+    parameters, stages = event["parameters"], event["stages"]
+    bar = _MERGE_BARS.get((parameters, stages))
+    met = None if bar is None else event["seconds"] <= bar
+    figure = f"uniting the optimizers of {stages} stages, {parameters:,} parameters"
+    return Row(figure, f"<= {bar:g} s" if bar else "reported", f"{event['seconds']:.3f} s", met)
+
+
+def _job(ranks: int, jobs: Sequence[dict[str, Any]]) -> list[Row]:
+    found = [job for job in jobs if job["ranks"] == ranks]
+    rows: list[Row] = []
+    largest = ranks == max(job["ranks"] for job in jobs)
+    phases = (("prepare", "ready", 2.0), ("returned 2", "second save() returned", 0.05))
+    for phase, what, bar in (*phases, ("durable 2", "second save durable", None), ("restore", "restored", None)):
+        seconds = spread(job[phase] for job in found)
+        if seconds is None:
+            continue
+        met = seconds.median <= bar if largest and bar is not None else None
+        text = f"<= {bar:g} s" if met is not None else "reported"
+        rows.append(Row(f"{ranks} ranks on this host: {what}, slowest", text, seconds.text(3, unit=" s"), met))
+    return rows

@@ -1,0 +1,73 @@
+"""The product's own planning and merging, with ranks that are made up. Times are processor time: other programs on the
+machine do not count."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+from asyncckpt import formats
+from asyncckpt.codecs import codecs
+from asyncckpt.plan import layout
+from asyncckpt.plan.partition import divide
+from asyncckpt.ranks.merging import merge_trees
+from asyncckpt.types import LayoutOptions
+from benchmarks.suites.scale.models import JOBS, components, holdings
+
+#: Parameters, and the pipeline stages that hold parts of them.
+MERGES = ((4_800, 16), (19_200, 16), (100_000, 16), (19_200, 300))
+_RANK = 5
+
+
+def plans() -> list[dict[str, Any]]:
+    """Plan a rank's part of each job's first save."""
+    found: list[dict[str, Any]] = []
+    options = LayoutOptions()
+    for job in JOBS:
+        known = components(job.shapes())
+        held = holdings(job, [spec for _, specs in known for spec in specs], _RANK)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.process_time()
+        planned = layout.plan(known, formats.get("safetensors"), codecs.get("none"), options)
+        part = divide(planned, held, _RANK, options.extent_bytes)
+        seconds = time.process_time() - began
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        extents = part.layout.extents()
+        found.append(
+            {
+                "job": job.name,
+                "seconds": seconds,
+                "grown_bytes": grown << 10,
+                "tensors": len(held),
+                "files": len(planned.shards),
+                "opened": sum(bool(shard.extents) for shard in part.layout.shards),
+                "extents": len(extents),
+                "nbytes": sum(extent.nbytes for extent in extents),
+            }
+        )
+    return found
+
+
+def merges() -> list[dict[str, Any]]:
+    """Unite the trees that the optimizers of pipeline stages report."""
+    found: list[dict[str, Any]] = []
+    for parameters, stages in MERGES:
+        trees = [(stage, _tree(stage, parameters // stages)) for stage in range(stages)]
+        began = time.process_time()
+        united = merge_trees("optimizer", "optimizer", trees, {})
+        seconds = time.process_time() - began
+        if not isinstance(united, dict) or len(united["state"]) != parameters:  # type: ignore[arg-type]
+            raise LookupError("parameters were lost")
+        found.append({"parameters": parameters, "stages": stages, "seconds": seconds})
+    return found
+
+
+def _tree(stage: int, count: int) -> Any:
+    names = [f"layers.{stage}.{number}.weight" for number in range(count)]
+    state = {
+        name: {key: {"$": "tensor", "v": f"state.{name}.{key}"} for key in ("step", "exp_avg", "exp_avg_sq")}
+        for name in names
+    }
+    group = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "params": names}
+    return {"state": state, "param_groups": [group]}
