@@ -27,7 +27,7 @@ from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 from asyncckpt.read.verify import Progress, required_components, verify
 from asyncckpt.restoring import RestoresState
 from asyncckpt.storage import open_store
-from asyncckpt.types import MANIFEST_FILE
+from asyncckpt.types import MANIFEST_FILE, Holder
 
 # restore/ imports torch, which those who only look at a run do not wait for: the methods import it
 if TYPE_CHECKING:
@@ -174,6 +174,12 @@ class Run(RestoresState):
         seconds = round(time.perf_counter() - began, 6)
         note(self._store, "verify", entry.step, entry.name, nbytes=entry.nbytes, seconds=seconds, **found)
         return damage
+
+    def holder(self) -> Holder | None:
+        """Return who is recorded as the writer of the run, None where nobody is. It is a record, no lock: a writer that
+        was killed is recorded until the next one comes. Blocks on the disk."""
+        with storage_errors(self.path):
+            return self._store.holder()
 
     def journal(self) -> list[JournalEntry]:
         """Return the lines of the journal that the run keeps beside its checkpoints, the oldest first; none where it

@@ -18,10 +18,12 @@ from asyncckpt.cli.demo import demo
 from asyncckpt.cli.diff import diff
 from asyncckpt.cli.doctor import doctor
 from asyncckpt.cli.export import export
+from asyncckpt.cli.follow import follow
 from asyncckpt.cli.importing import import_
 from asyncckpt.cli.ls import ls
 from asyncckpt.cli.pin import pin, unpin
 from asyncckpt.cli.prune import prune
+from asyncckpt.cli.report import report
 from asyncckpt.cli.show import show
 from asyncckpt.cli.thin import thin
 from asyncckpt.cli.verify import verify
@@ -29,7 +31,7 @@ from asyncckpt.manifest.environment import version
 
 #: Panels of ``--help`` group the verbs by what a user wants, in this order.
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Look": (ls, show, best, diff),
+    "Look": (ls, show, best, diff, report, follow),
     "Check": (verify, doctor),
     "Change": (pin, unpin, annotate, prune, thin),
     "Combine": (average, copy),

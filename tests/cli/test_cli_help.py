@@ -30,7 +30,7 @@ def test_verbs_stand_in_panels_the_demo_in_the_last() -> None:
             rows.setdefault(panel, []).append(verb[1])
     rows.pop("Options", None)
     assert rows == {
-        "Look": ["ls", "show", "best", "diff"],
+        "Look": ["ls", "show", "best", "diff", "report", "follow"],
         "Check": ["verify", "doctor"],
         "Change": ["pin", "unpin", "annotate", "prune", "thin"],
         "Combine": ["average", "copy"],

@@ -27,9 +27,12 @@ from asyncckpt import (
     Run,
     RunOptions,
     Safetensors,
+    StepExists,
     Zarr,
 )
 from asyncckpt.cli.app import app
+from asyncckpt.commit import pruner
+from asyncckpt.commit.thinner import thin as thin_one
 from asyncckpt.derive import thin
 from asyncckpt.events import Event, ThinnedOut
 from asyncckpt.protocols import Capability
@@ -227,6 +230,28 @@ def test_a_weights_only_save_of_the_step_is_another_checkpoint(tmp_path: Path) -
     assert [entry.name for entry in Run(run.path).ls()] == [
         "weights-step-00000002", "weights-step-00000002+2", "step-00000003"
     ]  # fmt: skip
+
+
+def test_a_step_that_was_thinned_out_is_saved(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "run", keep=[KeepLast(1), KeepEvery(2, weights_only=True)]) as run:
+        save(run, 1, 2, 3)
+        run.wait()  # retention comes after the save is acknowledged
+        with pytest.raises(StepExists, match="already saved as weights-step-00000002"):
+            run.save(2, state(2), weights_only=True)
+
+
+def test_one_that_is_pinned_meanwhile_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pin_first(*arguments: Any) -> Any:
+        Run(tmp_path / "run").pin(2)
+        return thin_one(*arguments)
+
+    monkeypatch.setattr(pruner, "thin", pin_first)
+    with Checkpointer(tmp_path / "run", keep=[KeepLast(1), KeepEvery(2, weights_only=True)]) as run:
+        save(run, 1, 2, 3)
+        run.wait()
+        assert (2, "full") in rows(tmp_path / "run")
+        run.prune()
+    assert rows(tmp_path / "run") == [(2, "full"), (2, "weights"), (3, "full")]
 
 
 def test_what_cannot_be_thinned_out_is_kept_whole_and_said_once(
