@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan faults nfs coverage lint docs bench bench-micro clean
+.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan test-ray faults nfs coverage lint docs bench bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +45,9 @@ test-deepspeed: $(VENV)-deepspeed/.installed    ## the adapter to DeepSpeed
 
 test-torchtitan: $(VENV)-torchtitan/.installed  ## the adapter to torchtitan (slow)
 	OMP_NUM_THREADS=1 $(VENV)-torchtitan/bin/python -m pytest -m 'frameworks and slow' tests/frameworks/test_torchtitan.py
+
+test-ray: $(VENV)-ray/.installed                ## the recipe for Ray Train (slow)
+	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -m 'frameworks and slow' tests/frameworks/test_launchers.py
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000

@@ -20,7 +20,7 @@ import asyncckpt
 pytestmark = [pytest.mark.frameworks, pytest.mark.timeout(600)]
 
 SCRIPT = Path(__file__).parent / "elastic_training.py"
-_PATIENCE_SECONDS = 180.0
+_PATIENCE_SECONDS = 120.0
 
 
 def _free_port() -> int:
@@ -29,11 +29,16 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _agent(out: Path, port: int, nodes: str, seconds: float, *, restarts: int = 3) -> subprocess.Popen[bytes]:
+def _agent(out: Path, port: int, nodes: str, seconds: float, *, hosts: bool = True) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--local-addr=127.0.0.1"]
-    command += ["--rdzv-conf", "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120"]
-    command += [f"--max-restarts={restarts}", "--monitor-interval=0.2", str(SCRIPT), str(out), str(seconds)]
+    patience = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120"
+    command += [
+        "--rdzv-conf",
+        f"{patience},is_host={int(hosts)}",
+        "--max-restarts=3",
+    ]  # who hosts the store has to live
+    command += ["--monitor-interval=0.2", str(SCRIPT), str(out), str(seconds)]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     with (out / f"agent-{time.monotonic_ns()}.log").open("wb") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -93,7 +98,7 @@ def test_agent_starts_workers_again_with_another_number_of_them(tmp_path: Path) 
     port = _free_port()
     first = _agent(tmp_path, port, "1:2", 0.4)
     with _ended(first):
-        second = _agent(tmp_path, port, "1:2", 0.4)
+        second = _agent(tmp_path, port, "1:2", 0.4, hosts=False)
         with _ended(second):
             _wait("two ranks", lambda: any(ranks == 2 for ranks, _ in _starts(tmp_path)), tmp_path)
             begun = len(_starts(tmp_path))
