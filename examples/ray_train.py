@@ -1,6 +1,6 @@
 """Train with Ray Train on two workers; checkpoints are written in the background, and Ray knows of them.
 
-python examples/ray_train.py --out runs/ray --storage runs/ray-results
+python examples/ray_train.py --storage runs/ray --name gpt
 """
 
 from __future__ import annotations
@@ -49,18 +49,20 @@ def train(config: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", default="runs/ray")
-    parser.add_argument("--storage", default="runs/ray-results")
+    parser.add_argument("--storage", default="runs/ray", help="what all workers see")
+    parser.add_argument("--name", default="gpt", help="the experiment's")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--fail", action="store_true", help="lose a worker once")
     given = parser.parse_args()
+    storage = os.path.abspath(given.storage)
+    out = os.path.join(storage, given.name, "run")  # Ray takes no checkpoint from outside the experiment's directory
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     trainer = TorchTrainer(
         train,
-        train_loop_config={"out": os.path.abspath(given.out), "steps": given.steps, "fail": given.fail},
+        train_loop_config={"out": out, "steps": given.steps, "fail": given.fail},
         scaling_config=ray.train.ScalingConfig(num_workers=2),
         run_config=ray.train.RunConfig(
-            storage_path=os.path.abspath(given.storage), failure_config=ray.train.FailureConfig(max_failures=1)
+            storage_path=storage, name=given.name, failure_config=ray.train.FailureConfig(max_failures=1)
         ),
     )
     result = trainer.fit()

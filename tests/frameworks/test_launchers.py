@@ -158,5 +158,5 @@ def test_ray_train_starts_workers_again_and_knows_the_checkpoint(tmp_path: Path)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_TRAIN_V2_ENABLED": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert f"best checkpoint: {tmp_path}/run/step-" in done.stdout
+    assert f"best checkpoint: {tmp_path}/gpt/run/step-" in done.stdout
     assert "went on from step 4" in done.stdout
