@@ -149,10 +149,8 @@ def test_ray_train_starts_workers_again_and_knows_the_checkpoint(tmp_path: Path)
     command = [
         sys.executable,
         str(script),
-        "--out",
-        str(tmp_path / "run"),
         "--storage",
-        str(tmp_path / "ray"),
+        str(tmp_path),
         "--fail",
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RAY_TRAIN_V2_ENABLED": "1"}
