@@ -157,4 +157,4 @@ def test_ray_train_starts_workers_again_and_knows_the_checkpoint(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert f"best checkpoint: {tmp_path}/gpt/run/step-" in done.stdout
-    assert "went on from step 4" in done.stdout
+    assert "went on from step 4" in done.stdout + done.stderr
