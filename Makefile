@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan test-tensorflow faults nfs coverage lint docs bench bench-micro clean
+.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan test-ray test-tensorflow faults nfs coverage lint docs bench \
+	bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,9 @@ test-torchtitan: $(VENV)-torchtitan/.installed  ## the adapter to torchtitan (sl
 
 test-tensorflow: $(VENV)-tensorflow/.installed  ## conversions from and to TensorFlow (1.5 GB to install)
 	$(VENV)-tensorflow/bin/python -m pytest -m 'slow or not slow' tests/convert/test_tensorflow.py
+
+test-ray: $(VENV)-ray/.installed                ## the recipe for Ray Train (slow)
+	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -m 'frameworks and slow' tests/frameworks/test_launchers.py
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000

@@ -323,6 +323,12 @@ class Checkpointer(RunOwnership):
         if report.whole:  # a part of a state, or weights alone, sends training nowhere
             self._steps.rewind_to(report.step, report.attempt)
 
+    @property
+    def preempting(self) -> bool:
+        """Whether a preemption signal has come to this process: the next steps save and leave. Ask where no step comes
+        for long, in an evaluation say, and break off. Never blocks; other ranks may not have been signalled."""
+        return self._triggers.signals is not None and self._triggers.signals.received is not None
+
     def unfinished(self) -> int:
         """Count the saves that have not ended; 0 after ``close`` and in a forked child. Never blocks."""
         return len(self._in_flight.all()) if os.getpid() == self._pid and not self._closed else 0

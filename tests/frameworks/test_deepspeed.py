@@ -30,13 +30,15 @@ pytestmark = [
 ]
 
 MODES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
-#: Building DeepSpeed's operator, which it does at the first training of a machine, takes minutes.
+#: Building DeepSpeed's operator, which it does at the first training, takes a minute or two.
 LONG = 600.0
 
 
 @pytest.fixture(scope="module")
-def crews() -> Iterator[Crews]:
+def crews(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crews]:
     os.environ["DS_ACCELERATOR"] = "cpu"
+    # a process that is killed while it loads DeepSpeed's operator leaves a lock, for which all others wait for ever
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("operators"))
     harness.CONTEXT.set_forkserver_preload(["torch._dynamo", "deepspeed", "asyncckpt.checkpointer"])
     kept = Crews()
     yield kept
@@ -213,7 +215,7 @@ def test_values_of_deepspeeds_own_come_back_and_no_others_are_made() -> None:
             from_plain(forged, "file")
 
 
-def test_example_goes_on(tmp_path: Path) -> None:
+def test_example_goes_on(crews: Crews, tmp_path: Path) -> None:
     script = Path(__file__).parent.parent.parent / "examples" / "deepspeed_loop.py"
     for steps, first in ((10, 0), (15, 10)):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
