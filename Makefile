@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-frameworks test-deepspeed test-torchtitan test-ray test-tensorflow faults nfs coverage lint docs bench \
+.PHONY: demo test test-slow test-frameworks test-frameworks-newest test-deepspeed test-torchtitan test-ray test-tensorflow faults nfs coverage lint docs bench \
 	bench-micro clean
 
 $(STAMP): pyproject.toml constraints.txt
@@ -52,6 +52,17 @@ test-tensorflow: $(VENV)-tensorflow/.installed  ## conversions from and to Tenso
 
 test-ray: $(VENV)-ray/.installed                ## the recipe for Ray Train (slow)
 	OMP_NUM_THREADS=1 $(VENV)-ray/bin/python -m pytest -m 'frameworks and slow' tests/frameworks/test_launchers.py
+
+# The newest versions of those libraries, in an environment of its own; torch stays the one of constraints.txt
+NEWEST ?= .venv-newest
+test-frameworks-newest:   ## the same with the newest release of each library, and what they are; constraints.txt holds the pins
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEWEST)/torch.txt \
+		--editable '.[frameworks]'
+	$(NEWEST)/bin/python -m pip list | grep -iE '^(accelerate|lightning|peft|torch|transformers|trl) '
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -m 'frameworks and not slow' tests/frameworks
 
 # Counts of `make faults`; each can be given: `make faults SIGKILLS=500`
 SIGKILLS ?= 5000

@@ -21,6 +21,7 @@ from benchmarks.suites.codecs import command, whole_saves
 from benchmarks.suites.light import command as light_command
 from benchmarks.suites.ranks import command as ranks_command
 from benchmarks.suites.scale import command as scale_command
+from benchmarks.suites.trainers import command as trainers_command
 
 _EPILOG = "`python -m benchmarks tables FILE...` prints the tables of recorded results, as Markdown."
 app = typer.Typer(add_completion=False, help="Measure the engine against the device and against its peers.")
@@ -39,6 +40,7 @@ class Suite(StrEnum):
     light = "light"
     average = "average"
     scale = "scale"
+    trainers = "trainers"
 
 
 def _console() -> Console:
@@ -57,9 +59,7 @@ def _codecs(directory: Path, rounds: int, out: Path | None, as_json: bool) -> Re
 def bench(
     suite: Annotated[
         Suite,
-        typer.Argument(
-            help="engine: its bars; codecs, ranks, light, scale, average: theirs; the others: a part of engine"
-        ),
+        typer.Argument(help="engine, codecs, ranks, light, scale, average, trainers: their bars; else a part"),
     ] = Suite.engine,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes a peer, by turns")] = 3,
     size: Annotated[str, typer.Option(help=f"the state: {', '.join(SIZES)}")] = "gpt2",
@@ -97,6 +97,10 @@ def bench(
     if suite is Suite.light:
         measured = light_command.QUICK_JOBS if size == "small" else light_command.JOBS
         _keep(light_command.run(Path(target), rounds, folder, as_json, _console(), measured), record)
+        return
+    if suite is Suite.trainers:
+        sizes = trainers_command.QUICK if size == "small" else trainers_command.FULL
+        _keep(trainers_command.run(Path(target), rounds, folder, as_json, _console(), sizes), record)
         return
     described = environment.describe(target)
     progress = Console(stderr=True)

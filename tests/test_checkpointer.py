@@ -366,3 +366,10 @@ def test_a_relative_path_stays_where_it_was_when_the_program_changes_its_directo
         events.close()
     assert os.listdir(tmp_path / "elsewhere") == []
     assert run.path == str(tmp_path / "run")
+
+
+def test_loss_that_training_has_computed_is_a_metric_as_it_is(tmp_path: Path) -> None:
+    loss = torch.ones(3, requires_grad=True).sum()
+    with Checkpointer(tmp_path) as run:
+        run.save(1, STATE, metrics={"loss": loss})
+    assert run.ls()[0].metrics == {"loss": 3.0}

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import asyncckpt
 from asyncckpt import errors
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_everything_exported_exists_and_nothing_twice() -> None:
@@ -46,6 +51,26 @@ def test_every_error_is_exported_typed_and_a_builtin_too() -> None:
 
 def test_the_package_is_typed() -> None:
     assert Path(asyncckpt.__file__).with_name("py.typed").exists()
+
+
+def test_every_pin_is_in_the_range_that_is_promised_and_is_what_the_pages_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(name): version
+        for name, _, version in (line.partition("==") for line in lines if "==" in line)
+    }
+    ranges = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    for wanted in map(Requirement, ranges):
+        pin = pins.get(canonicalize_name(wanted.name))
+        assert pin is None or pin in wanted.specifier, (
+            f"constraints.txt has {wanted.name} {pin}, pyproject.toml {wanted}"
+        )
+    adapters = ("transformers", "lightning", "accelerate")
+    assert {*adapters, "trl", "peft"} <= pins.keys()
+    for name in adapters:
+        page = (ROOT / "docs" / "trainers" / f"{name}.md").read_text()
+        assert f"tested with {name.capitalize()} {pins[name]}" in page
 
 
 def test_importing_the_core_imports_no_extra() -> None:

@@ -224,7 +224,7 @@ def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
         raise InvalidOption(f"metrics must map names to numbers, as in {{'loss': 0.3}}, not {metrics!r:.80}")
     for name, value in (metrics or {}).items():
         try:
-            found[str(name)] = float(value)
+            found[str(name)] = float(value.detach() if hasattr(value, "detach") else value)  # torch warns of a loss
         except (TypeError, ValueError) as error:
             raise InvalidOption(f"metrics[{name!r}] is no number: {value!r:.80}") from error
     return found

@@ -77,6 +77,9 @@ def export(
     trainer: Annotated[
         bool, typer.Option("--trainer", help="a folder that the plain Trainer of Transformers resumes from")
     ] = False,
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="with --trainer: for one with FSDP 2 and full state dicts, its default")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="overwrite TARGET")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -90,9 +93,13 @@ def export(
                 raise InvalidOption("--trainer takes the whole state as it is: leave the other options out")
             from asyncckpt.convert.trainer_folder import export_for_trainer
 
-            number, nbytes = read(open_run(run), step, lambda entry, one: (entry.step, export_for_trainer(one, out)))
+            number, nbytes = read(
+                open_run(run), step, lambda entry, one: (entry.step, export_for_trainer(one, out, fsdp=fsdp))
+            )
             _tell(number, out, nbytes, "trainer", json)
             return
+        if fsdp:
+            raise InvalidOption("--fsdp says what --trainer writes: give that, too")
         if every and component is not None:
             raise InvalidOption("give --all or --component, not both")
         if hf and format is not None:

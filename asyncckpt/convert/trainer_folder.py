@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import struct
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +18,15 @@ from asyncckpt.errors import InvalidOption, RunPathError
 from asyncckpt.integrations.output_dir import MODEL, NOTICES, OPTIMIZER, RANDOM, SCALER, SCHEDULER, STATE_ASSET
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.restore.load import load
+from asyncckpt.state.rank_names import rank_name
 from asyncckpt.storage import local_path
 from asyncckpt.storage.posix import PosixOps
 
-_RANDOM_OF_RANK: Final = re.compile(RANDOM + r"\+(\d+)\Z")
 
-
-def export_for_trainer(checkpoint: OpenCheckpoint, out: str | os.PathLike[str]) -> int:
+def export_for_trainer(checkpoint: OpenCheckpoint, out: str | os.PathLike[str], *, fsdp: bool = False) -> int:
     """Write an open checkpoint of ``AsyncCheckpointMixin`` as a folder that ``Trainer.train(resume_from_checkpoint=…)``
     takes, and return its size in bytes. Call the folder ``checkpoint-N`` for the trainer to find it by itself.
+    ``fsdp``: for a trainer with FSDP 2 and full state dicts, its default; others refuse that folder.
 
     Every byte read is verified, and the folder appears whole or not at all, fsynced. Blocks, and holds the tensors in
     memory. Raises ``InvalidOption`` for a checkpoint that no such trainer wrote whole, ``RunPathError`` (the folder
@@ -51,8 +50,12 @@ def export_for_trainer(checkpoint: OpenCheckpoint, out: str | os.PathLike[str]) 
             if name not in NOTICES:
                 (temp / name).parent.mkdir(parents=True, exist_ok=True)
                 (temp / name).write_bytes(data)
-        _write_weights(checkpoint, temp)
-        torch.save(_packed(load(checkpoint, OPTIMIZER, None)), temp / "optimizer.pt")
+        if fsdp:  # there parameters have their names in the optimizer's state, too
+            torch.save(_of_fsdp(checkpoint), temp / "pytorch_model_fsdp.bin")
+            torch.save(load(checkpoint, OPTIMIZER, None), temp / "optimizer.bin")
+        else:
+            _write_weights(checkpoint, temp)
+            torch.save(_packed(load(checkpoint, OPTIMIZER, None)), temp / "optimizer.pt")
         torch.save(load(checkpoint, SCHEDULER, None), temp / "scheduler.pt")
         if SCALER in records:
             torch.save(load(checkpoint, SCALER, None), temp / "scaler.pt")
@@ -83,6 +86,13 @@ def _write_weights(checkpoint: OpenCheckpoint, folder: Path) -> None:
         save_file(weights, folder / file, metadata={"format": "pt"})
 
 
+def _of_fsdp(checkpoint: OpenCheckpoint) -> dict[str, Any]:
+    """Return the model's weights, tied ones under each of their names. Raises ``InvalidOption`` for adapters."""
+    if MODEL not in checkpoint.manifest.components:
+        raise InvalidOption(f"{checkpoint.path}: it has adapters, which cannot be exported for FSDP; leave that out")
+    return dict(load(checkpoint, MODEL, None))
+
+
 def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return an optimizer's state with parameters numbered in the order of its groups, as ``state_dict`` has them."""
     numbers: dict[str, int] = {}
@@ -96,15 +106,13 @@ def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_random(checkpoint: OpenCheckpoint, folder: Path) -> None:
     """Write the random numbers of each rank as the trainer reads them."""
-    ranks = {0: RANDOM}
-    for name in checkpoint.manifest.components:
-        found = _RANDOM_OF_RANK.match(name)
-        if found:
-            ranks[int(found[1])] = name
+    there = checkpoint.manifest.components
     alone = checkpoint.manifest.world_size == 1
-    for rank, name in ranks.items():
+    for rank in range(checkpoint.manifest.world_size):
+        own = rank_name(RANDOM, rank)  # stored where it differs from rank 0's
+        state = load(checkpoint, own if own in there else RANDOM, None)
         file = "rng_state.pth" if alone else f"rng_state_{rank}.pth"
-        torch.save(_generators(load(checkpoint, name, None), alone=alone), folder / file)
+        torch.save(_generators(state, alone=alone), folder / file)
 
 
 def _generators(saved: Mapping[str, Any], *, alone: bool) -> dict[str, Any]:

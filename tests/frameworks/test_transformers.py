@@ -344,8 +344,9 @@ def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_ranks_that_stopped_end_as_those_that_did_not(kind: str, tmp_path: Path) -> None:
-    """They go on from the plain trainer's checkpoint, too, and the plain trainer refuses theirs."""
-    assert on_ranks("transformers_on_ranks.py", tmp_path, kind) == [[True, True, True]] * 2
+    """They go on from the plain trainer's checkpoint, too; the plain trainer does so from an export, and refuses
+    what is not exported."""
+    assert on_ranks("transformers_on_ranks.py", tmp_path, kind) == [[True, True, True, True]] * 2
     run = Run(tmp_path / "ours")
     assert [entry.step for entry in run.ls()] == [3, 6, 9, 12]
     opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-12")

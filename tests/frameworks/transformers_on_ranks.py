@@ -17,6 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from frameworks.fsdp_on_cpu import local, use_fsdp_on_cpu
 from support.tiny_transformers import AsyncTrainer, StopAt, bits, same, trainer, transformers
 
+from asyncckpt import Run
+from asyncckpt.convert.trainer_folder import export_for_trainer
+
 #: With sharded checkpoints, the plain trainer's are of many files, which no rank reads in whole.
 FSDP2 = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
 
@@ -39,13 +42,21 @@ def main(folder: Path, kind: str) -> None:
     resumed = trained(folder / "ours", AsyncTrainer, options, resume=True)
     trained(folder / "mixed", plain, options, 8)
     gone_on = trained(folder / "mixed", AsyncTrainer, options, resume=True)
+    if dist.get_rank() == 0:
+        (folder / "exported").mkdir()
+        run = Run(folder / "ours")
+        with run.open_entry(next(entry for entry in run.ls() if entry.step == 6)) as opened:
+            export_for_trainer(opened, folder / "exported" / "checkpoint-6", fsdp=kind == "fsdp2")
+    dist.barrier()
+    full = options | ({"fsdp_config": FSDP2 | {"state_dict_type": "FULL_STATE_DICT"}} if options else {})
+    exported = trained(folder / "exported", plain, full, resume=True)
     refused = False
     try:
         trained(folder / "ours", plain, options | {"max_steps": 20}, resume=True)
     except Exception:
         refused = True
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, [same(resumed, expected), same(gone_on, expected), refused])
+    dist.all_gather_object(found, [*(same(one, expected) for one in (resumed, gone_on, exported)), refused])
     if dist.get_rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     # gloo's thread lets go of the gathered tensors while this one waits: at exit that would abort the process

@@ -1,0 +1,1 @@
+"""What saves take of a training inside other libraries' trainers: their own saves and ours, by turns."""
