@@ -37,19 +37,21 @@ def run(
     folder for ``scale.json`` and ``scale.md``. Raises ``RuntimeError`` where a job fails."""
     progress = Console(stderr=True)
     progress.print("planning and merging, simulated")
-    plans, merges = simulated.plans(), simulated.merges()
+    plans, merges, leaders = simulated.plans(), simulated.merges(), simulated.leaders()
     jobs: list[dict[str, Any]] = []
     for number in range(rounds):
         for ranks in sizes:
             progress.print(f"round {number + 1}: {ranks} ranks")
             jobs.append(run_job(ranks, directory))
-    rows = [*map(_plan, plans), *map(_merge, merges), *(row for ranks in sizes for row in _job(ranks, jobs))]
+    made_up = [*map(_plan, plans), *map(_merge, merges), *map(_leader, leaders)]
+    rows = [*made_up, *(row for ranks in sizes for row in _job(ranks, jobs))]
     described = environment.describe(str(directory))
     data = {
         "options": {"suite": "scale", "rounds": rounds},
         "bars": [asdict(row) for row in rows],
         "plans": plans,
         "merges": merges,
+        "leaders": leaders,
         "jobs": jobs,
     }
     tables = [Table(TITLE, HEAD, [cells(row) for row in rows])]
@@ -94,6 +96,11 @@ def _merge(event: dict[str, Any]) -> Row:
     met = None if bar is None else event["seconds"] <= bar
     figure = f"uniting the optimizers of {stages} stages, {parameters:,} parameters"
     return Row(figure, f"<= {bar:g} s" if bar else "reported", f"{event['seconds']:.3f} s", met)
+
+
+def _leader(event: dict[str, Any]) -> Row:
+    text = f"{event['seconds']:.2f} s, {event['nbytes'] / 1e6:.1f} MB of manifest"
+    return Row(f"rank 0 merges {event['ranks']:,} ranks x {event['extents']} extents", "reported", text, None)
 
 
 def _job(ranks: int, jobs: Sequence[dict[str, Any]]) -> list[Row]:

@@ -3,21 +3,28 @@ machine do not count."""
 
 from __future__ import annotations
 
+import json
 import resource
 import time
 from typing import Any
 
 from asyncckpt import formats
 from asyncckpt.codecs import codecs
+from asyncckpt.manifest.json import file_to_json
 from asyncckpt.plan import layout
 from asyncckpt.plan.partition import divide
 from asyncckpt.ranks.merging import merge_trees
+from asyncckpt.ranks.shared_files import merge_files
 from asyncckpt.types import LayoutOptions
 from benchmarks.suites.scale.models import JOBS, components, holdings
 
 #: Parameters, and the pipeline stages that hold parts of them.
 MERGES = ((4_800, 16), (19_200, 16), (100_000, 16), (19_200, 300))
+#: Ranks, and the extents that each reports.
+LEADERS = ((64, 999), (512, 999))
 _RANK = 5
+_FILES = 9
+_EXTENT_BYTES = 1 << 20
 
 
 def plans() -> list[dict[str, Any]]:
@@ -61,6 +68,32 @@ def merges() -> list[dict[str, Any]]:
             raise LookupError("parameters were lost")
         found.append({"parameters": parameters, "stages": stages, "seconds": seconds})
     return found
+
+
+def leaders() -> list[dict[str, Any]]:
+    """Merge what ranks report of the files that they write together, and make the text that the manifest has of it."""
+    found: list[dict[str, Any]] = []
+    for ranks, extents in LEADERS:
+        reports = [_report(rank, ranks, extents) for rank in range(ranks)]
+        began = time.process_time()
+        records = merge_files(reports, 1)
+        text = json.dumps([file_to_json(record) for record in records], separators=(",", ":"))
+        seconds = time.process_time() - began
+        found.append({"ranks": ranks, "extents": extents, "seconds": seconds, "nbytes": len(text)})
+    return found
+
+
+def _report(rank: int, ranks: int, extents: int) -> dict[str, Any]:
+    """Return the rows of one rank, whose extents lie between those of the others in each of a few files."""
+    files = []
+    for number in range(_FILES):
+        count = extents // _FILES
+        rows = [
+            [(at * ranks + rank) * _EXTENT_BYTES, _EXTENT_BYTES, f"{rank * count + at:032x}"] for at in range(count)
+        ]
+        nbytes = count * ranks * _EXTENT_BYTES
+        files.append({"name": f"model-{number:05d}.safetensors", "nbytes": nbytes, "extents": rows})
+    return {"files": files}
 
 
 def _tree(stage: int, count: int) -> Any:
