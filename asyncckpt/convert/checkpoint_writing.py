@@ -51,7 +51,7 @@ class CheckpointWriting:
         overwrite: bool,
         digest: str,
         metrics: Mapping[str, float],
-        origin: dict[str, JsonValue],
+        origin: Callable[[], dict[str, JsonValue]],
         before: Callable[[], None],
     ) -> str:
         store = open_store(run)
@@ -82,7 +82,7 @@ class CheckpointWriting:
                 layout=self.layout.fingerprint,
                 metrics=metrics,
                 config=None,
-                environment={**environment.record(), "imported": origin},
+                environment={**environment.record(), "imported": origin()},
                 files=(*files, *(manifests.whole_file(file, body, self.take) for file, body in small.items())),
                 components={},
                 least_version=manifests.version_of_values(small[manifests.STATE_FILE], None),

@@ -75,12 +75,17 @@ def write_gguf(job: Export) -> None:
         begin = _aligned(begin + one.nbytes, writer.data_alignment)
     memory = job.output.mapped(path, begin)
     direct = [(one, one.view(memory, at)) for one, at in zip(tensors, places, strict=True) if one.kind != "Q8_0"]
-    fill_places(job.checkpoint, [Place(one.item.record, view) for one, view in direct], job.progress)
+    at = dict(zip((one.name for one in tensors), places, strict=True))
+    filled = [
+        Place(one.item.record, view, path=path if one.keeps_order() else None, offset=at[one.name])
+        for one, view in direct
+    ]
+    fill_places(job.checkpoint, filled, job.progress)
     check_overflow(job.checkpoint, [(one.as_item(), view) for one, view in direct])
     blocks = [(one, at) for one, at in zip(tensors, places, strict=True) if one.kind == "Q8_0"]
     total, done = sum(one.item.count for one, _ in blocks), 0
-    for one, at in blocks:
-        one.quantize(job, library, memory[at : at + one.nbytes])
+    for one, begin in blocks:
+        one.quantize(job, library, memory[begin : begin + one.nbytes])
         done += one.item.count
         job.progress("quantizing", done, total)
     _tell_fallbacks(job, tensors, kind)
@@ -148,6 +153,11 @@ class _Tensor:
         """Return the place for the tensor in the file, in the order of Transformers."""
         found = view_at(memory, begin, self.kind, self.shape)
         return found if self.architecture is None else self.architecture.hf_view(self.name, found)
+
+    def keeps_order(self) -> bool:
+        """Return whether the elements lie in the file in the order that they were stored in."""
+        of = self.architecture
+        return of is None or not (of.heads_of(self.name) or of.is_transposed(self.name))
 
     def quantize(self, job: Export, library: Any, memory: torch.Tensor) -> None:
         """Fill the tensor's bytes with blocks of Q8_0, a piece at a time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,16 +80,19 @@ def import_source(
         raise InvalidOption(f"{source.path}: there is nothing in it to import")
     assets = join_assets({}, source.assets, _ASSET_BYTES)
     check_names(assets)
-    for check in source.checks:
-        check(progress)
-    files_read = source.digests("sha256" if digest == "sha256" else digests.DEFAULT, progress)
-    origin: dict[str, JsonValue] = {
-        "format": source.format,
-        "path": os.path.abspath(source.path),
-        "files": {name: dict(one) for name, one in files_read.items()},
-        **({"metadata": dict(source.metadata)} if source.metadata else {}),
-        **({"dropped": list(skipped)} if skipped else {}),
-    }
+
+    def verified() -> dict[str, JsonValue]:
+        for check in source.checks:
+            check(progress)
+        files_read = source.digests("sha256" if digest == "sha256" else digests.DEFAULT, progress)
+        return {
+            "format": source.format,
+            "path": os.path.abspath(source.path),
+            "files": {name: dict(one) for name, one in files_read.items()},
+            **({"metadata": dict(source.metadata)} if source.metadata else {}),
+            **({"dropped": list(skipped)} if skipped else {}),
+        }
+
     layout = plan(
         tuple((one.name, tuple(piece.spec for piece in one.pieces)) for one in snapshots),
         SafetensorsFormat(),
@@ -96,17 +100,20 @@ def import_source(
         LayoutOptions(),
     )
     writing = CheckpointWriting(snapshots, tensors, layout, assets, take, progress)
-    path = writing.write(
-        os.fspath(run),
-        step,
-        overwrite=overwrite,
-        digest=digest,
-        metrics=source.metrics if metrics is None else metrics,
-        origin=origin,
-        before=source.check_unchanged,
-    )
+    # beside the writing, which reads the same bytes: whatever it finds is known before anything is published
+    with ThreadPoolExecutor(1, "asyncckpt-source") as beside:
+        origin = beside.submit(verified)
+        path = writing.write(
+            os.fspath(run),
+            step,
+            overwrite=overwrite,
+            digest=digest,
+            metrics=source.metrics if metrics is None else metrics,
+            origin=origin.result,
+            before=source.check_unchanged,
+        )
     kinds = {one.name: one.kind for one in snapshots}
-    return Imported(path, step, len(tensors), layout.nbytes, kinds, skipped, tuple(source.notes), origin)
+    return Imported(path, step, len(tensors), layout.nbytes, kinds, skipped, tuple(source.notes), origin.result())
 
 
 # -- what becomes of the source's values -------------------------------------------------------------------------------

@@ -1,5 +1,4 @@
-"""Checkpoints of ZeRO in, made by hand: parts that end within parameters, frozen and shared ones, nothing executed.
-``tests/frameworks/test_deepspeed_import.py`` compares with DeepSpeed's own script."""
+"""Checkpoints of ZeRO in, made by hand: parts that end within parameters, frozen and shared ones, nothing executed."""
 
 from __future__ import annotations
 
