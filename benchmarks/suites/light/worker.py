@@ -145,14 +145,17 @@ def eager(directory: str, state: State, repeats: int) -> Events:
         ceiling.close()
 
 
-def durable(directory: str, state: State, repeats: int, budget_bytes: int | None = None) -> Events:
+def durable(
+    directory: str, state: State, repeats: int, writer: WriterOptions = _WRITER, budget_bytes: int | None = None
+) -> Events:
     """Measure saves that nothing else waits for, and raw writes of the same bytes, by turns; those from small pages,
     too, as the memory is that a background process writes from."""
     ceiling = Ceiling(all_tensors(state), os.path.join(directory, "huge"))
     small = Ceiling(all_tensors(state), os.path.join(directory, "small"), small_pages=True)
     try:
         options = StagingOptions(budget_bytes=budget_bytes) if budget_bytes else StagingOptions()
-        with Checkpointer(os.path.join(directory, "run"), keep=KeepLast(1), staging=options) as checkpointer:
+        run = os.path.join(directory, "run")
+        with Checkpointer(run, keep=KeepLast(1), staging=options, writer=writer) as checkpointer:
             checkpointer.watch(state["optimizer"])
             raw = ceiling.write()
             for step in range(1, repeats + WARM_SAVES + 1):
@@ -173,9 +176,9 @@ def durable(directory: str, state: State, repeats: int, budget_bytes: int | None
         small.close()
 
 
-def budget(directory: str, state: State, repeats: int) -> Events:
+def budget(directory: str, state: State, repeats: int, writer: WriterOptions = _WRITER) -> Events:
     """Measure ``durable`` with staging memory that holds a small part of the state."""
-    return durable(directory, state, repeats, budget_bytes=256 << 20)
+    return durable(directory, state, repeats, writer, budget_bytes=256 << 20)
 
 
 def first_step(directory: str, state: State, repeats: int) -> Events:
@@ -246,7 +249,7 @@ def main() -> None:
     parser.add_argument("--tensors", type=int, default=600)
     parser.add_argument("--items", type=int, default=256, help="float32 values of a tensor")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--process", choices=("auto", "always", "never"), help="who writes, for interpreter and loops")
+    parser.add_argument("--process", choices=("auto", "always", "never"), help="who writes; not for all scenarios")
     options = parser.parse_args()
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
