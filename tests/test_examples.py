@@ -21,7 +21,14 @@ def steps(run: Path) -> list[int]:
 
 def test_there_is_a_test_for_every_example() -> None:
     """Those of trainers are in frameworks/; ``pretrain_fsdp2`` has its own: ranks/test_example_fsdp2.py."""
-    own = {"pretrain_fsdp2", "lightning_trainer", "accelerate_loop", "transformers_trainer", "deepspeed_loop"}
+    own = {
+        "pretrain_fsdp2",
+        "lightning_trainer",
+        "accelerate_loop",
+        "transformers_trainer",
+        "deepspeed_loop",
+        "ray_train",
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {"minimal", "own_loop", "finetune"} | own
 
 
