@@ -296,6 +296,13 @@ def _parameter_class(data: Any = None, *_: Any) -> Any:
     return data
 
 
+def _zero_stage(number: Any = None, *_: Any) -> int:
+    """Stands in for DeepSpeed's enumeration of ZeRO's stages."""
+    if type(number) is not int:
+        raise pickle.UnpicklingError("a stage of ZeRO that is no number")
+    return number
+
+
 _FUNCTIONS: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("torch._utils", "_rebuild_tensor"): _rebuild,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
@@ -308,6 +315,7 @@ _FUNCTIONS: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("torch", "Size"): _size,
     ("_codecs", "encode"): _latin1,
     ("collections", "defaultdict"): _defaultdict,
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _zero_stage,
 }
 _REBUILDING: Final = (_rebuild, _rebuild_of_dtype, _parameter)
 

@@ -19,6 +19,8 @@ from support import harness
 from support.harness import Crews, Me
 
 import asyncckpt
+from asyncckpt import Run
+from asyncckpt.convert.formats import import_checkpoint
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -223,3 +225,16 @@ def test_example_goes_on(crews: Crews, tmp_path: Path) -> None:
         environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
         done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False, env=environment)
         assert f"steps {first} to {steps}" in done.stdout, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
+def test_the_import_of_zero_agrees_with_zero_to_fp32(stage: int, dtype: str, crews: Crews, tmp_path: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    ends(crews, folder=str(tmp_path), stage=stage, dtype=dtype, ours=False, last=4)
+    done = import_checkpoint(tmp_path / "saved", tmp_path / "run", 4)
+    wanted = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "saved"))
+    found = Run(tmp_path / "run").load(component="model")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) and found[name].dtype == wanted[name].dtype for name in wanted)
+    assert any(f"ZeRO {stage}, 2 ranks" in note for note in done.notes)
