@@ -48,6 +48,9 @@ _WAYS_OUT = {
     errno.EROFS: "The file system is read-only, which it may have become by an error: check it, remount it, save again",
 }
 
+#: Whoever deletes a run may have come to this save's directory first: so long it is looked whether the run goes, too.
+_DELETION_SECONDS = 1.0
+
 
 class SaveTransaction:
     """One attempt to write one checkpoint. Thread-safe: extents arrive from staging, are written by the pool, and
@@ -201,7 +204,8 @@ class SaveTransaction:
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
             return error
         path = self._directory.path
-        if isinstance(error, FileNotFoundError) and self._directory.run_is_gone():
+        patience_seconds = _DELETION_SECONDS if self.contents.draft.world_size == 1 else 0.0  # rank 0 deletes attempts
+        if isinstance(error, FileNotFoundError) and self._directory.run_is_gone(patience_seconds):
             return run_is_gone(self._directory.run)
         code = error.errno if isinstance(error, OSError) else None
         if isinstance(error, OSError) and code in (errno.ENOSPC, errno.EDQUOT):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store
 from asyncckpt.scope import SaveScope
@@ -11,6 +12,7 @@ from asyncckpt.write.unchanged import Unchanged
 
 #: What a checkpoint needs on disk beyond its tensors, for the space estimate.
 _SMALL_FILES_BYTES = 4 << 20
+_LOOK_SECONDS = 0.02
 
 
 class SaveDirectory:
@@ -53,11 +55,17 @@ class SaveDirectory:
         """The run's address."""
         return self._store.address
 
-    def run_is_gone(self) -> bool:
-        """Whether the run's own record of who holds it is not there any more. Blocks on the disk."""
-        with contextlib.suppress(OSError):
-            return self._store.holder() is None
-        return False
+    def run_is_gone(self, patience_seconds: float) -> bool:
+        """Whether the run's own record of who holds it is not there any more, or goes within so many seconds. Blocks on
+        the disk."""
+        give_up = time.monotonic() + patience_seconds
+        while True:
+            with contextlib.suppress(OSError):
+                if self._store.holder() is None:
+                    return True
+            if time.monotonic() >= give_up:
+                return False
+            time.sleep(_LOOK_SECONDS)
 
     def open(self) -> PendingDirectory:
         """Return the directory, and make it the first time. Blocks on the disk. Raises ``NotEnoughSpace``, and what
