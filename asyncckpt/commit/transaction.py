@@ -20,7 +20,14 @@ from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.codecs.digests import second as second_digest
 from asyncckpt.commit.publication import publish
 from asyncckpt.commit.publisher import Publisher
-from asyncckpt.errors import AsyncCkptError, NotEnoughSpace, SaveAbandoned, SaveFailed, UnsupportedValue
+from asyncckpt.errors import (
+    AsyncCkptError,
+    CheckpointDamaged,
+    NotEnoughSpace,
+    SaveAbandoned,
+    SaveFailed,
+    UnsupportedValue,
+)
 from asyncckpt.events import EventBus, Written
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents, _components_json, _state_json
@@ -49,7 +56,7 @@ _WAYS_OUT = {
 }
 
 #: Whoever deletes a run may have come to this save's directory first: so long it is looked whether the run goes, too.
-_DELETION_SECONDS = 1.0
+_DELETION_SECONDS = 0.3
 
 
 class SaveTransaction:
@@ -201,12 +208,14 @@ class SaveTransaction:
     def typed(self, error: BaseException) -> BaseException:
         """Return the error of this library that says what an error of the storage means for this save. May look at the
         disk."""
+        # rank 0 of a job deletes attempts; a checkpoint that files were to be taken over from goes with its run, too
+        patience_seconds = _DELETION_SECONDS if self.contents.draft.world_size == 1 else 0.0
+        missing = isinstance(error, FileNotFoundError | CheckpointDamaged)
+        if missing and self._directory.run_is_gone(patience_seconds):
+            return run_is_gone(self._directory.run)
         if isinstance(error, AsyncCkptError) or not isinstance(error, Exception):
             return error
         path = self._directory.path
-        patience_seconds = _DELETION_SECONDS if self.contents.draft.world_size == 1 else 0.0  # rank 0 deletes attempts
-        if isinstance(error, FileNotFoundError) and self._directory.run_is_gone(patience_seconds):
-            return run_is_gone(self._directory.run)
         code = error.errno if isinstance(error, OSError) else None
         if isinstance(error, OSError) and code in (errno.ENOSPC, errno.EDQUOT):
             return NotEnoughSpace(
