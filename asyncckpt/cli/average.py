@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt.cli.common import LATEST, JsonOption, RunArgument, clean, console, exits, open_run, print_json, size
+from asyncckpt.cli.common import LATEST, JsonOption, RunArgument, clean, console, exits, open_run, print_json
 from asyncckpt.cli.progress import reading
 from asyncckpt.errors import InvalidOption
+from asyncckpt.report.quantities import size
 
 Steps = Annotated[list[str] | None, typer.Argument(metavar="[STEP]…", help="two or more steps or names")]
 Weights = Annotated[str | None, typer.Option(metavar="W,W,…", help="one weight for each STEP, such as 1,2,1")]

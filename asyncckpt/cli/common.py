@@ -31,6 +31,7 @@ from asyncckpt.errors import (
 )
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.opening import OpenCheckpoint
+from asyncckpt.report.quantities import size
 from asyncckpt.run import Run
 from asyncckpt.storage import scheme_of
 
@@ -267,14 +268,10 @@ def _strict(value: Any) -> Any:
     return value
 
 
-def size(nbytes: int) -> str:
-    """Format bytes for people, in decimal units like disks."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
+def first_cells(entry: CheckpointInfo) -> tuple[str, ...]:
+    """Return what tables of checkpoints begin with: step, name, kind, size, age and metrics."""
+    saved = age(entry.created_unix_seconds) if entry.created_unix_seconds else ""
+    return str(entry.step), clean(entry.name), entry.kind, size(entry.nbytes), saved, numbers(entry.metrics)
 
 
 def age(unix_seconds: float) -> str:

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, find, open_run, print_json, size
+from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, find, open_run, print_json
 from asyncckpt.cli.progress import reading
+from asyncckpt.report.quantities import size
 
 Target = Annotated[str, typer.Argument(metavar="DEST", help="the run directory to copy to", show_default=False)]
 Steps = Annotated[list[str] | None, typer.Argument(metavar="[STEP]…", help="steps or names; all where none is given")]

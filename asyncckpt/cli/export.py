@@ -20,7 +20,6 @@ from asyncckpt.cli.common import (
     open_run,
     print_json,
     read,
-    size,
 )
 from asyncckpt.cli.conversions import (
     DropOption,
@@ -32,6 +31,7 @@ from asyncckpt.cli.conversions import (
 )
 from asyncckpt.errors import InvalidOption
 from asyncckpt.read.opening import OpenCheckpoint
+from asyncckpt.report.quantities import size
 
 if TYPE_CHECKING:
     from asyncckpt.convert.exporting import Exported

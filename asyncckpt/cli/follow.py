@@ -15,8 +15,9 @@ from rich.text import Text
 
 from asyncckpt.catalog.journal import JournalEntry
 from asyncckpt.catalog.listing import CheckpointInfo
-from asyncckpt.cli.common import RunArgument, age, checkpoints, clean, console, exits, numbers, open_run, size
+from asyncckpt.cli.common import RunArgument, age, checkpoints, clean, console, exits, first_cells, open_run
 from asyncckpt.errors import InvalidOption, StorageFailed
+from asyncckpt.report.quantities import size
 from asyncckpt.run import Run
 
 #: The newest checkpoints and the last lines that are shown.
@@ -87,12 +88,7 @@ def _checkpoints(entries: Sequence[CheckpointInfo]) -> Table:
     for entry in entries[-_ROWS:]:
         state = "pinned" if entry.pinned else "ok"
         table.add_row(
-            str(entry.step),
-            clean(entry.name),
-            entry.kind,
-            size(entry.nbytes),
-            age(entry.created_unix_seconds) if entry.created_unix_seconds else "",
-            numbers(entry.metrics),
+            *first_cells(entry),
             Text(state, "green") if entry.damage is None else Text("damaged", "red"),
         )
     return table

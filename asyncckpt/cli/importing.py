@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, errors, exits, print_json, size
+from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, errors, exits, print_json
 from asyncckpt.cli.conversions import (
     DropOption,
     ExcludeOption,
@@ -16,6 +16,7 @@ from asyncckpt.cli.conversions import (
     reporting,
     selection_of,
 )
+from asyncckpt.report.quantities import size
 
 
 def import_(

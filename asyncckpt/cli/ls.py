@@ -9,16 +9,14 @@ from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.cli.common import (
     JsonOption,
     RunArgument,
-    age,
     as_json,
     checkpoints,
     clean,
     console,
     exits,
-    numbers,
+    first_cells,
     open_run,
     print_json,
-    size,
 )
 
 _DERIVED = {"average": "an average of others", "thin": "thinned out"}
@@ -51,12 +49,7 @@ def ls(run: RunArgument, json: JsonOption = False) -> None:
         for entry in entries:
             good = entry.damage is None
             table.add_row(
-                str(entry.step),
-                clean(entry.name),
-                entry.kind,
-                size(entry.nbytes),
-                age(entry.created_unix_seconds) if entry.created_unix_seconds else "",
-                numbers(entry.metrics),
+                *first_cells(entry),
                 "pinned" if entry.pinned else "",
                 Text(_good(entry), "green") if good else Text.assemble(("damaged", "red"), f": {clean(entry.damage)}"),
             )

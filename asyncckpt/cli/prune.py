@@ -22,10 +22,10 @@ from asyncckpt.cli.common import (
     exits,
     open_run,
     print_json,
-    size,
     verified,
 )
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, InvalidOption
+from asyncckpt.report.quantities import size
 from asyncckpt.run import Run
 
 

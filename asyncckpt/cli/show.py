@@ -24,10 +24,10 @@ from asyncckpt.cli.common import (
     open_run,
     print_json,
     read,
-    size,
 )
 from asyncckpt.manifest.records import ComponentRecord, Manifest
 from asyncckpt.read.opening import OpenCheckpoint
+from asyncckpt.report.quantities import size
 
 #: Only so many are shown, because a zarr checkpoint has two files a tensor.
 _FILES_SHOWN = 40

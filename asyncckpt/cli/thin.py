@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json, size
+from asyncckpt.cli.common import JsonOption, RunArgument, clean, console, exits, open_run, print_json
 from asyncckpt.cli.progress import reading
 from asyncckpt.errors import InvalidOption
+from asyncckpt.report.quantities import size
 
 Steps = Annotated[list[int] | None, typer.Argument(metavar="[STEP]…", help="thin these out, not all but the newest")]
 

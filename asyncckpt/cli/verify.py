@@ -22,13 +22,13 @@ from asyncckpt.cli.common import (
     find_all,
     open_run,
     print_json,
-    size,
     verified,
 )
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.manifest.json import check_expected
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.verify import required_components
+from asyncckpt.report.quantities import size
 
 _LOOKS = 20
 

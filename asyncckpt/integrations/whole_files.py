@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from asyncckpt.storage.posix import PosixOps
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: bool) -> None:
     """Have ``write`` make a file, which appears whole or not at all, in the place of what is there. ``durable``: so
@@ -25,13 +27,4 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, durable: boo
             temporary.unlink()
         raise
     if durable:
-        sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make what was created, renamed and removed in a directory survive a power loss. Blocks on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        PosixOps().fsync_directory(str(path.parent))

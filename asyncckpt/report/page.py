@@ -15,6 +15,7 @@ from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.errors import MissingExtra, RunPathError
 from asyncckpt.manifest.environment import version
 from asyncckpt.report.facts import Facts, gather
+from asyncckpt.report.quantities import size
 from asyncckpt.run import Run
 
 _ROWS = 200
@@ -112,13 +113,13 @@ def _head(facts: Facts) -> str:
     compressed = sum(point.compressed_bytes or 0 for point in facts.points)
     cards: list[tuple[str, str, bool]] = [
         (str(len(usable)), "usable checkpoints", not usable),
-        (_size(sum(entry.nbytes for entry in usable)), "in their files", False),
+        (size(sum(entry.nbytes for entry in usable)), "in their files", False),
         (str(facts.count("save")), "saves in the journal", False),
         (_seconds(facts.median("stall_seconds")), "training stalls, median", False),
         (_seconds(facts.median("durable_seconds")), "until durable, median", False),
         (_speed(facts.median("gigabytes_a_second")), "written, median", False),
-        (_size(linked), "linked, not written", False),
-        (_size(compressed), "saved by compression", False),
+        (size(linked), "linked, not written", False),
+        (size(compressed), "saved by compression", False),
         (str(facts.count("failed")), "failed saves", facts.count("failed") > 0),
         (str(facts.count("fallback")), "fall-backs", facts.count("fallback") > 0),
         (str(damaged), "damaged now", damaged > 0),
@@ -181,7 +182,7 @@ def _checkpoints(entries: Sequence[CheckpointInfo]) -> str:
             str(entry.step),
             _text(entry.name),
             _text(entry.kind),
-            _size(entry.nbytes),
+            size(entry.nbytes),
             made,
             _text(metrics),
             state,
@@ -205,15 +206,6 @@ def _text(value: Any) -> str:
 
 def _bad(value: Any) -> str:
     return f'<span class="bad-text">{_text(value)}</span>'
-
-
-def _size(nbytes: float) -> str:
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
 
 
 def _seconds(value: float | None) -> str:

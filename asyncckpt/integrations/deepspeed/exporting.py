@@ -11,7 +11,8 @@ import torch
 from asyncckpt.errors import CheckpointNotFound, RunPathError
 from asyncckpt.integrations.deepspeed.loading import load_file
 from asyncckpt.integrations.deepspeed.tags import LATEST, check_tag
-from asyncckpt.integrations.whole_files import sync_directory, write_whole
+from asyncckpt.integrations.whole_files import write_whole
+from asyncckpt.storage.posix import PosixOps
 
 
 def export(save_dir: str | os.PathLike[str], out: str | os.PathLike[str], tag: str | None = None) -> Path:
@@ -42,6 +43,6 @@ def export(save_dir: str | os.PathLike[str], out: str | os.PathLike[str], tag: s
     except BaseException:
         shutil.rmtree(partly, ignore_errors=True)
         raise
-    sync_directory(Path(out))
+    PosixOps().fsync_directory(os.fspath(out))
     write_whole(Path(out) / LATEST, lambda file: file.write(tag.encode()), durable=True)
     return target

@@ -4,7 +4,6 @@ run has the checkpoint; ``latest`` is DeepSpeed's own."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,17 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
-from asyncckpt.errors import CheckpointNotFound, InvalidOption, RunPathError
-from asyncckpt.integrations.whole_files import sync_directory, write_whole
+from asyncckpt.errors import CheckpointNotFound, InvalidOption
+from asyncckpt.integrations.name_files import name_text, read_names
+from asyncckpt.integrations.whole_files import write_whole
 from asyncckpt.run import Run
+from asyncckpt.storage.posix import PosixOps
 
 #: The folder of a run. A training that goes back to an earlier step than the run has reached gets a run of its own,
 #: with a number at the end, so that no checkpoint takes another one's place.
 FOLDER: Final = "asyncckpt-run"
 LATEST: Final = "latest"
-_BEGINNING: Final = b'{"asyncckpt-deepspeed": '
-_VERSION: Final = 1
-_MOST_BYTES: Final = 4096
+_KIND: Final = "asyncckpt-deepspeed"
 _ABOUT: Final = (
     "This is no torch file: it names a checkpoint of the run beside its directory. Load it with an engine that "
     "asyncckpt.integrations.deepspeed.attach was called on, or make DeepSpeed's files with its export."
@@ -71,20 +70,10 @@ def newest_step(run: Path) -> int:
 def read_place(path: Path) -> Place | None:
     """Return where a file of a tag is stored; None where it is no file of ours, or there is none. Raises
     ``RunPathError`` for one that is damaged, or of a version that is unknown."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    found = read_names(path, _KIND, ("run", "tag", "file"))
+    if found is None:
         return None
-    if not data.startswith(_BEGINNING):
-        return None
-    try:
-        fields = json.loads(data)
-        version, run, tag, name = (fields[key] for key in ("asyncckpt-deepspeed", "run", "tag", "file"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunPathError(f"{path}: the name of a checkpoint in it is damaged; look for its run beside it") from error
-    if version != _VERSION or not all(type(one) is str for one in (run, tag, name)) or run != os.path.basename(run):
-        raise RunPathError(f"{path}: it names a checkpoint in a way of another version; update asyncckpt")
+    run, tag, name = found
     return Place(path.parent.parent / run, tag, name)
 
 
@@ -101,13 +90,12 @@ def publish(directory: Path, tag: str, run: str, names: Sequence[str], *, latest
     there = directory / tag
     there.mkdir(exist_ok=True)
     for name in names:
-        fields = {"asyncckpt-deepspeed": _VERSION, "run": run, "tag": tag, "file": name, "about": _ABOUT}
-        text = (json.dumps(fields) + "\n").encode()
+        text = name_text(_KIND, _ABOUT, run=run, tag=tag, file=name)
         write_whole(there / name, lambda file, text=text: file.write(text), durable=True)  # type: ignore[misc]
     for name in set(os.listdir(there)) - set(names):  # of a save of this tag with more ranks
         if read_place(there / name) is not None:
             (there / name).unlink()
-    sync_directory(directory)
+    PosixOps().fsync_directory(str(directory))
     if latest:
         write_whole(directory / LATEST, lambda file: file.write(tag.encode()), durable=True)
 

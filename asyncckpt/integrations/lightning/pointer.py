@@ -3,18 +3,16 @@ which run is meant, so ``torch.load`` refuses it at once, and nothing is ever re
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from asyncckpt.errors import RunPathError
+from asyncckpt.integrations.name_files import name_text, read_names
 from asyncckpt.integrations.whole_files import write_whole
 
-_BEGINNING: Final = b'{"asyncckpt-pointer": '
-_VERSION: Final = 1
-_MOST_BYTES: Final = 4096
+_KIND: Final = "asyncckpt-pointer"
 _ABOUT: Final = (
     "This is no torch file: it names a checkpoint of the run beside it. Open it with a Trainer that has "
     "plugins=[AsyncckptIO()], or make a torch file of it with asyncckpt.integrations.lightning.export."
@@ -30,28 +28,14 @@ class Pointer:
 
     def text(self) -> bytes:
         """Return the bytes of the file."""
-        fields = {"asyncckpt-pointer": _VERSION, "run": self.run, "name": self.name, "about": _ABOUT}
-        return (json.dumps(fields) + "\n").encode()
+        return name_text(_KIND, _ABOUT, run=self.run, name=self.name)
 
 
 def read_pointer(path: Path) -> Pointer | None:
     """Return the pointer that this file is, whatever links lead to it; None for any other file, for a directory, and
     where there is nothing. Raises ``RunPathError`` for a pointer that is damaged, or of a version that is unknown."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        return None
-    if not data.startswith(_BEGINNING):
-        return None
-    try:
-        fields = json.loads(data)
-        version, run, name = fields["asyncckpt-pointer"], fields["run"], fields["name"]
-    except (ValueError, KeyError) as error:
-        raise RunPathError(f"{path}: this pointer to a checkpoint is damaged; look for its run beside it") from error
-    if version != _VERSION or type(name) is not str or type(run) is not str or run != os.path.basename(run):
-        raise RunPathError(f"{path}: this pointer to a checkpoint is of another version; update asyncckpt")
-    return Pointer(run, name)
+    found = read_names(path, _KIND, ("run", "name"))
+    return None if found is None else Pointer(*found)
 
 
 def write_pointer(path: Path, pointer: Pointer, *, durable: bool) -> None:
