@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -19,6 +18,7 @@ import torch
 from asyncckpt.convert import torch_pickle
 from asyncckpt.convert.source import Progress, Source, SourceComponent, module
 from asyncckpt.convert.tensors import FileTensor, SourceTensor, ViewTensor
+from asyncckpt.convert.torch_archive import TorchArchive, end_of
 from asyncckpt.convert.torch_pickle import TensorStandIn
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.state.dtypes import CODES
@@ -70,8 +70,8 @@ def _tensor(source: Source, path: str, tensor: TensorStandIn, place: _Place) -> 
     begin, nbytes = place(tensor.storage.key)
     if 0 in tensor.size:
         return ViewTensor(torch.empty(tensor.size, dtype=tensor.dtype))
-    last = tensor.offset + sum((count - 1) * step for count, step in zip(tensor.size, tensor.stride, strict=True))
-    if (last + 1) * item > nbytes:
+    end = end_of(tensor.offset, tensor.size, tensor.stride)
+    if end * item > nbytes:
         raise CheckpointDamaged(f"{path}: a tensor reaches beyond its storage {tensor.storage.key!r:.40}")
     fd, _ = source.open_file(path)
     expected = 1
@@ -81,7 +81,7 @@ def _tensor(source: Source, path: str, tensor: TensorStandIn, place: _Place) -> 
         expected *= count
     if plain:
         return FileTensor(code, tensor.size, fd, begin + tensor.offset * item, path)
-    data = source.map_file(path)[begin : begin + (last + 1) * item]
+    data = source.map_file(path)[begin : begin + end * item]
     bytes_ = torch.frombuffer(data, dtype=torch.uint8)
     if begin % item:  # the old kind of file does not align its storages
         bytes_ = bytes_.clone()
@@ -91,58 +91,20 @@ def _tensor(source: Source, path: str, tensor: TensorStandIn, place: _Place) -> 
 # -- zipped files ------------------------------------------------------------------------------------------------------
 def _zipped(source: Source, path: str) -> tuple[Any, _Place]:
     fd, size = source.open_file(path)
-    try:
-        with os.fdopen(os.dup(fd), "rb") as file, zipfile.ZipFile(file) as archive:
-            entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if "data.pkl" not in entries or entries["data.pkl"].file_size > _MAX_PICKLE_BYTES:
-                raise CheckpointDamaged(
-                    f"{path}: an archive without a pickle of a sensible size, so none of torch.save"
-                )
-            if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
-                raise CheckpointDamaged(f"{path}: a compressed archive, which torch.save does not make")
-            if "constants.pkl" in entries:
-                raise CheckpointDamaged(
-                    f"{path}: a TorchScript program, not a file of torch.save; save its state_dict() with torch.save"
-                )
-            begin, length = _data_of(fd, entries["data.pkl"], size, path)
-            body = os.pread(fd, length, begin)  # without the archive's checksum, which torch can be told not to write
-            order = entries.get("byteorder")
-            if order is not None and os.pread(fd, order.file_size, _data_of(fd, order, size, path)[0]) != b"little":
-                raise CheckpointDamaged(f"{path}: written on a machine of another byte order")
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        if isinstance(error, CheckpointDamaged):
-            raise
-        raise CheckpointDamaged(f"{path}: no archive of torch.save ({error!s:.200})") from error
-
-    def place(key: str) -> tuple[int, int]:
-        info = entries.get(f"data/{key}")
-        if info is None:
-            raise CheckpointDamaged(f"{path}: storage {key!r:.40} is missing")
-        return _data_of(fd, info, size, path)
-
-    source.checks.append(lambda progress: _check_sums(source, path, entries, progress))
-    return torch_pickle.unpickle_bytes(body, path), place
+    with os.fdopen(os.dup(fd), "rb") as file:
+        archive = TorchArchive(file, lambda at, count: os.pread(fd, count, at), size, path, _MAX_PICKLE_BYTES)
+    source.checks.append(lambda progress: _check_sums(source, path, archive, progress))
+    return torch_pickle.unpickle_bytes(archive.pickle, path), archive.storage
 
 
-def _data_of(fd: int, info: zipfile.ZipInfo, size: int, path: str) -> tuple[int, int]:
-    """Return where the data of an entry begins in the file, and its size."""
-    head = os.pread(fd, 30, info.header_offset)
-    if len(head) < 30 or head[:4] != b"PK\3\4":
-        raise CheckpointDamaged(f"{path}: {info.filename!r:.80} is not where the archive's list says")
-    begin = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-    if begin + info.file_size > size:
-        raise CheckpointDamaged(f"{path}: {info.filename!r:.80} is cut off")
-    return begin, info.file_size
-
-
-def _check_sums(source: Source, path: str, entries: Mapping[str, zipfile.ZipInfo], progress: Progress) -> None:
+def _check_sums(source: Source, path: str, archive: TorchArchive, progress: Progress) -> None:
     """Compare the entries with their checksums. An entry whose checksum is 0 has none: torch can be told so."""
-    fd, size = source.open_file(path)
-    total, done = sum(info.file_size for info in entries.values()), 0
+    fd, _ = source.open_file(path)
+    total, done = sum(info.file_size for info in archive.entries.values()), 0
     buffer = memoryview(bytearray(_PIECE_BYTES))
     unproven = 0
-    for info in entries.values():
-        begin, nbytes = _data_of(fd, info, size, path)
+    for name, info in archive.entries.items():
+        begin, nbytes = archive.place(name)
         found, at = 0, 0
         while at < nbytes and info.CRC:
             got = os.preadv(fd, [buffer[: min(len(buffer), nbytes - at)]], begin + at)

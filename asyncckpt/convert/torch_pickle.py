@@ -21,11 +21,13 @@ from typing import Any, ClassVar, Final, Self
 import numpy as np
 import torch
 
+from asyncckpt.convert.torch_archive import is_place
 from asyncckpt.errors import CheckpointDamaged
 
 #: The limit holds for the objects in one file: through references a few bytes can make more than any memory holds.
 MAX_OBJECTS: Final = 5_000_000
-_STORAGES: Final = {
+#: The storages that pickles of torch name.
+STORAGES: Final = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -157,7 +159,8 @@ def _numpy_scalar(dtype: Any, data: Any) -> Any:
     return np.frombuffer(data, dtype.dtype(), 1)[0]
 
 
-def _latin1(text: Any, encoding: Any) -> bytes:
+def latin1(text: Any, encoding: Any) -> bytes:
+    """Make bytes of the text that pickles of protocol 2 hold them as."""
     if type(text) is not str or encoding != "latin1":
         raise pickle.UnpicklingError("bytes in an odd encoding")
     return text.encode("latin1")
@@ -230,8 +233,8 @@ class _Unpickler(PatientUnpickler):
             return found
         if module == "torch" and isinstance(getattr(torch, name, None) if name.isidentifier() else None, torch.dtype):
             return getattr(torch, name)
-        if module in ("torch", "torch.storage", "torch.cuda") and name in _STORAGES:
-            return _STORAGES[name]
+        if module in ("torch", "torch.storage", "torch.cuda") and name in STORAGES:
+            return STORAGES[name]
         if module in ("builtins", "__builtin__") and name in _FACTORIES:
             return _Factory(_FACTORIES[name])
         if module == "numpy" and name == "dtype":
@@ -275,8 +278,7 @@ def _tensor(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metad
         raise pickle.UnpicklingError("a tensor of no storage")
     if metadata:
         return _lost("a tensor that is conjugated or negated lazily")
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or not all(type(one) is int and 0 <= one < 1 << 62 for one in numbers):
+    if not is_place(offset, size, stride):
         raise pickle.UnpicklingError("a malformed tensor")
     return TensorStandIn(storage, dtype, offset, tuple(size), tuple(stride))
 
@@ -313,7 +315,7 @@ _FUNCTIONS: Final[dict[tuple[str, str], Callable[..., Any]]] = {
     ("torch.nn.parameter", "Parameter"): _parameter_class,
     ("torch", "Tensor"): _parameter_class,
     ("torch", "Size"): _size,
-    ("_codecs", "encode"): _latin1,
+    ("_codecs", "encode"): latin1,
     ("collections", "defaultdict"): _defaultdict,
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"): _zero_stage,
 }

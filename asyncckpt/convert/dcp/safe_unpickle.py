@@ -10,13 +10,13 @@ from __future__ import annotations
 import collections
 import io
 import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Self
 
 import torch
 
-from asyncckpt.convert.torch_pickle import PatientUnpickler
+from asyncckpt.convert.torch_archive import TorchArchive, end_of, is_place
+from asyncckpt.convert.torch_pickle import STORAGES, PatientUnpickler, Storage, latin1
 from asyncckpt.errors import CheckpointDamaged, UnsupportedValue
 from asyncckpt.state.dtypes import CODES
 
@@ -25,22 +25,9 @@ _MAX_VALUE_BYTES: Final = 64 << 20
 #: The limit holds for the objects in one value: through references a few bytes can make more than any memory holds.
 _MAX_OBJECTS: Final = 1_000_000
 _DTYPES: Final = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
-_STORAGES: Final = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "UntypedStorage": torch.uint8,
-}
+_STORAGES: Final = {name: dtype for name, dtype in STORAGES.items() if dtype in CODES}
 #: Makes the tensor of a storage, and of an offset, a size and a stride in elements.
-Storages = Callable[["StorageStandIn", Any], torch.Tensor]
+Storages = Callable[[Storage, Any], torch.Tensor]
 
 
 # -- what pickles may make -------------------------------------------------------------------------------------------
@@ -75,25 +62,10 @@ class BytesStandIn(Inert):
     """Stands for the metadata of an entry that is not a tensor."""
 
 
-class StorageStandIn:
-    """Stands for a storage of a saved tensor; it knows the dtype, and the name of the bytes in the archive."""
-
-    def __init__(self, dtype: torch.dtype, key: str) -> None:
-        self.dtype = dtype
-        self.key = key
-
-
 _STAND_INS: Final[dict[tuple[str, str], type[Inert]]] = {
     ("torch.distributed.checkpoint.metadata", "Metadata"): MetadataStandIn,
     ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): BytesStandIn,
 }
-
-
-def _latin1(text: Any, encoding: Any) -> bytes:
-    """Make bytes of the text that pickles of protocol 2 hold them as."""
-    if type(text) is not str or encoding != "latin1":
-        raise pickle.UnpicklingError("bytes in an odd encoding")
-    return text.encode("latin1")
 
 
 def _size(*sizes: Any) -> torch.Size:
@@ -106,7 +78,7 @@ _SAFE: Final[dict[tuple[str, str], Any]] = {
     ("__builtin__", "set"): set,
     ("builtins", "frozenset"): frozenset,
     ("builtins", "complex"): complex,
-    ("_codecs", "encode"): _latin1,
+    ("_codecs", "encode"): latin1,
     ("torch", "Size"): _size,
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
 }
@@ -132,14 +104,14 @@ class _Unpickler(PatientUnpickler):
             return _STORAGES[name]
         raise UnsupportedValue(f"refers to {module}.{name}, which is not looked up")
 
-    def persistent_load(self, pid: Any) -> StorageStandIn:
+    def persistent_load(self, pid: Any) -> Storage:
         kind, dtype, key, _location, _count = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str:
             raise pickle.UnpicklingError("a persistent id that is no storage")
-        return StorageStandIn(dtype, key)
+        return Storage(dtype, key)
 
     def _rebuild(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
-        if self._storages is None or not isinstance(storage, StorageStandIn):
+        if self._storages is None or not isinstance(storage, Storage):
             raise pickle.UnpicklingError("a tensor of no storage")
         return self._storages(storage, (offset, size, stride))
 
@@ -156,36 +128,10 @@ def unpickle(data: bytes, what: str, storages: Storages | None = None) -> Any:
 
 
 # -- what torch.save writes ------------------------------------------------------------------------------------------
-def _archive(data: memoryview, what: str) -> tuple[bytes, Callable[[str], memoryview]]:
-    """Return the pickle in a ``torch.save`` archive, and a function that finds the bytes of a storage in it. Raises
-    ``CheckpointDamaged``."""
-    try:
-        archive = zipfile.ZipFile(_Mapped(data))
-        entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        order = entries.get("byteorder")
-        if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
-            raise CheckpointDamaged(f"{what}: a compressed archive")
-        if "data.pkl" not in entries or entries["data.pkl"].file_size > _MAX_VALUE_BYTES:
-            raise CheckpointDamaged(f"{what}: no pickle of a sensible size in it")
-        if order is not None and archive.read(order) != b"little":
-            raise CheckpointDamaged(f"{what}: written on a machine of another byte order")
-        body = archive.read(entries["data.pkl"])
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointDamaged(f"{what}: no archive of torch.save ({error!s:.200})") from error
-
-    def content(key: str) -> memoryview:
-        info = entries.get(f"data/{key}")
-        if info is None:
-            raise CheckpointDamaged(f"{what}: storage {key!r:.40} is missing")
-        head = data[info.header_offset : info.header_offset + 30]
-        if len(head) < 30 or bytes(head[:4]) != b"PK\3\4":
-            raise CheckpointDamaged(f"{what}: storage {key!r:.40} is not where it should be")
-        begin = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-        if begin + info.file_size > len(data):
-            raise CheckpointDamaged(f"{what}: storage {key!r:.40} is cut off")
-        return data[begin : begin + info.file_size]
-
-    return body, content
+def _archive(data: memoryview, what: str) -> TorchArchive:
+    return TorchArchive(
+        _Mapped(data), lambda at, count: bytes(data[at : at + count]), len(data), what, _MAX_VALUE_BYTES
+    )
 
 
 class _Mapped(io.RawIOBase):
@@ -216,26 +162,25 @@ class _Mapped(io.RawIOBase):
 
 
 def tensor_in(data: memoryview, what: str) -> torch.Tensor:
-    body, content = _archive(data, what)
-    found = unpickle(body, what, _views(content, what))
+    archive = _archive(data, what)
+    found = unpickle(archive.pickle, what, _views(data, archive, what))
     if not isinstance(found, torch.Tensor):
         raise CheckpointDamaged(f"{what}: should be a tensor, and is a {type(found).__name__}")
     return found
 
 
-def _views(content: Callable[[str], memoryview], what: str) -> Callable[[StorageStandIn, Any], torch.Tensor]:
-    def view(storage: StorageStandIn, place: Any) -> torch.Tensor:
+def _views(data: memoryview, archive: TorchArchive, what: str) -> Callable[[Storage, Any], torch.Tensor]:
+    def view(storage: Storage, place: Any) -> torch.Tensor:
         offset, size, stride = place
-        whole = all(type(number) is int and 0 <= number < 1 << 62 for number in (offset, *size, *stride))
-        if len(size) != len(stride) or not whole:
+        if not is_place(offset, size, stride):
             raise CheckpointDamaged(f"{what}: a malformed tensor")
-        data = content(storage.key)
+        begin, nbytes = archive.storage(storage.key)
         if 0 in size:
             return torch.empty(size, dtype=storage.dtype)
-        last = offset + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
-        if (last + 1) * storage.dtype.itemsize > len(data):
+        end = end_of(offset, size, stride) * storage.dtype.itemsize
+        if end > nbytes:
             raise CheckpointDamaged(f"{what}: its data is cut off")
-        flat = torch.frombuffer(data[: (last + 1) * storage.dtype.itemsize], dtype=storage.dtype)
+        flat = torch.frombuffer(data[begin : begin + end], dtype=storage.dtype)
         return flat.as_strided(size, stride, offset)
 
     return view
@@ -244,15 +189,15 @@ def _views(content: Callable[[str], memoryview], what: str) -> Callable[[Storage
 def value_in(data: memoryview, what: str) -> Any:
     if len(data) > _MAX_VALUE_BYTES:
         raise UnsupportedValue(f"{what}: a value of {len(data)} bytes, over the limit of {_MAX_VALUE_BYTES}")
-    body, content = _archive(data, what)
-    value = unpickle(body, what, _views(content, what))
+    archive = _archive(data, what)
+    value = unpickle(archive.pickle, what, _views(data, archive, what))
     stack, seen = [value], 0
     while stack:
         node = stack.pop()
         seen += 1
         if seen > _MAX_OBJECTS:
             raise UnsupportedValue(f"{what}: over {_MAX_OBJECTS} objects")
-        if isinstance(node, Inert | StorageStandIn | torch.Tensor):
+        if isinstance(node, Inert | Storage | torch.Tensor):
             raise UnsupportedValue(f"{what}: holds a {type(node).__name__}")
         if isinstance(node, Mapping):
             stack += [*node.keys(), *node.values()]
