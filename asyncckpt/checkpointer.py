@@ -15,7 +15,6 @@ import torch
 from asyncckpt import forks, interrupts
 from asyncckpt.assets import Assets, read_assets
 from asyncckpt.catalog import names, retention
-from asyncckpt.catalog.journal import Journal
 from asyncckpt.catalog.listing import CheckpointInfo
 from asyncckpt.catalog.step_number import step_number
 from asyncckpt.catalog.steps import StepRegistry
@@ -39,7 +38,6 @@ from asyncckpt.saver import SaveBuilder
 from asyncckpt.stage.options import StagingOptions
 from asyncckpt.starter import SaveRequest, SaveStarter
 from asyncckpt.state.dtensor import job_rank
-from asyncckpt.storage.local import LocalStore
 from asyncckpt.write.options import WriterOptions
 from asyncckpt.write.reuse import ReuseSource
 
@@ -151,8 +149,6 @@ class Checkpointer(RunOwnership):
         self._preparations = 0
         self._calls = TrainingCalls(self.path, staging.stall_timeout_seconds)
         self._callback_seconds = writer.durable_timeout_seconds
-        local = isinstance(self._store, LocalStore)
-        self._journal = Journal(self._store.address) if local and run.journal else None
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
         threads = (self._starter.stager, self._builder, self._committer, self.events.notifier)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from asyncckpt import formats, interrupts
 from asyncckpt.catalog import names as naming
 from asyncckpt.catalog.catalog import Catalog
+from asyncckpt.catalog.journal import Journal
 from asyncckpt.catalog.listing import CheckpointInfo, Listing, newest_of
 from asyncckpt.codecs import codecs
 from asyncckpt.commit.publication import take_over
@@ -26,6 +27,7 @@ from asyncckpt.ranks.store import RankOptions, RankStore
 from asyncckpt.restore.carrying_out import Stages
 from asyncckpt.run import Run
 from asyncckpt.storage.lease import HeldLease, boot_id
+from asyncckpt.storage.local import LocalStore
 from asyncckpt.types import LayoutOptions, LeaseOptions
 
 log = logging.getLogger("asyncckpt")
@@ -95,6 +97,9 @@ class RunOwnership(Run):
         #: What the directory held when it was taken, for the restore that follows at once.
         self._found: Listing | None = None
         self._held = HeldLease()
+        local = isinstance(self._store, LocalStore)
+        #: Whoever leads notes in it what happens to the run; a bucket has none.
+        self._journal = Journal(self._store.address) if local and options.journal else None
         self._coordinator: Coordinator | None = None
         self._opened = False
         self._closed = False
