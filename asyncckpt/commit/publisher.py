@@ -48,7 +48,7 @@ class Solo:
     keeps_files = False
 
     def written_bytes(self, save: SaveTransaction, written: Manifest) -> int:
-        return written.nbytes - save.shards.linked_bytes()
+        return written.nbytes - save.shards.written.linked_bytes()
 
     def prepare(self, save: SaveTransaction, directory: PendingDirectory) -> dict[str, bytes]:
         return save.write_small(directory, save.contents)
@@ -61,7 +61,7 @@ class Solo:
         check_lease: Callable[[], None],
         read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
-        records, orders = save.shards.records(), save.shards.orders()
+        records, orders = save.shards.written.records(), save.shards.written.orders()
         return save.publish(directory, save.contents, records, orders, small, check_lease, read_back)
 
     def failed(self, save: SaveTransaction, error: BaseException) -> BaseException:

@@ -104,7 +104,7 @@ class Follower:
         save.scope.begin_publish()  # from the report on, rank 0 may publish
         rank_save = self._rank_save
         beside = [manifest.whole_file(name, data, save.digest) for name, data in small.items()]
-        files = [*save.shards.records(), *beside]
+        files = [*save.shards.written.records(), *beside]
         rank_save.ranks.post(self._report, _report(save, rank_save, files))
         self._reported = True
         outcome = self._read_outcome(save)
@@ -185,7 +185,7 @@ class Leader:
             lambda _rank, body: body["error"] is not None or _mismatch(body, draft) is not None,
             lambda rank: not rank_save.planned and rank_save.ranks.exists(rank_save.replan(rank)),
         )
-        reports = [_report(save, rank_save, save.shards.records()), *bodies[1:]]
+        reports = [_report(save, rank_save, save.shards.written.records()), *bodies[1:]]
         self._check(reports, draft)
         for name in {report["damaged"] for report in reports} - {""}:
             save.shards.hear_of_damage(name)
@@ -311,7 +311,7 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
     contents = save.contents
     own = set(rank_save.rank_local_names.values())
     shards = tuple(shard for shard in contents.layout.shards if shard.component in own)
-    orders = save.shards.orders()
+    orders = save.shards.written.orders()
     kinds = {name: contents.kinds[name] for name in own}
     entries = manifest.components_of(
         replace(contents.layout, shards=shards), kinds, contents.aliases, contents.descriptions, orders

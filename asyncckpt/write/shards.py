@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from asyncckpt.errors import CheckpointDamaged, SaveAbandoned
@@ -34,6 +34,7 @@ from asyncckpt.write.shard_files import ShardFiles
 from asyncckpt.write.small_file_queue import SmallFileQueue
 from asyncckpt.write.threads import Pools, WriterPool
 from asyncckpt.write.unchanged import Unchanged
+from asyncckpt.write.written import WrittenFiles
 
 
 class _Part(NamedTuple):
@@ -82,6 +83,7 @@ class ShardPipeline:
         #: Shards that are not durable yet.
         self.unfinished = sum(bool(shard.extents) for shard in layout.shards)
         self._shards = shards
+        self.written = WrittenFiles(shards, unchanged)
         self._small_files = SmallFileQueue(layout, pools, arena)
         scope.when_failed(self._abandon)
 
@@ -111,30 +113,9 @@ class ShardPipeline:
         many new buffers as those threads hold."""
         self._encoder.give_up(self._pools.replace_stuck(stuck_seconds))
 
-    def records(self) -> list[FileRecord]:
-        """List the files as written, those they build on included. Call it once nothing is unfinished."""
-        written = [progress.record() for progress in self._shards if progress.shard.extents]
-        return (
-            written + [layer for progress in self._shards for layer in progress.layers or ()] + self._unchanged.unused
-        )
-
     def files(self) -> dict[str, ReusableFile]:
         """List the files by name, as the next save compares with them."""
         return {progress.shard.file: progress.known() for progress in self._shards if progress.shard.extents}
-
-    def orders(self) -> Mapping[str, list[int]]:
-        """List, for each file, the position of each of the layout's extents among those of its record."""
-        found: dict[str, list[int]] = {}
-        for progress in self._shards:
-            index = {extent.offset: at for at, extent in enumerate(progress.extents())}
-            found[progress.shard.file] = [index[extent.offset] for extent in progress.ordered()]
-        return found
-
-    def linked_bytes(self) -> int:
-        """Count the bytes of the checkpoint that were taken over without writing them."""
-        whole = sum(progress.nbytes for progress in self._shards if progress.linked)
-        layers = [layer for progress in self._shards for layer in progress.layers or ()]
-        return whole + sum(layer.nbytes for layer in (*layers, *self._unchanged.unused))
 
     # -- files that several ranks write --------------------------------------------------------------------------------
 
