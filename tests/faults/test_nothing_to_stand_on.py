@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,13 @@ def _save_with_little_memory(root: Path) -> None:
     signal.alarm(60)  # it ends, whatever happens
     # an arena of malloc's for each thread reserves 64 MiB of addresses: how many there are is not to decide
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    threading.stack_size(1 << 20)  # as many threads as the machine has cores for are not to decide either
     run = SCENARIOS["safetensors"].checkpointer(root, keep=(), staging_bytes=None)
     run.save(1, state_of(1)).result()
     large = {**state_of(2), "large": torch.zeros(40 << 20)}
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    # a thread takes 8 MiB of stack; without even that, Python's own Thread.start waits for ever
+    # without room for even a thread's stack, Python's own Thread.start waits for ever
     resource.setrlimit(resource.RLIMIT_AS, (used + large["large"].nbytes // 2, before[1]))
     run.save(2, large).result(60)
     assert run._arena.budget_bytes < large["large"].nbytes, "the limit was never felt"

@@ -33,6 +33,7 @@ class Counter:
 
     def __init__(self) -> None:
         self._ended = False
+        self._asked, self._answered = threading.Event(), threading.Event()
         self._longest_seconds = 0.0
         self._thread = threading.Thread(target=self._count, name="counting", daemon=True)
         self._began: tuple[float, float] = 0.0, 0.0
@@ -47,11 +48,15 @@ class Counter:
         self._thread.join()
 
     def stretch(self) -> Counted:
-        """Return what was counted since the call before, or since the start. For one thread."""
+        """Return what was counted since the call before, or since the start. For one thread. Blocks until the counting
+        thread has looked at the clock once more: what kept the interpreter until now is seen only then."""
         now = time.perf_counter(), self._busy_seconds()
+        self._answered.clear()
+        self._asked.set()
+        self._answered.wait()
         seconds = now[0] - self._began[0]
         counted = Counted(seconds, seconds - (now[1] - self._began[1]), self._longest_seconds)
-        self._longest_seconds, self._began = 0.0, now
+        self._began = now
         return counted
 
     def _busy_seconds(self) -> float:
@@ -64,14 +69,19 @@ class Counter:
     def _count(self) -> None:
         fd = os.open(_SCHEDSTAT.format(threading.get_native_id()), os.O_RDONLY)
         try:
+            longest_seconds = 0.0
             last, last_busy = time.perf_counter(), time.thread_time() + _waited_seconds(os.pread(fd, 100, 0))
             while not self._ended:
                 total = 0
                 for number in range(_ADDITIONS_A_LOOK):
                     total += number
                 now, busy = time.perf_counter(), time.thread_time() + _waited_seconds(os.pread(fd, 100, 0))
-                self._longest_seconds = max(self._longest_seconds, now - last - (busy - last_busy))
+                longest_seconds = max(longest_seconds, now - last - (busy - last_busy))
                 last, last_busy = now, busy
+                if self._asked.is_set():
+                    self._asked.clear()
+                    self._longest_seconds, longest_seconds = longest_seconds, 0.0
+                    self._answered.set()
         finally:
             os.close(fd)
 

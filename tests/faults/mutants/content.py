@@ -22,6 +22,7 @@ from asyncckpt.write.progress import ShardProgress
 from asyncckpt.write.reuse import ReuseSource
 from asyncckpt.write.shards import ShardPipeline
 from asyncckpt.write.unchanged import Unchanged
+from asyncckpt.write.written import WrittenFiles
 from faults import mutant_checks as checks
 from faults.mutant_checks import LARGE, LINKS
 from faults.mutants.registry import Patch, around, mutant
@@ -138,10 +139,10 @@ def _(patch: Patch) -> None:
 
 @mutant("chunks are recorded in the wrong order", checks.saves_hold_what_was_saved)
 def _(patch: Patch) -> None:
-    def orders(original: Any, self: ShardPipeline) -> Any:
+    def orders(original: Any, self: WrittenFiles) -> Any:
         return {file: [*order[:-2], *order[:-3:-1]] for file, order in original(self).items()}
 
-    around(patch, ShardPipeline, "orders", orders)
+    around(patch, WrittenFiles, "orders", orders)
 
 
 @mutant("a shard is cut to the wrong size", checks.saves_hold_what_was_saved, LARGE)
