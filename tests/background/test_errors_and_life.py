@@ -47,7 +47,7 @@ def test_a_full_disk_is_told_as_such_and_the_next_save_works_once_there_is_room(
             run.save(1, _state(1)).result()
             error = run.save(2, _state(2, 1_500_000)).exception(30)
             assert isinstance(error, NotEnoughSpace), error
-            resize(disk, "size=64m")
+            resize(disk, lambda: "size=64m")
             run.save(3, _state(3, 1_500_000)).result(30)
         assert [entry.step for entry in Run(disk / "run").ls()] == [1, 3]
         assert not [one for one in os.listdir(disk / "run") if one.startswith((".tmp", ".trash"))]

@@ -110,8 +110,8 @@ class _Sweep:
 @pytest.mark.parametrize("scenario", BOTH, ids=str)
 def test_a_disk_that_is_full_after_any_block_of_a_save(scenario: Scenario, stride: int, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", "size=64m") as disk:
-        squeeze = lambda extra: resize(disk, f"size={(used_blocks(disk) + extra) * 4096}")  # noqa: E731
-        sweep = _Sweep(disk, scenario, squeeze, lambda: resize(disk, "size=64m"))
+        squeeze = lambda extra: resize(disk, lambda: f"size={(used_blocks(disk) + extra) * 4096}")  # noqa: E731
+        sweep = _Sweep(disk, scenario, squeeze, lambda: resize(disk, lambda: "size=64m"))
         sweep.run(400, stride)
     assert sweep.failures > 60 // stride
     print(f"{scenario}: full at each of {sweep.failures} blocks")
@@ -120,8 +120,8 @@ def test_a_disk_that_is_full_after_any_block_of_a_save(scenario: Scenario, strid
 @pytest.mark.parametrize("scenario", BOTH, ids=str)
 def test_a_disk_without_inodes_at_any_file_of_a_save(scenario: Scenario, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "disk", "size=64m,nr_inodes=1000") as disk:
-        squeeze = lambda extra: resize(disk, f"nr_inodes={used_inodes(disk) + extra}")  # noqa: E731
-        sweep = _Sweep(disk, scenario, squeeze, lambda: resize(disk, "nr_inodes=1000"))
+        squeeze = lambda extra: resize(disk, lambda: f"nr_inodes={used_inodes(disk) + extra}")  # noqa: E731
+        sweep = _Sweep(disk, scenario, squeeze, lambda: resize(disk, lambda: "nr_inodes=1000"))
         sweep.run(100)
     assert sweep.failures > 5
     print(f"{scenario}: no inode for each of {sweep.failures} files")
