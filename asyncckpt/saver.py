@@ -291,5 +291,6 @@ class SaveBuilder:
             whole_digests(planned, rank) if self._check_replicas else {},
             planned.met,
             coordinator.asked_again,
+            planned.spread,
         )
         return Leader(rank_save) if coordinator.leads else Follower(rank_save)

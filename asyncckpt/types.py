@@ -284,12 +284,14 @@ class WrittenRange:
 class Layout:
     """``Layout`` lists all shards of a save, whose sizes ``nbytes`` adds up. It is a pure function of the names, shapes
     and dtypes of the global tensors and of the options. ``fingerprint`` is a digest of those names, shapes and dtypes.
-    ``cache`` keeps what other stages compute from the layout once."""
+    ``cache`` keeps what other stages compute from the layout once. ``of_rank``: the shared ``shards`` are files that
+    this rank alone writes, and other ranks have others; ``nbytes`` are still those of all."""
 
     shards: tuple[ShardFile, ...]
     nbytes: int
     fingerprint: str
     cache: dict[str, Any] = field(default_factory=dict, compare=False, hash=False, repr=False)
+    of_rank: bool = False
 
     def extents(self) -> list[Extent]:
         """Return the extents of all shards, in order."""

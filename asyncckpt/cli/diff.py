@@ -103,7 +103,7 @@ def compare(a: OpenCheckpoint, b: OpenCheckpoint) -> dict[str, Any]:
         "reshaped": reshaped,
         "changed": {name: changed[name] for name in common if name in changed},
         "unchanged": len(common) - len(reshaped) - len(changed),
-        "plain": plain_changes(a.trees, b.trees),
+        "plain": plain_changes(dict(a.trees), dict(b.trees)),
         "layers": by_layer(weights, changed),
     }
 

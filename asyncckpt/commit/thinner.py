@@ -62,11 +62,12 @@ def files_that_stay(manifest: Manifest, path: str) -> tuple[FileRecord, ...]:
     needed = of_kept.union(*(bases[name] for name in of_kept))
     all_bases = set().union(*bases.values())
     dropped = {name for name in manifest.components if name not in kept}
+    parts = manifest.parts.names() if manifest.parts is not None else ()  # what is left has one manifest
 
     def stays(record: FileRecord) -> bool:
         if record.name in needed or record.name in manifest.assets:
             return True
-        if record.name in of_others or record.name in all_bases or record.name == STATE_FILE:
+        if record.name in parts or record.name in of_others or record.name in all_bases or record.name == STATE_FILE:
             return False
         return record.name.partition("/")[0] not in dropped or "/" not in record.name
 
@@ -98,6 +99,7 @@ def thin(store: Store, checkpoint: OpenCheckpoint, taken: Collection[str], check
         kind="weights",
         files=(*records, manifests.whole_file(STATE_FILE, state, digest)),
         components=components,
+        parts=None,
         layout=fingerprint(shown),
         derived={
             "by": THIN,

@@ -30,13 +30,15 @@ from asyncckpt.errors import (
 )
 from asyncckpt.events import EventBus, Written
 from asyncckpt.manifest import json as manifest
-from asyncckpt.manifest.draft import Contents, _components_json, _state_json
+from asyncckpt.manifest.draft import Contents, components_json, state_json
+from asyncckpt.manifest.parts import Parts
 from asyncckpt.manifest.json import MAX_STATE_BYTES
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena
 from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store
 from asyncckpt.scope import SaveScope
 from asyncckpt.storage.lease import run_is_gone
+from asyncckpt.types import Layout
 from asyncckpt.write.directory import SaveDirectory
 from asyncckpt.write.encoder import Encoder
 from asyncckpt.write.progress import progress_of
@@ -116,7 +118,7 @@ class SaveTransaction:
             name=draft.name,
             attempt=draft.attempt,
             shared=draft.world_size > 1,
-            asset_bytes=sum(map(len, contents.assets.values())),
+            beside_bytes=sum(map(len, contents.assets.values())) + _bytes_of_others(contents.layout),
         )
         self.shards = ShardPipeline(
             contents.layout,
@@ -180,10 +182,11 @@ class SaveTransaction:
         small: Mapping[str, bytes],
         check_lease: Callable[[], None],
         read_back: Callable[[PendingDirectory], None] | None,
+        parts: Parts | None = None,
     ) -> Manifest:
         """Make a checkpoint of what is written, once all data is on the disk. Called by publishers. Blocks on the disk.
         ``small``: the files beside the shards, which are durable too. ``orders``: by file, which of its extents each
-        extent of the layout is."""
+        extent of the layout is. ``parts``: those of the manifest that ranks have written, and the files they list."""
 
         def before() -> None:
             self.scope.raise_if_failed()
@@ -195,10 +198,11 @@ class SaveTransaction:
             directory,
             replaced(
                 contents.draft,
-                files=(*records, *beside),
+                files=(*records, *beside, *(parts.files() if parts is not None else ())),
+                parts=parts,
                 least_version=manifest.version_of_values(small.get(manifest.STATE_FILE, b""), contents.draft.config),
             ),
-            components_json=_components_json(contents, orders),
+            components_json=components_json(contents, orders),
             known=contents.layout.cache,
             replace=contents.replace,
             before=before,
@@ -264,7 +268,8 @@ class SaveTransaction:
         key = component, dict(contents.assets)
         kept = contents.layout.cache.get("root files")
         if kept is None or kept[0] != key:
-            indexed = [shard for shard in contents.layout.shards if shard.component == component]
+            shards = () if contents.layout.of_rank else contents.layout.shards  # an index lists those of all ranks
+            indexed = [shard for shard in shards if shard.component == component]
             kept = contents.layout.cache["root files"] = (key, self._format.root_files(indexed, contents.assets))
         files: dict[str, bytes] = kept[1]
         return dict(files)
@@ -295,9 +300,14 @@ def _indexed(kinds: Mapping[str, str]) -> str | None:
     return modules[0] if len(modules) == 1 else None
 
 
+def _bytes_of_others(layout: Layout) -> int:
+    """Return the size of what other ranks write into files of their own, which this rank's shards do not show."""
+    return max(0, layout.nbytes - sum(shard.nbytes for shard in layout.shards)) if layout.of_rank else 0
+
+
 def _state_file(contents: Contents, step: int) -> bytes:
     """Return the bytes of ``state.json``. Raises ``UnsupportedValue`` where they are more than a reader takes."""
-    data = _state_json(contents)
+    data = state_json(contents)
     if len(data) > MAX_STATE_BYTES:
         sizes = {name: len(jsontree.dumps(tree)) for name, tree in contents.trees.items()}
         largest = max(sizes, key=lambda name: sizes[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncckpt import jsontree
@@ -36,6 +36,8 @@ class Contents:
     descriptions: Mapping[str, Mapping[str, JsonValue]] = field(default_factory=dict)
     #: Components that other ranks have of their own, as the manifest's ``components`` lists them.
     others: Mapping[str, JsonValue] = field(default_factory=dict)
+    #: The tensors of components whose files other ranks have written, too, as the manifest lists them.
+    spread: Mapping[str, Mapping[str, JsonValue]] = field(default_factory=dict)
 
 
 def config_tree(config: Any) -> JsonValue:
@@ -104,14 +106,14 @@ def contents_of(
     )
 
 
-def _state_json(contents: Contents) -> bytes:
+def state_json(contents: Contents) -> bytes:
     """Return the text of ``state.json``. The layout keeps that of trees which are the same objects as at the save
     before. Raises ``ValueError`` for nan and infinities."""
     kept: KeptTexts = contents.layout.cache.setdefault("trees", KeptTexts())
     return kept.dumps(contents.trees)
 
 
-def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> bytes:
+def components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> bytes:
     """Return the manifest's ``components`` as JSON text. The layout keeps it, because it is the same for every save;
     see ``components_of`` for ``orders``."""
     names = {
@@ -119,10 +121,14 @@ def _components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) ->
         "aliases": {k: dict(v) for k, v in contents.aliases.items()},
         "descriptions": {k: dict(v) for k, v in contents.descriptions.items()},
     }
-    key = jsontree.dumps(names), orders, contents.others
+    key = jsontree.dumps(names), orders, contents.others, contents.spread
     cached = contents.layout.cache.get("components")
     if cached is None or cached[0] != key:
-        body = manifest.components_of(contents.layout, contents.kinds, contents.aliases, contents.descriptions, orders)
+        shards = tuple(shard for shard in contents.layout.shards if shard.component not in contents.spread)
+        layout = replace(contents.layout, shards=shards)
+        body = manifest.components_of(layout, contents.kinds, contents.aliases, contents.descriptions, orders)
+        for name, tensors in contents.spread.items():
+            body[name]["tensors"] = tensors
         body |= contents.others
         cached = contents.layout.cache["components"] = (key, dumps_in_pieces(body))
     text: bytes = cached[1]

@@ -28,6 +28,7 @@ from asyncckpt.errors import (
 from asyncckpt.jsontree import dumps, loads, version_of
 from asyncckpt.manifest.given import parse_assets, parse_derived, parse_names
 from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
+from asyncckpt.manifest.parts import ReadSmall, joined_files, parse_parts, parts_to_json
 from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import (
     BoxedRecord,
@@ -40,6 +41,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.manifest.spread import SpreadFile
 from asyncckpt.manifest.unread import UnreadComponents, heads_of
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
@@ -50,8 +52,9 @@ log = logging.getLogger("asyncckpt")
 FORMAT_NAME: Final = "asyncckpt"
 #: This library reads format versions up to this one. A manifest gives the oldest version that a reader must know: 1
 #: where every tensor is whole, 2 where some are chunked, 3 where some lie in boxes, 4 where plain values are of kinds
-#: that older readers do not know.
-FORMAT_VERSION: Final = 4
+#: that older readers do not know, 5 where the manifest is in parts.
+FORMAT_VERSION: Final = 5
+_PARTS_VERSION: Final = 5
 FILE_NAME: Final = MANIFEST_FILE
 #: This file holds the plain values of every component.
 STATE_FILE: Final = "state.json"
@@ -129,14 +132,23 @@ def _part_row(part: PartRecord) -> list[Any]:
 
 def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes:
     """Return the bytes of the manifest's file. ``components_json`` is the text of its components, where that is known
-    from the save before: to encode it again would take long."""
+    from the save before: to encode it again would take long. Without it, a manifest in parts becomes a whole one, which
+    reads all parts."""
     components = components_json
+    parts = manifest.parts if components is not None else None
+    files = [record for record in manifest.files if not isinstance(record, SpreadFile) or parts is None]
+    if manifest.parts is not None:
+        of_parts = manifest.parts.names()
+        files = [record for record in files if record.name not in of_parts]
     if components is None:
         components = dumps_in_pieces(_components_json(manifest.components))
     plain = manifest.codec == "none" and b'"parts":' not in components and b'"boxes":' not in components
+    version = max(3 if b'"boxes":' in components else 1 if plain else 2, manifest.least_version)
+    if parts is not None:
+        version = max(version, _PARTS_VERSION)
     body: dict[str, Any] = {
         "format": FORMAT_NAME,
-        "format_version": max(3 if b'"boxes":' in components else 1 if plain else 2, manifest.least_version),
+        "format_version": version,
         "step": manifest.step,
         "name": manifest.name,
         "attempt": manifest.attempt,
@@ -152,11 +164,12 @@ def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes
         "metrics": {name: metric_to_json(value) for name, value in manifest.metrics.items()},
         "config": manifest.config,
         "environment": dict(manifest.environment),
-        "files": [file_to_json(record) for record in manifest.files],
+        "files": [file_to_json(record) for record in files],
+        **(parts_to_json(parts) if parts is not None else {}),
         **({"assets": list(manifest.assets)} if manifest.assets else {}),
         **({"derived": dict(manifest.derived)} if manifest.derived else {}),
     }
-    if not plain or manifest.least_version > 1:
+    if version > 1:
         body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
     text = json.dumps(body, allow_nan=False, separators=(",", ":"))
     return seal(b"".join((text[:-1].encode(), b',"components":', components)))
@@ -198,9 +211,10 @@ def seal(body: bytes) -> bytes:
 
 
 @gc_paused()
-def decode(data: bytes, where: str, *, whole: bool = True) -> Manifest:
+def decode(data: bytes, where: str, *, whole: bool = True, read: ReadSmall | None = None) -> Manifest:
     """Parse the bytes of a manifest's file. ``whole``: with False, the components, which take nearly all of the time,
-    are parsed and checked when they are first looked at, if they come last in the text.
+    are parsed and checked when they are first looked at, if they come last in the text. ``read``: reads the parts of a
+    manifest that has any, once something is asked of them; nothing can be without it.
 
     Raises ``ManifestInvalid``, which names the file as ``where``, for anything damaged or malformed, and
     ``VersionUnsupported`` for a newer format version or an unknown codec. Nothing is opened, and no memory is allocated
@@ -222,7 +236,10 @@ def decode(data: bytes, where: str, *, whole: bool = True) -> Manifest:
     digest = body.take("digest", str)
     if digest not in digests.names():
         body.fail(f"names the unknown digest algorithm {digest!r:.80}")
+    parts = parse_parts(body, digest, read) if version >= _PARTS_VERSION else None
     files = parse_files(body, digest)
+    if parts is not None:
+        files = joined_files(body, files, parts)
     by_name = {record.name: record for record in files}
     codec, codec_options = _codec(body) if version > 1 else ("none", {})
     manifest = Manifest(
@@ -239,9 +256,9 @@ def decode(data: bytes, where: str, *, whole: bool = True) -> Manifest:
         config=body.take("config", object),
         environment=body.take("environment", dict),
         files=files,
-        components=parse_components(body, by_name)
+        components=parse_components(body, by_name, parts)
         if head is None
-        else UnreadComponents(lambda: _known(data, where).components),
+        else UnreadComponents(lambda: _known(data, where, read).components),
         codec=codec,
         codec_options=codec_options,
         size_bytes=len(data),
@@ -252,6 +269,7 @@ def decode(data: bytes, where: str, *, whole: bool = True) -> Manifest:
         assets=parse_assets(body, by_name),
         derived=parse_derived(body),
         least_version=version,
+        parts=parts,
     )
     if manifest.kind not in ("full", "weights"):
         body.fail(f"names the unknown kind {manifest.kind!r:.80}")
@@ -317,13 +335,16 @@ def load(
         raise _mismatch(reader.path, file_digest(data), expected)
     where = f"{reader.path}/{FILE_NAME}"
     parse_all = len(data) <= _SMALL_BYTES or whole(data)
-    manifest = _known(data, where) if parse_all else decode(data, where, whole=False)
+    read = reader.read_small
+    manifest = _known(data, where, read) if parse_all else decode(data, where, whole=False, read=read)
     check_digest(manifest, expected, reader.path)
     return manifest
 
 
-def _known(data: bytes, where: str) -> Manifest:
-    return _remembered(data, where) if len(data) <= _REMEMBERED_BYTES else decode(data, where)
+def _known(data: bytes, where: str, read: ReadSmall | None) -> Manifest:
+    if len(data) > _REMEMBERED_BYTES or b'"parts":[[' in data:  # parts are read by whoever has the checkpoint open
+        return decode(data, where, read=read)
+    return _remembered(data, where)
 
 
 def _head(body: bytes, where: str) -> JsonValue:

@@ -25,6 +25,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.manifest.spread import OwnComponent, PartSource, SpreadRecord
 from asyncckpt.manifest.table import Numbers, TensorTable, overlap, table_of
 from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES, ContentDigest
@@ -167,13 +168,18 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
             body.fail(f"has a malformed order of {name!r}")
         records.append(FileRecord(name, nbytes, tuple(extents), plan, tuple(bases), tuple(order)))
     _check_bases(body, records)
-    folded = [record.name.casefold() for record in records] + [MANIFEST_FILE]
+    check_names(body, [record.name for record in records])
+    return tuple(records)
+
+
+def check_names(body: Body, names: Sequence[str]) -> None:
+    """Raise ``ManifestInvalid`` where files of these names cannot lie in one directory."""
+    folded = [name.casefold() for name in names] + [MANIFEST_FILE]
     if len(set(folded)) != len(folded):
         body.fail("lists a file twice (or two names that differ only in case)")
-    folders = {name[:i] for name in folded for i, char in enumerate(name) if char == "/"}
+    folders = {name[:i] for name in folded if "/" in name for i, char in enumerate(name) if char == "/"}
     if not folders.isdisjoint(folded):
         body.fail("lists a name as a file and as a directory")
-    return tuple(records)
 
 
 def extent_of(row: Sequence[Any]) -> ExtentRecord:
@@ -203,16 +209,22 @@ def _check_bases(body: Body, records: Sequence[FileRecord]) -> None:
             body.fail(f"has a file {record.name!r} with a base twice")
 
 
-def parse_components(body: Body, files: Mapping[str, FileRecord]) -> dict[str, ComponentRecord]:
-    """Return the records of ``components``. Every tensor lies in ``files``, and no two tensors overlap there."""
+def parse_components(
+    body: Body, files: Mapping[str, FileRecord], parts: PartSource | None = None
+) -> dict[str, ComponentRecord]:
+    """Return the records of ``components``. Every tensor lies in ``files``, and no two tensors overlap there, or is
+    spread over ``parts``, which are not read."""
     found: dict[str, ComponentRecord] = {}
     room = {record.name: len(record.extents) for record in files.values()}
     for name, entry in body.take("components", dict).items():
         if "." in body.plain_name("component name", name):
             body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
         item = Body(entry, body.where)
+        if parts is not None and item.optional("part", None) is not None:
+            found[name] = OwnComponent(item.take("kind", str), parts, item.whole("part"), name)
+            continue
         rows = item.take("tensors", dict)
-        tensors = table_of(rows, files) or _tensors(body, rows, files, room)
+        tensors = table_of(rows, files) or _tensors(body, name, rows, files, room, parts)
         aliases = item.take("aliases", dict)
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in tensors or alias in tensors:
@@ -224,18 +236,38 @@ def parse_components(body: Body, files: Mapping[str, FileRecord]) -> dict[str, C
 
 
 def _tensors(
-    body: Body, rows: Mapping[str, Any], files: Mapping[str, FileRecord], room: dict[str, int]
+    body: Body,
+    component: str,
+    rows: Mapping[str, Any],
+    files: Mapping[str, FileRecord],
+    room: dict[str, int],
+    parts: PartSource | None,
 ) -> dict[str, StoredTensor]:
     """Return the records of tensors, row by row; see ``_chunked`` for ``room``."""
     found: dict[str, StoredTensor] = {}
     for name, row in rows.items():
-        if isinstance(row, dict) and "boxes" in row:
+        if parts is not None and isinstance(row, dict) and "spread" in row:
+            found[name] = _spread_tensor(body, component, name, row, parts)
+        elif isinstance(row, dict) and "boxes" in row:
             found[name] = _boxed(body, name, row, files)
         elif isinstance(row, dict):
             found[name] = _chunked(body, name, row, files, room)
         else:
-            found[name] = _tensor(body, name, row, files)
+            found[name] = tensor_of(body, name, row, files)
     return found
+
+
+def _spread_tensor(body: Body, component: str, name: str, row: Mapping[str, Any], parts: PartSource) -> SpreadRecord:
+    dtype, shape, nbytes = _dense(body, name, row.get("dtype"), row.get("shape"))
+    number = body.size(f"spread of {name:.80}", row["spread"])
+    if number >= len(parts.spreads) or parts.spreads[number].bounds[-1] != (shape[0] if shape else 1):
+        body.fail(f"spreads tensor {name!r:.80} in a way that does not fit it")
+    copies = row.get("copies")
+    if copies is not None:
+        if not isinstance(copies, list) or [type(one) for one in copies] != [int, int] or not 0 <= copies[0] <= copies[1]:
+            body.fail(f"has malformed copies of tensor {name!r:.80}")
+        copies = copies[0], copies[1]
+    return SpreadRecord(dtype, shape, nbytes, parts, component, name, number, copies)
 
 
 def _strides(body: Body, rows: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
@@ -265,7 +297,8 @@ def _dense(body: Body, name: str, dtype: Any, shape: Any) -> tuple[str, tuple[in
     return dtype, tuple(shape), nbytes
 
 
-def _tensor(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> TensorRecord:
+def tensor_of(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> TensorRecord:
+    """Return the record of a whole tensor, ``[dtype, shape, file, begin, end]``."""
     if not isinstance(row, list) or len(row) != 5:
         body.fail(f"has a malformed entry for tensor {name!r:.80}")
     dtype, shape, nbytes = _dense(body, name, row[0], row[1])
@@ -313,7 +346,7 @@ def _boxed(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> 
     for entry in item.take("boxes", list):
         if not isinstance(entry, list) or len(entry) != 5 or not isinstance(entry[0], list):
             body.fail(f"has a malformed box of tensor {name!r:.80}")
-        part = _tensor(body, name, [dtype, *entry[1:]], files)
+        part = tensor_of(body, name, [dtype, *entry[1:]], files)
         offsets = tuple(body.size(f"offset of {name:.80}", offset) for offset in entry[0])
         if len(offsets) != len(shape) or len(part.shape) != len(shape):
             body.fail(f"has a box of tensor {name!r:.80} with other dimensions")
@@ -371,11 +404,13 @@ def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> No
     arrays: dict[str, list[tuple[Numbers, Numbers]]] = {}
     taken: set[tuple[str, int]] = set()
     for component in components.values():
-        if isinstance(component.tensors, TensorTable):
+        if not isinstance(component, OwnComponent) and isinstance(component.tensors, TensorTable):
             for file, begins, ends in component.tensors.spans():
                 arrays.setdefault(file, []).append((begins, ends))
             continue
-        for tensor in component.tensors.values():
+        for tensor in () if isinstance(component, OwnComponent) else component.tensors.values():
+            if isinstance(tensor, SpreadRecord):
+                continue  # its parts say where it lies
             if isinstance(tensor, ChunkedRecord):
                 mine = [(part.file, extent) for part in tensor.parts for extent in part.extents]
                 if len(set(mine)) != len(mine) or not taken.isdisjoint(mine):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from asyncckpt.types import ContentDigest, Extent, JsonValue, StagedDigests
+
+if TYPE_CHECKING:
+    from asyncckpt.manifest.parts import Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +190,11 @@ class BoxedRecord:
         """The names of the files that hold the tensor."""
         return tuple(dict.fromkeys(box.file for box in self.boxes))
 
+    def boxes_in(self, begin: int, end: int) -> tuple[BoxRecord, ...]:
+        """Return the boxes that hold the rows ``[begin, end)``, and maybe others; a tensor without dimensions is one
+        row."""
+        return self.boxes
+
 
 StoredTensor: TypeAlias = TensorRecord | ChunkedRecord | BoxedRecord
 
@@ -214,7 +222,8 @@ class Manifest:
     the user gave. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
     manifest's own file. ``least_version``: readers of older format versions cannot read this checkpoint,
     whatever its tensors would ask for. ``derived``: what made it of other checkpoints, if it was no save: ``by`` names
-    that (``average``, ``thin``), ``from`` lists these, each with its ``attempt``, ``step`` and ``name``."""
+    that (``average``, ``thin``), ``from`` lists these, each with its ``attempt``, ``step`` and ``name``. ``parts``: what
+    ranks have listed beside the manifest, whose files ``files`` has, too; None where the manifest lists everything."""
 
     step: int
     name: str
@@ -240,6 +249,7 @@ class Manifest:
     assets: tuple[str, ...] = ()
     derived: Mapping[str, JsonValue] = field(default_factory=dict)
     least_version: int = field(default=1, compare=False)
+    parts: Parts | None = field(default=None, compare=False)
 
     @property
     def nbytes(self) -> int:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.manifest.records import ComponentRecord, FileRecord, StoredTensor, TensorRecord
+from asyncckpt.manifest.spread import OwnComponent, SpreadRecord
 
 Numbers = npt.NDArray[np.int64]
 #: Products of numbers up to this one and the size of an element still fit into 64 bits.
@@ -107,16 +108,30 @@ class TensorTable(Mapping[str, StoredTensor]):
 
 def files_with_tensors(component: ComponentRecord) -> set[str]:
     """Return the names of the files that a component's tensors lie in, whole or in part."""
+    if isinstance(component, OwnComponent):
+        return set(component.files)
     if isinstance(component.tensors, TensorTable):
         return component.tensors.file_names()
-    return {file for tensor in component.tensors.values() for file in tensor.files}
+    found: set[str] = set()
+    spread = False
+    for tensor in component.tensors.values():
+        if not isinstance(tensor, SpreadRecord):
+            found.update(tensor.files)
+        elif not spread:  # one says it for all of the component
+            spread = True
+            found.update(tensor.files_of_component())
+    return found
 
 
 def tensors_by_file(component: ComponentRecord) -> Counter[str]:
-    """Count a component's tensors that have any bytes, by the names of the files that they lie in."""
+    """Count a component's tensors that have any bytes, by the names of the files that they lie in. Those that only
+    parts of the manifest describe are left out."""
+    if isinstance(component, OwnComponent):
+        return Counter()
     if isinstance(component.tensors, TensorTable):
         return Counter({file: len(begins) for file, begins, _ in component.tensors.spans()})
-    return Counter(file for tensor in component.tensors.values() if tensor.nbytes for file in tensor.files)
+    listed = [tensor for tensor in component.tensors.values() if not isinstance(tensor, SpreadRecord)]
+    return Counter(file for tensor in listed if tensor.nbytes for file in tensor.files)
 
 
 def table_of(rows: Mapping[str, Any], files: Mapping[str, FileRecord]) -> TensorTable | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from asyncckpt.errors import UnsupportedValue
 from asyncckpt.formats.plain_extents import PlacedTensor, extents_of
-from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, RowOwners, ShardFile, TensorRange
+from asyncckpt.types import ALIGNMENT_BYTES, Extent, Layout, RowOwners, ShardFile, TensorRange, TensorSpec
 
 #: Shorter stretches that several ranks hold are not divided.
 _MIN_DIVIDED_BYTES = 1 << 20
@@ -31,12 +31,34 @@ class RankHolding:
 
 
 @dataclass(frozen=True, slots=True)
+class SpreadTensor:
+    """Says which ranks write a tensor: of the holders of each part of ``spreads[spread]``, those from the first to the
+    last of ``copies``; all of them where that is None."""
+
+    spec: TensorSpec
+    spread: int
+    copies: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class SpreadTensors:
+    """Says of every tensor of a layout by rank which ranks write it, alike on all ranks. ``tensors``: by component and
+    name. ``rows``: about how many rows the manifest of all ranks has, a row for each box and for each extent."""
+
+    spreads: tuple[RowOwners, ...]
+    tensors: Mapping[str, Mapping[str, SpreadTensor]]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class Division:
-    """A rank's part of a layout. ``layout`` has all shards, each with the extents of this rank alone. ``gathered``: the
-    pieces that have to be gathered, by their index in the layout → the ranks that need all rows."""
+    """A rank's part of a layout. ``layout`` has all shards, each with the extents of this rank alone, or, where each
+    rank has files of its own, those of this rank. ``gathered``: the pieces that have to be gathered, by their index in
+    the layout → the ranks that need all rows. ``spread``: who writes what, where each rank has files of its own."""
 
     layout: Layout
     gathered: Mapping[int, frozenset[int]]
+    spread: SpreadTensors | None = None
 
 
 def divide(layout: Layout, holdings: Sequence[RankHolding], rank: int, extent_bytes: int) -> Division:

@@ -2,7 +2,7 @@
 
 Each rank's file holds the parts that it writes, as tensors of their own; the manifest says which box of the whole each
 is. Like ``partition``, this is a pure function of the global state and of who holds what; but here the files depend on
-the number of ranks.
+the number of ranks. A rank lays out its own files and no others, so planning takes as long as it holds tensors.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from asyncckpt.errors import UnsupportedValue
 from asyncckpt.manifest.records import BoxRecord
 from asyncckpt.plan.layout import fingerprint
-from asyncckpt.plan.partition import Division, RankHolding
+from asyncckpt.plan.partition import Division, RankHolding, SpreadTensor, SpreadTensors
 from asyncckpt.protocols import Codec, ShardFormat
-from asyncckpt.types import Layout, LayoutOptions, Segment, ShardFile, TensorSpec
+from asyncckpt.types import Layout, LayoutOptions, RowOwners, Segment, ShardFile, TensorSpec
 
 #: Components and the tensors of each, as ``layout.plan`` takes them.
 Components = Sequence[tuple[str, Sequence[TensorSpec]]]
+
+#: What several ranks hold alike is divided among them by rows, but into no smaller pieces.
+_LEAST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,56 +45,135 @@ def divide_by_rank(
     codec: Codec,
     options: LayoutOptions,
 ) -> Division:
-    """Lay out the shards of all ranks; only those of ``rank`` have extents. ``holdings[i]`` is about tensor ``i`` of
-    all components, in their order.
+    """Lay out the shards of ``rank``. ``holdings[i]`` is about tensor ``i`` of all components, in their order. Pure.
 
-    A part that several ranks hold is written by the one that has least to write so far. Pure.
+    Where several ranks hold the same rows, each writes as many bytes as the others: the tensors that are spread alike
+    are one line of bytes, of which every holder takes an equal run, cut between two rows.
     """
-    load = [0] * ranks
+    runs = _Runs(components, holdings)
     shards: list[ShardFile] = []
     first = 0
     for name, specs in components:
-        parts: list[list[_Part]] = [[] for _ in range(ranks)]
-        for spec, holding in zip(specs, holdings[first : first + len(specs)], strict=True):
-            for part, holders in _parts(name, spec, holding):
-                owner = min(holders, key=lambda one: (load[one], one))
-                load[owner] += part.spec.nbytes
-                parts[owner].append(part)
+        parts: list[_Part] = []
+        for number, spec in enumerate(specs, first):
+            parts += _parts(name, spec, holdings[number], rank, runs.copies(number))
         first += len(specs)
-        for owner, mine in enumerate(parts):
-            specs = [replace(part.spec, file="") for part in mine]  # ranks cannot share a file of another name
-            found = shard_format.shards(f"{name}.rank-{owner:05d}", specs, 0, len(shards), codec, options)
-            shards += [_placed(shard, name, mine, mine_here=owner == rank) for shard in found]
-    nbytes = sum(shard.nbytes for shard in shards)
-    layout = Layout(tuple(shards), nbytes, fingerprint(tuple((name, tuple(specs)) for name, specs in components)))
-    return Division(layout, {})
+        placed = [replace(part.spec, file="") for part in parts]  # ranks cannot share a file of another name
+        found = shard_format.shards(f"{name}.rank-{rank:05d}", placed, 0, len(shards), codec, options)
+        shards += [_placed(shard, name, parts) for shard in found]
+    nbytes = sum(spec.nbytes for _, specs in components for spec in specs)
+    layout = Layout(
+        tuple(shards), nbytes, fingerprint(tuple((name, tuple(specs)) for name, specs in components)), of_rank=True
+    )
+    return Division(layout, {}, runs.spread_tensors(ranks, nbytes // options.extent_bytes))
 
 
-def _parts(component: str, spec: TensorSpec, holding: RankHolding) -> list[tuple[_Part, Sequence[int]]]:
-    """List a tensor's parts, each with the ranks that hold it; a tensor without bytes is rank 0's."""
+class _Runs:
+    """Divides what several ranks hold alike among them: a tensor's place in the line of bytes of all that are spread
+    as it is decides which holders write it."""
+
+    def __init__(self, components: Components, holdings: Sequence[RankHolding]) -> None:
+        self._components = components
+        self._holdings = holdings
+        self._numbers: dict[RowOwners, int] = {}
+        self._begins: list[int] = []
+        self._specs = [spec for _, specs in components for spec in specs]
+        totals: list[int] = []
+        for spec, holding in zip(self._specs, holdings, strict=True):
+            number = self._numbers.setdefault(holding.rows, len(totals))
+            if number == len(totals):
+                totals.append(0)
+            self._begins.append(totals[number])
+            totals[number] += spec.nbytes
+        self._totals = totals
+        self._counts = [{len(ranks) for ranks in rows.holders} for rows in self._numbers]
+
+    def copies(self, tensor: int) -> tuple[int, int, int]:
+        """Return where a tensor lies in its line of bytes, and the line's length: ``(begin, end, total)``."""
+        begin = self._begins[tensor]
+        return begin, begin + self._specs[tensor].nbytes, self._totals[self._numbers[self._holdings[tensor].rows]]
+
+    def spread_tensors(self, ranks: int, extents: int) -> SpreadTensors:
+        """Return who writes what. ``extents``: about how many there are."""
+        found: dict[str, dict[str, SpreadTensor]] = {}
+        boxes = tensor = 0
+        for name, specs in self._components:
+            here = found[name] = {}
+            for spec in specs:
+                rows = self._holdings[tensor].rows
+                number = self._numbers[rows]
+                counts = self._counts[number]
+                copies = None
+                if spec.nbytes and len(counts) == 1:
+                    first, last = _writers(*self.copies(tensor), next(iter(counts)))
+                    copies = (first, last) if next(iter(counts)) > 1 else None
+                here[spec.name] = SpreadTensor(spec, number, copies)
+                boxes += len(rows.holders)
+                tensor += 1
+        return SpreadTensors(tuple(self._numbers), found, boxes + extents + ranks)
+
+
+def _writers(begin: int, end: int, total: int, count: int) -> tuple[int, int]:
+    """Return the first and the last of ``count`` holders whose runs of a line of ``total`` bytes share any with
+    ``[begin, end)``."""
+    return begin * count // total, (end - 1) * count // total
+
+
+def _parts(
+    component: str, spec: TensorSpec, holding: RankHolding, rank: int, place: tuple[int, int, int]
+) -> list[_Part]:
+    """List the parts of a tensor that this rank writes: at most one. A tensor without bytes is rank 0's."""
     rows = holding.rows
-    if not spec.nbytes or len(rows.holders) == 1:
-        return [(_Part(spec, spec, (), 0, holding), rows.holders[0] if spec.nbytes else (0,))]
-    if rows.bounds[-1] != (spec.shape[0] if spec.shape else 1):
+    if not spec.nbytes:
+        return [_Part(spec, spec, (), 0, holding)] if rank == 0 else []
+    if len(rows.holders) > 1 and rows.bounds[-1] != (spec.shape[0] if spec.shape else 1):
         raise UnsupportedValue(
             f"{component}.{spec.name}: ranks hold parts of it that are no whole rows, as FSDP 1 divides parameters, "
             f"and Safetensors(per_rank=True) stores boxes; leave per_rank out, or use fully_shard (FSDP2)"
         )
-    width = spec.nbytes // rows.bounds[-1]
-    found: list[tuple[_Part, Sequence[int]]] = []
-    for number, holders in enumerate(rows.holders):
-        begin, end = rows.bounds[number : number + 2]
-        offsets = (begin, *(0 for _ in spec.shape[1:]))
-        shape = (end - begin, *spec.shape[1:])
-        entry = BoxRecord(offsets, shape, "", 0, 0).entry(f"{component}.{spec.name}")
-        part = TensorSpec(entry, spec.dtype, shape, width * (end - begin), spec.frozen)
-        found.append((_Part(part, spec, offsets, width * begin, holding), holders))
-    return found
+    number = rows.part_of_rank.get(rank)
+    if number is None:
+        return []
+    count = spec.shape[0] if spec.shape else 1
+    low, high = rows.bounds[number : number + 2] if len(rows.holders) > 1 else (0, count)
+    width = spec.nbytes // count
+    holders = rows.holders[number]
+    begin, end = _share(holders.index(rank), len(holders), (high - low) * width, width, place)
+    begin, end = low + begin, low + end
+    if begin >= end:
+        return []
+    if (begin, end) == (0, count):
+        return [_Part(spec, spec, (), 0, holding)]
+    offsets, shape = (begin, *(0 for _ in spec.shape[1:])), (end - begin, *spec.shape[1:])
+    entry = BoxRecord(offsets, shape, "", 0, 0).entry(f"{component}.{spec.name}")
+    part = TensorSpec(entry, spec.dtype, shape, width * (end - begin), spec.frozen)
+    return [_Part(part, spec, offsets, width * begin, holding)]
 
 
-def _placed(shard: ShardFile, component: str, parts: Sequence[_Part], *, mine_here: bool) -> ShardFile:
+def _share(member: int, count: int, nbytes: int, width: int, place: tuple[int, int, int]) -> tuple[int, int]:
+    """Return the rows of a part of ``nbytes`` that holder ``member`` of ``count`` writes, counted from the part's
+    first. ``width``: the bytes of a row."""
+    rows = nbytes // width
+    if count == 1:
+        return 0, rows
+    begin, end, total = place
+    first, last = _writers(begin, end, total, count)
+    if first == last or nbytes < 2 * _LEAST_BYTES:
+        return (0, rows) if member == first else (0, 0)
+    if not first <= member <= last:
+        return 0, 0
+    edges = []
+    for edge in (member, member + 1):
+        at = min(max(edge * total - begin * count, 0), (end - begin) * count)
+        row = at * rows // ((end - begin) * count)
+        row = 0 if row * width < _LEAST_BYTES else rows if (rows - row) * width < _LEAST_BYTES else row
+        edges.append(row)
+    return (0 if member == first else edges[0]), (rows if member == last else edges[1])
+
+
+def _placed(shard: ShardFile, component: str, parts: Sequence[_Part]) -> ShardFile:
     """Return a planned shard under its component's name. Its tensors name the tensor and the offsets that they are a
-    box of; its extents, kept only with ``mine_here``, are numbered by this rank's own pieces."""
+    box of; its extents are numbered by this rank's own pieces."""
     by_name = {part.spec.name: part for part in parts}
     placements = tuple(
         replace(placement, part_of=part.whole, offsets=part.offsets)
@@ -105,7 +187,5 @@ def _placed(shard: ShardFile, component: str, parts: Sequence[_Part], *, mine_he
         source = segment.source_offset + part.begin - part.holding.begin
         return replace(segment, piece=part.holding.local, source_offset=source)
 
-    extents = tuple(
-        replace(extent, segments=tuple(map(local, extent.segments))) for extent in (shard.extents if mine_here else ())
-    )
+    extents = tuple(replace(extent, segments=tuple(map(local, extent.segments))) for extent in shard.extents)
     return replace(shard, component=component, placements=placements, extents=extents, pieces=())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from asyncckpt.plan.partition import SpreadTensors
 from asyncckpt.state.known_state import KnownState, Recaptured
 from asyncckpt.state.known_states import Captured
 from asyncckpt.types import ComponentSnapshot, Layout, LocalTensor, RowOwners, TensorSpec
@@ -38,8 +39,8 @@ class Planned:
     the shards of its own components. ``pieces``: this rank's. ``components``: all, under the names that they are stored
     under, those that only other ranks hold empty. ``rank_local_names``: component → the name that this rank's own is
     stored under.
-    ``sends_values_of``, ``values_like``, ``owners`` and ``replicated``: see ``AgreedPlan``. ``met``: all ranks have met
-    to plan this very save. ``known``, ``again``: see ``Captured``."""
+    ``sends_values_of``, ``values_like``, ``owners``, ``replicated`` and ``spread``: see ``AgreedPlan``. ``met``: all
+    ranks have met to plan this very save. ``known``, ``again``: see ``Captured``."""
 
     step: int
     pieces: Sequence[LocalTensor]
@@ -53,6 +54,7 @@ class Planned:
     met: bool = False
     known: KnownState | None = None
     again: Recaptured | None = None
+    spread: SpreadTensors | None = None
 
 
 def alone(captured: Captured, layout: Layout) -> Planned:

@@ -18,7 +18,9 @@ from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import FileRecord, Manifest
+from asyncckpt.plan.partition import SpreadTensors
 from asyncckpt.protocols import PendingDirectory
+from asyncckpt.ranks.part_reports import boxes_of, merge_boxes, merge_parts, own_rows, write_part
 from asyncckpt.ranks.replicas import ReplicaSample, named
 from asyncckpt.ranks.reports import merge_reports
 from asyncckpt.ranks.shared_files import HeldBack, link_unchanged, merge_files
@@ -36,7 +38,8 @@ class RankSave:
     ``values_like`` and ``owners``: see ``AgreedPlan``. ``sample``: of the tensors that must be equal on several ranks;
     ``replicas``: their digests, where all of each is compared.
     ``planned``: all ranks have planned this save together, so one that asked for a plan does not end it.
-    ``asked_again``: the numbers of the saves with a second round, which rank 0 keeps."""
+    ``asked_again``: the numbers of the saves with a second round, which rank 0 keeps. ``spread``: who writes what,
+    where each rank writes files of its own."""
 
     ranks: RankStore
     number: int
@@ -48,6 +51,7 @@ class RankSave:
     replicas: Mapping[str, str] = field(default_factory=dict)
     planned: bool = False
     asked_again: set[int] = field(default_factory=set)
+    spread: SpreadTensors | None = None
 
     @property
     def reports(self) -> str:
@@ -64,6 +68,11 @@ class RankSave:
     @property
     def second_outcome(self) -> str:
         return f"save/{self.number}/second/outcome"
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether each rank writes its part of the manifest itself."""
+        return self.spread is not None and self.spread.rows > self.ranks.options.manifest_rows
 
     def replan(self, rank: int) -> str:
         """Return the key under which a rank says that it cannot save without a new plan."""
@@ -100,12 +109,13 @@ class Follower:
         check_lease: Callable[[], None],
         read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
-        directory.sync_directory()
-        save.scope.begin_publish()  # from the report on, rank 0 may publish
         rank_save = self._rank_save
         beside = [manifest.whole_file(name, data, save.digest) for name, data in small.items()]
         files = [*save.shards.written.records(), *beside]
-        rank_save.ranks.post(self._report, _report(save, rank_save, files))
+        report = _report(save, rank_save, directory, files)
+        directory.sync_directory()
+        save.scope.begin_publish()  # from the report on, rank 0 may publish
+        rank_save.ranks.post(self._report, report)
         self._reported = True
         outcome = self._read_outcome(save)
         if "write" in outcome:
@@ -178,6 +188,7 @@ class Leader:
         read_back: Callable[[PendingDirectory], None] | None,
     ) -> Manifest:
         rank_save, draft = self._rank_save, save.contents.draft
+        mine = _report(save, rank_save, directory, save.shards.written.records())
         bodies = rank_save.ranks.gather(
             rank_save.reports,
             rank_save.ranks.options.timeout_seconds,
@@ -185,7 +196,7 @@ class Leader:
             lambda _rank, body: body["error"] is not None or _mismatch(body, draft) is not None,
             lambda rank: not rank_save.planned and rank_save.ranks.exists(rank_save.replan(rank)),
         )
-        reports = [_report(save, rank_save, save.shards.written.records()), *bodies[1:]]
+        reports = [mine, *bodies[1:]]
         self._check(reports, draft)
         for name in {report["damaged"] for report in reports} - {""}:
             save.shards.hear_of_damage(name)
@@ -194,9 +205,15 @@ class Leader:
         if held_back.files:
             self._have_written(save, held_back)
         contents = merge_reports(save.contents, reports, rank_save.rank_local_names, rank_save.owners)
+        parts = None
+        if rank_save.spread is not None and rank_save.in_parts:
+            own_of_lead = frozenset(rank_save.rank_local_names.values())
+            contents, parts = merge_parts(contents, reports, rank_save.spread, own_of_lead)
+        elif rank_save.spread is not None:
+            contents = merge_boxes(contents, reports, rank_save.spread)
         small = save.write_small(directory, contents)
         orders = {file: order for report in reports for file, order in report["orders"].items()}
-        written = save.publish(directory, contents, files, orders, small, check_lease, read_back)
+        written = save.publish(directory, contents, files, orders, small, check_lease, read_back, parts)
         self._told = True
         _try_post(rank_save, self._outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
         if rank_save.number > 1:  # a rank that has reported for this save has read the outcome of that one
@@ -306,8 +323,11 @@ def _mismatch(body: Mapping[str, Any], draft: Manifest) -> str | None:
     return f"into another attempt ({body['attempt']})" if body["attempt"] != draft.attempt else None
 
 
-def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileRecord]) -> dict[str, Any]:
-    """Make the report that tells rank 0 what this rank has written. ``files``: those that it wrote, or a part of."""
+def _report(
+    save: SaveTransaction, rank_save: RankSave, directory: PendingDirectory, files: Sequence[FileRecord]
+) -> dict[str, Any]:
+    """Make the report that tells rank 0 what this rank has written. ``files``: those that it wrote, or a part of. Where
+    the rank writes its part of the manifest itself, this does so, and the report has a row about it alone."""
     contents = save.contents
     own = set(rank_save.rank_local_names.values())
     shards = tuple(shard for shard in contents.layout.shards if shard.component in own)
@@ -318,8 +338,20 @@ def _report(save: SaveTransaction, rank_save: RankSave, files: Sequence[FileReco
     )
     written = {record.name for record in files}
     groups, sample = rank_save.sample.digests() if rank_save.sample is not None else ({}, {})
-    sent = own | rank_save.sends_values_of
+    sent: frozenset[str] = rank_save.sends_values_of | own
+    spread, described = rank_save.spread, {}
+    if spread is not None and rank_save.in_parts:
+        described = {
+            "part": write_part(save, directory, rank_save.ranks.rank, spread, files, entries),
+            "own_rows": own_rows(contents, entries),
+        }
+        files, entries, sent = (), {}, rank_save.sends_values_of
+    elif spread is not None:
+        described = {"boxes": boxes_of(contents.layout, spread)}
+    if spread is not None:
+        orders = {}  # nothing is packed on write
     return {
+        **described,
         "error": None,
         "step": contents.draft.step,
         "kind": contents.draft.kind,

@@ -13,7 +13,7 @@ from typing import Any
 
 from asyncckpt.errors import UnsupportedValue
 from asyncckpt.plan import layout as layouts
-from asyncckpt.plan.partition import RankHolding, divide
+from asyncckpt.plan.partition import RankHolding, SpreadTensors, divide
 from asyncckpt.plan.per_rank_files import divide_by_rank
 from asyncckpt.plan.planned import Planned, ReplicatedTensor
 from asyncckpt.protocols import Codec, ShardFormat
@@ -33,7 +33,7 @@ class AgreedPlan:
 
     ``values_like``: component → the first rank that holds the same parts of it as this one, where their plain values
     must be equal. ``owners``: component → the rank whose copies are right. ``replicated``: the tensors of which several
-    ranks must hold equal copies, alike on all ranks."""
+    ranks must hold equal copies, alike on all ranks. ``spread``: see ``Division``."""
 
     layout: Layout
     kinds: Mapping[str, str]
@@ -44,6 +44,7 @@ class AgreedPlan:
     values_like: Mapping[str, int]
     owners: Mapping[str, int]
     replicated: Sequence[ReplicatedTensor]
+    spread: SpreadTensors | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +106,8 @@ class JobPlanner:
                 shards += self._format.shards(name, specs, len(pieces), len(shards), self._codec, self._options)
                 pieces += component.pieces
                 components.append(replace(component, name=name))
-        nbytes = sum(shard.nbytes for shard in shards)
-        layout = replace(agreed.layout, shards=tuple(shards), nbytes=nbytes)
+        own_bytes = sum(shard.nbytes for shard in shards[len(agreed.layout.shards) :])
+        layout = replace(agreed.layout, shards=tuple(shards), nbytes=agreed.layout.nbytes + own_bytes)
         return Planned(
             snapshot.step,
             pieces,
@@ -118,6 +119,7 @@ class JobPlanner:
             agreed.owners,
             agreed.replicated,
             met,
+            spread=agreed.spread,
         )
 
     def decline(self, call: str, error: BaseException) -> None:
@@ -233,6 +235,7 @@ class JobPlanner:
             {name: rank for name, rank in first.items() if name not in owners and components[name].kind != "module"},
             owners,
             replicated,
+            division.spread,
         )
 
 

@@ -53,11 +53,14 @@ class RankOptions:
     that several ranks hold copies of, and not only a sample; where copies differ the save fails and names them.
     ``shared_reading_bytes``: where ranks restore at least so many bytes alike, each reads a part of them from the
     storage and passes it on to the others, in the memory of their host or through the job's default process group
-    (gloo or NCCL); None: each reads all that it needs. Raises ``InvalidOption``."""
+    (gloo or NCCL); None: each reads all that it needs. ``manifest_rows``: where each rank writes files of its own, and
+    all of them together are described by more rows than this, a row for each box of a tensor and for each extent, each
+    rank writes its part of the manifest itself, and rank 0 merges none of it. Raises ``InvalidOption``."""
 
     timeout_seconds: float = 300.0
     check_replicas: bool = False
     shared_reading_bytes: int | None = 64 << 20
+    manifest_rows: int = 20_000
 
     def __post_init__(self) -> None:
         if not self.timeout_seconds > 0:
@@ -65,6 +68,8 @@ class RankOptions:
         least = self.shared_reading_bytes
         if least is not None and not (isinstance(least, int) and least >= 0):
             raise InvalidOption(f"RankOptions.shared_reading_bytes takes a number of bytes or None, not {least!r}")
+        if type(self.manifest_rows) is not int or self.manifest_rows < 0:
+            raise InvalidOption(f"RankOptions.manifest_rows takes a whole number of rows, not {self.manifest_rows!r}")
 
 
 _instances: dict[str, int] = {}

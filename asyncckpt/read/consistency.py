@@ -12,11 +12,13 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import safetensors, zarr
 from asyncckpt.manifest.json import MAX_STATE_BYTES, STATE_FILE
 from asyncckpt.manifest.records import BoxedRecord, ChunkedRecord, FileRecord, Manifest, TensorRecord
+from asyncckpt.manifest.spread import OwnComponent, SpreadFile, SpreadRecord
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.protocols import Reader
 from asyncckpt.read.damage import Damage
 from asyncckpt.read.delta import is_layer
 from asyncckpt.read.extents import read_record
+from asyncckpt.read.part_views import check_parts
 from asyncckpt.types import JsonValue
 
 #: The ``zarr.json`` of one array is far smaller.
@@ -33,6 +35,8 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
         try:
             if record.name == STATE_FILE:
                 jsontree.loads(read_record(reader, manifest, record, MAX_STATE_BYTES), STATE_FILE)
+            elif isinstance(record, SpreadFile):
+                continue  # its part says what it should be
             elif record.name.endswith(".safetensors"):
                 # what an earlier checkpoint's file holds concerns only the files that build on it
                 expected = None if is_layer(record.name) else headers.get(record.name, _Header())
@@ -40,6 +44,7 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
                 damage += [Damage(record.name, 0, 0, problem)] if problem else []
         except ValueError as error:
             damage.append(Damage(record.name, 0, record.nbytes, str(error)))
+    damage += check_parts(manifest, lambda record, entries: _safetensors_problem(reader, record, _Header(entries)))
     if manifest.shard_format == "zarr":
         for component, name, tensor in _chunked(manifest):
             try:
@@ -62,7 +67,9 @@ def _headers(manifest: Manifest, files: Mapping[str, FileRecord]) -> dict[str, _
     """Make the header that each shard should have, by file name, in one walk over the manifest."""
     found: defaultdict[str, _Header] = defaultdict(_Header)
     for component_name, component in manifest.components.items():
-        for name, tensor in component.tensors.items():
+        for name, tensor in () if isinstance(component, OwnComponent) else component.tensors.items():
+            if isinstance(tensor, SpreadRecord):
+                continue
             if isinstance(tensor, TensorRecord):
                 found[tensor.file].entries.add((name, tensor.dtype, tensor.shape, tensor.begin, tensor.end))
                 continue
@@ -145,7 +152,7 @@ def _index_says(reader: Reader, record: FileRecord, places: list[tuple[int, int]
 def _chunked(manifest: Manifest) -> Iterator[tuple[str, str, ChunkedRecord]]:
     """Yield each tensor that is cut into chunks, with its component's name and its own."""
     for component, record in manifest.components.items():
-        for name, tensor in record.tensors.items():
+        for name, tensor in () if isinstance(record, OwnComponent) else record.tensors.items():
             if isinstance(tensor, ChunkedRecord):
                 yield component, name, tensor
 

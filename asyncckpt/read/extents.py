@@ -226,6 +226,8 @@ def extents_of(
     chosen: list[tuple[FileRecord, ExtentRecord]] = []
     for record in manifest.files:
         spans = sorted(span for span in ranges.get(record.name, ()) if span[0] < span[1])
+        if not spans:
+            continue  # a part of the manifest may have to be read to know the extents
         at = 0
         for extent in record.extents:
             while at < len(spans) and spans[at][1] <= extent.offset:

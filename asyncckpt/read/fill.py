@@ -31,6 +31,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
+from asyncckpt.manifest.spread import SpreadRecord
 from asyncckpt.manifest.table import tensors_by_file
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
@@ -196,7 +197,10 @@ def _boxed(tensor: BoxedRecord, targets: Sequence[Target], number: int) -> _Foun
     """Yield what each target wants of a tensor that lies in boxes, with the file's name."""
     dtype = _dtype(tensor)
     live = [box for target in targets for box in target_boxes(target, tensor.shape)]
-    for box in tensor.boxes:
+    solid = [box for box in live if box.tensor.numel()]
+    begin = min((box.offsets[0] if box.offsets else 0 for box in solid), default=0)
+    end = max((box.offsets[0] + box.tensor.shape[0] if box.offsets else 1 for box in solid), default=0)
+    for box in tensor.boxes_in(begin, end):
         for target in live:
             first, last = overlap_range(box.offsets, box.shape, target)
             if first < last:
@@ -227,7 +231,9 @@ def _add_whole_files(
     for component in manifest.components.values():
         there.update(tensors_by_file(component))
     for tensor, targets in itertools.chain.from_iterable(wanted):
-        if id(tensor) in seen or not tensor.nbytes or (isinstance(tensor, TensorRecord) and tensor.file not in ranges):
+        if id(tensor) in seen or not tensor.nbytes or isinstance(tensor, SpreadRecord):
+            continue
+        if (isinstance(tensor, TensorRecord) and tensor.file not in ranges):
             continue
         if any(_takes_all(tensor, target) for target in targets):
             seen.add(id(tensor))

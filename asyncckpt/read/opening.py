@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import replace as replaced
 from typing import Self
 
@@ -11,6 +12,7 @@ from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import MAX_STATE_BYTES, STATE_FILE
 from asyncckpt.manifest.records import Manifest
+from asyncckpt.manifest.spread import OwnComponent, SpreadFile
 from asyncckpt.manifest.table import files_with_tensors
 from asyncckpt.manifest.unread import UnreadComponents
 from asyncckpt.protocols import Reader
@@ -63,8 +65,10 @@ class OpenCheckpoint:
         components = self.manifest.components.values()
         apart = {file for component in components for file in files_with_tensors(component)}
         apart.update(self.manifest.assets)
+        if self.manifest.parts is not None:  # each is verified when something is asked of it
+            apart.update(self.manifest.parts.names())
         for record in self.manifest.files:
-            if record.name not in apart:
+            if record.name not in apart and not isinstance(record, SpreadFile):
                 data = read_record(self.reader, self.manifest, record, MAX_STATE_BYTES)
                 if record.name == STATE_FILE:
                     self._state = data
@@ -79,9 +83,9 @@ class OpenCheckpoint:
         }
 
     @functools.cached_property
-    def trees(self) -> dict[str, JsonValue]:
-        """Return the plain values of every component. Blocks the first time, when they are verified and parsed. Raises
-        ``CheckpointDamaged``."""
+    def trees(self) -> Mapping[str, JsonValue]:
+        """Return the plain values of every component. Blocks the first time, when they are verified and parsed, and
+        where a part of the manifest has those of a rank's own component. Raises ``CheckpointDamaged``."""
         self.check_small_files()
         data, self._state = self._state, None
         if data is None:
@@ -89,7 +93,10 @@ class OpenCheckpoint:
         trees = jsontree.loads(data, f"{self.path}/{STATE_FILE}")
         if not isinstance(trees, dict):
             raise CheckpointDamaged(f"{self.path}/{STATE_FILE} is no JSON object")
-        return trees
+        if self.manifest.parts is None:
+            return trees
+        components = self.manifest.components.items()
+        return _Trees(trees, {name: one for name, one in components if isinstance(one, OwnComponent)})
 
     def close(self) -> None:
         """Let retention have the checkpoint again. Idempotent."""
@@ -100,6 +107,24 @@ class OpenCheckpoint:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Trees(Mapping[str, JsonValue]):
+    """Maps the names of components to their plain values, of which those in ``own`` are read when asked for."""
+
+    def __init__(self, read: Mapping[str, JsonValue], own: Mapping[str, OwnComponent]) -> None:
+        self._read = read
+        self._own = own
+
+    def __getitem__(self, name: str) -> JsonValue:
+        return self._own[name].values() if name in self._own else self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._read
+        yield from (name for name in self._own if name not in self._read)
+
+    def __len__(self) -> int:
+        return len(self._read.keys() | self._own.keys())
 
 
 def open_checkpoint(reader: Reader, expect_digest: str | None = None) -> OpenCheckpoint:

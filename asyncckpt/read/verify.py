@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from asyncckpt.errors import CheckpointDamaged, InvalidOption
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.json import FILE_NAME
 from asyncckpt.manifest.parse import is_component_name
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
+from asyncckpt.manifest.spread import SpreadFile
 from asyncckpt.protocols import Reader
 from asyncckpt.read.consistency import check_views
 from asyncckpt.read.damage import Damage, check_files
@@ -45,12 +47,28 @@ def verify(
         if progress is not None:
             progress(min(done, total), total)
 
-    wanted = [(r, extent) for r in manifest.files if r.name not in broken for extent in r.extents]
-    damage += read_extents(reader, manifest.digest, wanted, consume, stop_at_damage=False)
+    for records in _groups(manifest, broken):
+        try:
+            wanted = [(record, extent) for record in records for extent in record.extents]
+        except CheckpointDamaged as error:  # a part of the manifest, which is among the files, too
+            broken_file = records[0].name
+            damage.append(Damage(broken_file, 0, records[0].nbytes, str(error)))
+            continue
+        damage += read_extents(reader, manifest.digest, wanted, consume, stop_at_damage=False)
     if not damage:
         damage += check_views(reader, manifest)
     damage += _missing_components(manifest, require)
     return sorted(damage, key=lambda entry: (entry.file, entry.offset))
+
+
+def _groups(manifest: Manifest, broken: Collection[str]) -> Iterator[list[FileRecord]]:
+    """Yield the files that can be read, those that one part of the manifest describes together: more than the extents
+    of one part need not be in memory at once."""
+    good = [record for record in manifest.files if record.name not in broken]
+    yield [record for record in good if not isinstance(record, SpreadFile)]
+    spread = [record for record in good if isinstance(record, SpreadFile)]
+    for _, records in itertools.groupby(spread, key=lambda record: record.rank):
+        yield list(records)
 
 
 def required_components(require: str | Sequence[str]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class SaveDirectory:
     """Makes the directory of a save when a thread first needs it, once there is room for the save. Thread-safe.
 
     ``name``: the checkpoint's. ``attempt``: the attempt's uuid. ``shared``: several ranks write into it.
-    ``asset_bytes``: what the assets need beside it.
+    ``beside_bytes``: what else is going to be written into it.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class SaveDirectory:
         name: str,
         attempt: str,
         shared: bool,
-        asset_bytes: int,
+        beside_bytes: int,
     ) -> None:
         self._store = store
         self._scope = scope
@@ -41,7 +41,7 @@ class SaveDirectory:
         self._name = name
         self._uuid = attempt
         self._shared = shared
-        self._beside_bytes = _SMALL_FILES_BYTES + asset_bytes
+        self._beside_bytes = _SMALL_FILES_BYTES + beside_bytes
         self._lock = threading.Lock()
         self._made: PendingDirectory | None = None
 

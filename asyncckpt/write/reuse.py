@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -87,8 +87,29 @@ class Previous:
         return known.matching_layout(shard) if known is not None else None
 
 
-def files_of(manifest: Manifest) -> dict[str, ReusableFile]:
-    """List the files of a checkpoint that another process wrote, by name."""
+class _SpreadFiles(Mapping[str, ReusableFile]):
+    """Maps the names of files that parts of a manifest describe, and of those that it lists itself. A part is read when
+    somebody asks for a file of it."""
+
+    def __init__(self, files: Sequence[FileRecord]) -> None:
+        self._files = {record.name: record for record in files}
+
+    def __getitem__(self, name: str) -> ReusableFile:
+        record = self._files[name]
+        return ReusableFile(record, tuple(map(written_extent, record.extents)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def files_of(manifest: Manifest) -> Mapping[str, ReusableFile]:
+    """List the files of a checkpoint that another process wrote, by name. Those of a manifest in parts can be looked up
+    for as long as the checkpoint is open."""
+    if manifest.parts is not None:
+        return _SpreadFiles(manifest.files)
     ordered: dict[str, list[ExtentRecord]] = {}
     files = {record.name: record for record in manifest.files}
     for component in manifest.components.values():

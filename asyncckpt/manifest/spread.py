@@ -1,0 +1,224 @@
+"""Tensors, components and files that a manifest only points at: the parts that ranks wrote beside it describe them.
+
+Each of these looks like the record it stands for, and reads a part when something is asked of it that only the part
+says. So whoever needs what one rank has written reads that rank's part, and no other.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from asyncckpt.errors import ManifestInvalid
+from asyncckpt.manifest.records import BoxedRecord, BoxRecord, ComponentRecord, ExtentRecord, FileRecord, StoredTensor
+from asyncckpt.types import JsonValue
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """``Spread`` says how the rows of a tensor are spread over the parts of a manifest: each rank of ``holders[i]`` may
+    have written rows among ``[bounds[i], bounds[i + 1])``, and together they have written all of them. A tensor without
+    dimensions counts as one row."""
+
+    bounds: tuple[int, ...]
+    holders: tuple[tuple[int, ...], ...]
+
+
+class PartSource(Protocol):
+    """Gives what the parts of a manifest say. Thread-safe; blocks on the storage, and raises ``CheckpointDamaged``."""
+
+    where: str
+    spreads: Sequence[Spread]
+
+    def boxes(self, rank: int, component: str, tensor: str, dtype: str) -> Sequence[BoxRecord]:
+        """Return the boxes of a tensor that a rank has written."""
+
+    def files_of(self, ranks: Iterable[int] | None, component: str) -> tuple[str, ...]:
+        """Return the names of the files that these ranks, or all, have written of a component. Reads nothing."""
+
+    def extents(self, rank: int, file: str) -> tuple[ExtentRecord, ...]:
+        """Return the extents of a file that a rank has written."""
+
+    def component(self, rank: int, name: str) -> ComponentRecord:
+        """Return a component that a rank has of its own."""
+
+    def values(self, rank: int, name: str) -> JsonValue:
+        """Return the plain values of such a component."""
+
+
+class SpreadRecord(BoxedRecord):
+    """``SpreadRecord`` is a stored tensor whose boxes are listed by the parts of several ranks. ``spread``: the number
+    of its ``Spread``. ``copies``: the first and the last of each part's holders that wrote of it, None for all.
+    Compared by identity."""
+
+    __slots__ = ("_component", "_copies", "_name", "_parts", "_spread")
+
+    _component: str
+    _copies: tuple[int, int] | None
+    _name: str
+    _parts: PartSource
+    _spread: int
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        nbytes: int,
+        parts: PartSource,
+        component: str,
+        name: str,
+        spread: int,
+        copies: tuple[int, int] | None,
+    ) -> None:
+        for field, value in (("dtype", dtype), ("shape", shape), ("nbytes", nbytes)):
+            object.__setattr__(self, field, value)
+        for field, found in (("_parts", parts), ("_component", component), ("_name", name), ("_copies", copies)):
+            object.__setattr__(self, field, found)
+        object.__setattr__(self, "_spread", spread)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def spread(self) -> int:
+        """The number of the tensor's ``Spread`` in its manifest."""
+        return self._spread
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that are spread."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def boxes(self) -> tuple[BoxRecord, ...]:
+        """All boxes of the tensor. Reads the parts of all ranks that hold any."""
+        return self.boxes_in(0, self.rows)
+
+    def boxes_in(self, begin: int, end: int) -> tuple[BoxRecord, ...]:
+        """Return the boxes that hold the rows ``[begin, end)``, and maybe others. Reads the parts of the ranks that
+        wrote them. Raises ``ManifestInvalid`` where these do not tile the rows."""
+        found: list[BoxRecord] = []
+        spread = self._parts.spreads[self._spread]
+        first = max(0, bisect.bisect_right(spread.bounds, begin) - 1)
+        for number in range(first, len(spread.holders)):
+            low, high = spread.bounds[number : number + 2]
+            if low >= end:
+                break
+            if self.nbytes and low < high:
+                found += self._tile(low, high, self._writers(number))
+        return tuple(found)
+
+    def ranks(self, number: int) -> tuple[int, ...]:
+        """Return the ranks that may have written of the rows that ``Spread.holders[number]`` hold."""
+        return self._writers(number)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files that the ranks which hold the tensor have written of its component. Reads nothing."""
+        count = len(self._parts.spreads[self._spread].holders)
+        ranks = dict.fromkeys(rank for number in range(count) for rank in self._writers(number))
+        return self._parts.files_of(ranks, self._component)
+
+    def files_of_component(self) -> tuple[str, ...]:
+        """Return the names of the files that all ranks have written of the tensor's component. Reads nothing."""
+        return self._parts.files_of(None, self._component)
+
+    def _writers(self, number: int) -> tuple[int, ...]:
+        holders = self._parts.spreads[self._spread].holders[number]
+        return holders if self._copies is None else holders[self._copies[0] : self._copies[1] + 1]
+
+    def _tile(self, low: int, high: int, ranks: Iterable[int]) -> list[BoxRecord]:
+        """Return the boxes of these ranks, which have to be whole rows from ``low`` to ``high`` without gap or
+        overlap."""
+        found = [box for rank in ranks for box in self._parts.boxes(rank, self._component, self._name, self.dtype)]
+        found.sort(key=lambda box: box.offsets[:1])
+        position = low
+        for box in found:
+            rest = all(offset == 0 for offset in box.offsets[1:]) and box.shape[1:] == self.shape[1:]
+            if not rest or len(box.shape) != len(self.shape) or (box.offsets[0] if box.offsets else 0) != position:
+                position = -1
+                break
+            position += box.shape[0] if box.shape else 1
+        if position != high:
+            raise ManifestInvalid(
+                f"{self._parts.where}: the parts of ranks {sorted(ranks)} do not list the rows {low} to {high} of "
+                f"{self._component}.{self._name:.80}, each once"
+            )
+        return found
+
+
+class OwnComponent(ComponentRecord):
+    """``OwnComponent`` is a component that one ``rank`` has of its own, which that rank's part describes. Compared by
+    identity."""
+
+    __slots__ = ("_name", "_parts", "_rank")
+
+    _name: str
+    _parts: PartSource
+    _rank: int
+
+    def __init__(self, kind: str, parts: PartSource, rank: int, name: str) -> None:
+        object.__setattr__(self, "kind", kind)
+        for field, value in (("_parts", parts), ("_rank", rank), ("_name", name)):
+            object.__setattr__(self, field, value)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def _described(self) -> ComponentRecord:
+        return self._parts.component(self._rank, self._name)
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """The stored tensors, by name."""
+        return self._described().tensors
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """The other names of tied tensors."""
+        return self._described().aliases
+
+    @property
+    def type_name(self) -> str:
+        """The qualified name of the live object's class."""
+        return self._described().type_name
+
+    @property
+    def strides(self) -> Mapping[str, tuple[int, ...]]:
+        """The strides of tensors that were not row-major in memory."""
+        return self._described().strides
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files that the rank has written of it. Reads nothing."""
+        return self._parts.files_of((self._rank,), self._name)
+
+    def values(self) -> JsonValue:
+        """Return the component's plain values."""
+        return self._parts.values(self._rank, self._name)
+
+
+class SpreadFile(FileRecord):
+    """``SpreadFile`` is a file that one ``rank`` has written, whose extents that rank's part lists. Compared by
+    identity."""
+
+    __slots__ = ("_parts", "rank")
+
+    _parts: PartSource
+    rank: int
+
+    def __init__(self, name: str, nbytes: int, parts: PartSource, rank: int) -> None:
+        for field, value in (("name", name), ("nbytes", nbytes), ("content_key", ""), ("bases", ()), ("order", ())):
+            object.__setattr__(self, field, value)
+        object.__setattr__(self, "_parts", parts)
+        object.__setattr__(self, "rank", rank)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @property
+    def extents(self) -> tuple[ExtentRecord, ...]:
+        """The extents, which cover the file."""
+        return self._parts.extents(self.rank, self.name)

@@ -1,0 +1,80 @@
+"""What the parts of a manifest say is compared with the root, and with the headers of the files that they describe."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+from asyncckpt.errors import CheckpointDamaged
+from asyncckpt.manifest.parts import Parts, part_name
+from asyncckpt.manifest.records import FileRecord, Manifest, StoredTensor, TensorRecord
+from asyncckpt.manifest.spread import OwnComponent, SpreadFile, SpreadRecord
+from asyncckpt.read.damage import Damage
+
+#: An entry of a file's header: name, dtype, shape, first byte and last.
+Entry = tuple[str, str, tuple[int, ...], int, int]
+
+
+def check_parts(manifest: Manifest, problem: Callable[[FileRecord, set[Entry]], str | None]) -> list[Damage]:
+    """Return where the parts do not fit their root: files whose headers list other tensors, and tensors of which some
+    row is listed by no rank or by several. ``problem``: says what is wrong with a file's header, which should have
+    these entries. Reads every part, some of them several times, and every header."""
+    parts = manifest.parts
+    if parts is None:
+        return []
+    damage: list[Damage] = []
+    files: defaultdict[int, list[SpreadFile]] = defaultdict(list)
+    for record in manifest.files:
+        if isinstance(record, SpreadFile):
+            files[record.rank].append(record)
+    for rank in range(len(parts.listed)):
+        try:
+            expected = _entries(manifest, parts, rank)
+            for record in files[rank]:
+                wrong = problem(record, expected.get(record.name, set()))
+                damage += [Damage(record.name, 0, 0, wrong)] if wrong else []
+        except ValueError as error:
+            damage.append(Damage(part_name(rank), 0, 0, str(error)))
+    return damage or [Damage(part_name(rank), 0, 0, wrong) for rank, wrong in _untiled(manifest, parts)]
+
+
+def _entries(manifest: Manifest, parts: Parts, rank: int) -> dict[str, set[Entry]]:
+    """Return the entries that the headers of a rank's files should have, by file."""
+    found: defaultdict[str, set[Entry]] = defaultdict(set)
+    for component, tensor, row in parts.rows(rank):
+        record = _tensor(manifest, component, tensor)
+        if not isinstance(record, SpreadRecord):
+            raise CheckpointDamaged(f"it lists {component}.{tensor:.80}, which the manifest does not spread")
+        (box,) = parts.boxes_of(rank, tensor, record.dtype, [row])
+        called = tensor if row[0] is None else box.entry(f"{component}.{tensor}")
+        found[box.file].add((called, record.dtype, box.shape, box.begin, box.end))
+    for component_record in parts.components_of(rank).values():
+        for name, one in component_record.tensors.items():
+            if not isinstance(one, TensorRecord):
+                raise CheckpointDamaged(f"it has the tensor {name:.80} in chunks or boxes")
+            found[one.file].add((name, one.dtype, one.shape, one.begin, one.end))
+    return found
+
+
+def _tensor(manifest: Manifest, component: str, tensor: str) -> StoredTensor | None:
+    record = manifest.components.get(component)
+    return record.tensors.get(tensor) if record is not None else None
+
+
+def _untiled(manifest: Manifest, parts: Parts) -> Iterator[tuple[int, str]]:
+    """Yield, with the first rank that should have them, the rows that the parts do not list exactly once. Parts are
+    read one group of holders after the other."""
+    tensors: defaultdict[int, list[SpreadRecord]] = defaultdict(list)
+    for component in manifest.components.values():
+        for tensor in () if isinstance(component, OwnComponent) else component.tensors.values():
+            if isinstance(tensor, SpreadRecord):
+                tensors[tensor.spread].append(tensor)
+    for number, mine in tensors.items():
+        spread = parts.spreads[number]
+        for at, holders in enumerate(spread.holders):
+            for tensor in mine:
+                try:
+                    tensor.boxes_in(*spread.bounds[at : at + 2])
+                except CheckpointDamaged as error:
+                    yield holders[0], str(error)
+                    return
