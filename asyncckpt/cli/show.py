@@ -26,11 +26,14 @@ from asyncckpt.cli.common import (
     read,
 )
 from asyncckpt.manifest.records import ComponentRecord, Manifest
+from asyncckpt.manifest.spread import OwnComponent
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.report.quantities import size
+from asyncckpt.state.rank_names import without_rank
 
 #: Only so many are shown, because a zarr checkpoint has two files a tensor.
 _FILES_SHOWN = 40
+_TENSORS_FILES_SHOWN = 4
 
 
 def show(
@@ -80,7 +83,8 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
     console.print(Text.assemble((clean(entry.path), "bold"), f"  {about}{pinned}, digests {manifest.digest}"))
     console.print(f"manifest {manifest.file_digest}")
     codec = "" if manifest.codec == "none" else f", codec {clean(manifest.codec)}"
-    tensors = sum(t.nbytes for component in manifest.components.values() for t in component.tensors.values())
+    listed = [one for one in manifest.components.values() if not isinstance(one, OwnComponent)]
+    tensors = sum(t.nbytes for component in listed for t in component.tensors.values())
     bases = {name for record in manifest.files for name in record.bases}
     layers = f", {len(bases)} files of earlier checkpoints below it" if bases else ""
     console.print(
@@ -114,10 +118,17 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
 
 def _print_components(manifest: Manifest) -> None:
     table = Table("component", "kind", "tensors", "bytes", "dtypes")
+    sizes = {record.name: record.nbytes for record in manifest.files}
+    own: dict[str, list[int]] = {}
     for name, component in manifest.components.items():
+        if isinstance(component, OwnComponent):  # there may be thousands, and their parts are not read for this
+            own.setdefault(without_rank(name), []).append(sum(sizes[file] for file in component.files))
+            continue
         summary = _summary(component, False)
         dtypes = " ".join(f"{dtype}:{count}" for dtype, count in summary["dtypes"].items())
         table.add_row(name, clean(component.kind), str(summary["tensors"]), size(summary["nbytes"]), dtypes)
+    for name, found in own.items():
+        table.add_row(name, f"own of {len(found)} ranks", "", size(sum(found)), "")
     console.print(table)
     files = Table("file", "bytes")
     for record in manifest.files[:_FILES_SHOWN]:
@@ -130,14 +141,21 @@ def _print_components(manifest: Manifest) -> None:
 def _print_tensors(manifest: Manifest) -> None:
     listing = Table("tensor", "dtype", "shape", "file")
     for name, component in manifest.components.items():
+        if isinstance(component, OwnComponent):
+            continue
         for tensor, record in component.tensors.items():
-            listing.add_row(f"{name}.{clean(tensor)}", record.dtype, str(list(record.shape)), ", ".join(record.files))
+            files = ", ".join(record.files[:_TENSORS_FILES_SHOWN])
+            more = len(record.files) - _TENSORS_FILES_SHOWN
+            shown = files if more <= 0 else f"{files} and {more} more"
+            listing.add_row(f"{name}.{clean(tensor)}", record.dtype, str(list(record.shape)), shown)
         for alias, target in component.aliases.items():
             listing.add_row(f"{name}.{clean(alias)}", "", f"= {clean(target)}", "")
     console.print(listing)
 
 
 def _summary(component: ComponentRecord, every: bool) -> dict[str, Any]:
+    if isinstance(component, OwnComponent):
+        return {"kind": component.kind, "files": list(component.files)}
     records = component.tensors.values()
     summary: dict[str, Any] = {
         "kind": component.kind,

@@ -31,8 +31,8 @@ from asyncckpt.errors import (
 from asyncckpt.events import EventBus, Written
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents, components_json, state_json
-from asyncckpt.manifest.parts import Parts
 from asyncckpt.manifest.json import MAX_STATE_BYTES
+from asyncckpt.manifest.parts import Parts
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.arena import Arena
 from asyncckpt.protocols import PendingDirectory, SpaceReserver, Store

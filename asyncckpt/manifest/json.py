@@ -41,7 +41,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.manifest.spread import SpreadFile
+from asyncckpt.manifest.spread import SpreadFile, SpreadRecord
 from asyncckpt.manifest.unread import UnreadComponents, heads_of
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
@@ -395,6 +395,8 @@ def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
 
 
 def _tensor_json(tensor: StoredTensor) -> Any:
+    if isinstance(tensor, SpreadRecord):
+        tensor = tensor.listed()
     if isinstance(tensor, TensorRecord):
         return [tensor.dtype, list(tensor.shape), tensor.file, tensor.begin, tensor.end]
     if isinstance(tensor, BoxedRecord):

@@ -25,7 +25,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.manifest.spread import OwnComponent, PartSource, SpreadRecord
+from asyncckpt.manifest.spread import OwnComponent, PartSource, SpreadFile, SpreadRecord
 from asyncckpt.manifest.table import Numbers, TensorTable, overlap, table_of
 from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES, ContentDigest
@@ -215,7 +215,9 @@ def parse_components(
     """Return the records of ``components``. Every tensor lies in ``files``, and no two tensors overlap there, or is
     spread over ``parts``, which are not read."""
     found: dict[str, ComponentRecord] = {}
-    room = {record.name: len(record.extents) for record in files.values()}
+    # what parts describe, they say themselves
+    listed = [record for record in files.values() if not isinstance(record, SpreadFile)]
+    room = {record.name: len(record.extents) for record in listed}
     for name, entry in body.take("components", dict).items():
         if "." in body.plain_name("component name", name):
             body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
@@ -264,7 +266,11 @@ def _spread_tensor(body: Body, component: str, name: str, row: Mapping[str, Any]
         body.fail(f"spreads tensor {name!r:.80} in a way that does not fit it")
     copies = row.get("copies")
     if copies is not None:
-        if not isinstance(copies, list) or [type(one) for one in copies] != [int, int] or not 0 <= copies[0] <= copies[1]:
+        if (
+            not isinstance(copies, list)
+            or [type(one) for one in copies] != [int, int]
+            or not 0 <= copies[0] <= copies[1]
+        ):
             body.fail(f"has malformed copies of tensor {name!r:.80}")
         copies = copies[0], copies[1]
     return SpreadRecord(dtype, shape, nbytes, parts, component, name, number, copies)
@@ -382,7 +388,7 @@ def _apart(boxes: Sequence[BoxRecord]) -> bool:
 
 
 def _part(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> PartRecord:
-    if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str) or row[0] not in files:
+    if not isinstance(row, list) or len(row) not in (2, 3) or not isinstance(row[0], str) or row[0] not in room:
         body.fail(f"puts chunks of tensor {name!r:.80} into a file it does not list")
     most = len(files[row[0]].extents)
     numbers: Sequence[Any] = ()

@@ -8,6 +8,7 @@ ranks whose rows it needs. docs/format.md describes both.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -207,8 +208,8 @@ def encode_part(
     values: Mapping[str, JsonValue],
 ) -> bytes:
     """Return the bytes of a part's file. ``files``: rows as ``json.file_to_json`` makes them. ``boxes``: component →
-    tensor → its boxes in these files, each ``[offsets, shape, file, begin, end]``, with None for offsets where it is the
-    whole tensor. ``components``, ``values``: those that the rank has of its own, as in a manifest and in
+    tensor → its boxes in these files, each ``[offsets, shape, file, begin, end]``, with None for offsets where it is
+    the whole tensor. ``components``, ``values``: those that the rank has of its own, as in a manifest and in
     ``state.json``."""
     return dumps(
         {
@@ -319,7 +320,7 @@ def _spread(body: Body, row: Any, ranks: int) -> Spread:
     bounds = row[0]
     if set(map(type, bounds)) != {int} or len(bounds) != len(row[1]) + 1 or not row[1]:
         body.fail("has a malformed spread")
-    if bounds[0] != 0 or bounds[-1] >= 1 << 62 or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] >= 1 << 62 or any(a > b for a, b in itertools.pairwise(bounds)):
         body.fail("has a spread whose bounds do not rise from 0")
     holders = tuple((one,) if type(one) is int else one for one in row[1])
     for held in holders:

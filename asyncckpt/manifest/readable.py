@@ -7,6 +7,7 @@ from typing import Any
 from asyncckpt.errors import CheckpointDamaged, SaveFailed
 from asyncckpt.manifest.json import MAX_MANIFEST_BYTES, decode, encode
 from asyncckpt.manifest.records import FileRecord, Manifest
+from asyncckpt.manifest.spread import SpreadFile
 
 
 def check_readable(draft: Manifest, data: bytes, components_json: bytes | None, known: dict[str, Any]) -> None:
@@ -40,7 +41,9 @@ def check_readable(draft: Manifest, data: bytes, components_json: bytes | None, 
 
 def _shape_of(record: FileRecord) -> Any:
     """Return all of a file's record that decides whether tensors may lie in it: not its digests, nor the sizes of its
-    encoded chunks."""
+    encoded chunks. Nothing where a part of the manifest describes it: then no tensor of the root lies in it."""
+    if isinstance(record, SpreadFile):
+        return None
     sizes = tuple(0 if extent.content else extent.payload_bytes or extent.nbytes for extent in record.extents)
     nbytes = 0 if record.content_key else record.nbytes
     return record.name, nbytes, record.content_key, record.bases, record.order, sizes

@@ -222,8 +222,9 @@ class Manifest:
     the user gave. ``size_bytes`` and ``file_digest`` (``sha256:…``) are those of the
     manifest's own file. ``least_version``: readers of older format versions cannot read this checkpoint,
     whatever its tensors would ask for. ``derived``: what made it of other checkpoints, if it was no save: ``by`` names
-    that (``average``, ``thin``), ``from`` lists these, each with its ``attempt``, ``step`` and ``name``. ``parts``: what
-    ranks have listed beside the manifest, whose files ``files`` has, too; None where the manifest lists everything."""
+    that (``average``, ``thin``), ``from`` lists these, each with its ``attempt``, ``step`` and ``name``. ``parts``:
+    what ranks have listed beside the manifest, whose files ``files`` has, too; None where the manifest lists
+    everything."""
 
     step: int
     name: str

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from asyncckpt.errors import ManifestInvalid
-from asyncckpt.manifest.records import BoxedRecord, BoxRecord, ComponentRecord, ExtentRecord, FileRecord, StoredTensor
+from asyncckpt.manifest.records import (
+    BoxedRecord,
+    BoxRecord,
+    ComponentRecord,
+    ExtentRecord,
+    FileRecord,
+    StoredTensor,
+    TensorRecord,
+)
 from asyncckpt.types import JsonValue
 
 
@@ -110,9 +118,14 @@ class SpreadRecord(BoxedRecord):
                 found += self._tile(low, high, self._writers(number))
         return tuple(found)
 
-    def ranks(self, number: int) -> tuple[int, ...]:
-        """Return the ranks that may have written of the rows that ``Spread.holders[number]`` hold."""
-        return self._writers(number)
+    def listed(self) -> TensorRecord | BoxedRecord:
+        """Return the record that a manifest without parts has of the tensor. Reads the parts of all ranks that hold any
+        of it."""
+        boxes = self.boxes if self.nbytes else self._parts.boxes(0, self._component, self._name, self.dtype)
+        if len(boxes) == 1 and boxes[0].shape == self.shape:  # a whole tensor is no box in its file's header
+            (box,) = boxes
+            return TensorRecord(self.dtype, self.shape, box.file, box.begin, box.end)
+        return BoxedRecord(self.dtype, self.shape, self.nbytes, tuple(boxes))
 
     @property
     def files(self) -> tuple[str, ...]:

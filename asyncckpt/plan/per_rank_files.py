@@ -22,6 +22,9 @@ Components = Sequence[tuple[str, Sequence[TensorSpec]]]
 
 #: What several ranks hold alike is divided among them by rows, but into no smaller pieces.
 _LEAST_BYTES = 1 << 20
+#: What all holders of the same rows have is divided among so many of them that each writes this much: whoever restores
+#: small tensors that thousands of ranks hold, such as the step counts of an optimizer, need not ask thousands.
+_RUN_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,8 @@ def divide_by_rank(
 ) -> Division:
     """Lay out the shards of ``rank``. ``holdings[i]`` is about tensor ``i`` of all components, in their order. Pure.
 
-    Where several ranks hold the same rows, each writes as many bytes as the others: the tensors that are spread alike
-    are one line of bytes, of which every holder takes an equal run, cut between two rows.
+    Where several ranks hold the same rows, each writes as many bytes as the others: the tensors that the same ranks
+    hold are one line of bytes, of which every holder takes an equal run, cut between two rows.
     """
     runs = _Runs(components, holdings)
     shards: list[ShardFile] = []
@@ -69,8 +72,8 @@ def divide_by_rank(
 
 
 class _Runs:
-    """Divides what several ranks hold alike among them: a tensor's place in the line of bytes of all that are spread
-    as it is decides which holders write it."""
+    """Divides what several ranks hold alike among them: a tensor's place in the line of bytes of all that the same
+    ranks hold decides which of them write it."""
 
     def __init__(self, components: Components, holdings: Sequence[RankHolding]) -> None:
         self._components = components
@@ -78,15 +81,22 @@ class _Runs:
         self._numbers: dict[RowOwners, int] = {}
         self._begins: list[int] = []
         self._specs = [spec for _, specs in components for spec in specs]
+        lines: dict[tuple[tuple[int, ...], ...], int] = {}
+        self._lines: list[int] = []  # of each spread: the number of its line
         totals: list[int] = []
         for spec, holding in zip(self._specs, holdings, strict=True):
-            number = self._numbers.setdefault(holding.rows, len(totals))
-            if number == len(totals):
-                totals.append(0)
-            self._begins.append(totals[number])
-            totals[number] += spec.nbytes
-        self._totals = totals
-        self._counts = [{len(ranks) for ranks in rows.holders} for rows in self._numbers]
+            number = self._numbers.setdefault(holding.rows, len(self._lines))
+            if number == len(self._lines):
+                self._lines.append(lines.setdefault(holding.rows.holders, len(totals)))
+                totals += [0] * (len(lines) - len(totals))
+            line = self._lines[number]
+            self._begins.append(totals[line])
+            totals[line] += spec.nbytes
+        self._totals = [totals[line] for line in self._lines]
+        self._counts = [
+            {_writing(len(ranks), total // len(rows.holders)) for ranks in rows.holders}
+            for rows, total in zip(self._numbers, self._totals, strict=True)
+        ]
 
     def copies(self, tensor: int) -> tuple[int, int, int]:
         """Return where a tensor lies in its line of bytes, and the line's length: ``(begin, end, total)``."""
@@ -106,11 +116,16 @@ class _Runs:
                 copies = None
                 if spec.nbytes and len(counts) == 1:
                     first, last = _writers(*self.copies(tensor), next(iter(counts)))
-                    copies = (first, last) if next(iter(counts)) > 1 else None
+                    copies = (first, last) if max(map(len, rows.holders)) > 1 else None
                 here[spec.name] = SpreadTensor(spec, number, copies)
                 boxes += len(rows.holders)
                 tensor += 1
         return SpreadTensors(tuple(self._numbers), found, boxes + extents + ranks)
+
+
+def _writing(holders: int, nbytes: int) -> int:
+    """Return how many of the holders of the same rows, which have so many bytes, write any of them: the first ones."""
+    return min(holders, max(1, nbytes // _RUN_BYTES))
 
 
 def _writers(begin: int, end: int, total: int, count: int) -> tuple[int, int]:
@@ -138,7 +153,8 @@ def _parts(
     low, high = rows.bounds[number : number + 2] if len(rows.holders) > 1 else (0, count)
     width = spec.nbytes // count
     holders = rows.holders[number]
-    begin, end = _share(holders.index(rank), len(holders), (high - low) * width, width, place)
+    writing = _writing(len(holders), place[2] // len(rows.holders))
+    begin, end = _share(holders.index(rank), writing, (high - low) * width, width, place)
     begin, end = low + begin, low + end
     if begin >= end:
         return []
@@ -155,7 +171,7 @@ def _share(member: int, count: int, nbytes: int, width: int, place: tuple[int, i
     first. ``width``: the bytes of a row."""
     rows = nbytes // width
     if count == 1:
-        return 0, rows
+        return 0, rows if member == 0 else 0
     begin, end, total = place
     first, last = _writers(begin, end, total, count)
     if first == last or nbytes < 2 * _LEAST_BYTES:

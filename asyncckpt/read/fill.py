@@ -233,7 +233,7 @@ def _add_whole_files(
     for tensor, targets in itertools.chain.from_iterable(wanted):
         if id(tensor) in seen or not tensor.nbytes or isinstance(tensor, SpreadRecord):
             continue
-        if (isinstance(tensor, TensorRecord) and tensor.file not in ranges):
+        if isinstance(tensor, TensorRecord) and tensor.file not in ranges:
             continue
         if any(_takes_all(tensor, target) for target in targets):
             seen.add(id(tensor))

@@ -30,6 +30,7 @@ from asyncckpt.restore.plan import (
     decode,
     load,
     mismatch,
+    names_of,
     new_tensor,
     same_bits,
 )
@@ -164,8 +165,7 @@ def plan_module(
         plan.add(record, value, qualified)
     wanted.update(f"{name}.{key}" for key in jsontree.tensor_names(extras))
     wanted.update(f"{key}.{path}" for key, one in held.items() if key in wanted for path in one.inside)
-    prefix = f"{name}."
-    plan.unexpected += [key for key in stored if key.startswith(prefix) and key not in wanted and opts.selected(key)]
+    plan.unexpected += [key for key in names_of(name, stored) if key not in wanted and opts.selected(key)]
     if meta:
         plan.finish.append(lambda: _materialize(module, meta))
     empty = _left_on_meta(name, module, live, places, opts)
@@ -243,12 +243,8 @@ def _saved_formats(name: str, component: ComponentRecord | None, stored: StoredT
     if component is None or not component.strides:
         return {}
     by_record = {id(component.tensors[key]): strides for key, strides in component.strides.items()}
-    prefix = f"{name}."
-    return {
-        key: by_record[id(record)]
-        for key, record in stored.items()
-        if key.startswith(prefix) and id(record) in by_record
-    }
+    found = ((key, id(stored[key])) for key in names_of(name, stored))
+    return {key: by_record[record] for key, record in found if record in by_record}
 
 
 @dataclass(slots=True)

@@ -262,11 +262,26 @@ class QualifiedRecords(Mapping[str, StoredTensor]):
         return record is not None and (fqn in record.tensors or fqn in record.aliases)
 
     def __iter__(self) -> Iterator[str]:
-        for component, record in self._components.items():
+        for component in self._components:
+            yield from self.of(component)
+
+    def of(self, component: str) -> Iterator[str]:
+        """Yield the names of one component's tensors; none where there is no such component."""
+        record = self._components.get(component)
+        if record is not None:
             yield from (f"{component}.{fqn}" for fqn in itertools.chain(record.tensors, record.aliases))
 
     def __len__(self) -> int:
         return sum(len(record.tensors) + len(record.aliases) for record in self._components.values())
+
+
+def names_of(component: str, stored: StoredTensors) -> Iterator[str]:
+    """Yield the qualified names that begin with the component's, without looking at the tensors of others where none is
+    renamed."""
+    if isinstance(stored, QualifiedRecords):
+        yield from stored.of(component)
+    else:
+        yield from (name for name in stored if name.startswith(f"{component}."))
 
 
 def describe(

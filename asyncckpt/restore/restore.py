@@ -14,6 +14,7 @@ import torch
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, StateMismatch, UnknownName
 from asyncckpt.manifest import environment
 from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor
+from asyncckpt.manifest.spread import OwnComponent
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint
@@ -116,7 +117,8 @@ def restore(
             selected=selection,
             saved_ranks=manifest.world_size,
         )
-        named = QualifiedRecords(manifest.components)
+        # what other ranks have of their own has names of its own, and may be in parts that this rank does not need
+        named = QualifiedRecords({name: one for name, one in manifest.components.items() if not _is_others(name, one)})
         _check_rename(named, rename, checkpoint.path)
         stored = _renamed(named, rename)
         wrappers = StoredWrappers(manifest.components, trees)
@@ -165,7 +167,7 @@ def restore(
         manifest.kind == "full"
         and include is None
         and not (plan.missing or plan.unexpected or plan.mismatched)
-        and len(stored) == len(named)
+        and (stored is named or len(stored) == len(named))
         and {without_rank(name) for name in manifest.components} <= set(state)
     )
     return RestoreReport(
@@ -228,6 +230,10 @@ def load_tensors(
             made[id(record)] = record, new_tensor(record, target, device)
     fill(checkpoint, [(record, [Window(tensor)]) for record, tensor in made.values()])
     return {name: made[id(record)][1] for name, record in chosen.items()}
+
+
+def _is_others(name: str, component: ComponentRecord) -> bool:
+    return isinstance(component, OwnComponent) and without_rank(name) != name
 
 
 def _under(name: str, source: str, manifest: Manifest) -> StoredTensors:

@@ -182,8 +182,8 @@ class StoredWrappers:
     def __init__(self, components: Mapping[str, ComponentRecord], trees: Mapping[str, JsonValue]) -> None:
         self._places: dict[int, tuple[Wrapper, str]] = {}
         for name, component in components.items():
-            tree = trees.get(name)
-            if component.kind == "module" and isinstance(tree, dict):
+            tree = trees.get(name) if component.kind == "module" else None
+            if isinstance(tree, dict):
                 for entry in filter(_is_node, tree.values()):
                     node: Wrapper = jsontree.decode(entry, _no_tensor, wrappers=lambda node, _live, _where: node)
                     for path, key in node.leaves():

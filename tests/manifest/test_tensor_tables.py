@@ -199,8 +199,8 @@ def test_retention_takes_only_what_this_run_has_published_on_trust(
     parsed: list[str] = []
     original = manifests.parse_components
 
-    def parse_components(body: Any, files: Any) -> Any:
-        found = original(body, files)
+    def parse_components(body: Any, *others: Any) -> Any:
+        found = original(body, *others)
         parsed.append(body.where)
         return found
 

@@ -93,6 +93,31 @@ def test_a_rank_that_is_lost_ends_the_save_and_nothing_else(fault: Fault, crews:
         assert f"rank {fault.rank}" in one.value["message"], one.value
 
 
+PARTS = {"per_rank": True, "manifest_rows": 0}
+
+
+@pytest.mark.parametrize("fault", [Fault(1, "report", "kill"), Fault(0, "publish", "kill")], ids=_name)
+def test_a_rank_that_is_lost_after_it_wrote_its_part_of_the_manifest(
+    fault: Fault, crews: Crews, tmp_path: Path
+) -> None:
+    for one in _struck(fault, crews, tmp_path / "run", **PARTS):
+        assert one.value["error"][0] == "RankLost", one.value
+        assert f"rank {fault.rank}" in one.value["message"], one.value
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("point", ["stage", "write", "fsync", "report", "publish"])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_is_lost_at_every_stage_of_a_manifest_in_parts(
+    rank: int, point: str, crews: Crews, tmp_path: Path
+) -> None:
+    if (point == "publish") != (rank == 0) and point in ("publish", "report"):
+        pytest.skip("only rank 0 publishes, and only the others report")
+    for one in _struck(Fault(rank, point, "kill"), crews, tmp_path / "run", **PARTS):
+        assert one.value["error"][0] == "RankLost"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("form", ["safetensors/none", "zarr/none", "zarr/planes"])

@@ -41,6 +41,7 @@ def by_stage(**flat: Any) -> dict[str, Any]:
         given = take(names)
         if given:
             flat[name] = replace(flat.get(name) or kind(), **given)
-    if "check_replicas" in flat:
-        flat["ranks"] = replace(flat.get("ranks") or RankOptions(), check_replicas=flat.pop("check_replicas"))
+    ranks = take({name: name for name in ("check_replicas", "manifest_rows")})
+    if ranks:
+        flat["ranks"] = replace(flat.get("ranks") or RankOptions(), **ranks)
     return flat
