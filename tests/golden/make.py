@@ -83,6 +83,10 @@ _CHAIN = _each("moving", _DELTA, _DELTA, _DELTA)
 _RANKS = (Save(1, "ranks"), Save(2, "fsdp"))
 _ENCODED = (Save(1, "fsdp", {"codec": "planes"}), Save(2, "fsdp", {"format": "zarr", "codec": "planes"}))
 _BOXES = (Save(1, "ranks", {"layout": "ranks"}), Save(2, "fsdp", {"layout": "ranks"}))
+_PARTS = (
+    Save(1, "ranks", {"layout": "ranks", "manifest_rows": 0}),
+    Save(2, "fsdp", {"layout": "ranks", "manifest_rows": 0}),
+)
 _TYPED = (Save(1, "typed"), Save(2, "typed", {"format": "zarr"}))
 _WRAPPED = (Save(1, "wrapped"), Save(2, "wrapped", {"format": "zarr"}))
 _ASSETS = {"assets": {"config.json": "{}", "notes/first.txt": "asset"}}
@@ -114,6 +118,7 @@ ENTRIES: dict[str, Entry] = {
     "v3-boxes-26ebec8": Entry(_HEAD, (3,), _BOXES, ranks=2),
     "v4-values-93233c1": Entry("93233c1", (4,), _TYPED),
     "v4-wrapped-452f0d1": Entry("452f0d1", (4,), _WRAPPED),
+    "v5-parts-9e01b23": Entry("9e01b23", (5,), _PARTS, ranks=2),
 }
 
 
@@ -210,8 +215,10 @@ def checkpointer(path: Path, options: Mapping[str, Any]) -> Any:
     flat = sizes | options
     if not hasattr(asyncckpt, "Safetensors"):  # older code takes options one by one
         return asyncckpt.Checkpointer(path, config=CONFIG, **flat)
-    more = {"assets": {k: text.encode() for k, text in flat.pop("assets").items()}} if "assets" in flat else {}
+    more: dict[str, Any] = {"assets": {k: text.encode() for k, text in flat.pop("assets").items()}} if "assets" in flat else {}
     writer = {"digest": flat.pop("digest")} if "digest" in flat else {}
+    if "manifest_rows" in flat:
+        more["ranks"] = asyncckpt.RankOptions(manifest_rows=flat.pop("manifest_rows"))
     if flat.pop("format", "safetensors") == "zarr":
         flat["chunk_bytes"] = flat.pop("extent_bytes")
         files: Any = asyncckpt.Zarr(**flat)
@@ -264,7 +271,7 @@ def _rank(name: str, path: Path, rank: int, port: int, answer: Path) -> None:
 
 def _tidy(path: Path) -> None:
     """Take away what tells of the process that wrote, and is no part of any checkpoint."""
-    for file in path.glob(".asyncckpt-lease*"):
+    for file in [*path.glob(".asyncckpt-lease*"), *path.glob(".asyncckpt-journal*")]:
         file.unlink()
     left = [file.name for file in path.iterdir() if file.name.startswith(".")]
     if left:
