@@ -215,7 +215,9 @@ def checkpointer(path: Path, options: Mapping[str, Any]) -> Any:
     flat = sizes | options
     if not hasattr(asyncckpt, "Safetensors"):  # older code takes options one by one
         return asyncckpt.Checkpointer(path, config=CONFIG, **flat)
-    more: dict[str, Any] = {"assets": {k: text.encode() for k, text in flat.pop("assets").items()}} if "assets" in flat else {}
+    more: dict[str, Any] = {}
+    if "assets" in flat:
+        more["assets"] = {name: text.encode() for name, text in flat.pop("assets").items()}
     writer = {"digest": flat.pop("digest")} if "digest" in flat else {}
     if "manifest_rows" in flat:
         more["ranks"] = asyncckpt.RankOptions(manifest_rows=flat.pop("manifest_rows"))

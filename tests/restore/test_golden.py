@@ -82,11 +82,12 @@ def test_the_corpus_holds_what_each_entry_is_there_for() -> None:
         return "".join(file.read_text() for file in (GOLDEN / name).glob("*step-*/manifest.json"))
 
     assert all(
-        ('"sequence":' in text(name)) == (entry.commit in ("26ebec8", "93233c1", "452f0d1", "613887f"))
+        ('"sequence":' in text(name)) == (entry.commit in ("26ebec8", "93233c1", "452f0d1", "613887f", "9e01b23"))
         for name, entry in make.ENTRIES.items()
     )
     assert all('"bases":' in text(name) for name in make.ENTRIES if "delta" in name)
     assert all('"boxes":' in text(name) for name in make.ENTRIES if name.startswith("v3-"))
+    assert all('"parts":' in text(name) for name in make.ENTRIES if name.startswith("v5-"))
     assert all('"zarr"' in text(name) for name in make.ENTRIES if "zarr" in name)
     assert all('"loader+1":' in text(name) for name in BY_RANKS if "dcp" not in name)
     assert '"order":' in text("v2-delta-0266a1c")
