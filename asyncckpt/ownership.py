@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from asyncckpt import formats, interrupts
 from asyncckpt.catalog import names as naming
@@ -164,13 +164,16 @@ class RunOwnership(Run):
         if self._coordinator is None and self._rank_options is not None:
             ranks = RankStore.of_job(self.path, self._rank_options)
             if ranks is not None:
-                if Capability.SHARED_FILES not in self._store.capabilities and not self._layout_options.by_rank:
+                layout = self._layout_options
+                if Capability.SHARED_FILES not in self._store.capabilities and layout.by_rank is None:
+                    layout = replace(layout, by_rank=True)
+                if Capability.SHARED_FILES not in self._store.capabilities and not layout.by_rank:
                     raise InvalidOption(
                         f"{self.path}: this storage has no files that several ranks write into. Let each rank write "
-                        f"its own: files=Safetensors(per_rank=True)"
+                        f"its own: files=Safetensors(codec='none'), per_rank unset or True"
                     )
                 shard_format, codec = formats.get(self._files.format), codecs.get(self._files.codec)
-                self._coordinator = Coordinator(ranks, JobPlanner(ranks, shard_format, codec, self._layout_options))
+                self._coordinator = Coordinator(ranks, JobPlanner(ranks, shard_format, codec, layout))
 
     def _acquire_after_dropped(self) -> tuple[str, list[CheckpointInfo]]:
         """Take the lease. Where a run of this process that nobody has any more still holds it, because a save of it is

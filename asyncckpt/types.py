@@ -302,11 +302,12 @@ class Layout:
 class LayoutOptions:
     """These options decide a layout. ``shard_bytes``: data bytes after which a new shard begins. ``extent_bytes``: the
     largest extent, a multiple of 4096. ``by_rank``: each rank writes files of its own
-    (``plan/per_rank_files.py``). Raises ``InvalidOption`` for a size that cannot be used."""
+    (``plan/per_rank_files.py``); with None, where that suits the job better. Raises ``InvalidOption`` for a size that
+    cannot be used."""
 
     shard_bytes: int = 4 << 30
     extent_bytes: int = 8 << 20
-    by_rank: bool = False
+    by_rank: bool | None = False
 
     def __post_init__(self) -> None:
         if type(self.shard_bytes) is not int or self.shard_bytes < 1:

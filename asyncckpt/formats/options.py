@@ -38,14 +38,16 @@ class Safetensors:
     ``codec`` is ``none`` (any safetensors reader opens the files), ``auto``, ``planes``, ``lz4``, ``zstd``, ``blosc``,
     or one of ``asyncckpt.codecs`` with options of its own; all are lossless. ``delta``: save differences; this needs a
     codec. ``per_rank``: in a job, each rank writes files of its own instead of parts of common ones; this needs codec
-    ``none``. ``shard_bytes``: a new file begins after so many bytes of data, 4 GiB by default. ``extent_bytes``: so
+    ``none``. With None, the default, that is so where a job opens thousands of files and most bytes would be written in
+    pieces under an extent: common files are the same whatever the number of ranks, and suit hundreds of ranks.
+    ``shard_bytes``: a new file begins after so many bytes of data, 4 GiB by default. ``extent_bytes``: so
     many bytes have a digest and are read at a time, a multiple of 4096, 8 MiB by default, 1 GiB at most. Raises
     ``InvalidOption`` and, for a codec that does not exist, ``UnknownName``.
     """
 
     codec: str | Codec = "none"
     delta: Delta | None = None
-    per_rank: bool = False
+    per_rank: bool | None = None
     shard_bytes: int = _SHARD_BYTES
     extent_bytes: int = _EXTENT_BYTES
 
@@ -67,11 +69,15 @@ class Safetensors:
         """The number of times in a row that a file may be saved as differences; 0 without ``delta``."""
         return self.delta.chain if self.delta is not None else 0
 
+    @property
+    def _by_rank(self) -> bool | None:
+        return self.per_rank if codecs.get(self.codec).name == "none" else False
+
     def layout(self, budget_bytes: int | None) -> LayoutOptions:
         """Return how tensors are laid out in files. Four extents must fit into ``budget_bytes`` of staging memory, so
         extents are smaller where it is small."""
         extent_bytes = _within(budget_bytes, self.extent_bytes)
-        return LayoutOptions(shard_bytes=self.shard_bytes, extent_bytes=extent_bytes, by_rank=self.per_rank)
+        return LayoutOptions(shard_bytes=self.shard_bytes, extent_bytes=extent_bytes, by_rank=self._by_rank)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

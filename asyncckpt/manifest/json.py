@@ -28,7 +28,7 @@ from asyncckpt.errors import (
 from asyncckpt.jsontree import dumps, loads, version_of
 from asyncckpt.manifest.given import parse_assets, parse_derived, parse_names
 from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
-from asyncckpt.manifest.parts import ReadSmall, joined_files, parse_parts, parts_to_json
+from asyncckpt.manifest.parts import ReadSmall, joined_files, parse_parts, parts_json
 from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import (
     BoxedRecord,
@@ -130,6 +130,7 @@ def _part_row(part: PartRecord) -> list[Any]:
     return [part.file, list(part.extents)]
 
 
+@gc_paused()
 def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes:
     """Return the bytes of the manifest's file. ``components_json`` is the text of its components, where that is known
     from the save before: to encode it again would take long. Without it, a manifest in parts becomes a whole one, which
@@ -165,14 +166,14 @@ def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes
         "config": manifest.config,
         "environment": dict(manifest.environment),
         "files": [file_to_json(record) for record in files],
-        **(parts_to_json(parts) if parts is not None else {}),
         **({"assets": list(manifest.assets)} if manifest.assets else {}),
         **({"derived": dict(manifest.derived)} if manifest.derived else {}),
     }
     if version > 1:
         body["codec"] = {"name": manifest.codec, "options": dict(manifest.codec_options)}
     text = json.dumps(body, allow_nan=False, separators=(",", ":"))
-    return seal(b"".join((text[:-1].encode(), b',"components":', components)))
+    beside = parts_json(parts) if parts is not None else b""
+    return seal(b"".join((text[:-1].encode(), beside, b',"components":', components)))
 
 
 def version_of_values(state: bytes, config: JsonValue) -> int:

@@ -9,6 +9,7 @@ ranks whose rows it needs. docs/format.md describes both.
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,8 @@ PART_VERSION: Final = 5
 MAX_PART_BYTES: Final = 1 << 30
 #: So many parts are kept parsed: whoever reads several tensors of the same rows reads each part once.
 _KEPT: Final = 16
+#: So many rows are turned into text at once.
+_AT_ONCE: Final = 256
 _MOST_RANKS: Final = 1 << 22
 
 #: It returns the bytes of a small file of the checkpoint, of at most so many.
@@ -269,15 +272,18 @@ def _box(body: Body, name: str, dtype: str, row: Any, files: Mapping[str, FileRe
 # -- the root --------------------------------------------------------------------------------------------------------
 
 
-def parts_to_json(parts: Parts) -> dict[str, Any]:
-    """Return what the root says of its parts, as values for JSON."""
-    return {
-        "parts": [[part.nbytes, part.digest, [list(file) for file in part.files]] for part in parts.listed],
-        "spreads": [
-            [list(spread.bounds), [list(ranks) if len(ranks) != 1 else ranks[0] for ranks in spread.holders]]
-            for spread in parts.spreads
-        ],
-    }
+def parts_json(parts: Parts) -> bytes:
+    """Return what the root says of its parts, as JSON text that goes on with an object. It is made in pieces, because
+    one call would hold the interpreter until it is done."""
+    listed = [[part.nbytes, part.digest, part.files] for part in parts.listed]
+    held = [[ranks if len(ranks) != 1 else ranks[0] for ranks in spread.holders] for spread in parts.spreads]
+    spreads = [[spread.bounds, holders] for spread, holders in zip(parts.spreads, held, strict=True)]
+    return b"".join((b',"parts":', _list_in_pieces(listed), b',"spreads":', _list_in_pieces(spreads)))
+
+
+def _list_in_pieces(rows: Sequence[Any]) -> bytes:
+    texts = [json.dumps(rows[at : at + _AT_ONCE], separators=(",", ":"))[1:-1] for at in range(0, len(rows), _AT_ONCE)]
+    return b"[" + ",".join(texts).encode() + b"]"
 
 
 def parse_parts(body: Body, digest: str, read: ReadSmall | None) -> Parts | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from asyncckpt.errors import CheckpointDamaged, SaveFailed
@@ -15,7 +16,8 @@ def check_readable(draft: Manifest, data: bytes, components_json: bytes | None, 
     ``draft`` and ``components_json``.
 
     ``known`` keeps the components that were read last, with all that their meaning depends on: where they are the same
-    again, only the rest is parsed. To parse many components keeps every other thread waiting."""
+    again, only the rest is parsed, without parts: what the root says of these was checked before (``merge_parts``). To
+    parse many components keeps every other thread waiting."""
     where = f"step {draft.step}: the manifest of {draft.name}"
     if len(data) > MAX_MANIFEST_BYTES:
         raise SaveFailed(
@@ -26,9 +28,12 @@ def check_readable(draft: Manifest, data: bytes, components_json: bytes | None, 
         if components_json is None:
             decode(data, where)
             return
-        proven = components_json, tuple(map(_shape_of, draft.files))
+        parts = tuple(part.files for part in draft.parts.listed) if draft.parts is not None else ()
+        names = tuple(tuple((name, component) for name, _, component in files) for files in parts)
+        proven = components_json, tuple(map(_shape_of, draft.files)), names
         if known.get("readable") == proven:
-            decode(encode(draft, components_json=b"{}"), where)
+            rest = draft if draft.parts is None else replace(draft, files=_listed_by_root(draft), parts=None)
+            decode(encode(rest, components_json=b"{}"), where)
         else:
             decode(data, where)
             known["readable"] = proven
@@ -37,6 +42,11 @@ def check_readable(draft: Manifest, data: bytes, components_json: bytes | None, 
             f"{error}: no reader would take it, so nothing was published. Earlier checkpoints are untouched; this is a "
             f"fault of this library or of a name or number in the state"
         ) from error
+
+
+def _listed_by_root(draft: Manifest) -> tuple[FileRecord, ...]:
+    parts = draft.parts.names() if draft.parts is not None else ()
+    return tuple(one for one in draft.files if not isinstance(one, SpreadFile) and one.name not in parts)
 
 
 def _shape_of(record: FileRecord) -> Any:

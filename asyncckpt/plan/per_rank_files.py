@@ -25,6 +25,8 @@ _LEAST_BYTES = 1 << 20
 #: What all holders of the same rows have is divided among so many of them that each writes this much: whoever restores
 #: small tensors that thousands of ranks hold, such as the step counts of an optimizer, need not ask thousands.
 _RUN_BYTES = 4 << 20
+#: A job that opens fewer files at a save, over all ranks, has files that do not depend on the number of ranks.
+_MANY_FILES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,31 @@ def divide_by_rank(
         tuple(shards), nbytes, fingerprint(tuple((name, tuple(specs)) for name, specs in components)), of_rank=True
     )
     return Division(layout, {}, runs.spread_tensors(ranks, nbytes // options.extent_bytes))
+
+
+def suits(components: Components, holdings: Sequence[RankHolding], options: LayoutOptions) -> bool:
+    """Return whether files of one rank each are better than files that all ranks write: where half of all bytes would
+    be written in pieces under an extent, and the job opens thousands of files. Never where a tensor has to lie in a
+    file of another name, or ranks hold parts of rows. Pure; the same on every rank."""
+    sizes: list[tuple[float, int]] = []
+    opened = tensor = 0
+    for _, specs in components:
+        writers = 0
+        for spec in specs:
+            rows = holdings[tensor].rows
+            tensor += 1
+            if not spec.nbytes:
+                continue
+            if spec.file or (len(rows.holders) > 1 and rows.bounds[-1] != (spec.shape[0] if spec.shape else 1)):
+                return False
+            holders = len(rows.part_of_rank)
+            writers = max(writers, holders)
+            sizes.append((spec.nbytes / holders, spec.nbytes))
+        opened += writers * -(-sum(spec.nbytes for spec in specs) // options.shard_bytes)
+    if opened < _MANY_FILES:
+        return False
+    small = sum(nbytes for piece, nbytes in sizes if piece < options.extent_bytes)
+    return 2 * small > sum(nbytes for _, nbytes in sizes)
 
 
 class _Runs:

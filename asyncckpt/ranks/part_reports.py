@@ -8,15 +8,17 @@ from dataclasses import replace
 from typing import Any
 
 from asyncckpt import jsontree
-from asyncckpt.codecs.digests import DEFAULT
+from asyncckpt.codecs.digests import DEFAULT, hex_length
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import SaveFailed
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents
+from asyncckpt.manifest.parse import NUMBER_LIMIT
 from asyncckpt.manifest.parts import ListedPart, Parts, encode_part, part_name
-from asyncckpt.manifest.records import FileRecord
+from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.manifest.spread import Spread
+from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.plan.partition import SpreadTensors
 from asyncckpt.protocols import PendingDirectory
 from asyncckpt.types import JsonValue, Layout
@@ -106,16 +108,14 @@ def merge_boxes(contents: Contents, reports: Sequence[Mapping[str, Any]], spread
     return replace(contents, spread=found)
 
 
+@gc_paused()
 def merge_parts(
     contents: Contents, reports: Sequence[Mapping[str, Any]], spread: SpreadTensors, own_of_lead: frozenset[str]
 ) -> tuple[Contents, Parts]:
     """Make the root of a manifest whose parts the ranks have written. ``own_of_lead``: the components that rank 0 has
     of its own; another rank's is left out where it is the same."""
     draft = contents.draft
-    listed = [
-        ListedPart(nbytes, digest, tuple((name, size, component) for name, size, component in files))
-        for nbytes, digest, files in (report["part"] for report in reports)
-    ]
+    listed = [_listed(rank, report["part"], draft) for rank, report in enumerate(reports)]
     spreads = [Spread(rows.bounds, rows.holders) for rows in spread.spreads]
     parts = Parts(
         listed,
@@ -136,6 +136,15 @@ def merge_parts(
                 others[name] = {"kind": kind, "part": rank}
     kinds = {name: kind for name, kind in contents.kinds.items() if name in spread.tensors}
     return replace(contents, kinds=kinds, others=others, spread=_rows(contents.layout, spread)), parts
+
+
+def _listed(rank: int, row: Any, draft: Manifest) -> ListedPart:
+    """Return what a rank reports of its part. Raises ``SaveFailed`` where no reader would take it."""
+    nbytes, digest, files = row
+    sizes = [nbytes, *(size for _, size, _ in files)]
+    if len(digest) != hex_length(draft.digest) or not all(0 <= size < NUMBER_LIMIT for size in sizes):
+        raise SaveFailed(f"step {draft.step}: rank {rank} reports a part of the manifest that cannot be: {row!r:.200}")
+    return ListedPart(nbytes, digest, tuple((name, size, component) for name, size, component in files))
 
 
 def _rows(layout: Layout, spread: SpreadTensors) -> Mapping[str, Mapping[str, JsonValue]]:

@@ -14,7 +14,7 @@ from typing import Any
 from asyncckpt.errors import UnsupportedValue
 from asyncckpt.plan import layout as layouts
 from asyncckpt.plan.partition import RankHolding, SpreadTensors, divide
-from asyncckpt.plan.per_rank_files import divide_by_rank
+from asyncckpt.plan.per_rank_files import divide_by_rank, suits
 from asyncckpt.plan.planned import Planned, ReplicatedTensor
 from asyncckpt.protocols import Codec, ShardFormat
 from asyncckpt.ranks.store import RankStore
@@ -214,7 +214,10 @@ class JobPlanner:
                 if entry.spec.nbytes and any(len(holders) > 1 for holders in entry.rows.holders):
                     replicated.append(ReplicatedTensor(name, entry.spec, entry.rows, local[-1]))
         ranks, how = self._ranks, (self._format, self._codec, self._options)
-        if self._options.by_rank:
+        by_rank = self._options.by_rank
+        if by_rank is None:
+            by_rank = suits(specs, holdings, self._options)
+        if by_rank:
             division = divide_by_rank(specs, holdings, ranks.rank, ranks.size, *how)
         else:
             division = divide(layouts.plan(specs, *how), holdings, ranks.rank, self._options.extent_bytes)

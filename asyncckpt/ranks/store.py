@@ -21,6 +21,7 @@ import zstandard
 
 from asyncckpt import errors, interrupts
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
+from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.ranks.connection import JobMessages, connection_to
 from asyncckpt.ranks.lateness import LateNotice
 from asyncckpt.ranks.rendezvous import rendezvous
@@ -172,11 +173,12 @@ class RankStore:
             ready = missing if _checked(store, [f"{key}/{rank}" for rank in missing], "the job's store") else set()
             if not ready and late:
                 ready = {rank for rank in missing if store.check([f"{key}/{rank}"])}
-            for rank in sorted(ready):
-                found[rank] = _unpacked(store.get(f"{key}/{rank}"))
-                store.delete_key(f"{key}/{rank}")
-                if stop_when(rank, found[rank]):
-                    return found
+            with gc_paused():  # thousands of messages are no garbage
+                for rank in sorted(ready):
+                    found[rank] = _unpacked(store.get(f"{key}/{rank}"))
+                    store.delete_key(f"{key}/{rank}")
+                    if stop_when(rank, found[rank]):
+                        return found
             missing = missing - ready
             if not missing or (late and any(skip_missing(rank) for rank in missing)):
                 break

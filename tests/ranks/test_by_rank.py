@@ -40,8 +40,7 @@ def test_files_of_one_rank_each_are_restored_anywhere(
     assert asyncckpt.Run(path).verify() == []
     shown = {file.name for file in (path / "step-00000007").glob("*.safetensors") if ".rank-" in file.name}
     writers = {int(found.group(1)) for name in shown if (found := re.search(r"\.rank-(\d+)-", name))}
-    # the few MB that all ranks of DDP hold alike are the first one's
-    assert writers == (set(range(before)) if way != "ddp" else {0}), f"only ranks {writers} have files: {shown}"
+    assert writers == set(range(before)), f"only ranks {writers} have files: {shown}"
 
 
 def _twice(me: Me, path: str) -> list[int]:

@@ -16,12 +16,13 @@ Shapes = list[tuple[str, tuple[int, ...]]]
 @dataclass(frozen=True, slots=True)
 class Job:
     """A run that is simulated: its tensors, and how many ranks deal the rows of each out among themselves. ``experts``:
-    an expert's tensors are those of one of so many groups of ranks."""
+    an expert's tensors are those of one of so many groups of ranks. ``copies``: each part lies on so many ranks."""
 
     name: str
     shapes: Callable[[], Shapes]
     ranks: int
     experts: int = 1
+    copies: int = 1
 
 
 def llama(layers: int, hidden: int, inner: int, vocabulary: int) -> Shapes:
@@ -64,6 +65,12 @@ JOBS = (
     Job("405B, FSDP over 4,096", lambda: llama(126, 16_384, 53_248, 128_256), 4096),
     Job("1T of experts on 16,384", lambda: mixture(61, 7168, 2048, 160), 16_384, 160),
 )
+#: Jobs whose tensors lie on several ranks each.
+HYBRID = (
+    Job("405B, HSDP 64 x 64", lambda: llama(126, 16_384, 53_248, 128_256), 4096, copies=64),
+    Job("405B, HSDP 512 x 8", lambda: llama(126, 16_384, 53_248, 128_256), 4096, copies=8),
+    Job("1T of experts on 16,384, HSDP 256", lambda: mixture(61, 7168, 2048, 128), 16_384, 128, copies=16),
+)
 
 
 def components(shapes: Shapes) -> tuple[tuple[str, tuple[TensorSpec, ...]], ...]:
@@ -80,15 +87,16 @@ def holdings(job: Job, specs: list[TensorSpec], rank: int) -> list[RankHolding]:
     parts: dict[tuple[int, int], RowOwners] = {}
     found: list[RankHolding] = []
     each = job.ranks // job.experts
+    copies = job.copies
     for number, spec in enumerate(specs):
         count = spec.shape[0] if spec.shape else 1
         if ".experts." not in spec.name:
-            rows = whole.setdefault(count, whole.get(count) or dealt(count, job.ranks, 1))
+            rows = whole.setdefault(count, whole.get(count) or dealt(count, job.ranks // copies, copies))
         else:
             expert = int(spec.name.split(".experts.")[1].split(".")[0])
             known = parts.get((count, expert))
             if known is None:
-                here = dealt(count, each, 1)
+                here = dealt(count, max(1, each // copies), min(each, copies))
                 moved = tuple(tuple(one + expert * each for one in held) for held in here.holders)
                 known = parts[count, expert] = RowOwners(here.bounds, moved)
             rows = known

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import resource
+import statistics
 import time
 from typing import Any
 
@@ -13,46 +14,71 @@ from asyncckpt.codecs import codecs
 from asyncckpt.manifest.json import file_to_json
 from asyncckpt.plan import layout
 from asyncckpt.plan.partition import divide
+from asyncckpt.plan.per_rank_files import divide_by_rank, suits
 from asyncckpt.ranks.merging import merge_trees
 from asyncckpt.ranks.shared_files import merge_files
 from asyncckpt.types import LayoutOptions
-from benchmarks.suites.scale.models import JOBS, components, holdings
+from benchmarks.suites.scale.models import HYBRID, JOBS, components, holdings
 
 #: Parameters, and the pipeline stages that hold parts of them.
 MERGES = ((4_800, 16), (19_200, 16), (100_000, 16), (19_200, 300))
 #: Ranks, and the extents that each reports.
 LEADERS = ((64, 999), (512, 999))
 _RANK = 5
+#: So many ranks of a job are looked at.
+_LOOKED_AT = 64
 _FILES = 9
 _EXTENT_BYTES = 1 << 20
 
 
 def plans() -> list[dict[str, Any]]:
-    """Plan a rank's part of each job's first save."""
+    """Plan a rank's part of each job's first save, in the layout that the product chooses for the job."""
     found: list[dict[str, Any]] = []
-    options = LayoutOptions()
+    options = LayoutOptions(by_rank=None)
+    how = formats.get("safetensors"), codecs.get("none"), options
     for job in JOBS:
         known = components(job.shapes())
         held = holdings(job, [spec for _, specs in known for spec in specs], _RANK)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = time.process_time()
-        planned = layout.plan(known, formats.get("safetensors"), codecs.get("none"), options)
-        part = divide(planned, held, _RANK, options.extent_bytes)
+        by_rank = suits(known, held, options)
+        if by_rank:
+            part = divide_by_rank(known, held, _RANK, job.ranks, *how)
+        else:
+            part = divide(layout.plan(known, *how), held, _RANK, options.extent_bytes)
         seconds = time.process_time() - began
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         extents = part.layout.extents()
         found.append(
             {
                 "job": job.name,
+                "by_rank": by_rank,
                 "seconds": seconds,
                 "grown_bytes": grown << 10,
                 "tensors": len(held),
-                "files": len(planned.shards),
                 "opened": sum(bool(shard.extents) for shard in part.layout.shards),
                 "extents": len(extents),
+                "median_extent_bytes": statistics.median(extent.nbytes for extent in extents),
                 "nbytes": sum(extent.nbytes for extent in extents),
             }
         )
+    return found
+
+
+def balances() -> list[dict[str, Any]]:
+    """Compare what the ranks of a job write whose tensors lie on several ranks each: some of them, over the mean."""
+    found: list[dict[str, Any]] = []
+    options = LayoutOptions(by_rank=True)
+    for job in HYBRID:
+        known = components(job.shapes())
+        specs = [spec for _, specs in known for spec in specs]
+        loads: list[int] = []
+        for rank in range(0, job.ranks, job.ranks // _LOOKED_AT):
+            held = holdings(job, specs, rank)
+            part = divide_by_rank(known, held, rank, job.ranks, formats.get("safetensors"), codecs.get("none"), options)
+            loads.append(sum(shard.nbytes for shard in part.layout.shards))
+        mean = sum(spec.nbytes for spec in specs) / job.ranks
+        found.append({"job": job.name, "busiest_over_mean": max(loads) / mean, "least_over_mean": min(loads) / mean})
     return found
 
 
