@@ -19,7 +19,7 @@ from benchmarks.harness.figures import Row, spread
 from benchmarks.harness.report import tell
 from benchmarks.harness.results import Result, Table
 from benchmarks.suites.light.bars import cells
-from benchmarks.suites.scale import simulated
+from benchmarks.suites.scale import leading, simulated
 
 TITLE = "Thousands of ranks"
 HEAD = ("figure", "bar", "measured: median (min..max)", "met")
@@ -27,6 +27,9 @@ SIZES = (2, 16, 32)
 _TIMEOUT_SECONDS = 600.0
 _SHOWN_CHARACTERS = 4000
 _PLAN_BAR_SECONDS = 1.0
+_MOST_OPENED, _LEAST_WRITE_BYTES = 8, 4 << 20
+_BALANCE_BAR, _GROWTH_BAR = 1.1, 1.2
+_JUDGED_RANKS = 4096
 _MERGE_BARS = {(19_200, 16): 0.1, (100_000, 16): 0.5}
 
 
@@ -37,19 +40,24 @@ def run(
     folder for ``scale.json`` and ``scale.md``. Raises ``RuntimeError`` where a job fails."""
     progress = Console(stderr=True)
     progress.print("planning and merging, simulated")
-    plans, merges, leaders = simulated.plans(), simulated.merges(), simulated.leaders()
+    plans, balances, merges = simulated.plans(), simulated.balances(), simulated.merges()
+    common, leaders = simulated.leaders(), leading.leaders()
     jobs: list[dict[str, Any]] = []
     for number in range(rounds):
         for ranks in sizes:
             progress.print(f"round {number + 1}: {ranks} ranks")
             jobs.append(run_job(ranks, directory))
-    made_up = [*map(_plan, plans), *map(_merge, merges), *map(_leader, leaders)]
-    rows = [*made_up, *(row for ranks in sizes for row in _job(ranks, jobs))]
+    made_up = [row for plan in plans for row in _plan(plan)]
+    made_up += [*map(_balance, balances), *map(_merge, merges), *map(_common, common)]
+    made_up += [row for leader in leaders for row in _leader(leader)]
+    rows = [*made_up, _growth(leaders), *(row for ranks in sizes for row in _job(ranks, jobs))]
     described = environment.describe(str(directory))
     data = {
         "options": {"suite": "scale", "rounds": rounds},
         "bars": [asdict(row) for row in rows],
         "plans": plans,
+        "balances": balances,
+        "common": common,
         "merges": merges,
         "leaders": leaders,
         "jobs": jobs,
@@ -82,12 +90,25 @@ def run_job(ranks: int, directory: Path) -> dict[str, Any]:
         return found
 
 
-def _plan(event: dict[str, Any]) -> Row:
-    text = (
-        f"{event['seconds']:.2f} s, {event['grown_bytes'] / 2**20:.0f} MiB; {event['tensors']:,} tensors in "
-        f"{event['files']:,} files, of which it opens {event['opened']:,} and writes {event['extents']:,} extents"
+def _plan(event: dict[str, Any]) -> list[Row]:
+    layout = "files by rank" if event["by_rank"] else "common files"
+    seconds, opened = event["seconds"], event["opened"]
+    written = f"{opened:,} of {event['nbytes'] / 1e9:.2f} GB, by {event['median_extent_bytes'] / 2**20:.1f} MiB"
+    met = opened <= _MOST_OPENED and event["median_extent_bytes"] >= _LEAST_WRITE_BYTES if event["by_rank"] else None
+    planned = f"{seconds:.2f} s, {event['grown_bytes'] / 2**20:.0f} MiB for {event['tensors']:,} tensors"
+    return [
+        Row(f"a rank's first plan, {event['job']}, {layout}", "<= 1 s", planned, seconds <= _PLAN_BAR_SECONDS),
+        Row(
+            "data files that it opens; median write", "<= 8; >= 4 MiB" if event["by_rank"] else "reported", written, met
+        ),
+    ]
+
+
+def _balance(event: dict[str, Any]) -> Row:
+    text = f"{event['busiest_over_mean']:.3f}; the least {event['least_over_mean']:.3f}"
+    return Row(
+        f"busiest rank over the mean, {event['job']}", "<= 1.1", text, event["busiest_over_mean"] <= _BALANCE_BAR
     )
-    return Row(f"a rank's first plan, {event['job']}", "<= 1 s", text, event["seconds"] <= _PLAN_BAR_SECONDS)
 
 
 def _merge(event: dict[str, Any]) -> Row:
@@ -98,9 +119,37 @@ def _merge(event: dict[str, Any]) -> Row:
     return Row(figure, f"<= {bar:g} s" if bar else "reported", f"{event['seconds']:.3f} s", met)
 
 
-def _leader(event: dict[str, Any]) -> Row:
+def _common(event: dict[str, Any]) -> Row:
     text = f"{event['seconds']:.2f} s, {event['nbytes'] / 1e6:.1f} MB of manifest"
-    return Row(f"rank 0 merges {event['ranks']:,} ranks x {event['extents']} extents", "reported", text, None)
+    figure = f"rank 0 merges {event['ranks']:,} ranks x {event['extents']} extents of common files"
+    return Row(figure, "reported", text, None)
+
+
+def _leader(event: dict[str, Any]) -> list[Row]:
+    ranks, judged = event["ranks"], event["ranks"] == _JUDGED_RANKS
+    lead = f"rank 0, {ranks:,} ranks x {event['extents']:,} extents in parts"
+
+    def row(figure: str, value: float, bar: float, shown: str, unit: str) -> Row:
+        return Row(
+            f"{lead}: {figure}", f"<= {bar:g}{unit}" if judged else "reported", shown, value <= bar if judged else None
+        )
+
+    seconds, lost, longest = event["seconds"], event["lost_seconds"], 1000 * event["longest_seconds"]
+    grown, opened = event["grown_bytes"] / 2**20, event["open_seconds"]
+    root = f"{event['nbytes'] / 1e6:.2f} MB of root, {event['part_bytes'] / 1e6:.2f} of a part"
+    return [
+        row("processor time", seconds, 0.5, f"{seconds:.3f} s (the first {event['first_seconds']:.3f}); {root}", " s"),
+        row("taken from a thread in pure Python", lost, 0.1, f"{lost:.3f} s", " s"),
+        row("at once", longest, 20, f"{longest:.0f} ms", " ms"),
+        row("memory", grown, 128, f"{grown:.0f} MiB", " MiB"),
+        row("a rank parses the root and its part", opened, 0.1, f"{opened:.3f} s", " s"),
+    ]
+
+
+def _growth(leaders: Sequence[dict[str, Any]]) -> Row:
+    large = [event["seconds"] for event in leaders if event["ranks"] == _JUDGED_RANKS]
+    ratio = large[-1] / large[0]
+    return Row("rank 0 with four times the extents", "<= 1.2 x", f"{ratio:.2f} x", ratio <= _GROWTH_BAR)
 
 
 def _job(ranks: int, jobs: Sequence[dict[str, Any]]) -> list[Row]:
