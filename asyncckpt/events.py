@@ -87,6 +87,30 @@ class Written(Event):
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class SlowestRank:
+    """Says which ``rank`` of a job was the last to have done a ``phase`` of a save: ``stage`` (its tensors are copied)
+    or ``write`` (its files are durable). ``seconds`` after its own call of ``save``; half of the ranks took at most
+    ``median_seconds``."""
+
+    phase: str
+    rank: int
+    seconds: float
+    median_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RanksReported(Event):
+    """All ``ranks`` of a job have reported what they wrote of a save; rank 0 emits it. Once its own part was durable,
+    rank 0 waited ``waited_seconds`` for the others, ``last_rank`` being the one that it waited for longest. Where that
+    is long and no rank is in ``slowest`` for long, that rank called ``save`` late."""
+
+    ranks: int
+    waited_seconds: float
+    last_rank: int
+    slowest: tuple[SlowestRank, ...]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Committed(Event):
     """The checkpoint at ``path``, of that ``checkpoint_kind`` and with these ``metrics``, is durable and visible.

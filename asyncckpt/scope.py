@@ -20,6 +20,8 @@ class SaveScope:
         self._releases: list[Callable[[], None]] = []
         self._verdicts = 0
         self._judged: list[Callable[[], None]] = []
+        #: How long after the call of ``save`` all tensors had been copied; 0.0 until then.
+        self.staged_seconds = 0.0
         #: When the save passed the point from which on it may become visible, by ``time.perf_counter``.
         self.publishing_since_seconds: float | None = None
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from asyncckpt.errors import AsyncCkptError
-from asyncckpt.events import Committed, Event, Failed, FellBack, Pruned, Restored, ThinnedOut
+from asyncckpt.events import Committed, Event, Failed, FellBack, Pruned, RanksReported, Restored, ThinnedOut
 from asyncckpt.manifest import environment
 from asyncckpt.manifest.json import metric_to_json
 from asyncckpt.protocols import Store
@@ -37,7 +37,7 @@ _TEXT: Final = 300
 _METRICS: Final = 40
 _LINE_BYTES: Final = 16 << 10
 #: What a line can be about.
-KINDS: Final = frozenset({"save", "failed", "restore", "fallback", "delete", "thin", "verify"})
+KINDS: Final = frozenset({"save", "ranks", "failed", "restore", "fallback", "delete", "thin", "verify"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +138,13 @@ def _told(event: Event) -> tuple[str, int, str, dict[str, Any]]:
                 "metrics": {key[:_TEXT]: metric_to_json(float(value)) for key, value in metrics.items()},
             }
             return "save", event.step, os.path.basename(event.path), fields
+        case RanksReported():
+            slowest = {
+                one.phase: [one.rank, round(one.seconds, 6), round(one.median_seconds, 6)] for one in event.slowest
+            }
+            waited = round(event.waited_seconds, 6)
+            fields = {"ranks": event.ranks, "waited_seconds": waited, "last_rank": event.last_rank, "slowest": slowest}
+            return "ranks", event.step, "", fields
         case Failed():
             return "failed", event.step, "", {"reason": f"{type(event.error).__name__}: {event.error}"[:_TEXT]}
         case Restored():
@@ -153,7 +160,7 @@ def _told(event: Event) -> tuple[str, int, str, dict[str, Any]]:
             return "", 0, "", {}
 
 
-_NOTED = (Committed, Failed, Restored, FellBack, Pruned, ThinnedOut)
+_NOTED = (Committed, RanksReported, Failed, Restored, FellBack, Pruned, ThinnedOut)
 
 
 class Journal:

@@ -28,7 +28,7 @@ from asyncckpt.errors import (
     SaveFailed,
     UnsupportedValue,
 )
-from asyncckpt.events import EventBus, Written
+from asyncckpt.events import Event, EventBus, Written
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.draft import Contents, components_json, state_json
 from asyncckpt.manifest.json import MAX_STATE_BYTES
@@ -230,6 +230,10 @@ class SaveTransaction:
             f"step {self.step}: writing {path} failed: {type(error).__name__}: {error}. Nothing was published; "
             f"earlier checkpoints are untouched. {_WAYS_OUT.get(code or 0, _WAY_OUT)}"
         )
+
+    def emit(self, event: Event) -> None:
+        """Tell subscribers of something that happened to this save. Called by publishers. Never blocks."""
+        self._events.emit(event)
 
     def make_room(self, nbytes: int) -> None:
         """Make sure that so many more bytes fit. Called by publishers. Blocks on the disk. Raises

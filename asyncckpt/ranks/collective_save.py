@@ -7,6 +7,7 @@ waited for with a deadline. Nothing is published unless every rank reported succ
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +19,12 @@ from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import FileRecord, Manifest
+from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.plan.partition import SpreadTensors
 from asyncckpt.protocols import PendingDirectory
 from asyncckpt.ranks.part_reports import boxes_of, merge_boxes, merge_parts, own_rows, write_part
 from asyncckpt.ranks.replicas import ReplicaSample, named
-from asyncckpt.ranks.reports import merge_reports
+from asyncckpt.ranks.reports import merge_reports, slowest_ranks
 from asyncckpt.ranks.shared_files import HeldBack, link_unchanged, merge_files
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
 from asyncckpt.types import JsonValue
@@ -189,30 +191,36 @@ class Leader:
     ) -> Manifest:
         rank_save, draft = self._rank_save, save.contents.draft
         mine = _report(save, rank_save, directory, save.shards.written.records())
-        bodies = rank_save.ranks.gather(
+        arrivals: dict[int, float] = {}
+        messages = rank_save.ranks.gather_messages(
             rank_save.reports,
             rank_save.ranks.options.timeout_seconds,
             f"report its part of step {save.step}",
             lambda _rank, body: body["error"] is not None or _mismatch(body, draft) is not None,
             lambda rank: not rank_save.planned and rank_save.ranks.exists(rank_save.replan(rank)),
+            arrivals=arrivals,
         )
-        reports = [mine, *bodies[1:]]
-        self._check(reports, draft)
-        for name in {report["damaged"] for report in reports} - {""}:
-            save.shards.hear_of_damage(name)
-        files = merge_files(reports, save.step)
-        held_back = link_unchanged(save, reports, files)
-        if held_back.files:
-            self._have_written(save, held_back)
-        contents = merge_reports(save.contents, reports, rank_save.rank_local_names, rank_save.owners)
-        parts = None
-        if rank_save.spread is not None and rank_save.in_parts:
-            own_of_lead = frozenset(rank_save.rank_local_names.values())
-            contents, parts = merge_parts(contents, reports, rank_save.spread, own_of_lead)
-        elif rank_save.spread is not None:
-            contents = merge_boxes(contents, reports, rank_save.spread)
+        # thousands of reports that live for a moment are no reason to collect garbage
+        with gc_paused() if rank_save.in_parts else contextlib.nullcontext():
+            reports = [mine, *(message.read() for message in messages[1:])]
+            self._check(reports, draft)
+            for name in {report["damaged"] for report in reports} - {""}:
+                save.shards.hear_of_damage(name)
+            save.emit(slowest_ranks(save.step, reports, arrivals))
+            files = merge_files(reports, save.step)
+            held_back = link_unchanged(save, reports, files)
+            if held_back.files:
+                self._have_written(save, held_back)
+            contents = merge_reports(save.contents, reports, rank_save.rank_local_names, rank_save.owners)
+            parts = None
+            if rank_save.spread is not None and rank_save.in_parts:
+                own_of_lead = frozenset(rank_save.rank_local_names.values())
+                contents, parts = merge_parts(contents, reports, rank_save.spread, own_of_lead)
+            elif rank_save.spread is not None:
+                contents = merge_boxes(contents, reports, rank_save.spread)
+            orders = {file: order for report in reports for file, order in report["orders"].items()}
+            del reports
         small = save.write_small(directory, contents)
-        orders = {file: order for report in reports for file, order in report["orders"].items()}
         written = save.publish(directory, contents, files, orders, small, check_lease, read_back, parts)
         self._told = True
         _try_post(rank_save, self._outcome, {"error": None, "name": written.name, "nbytes": written.nbytes})
@@ -357,6 +365,7 @@ def _report(
         "kind": contents.draft.kind,
         "layout": contents.draft.layout,
         "attempt": contents.draft.attempt,
+        "phases": [save.scope.staged_seconds, save.written_seconds - save.started_seconds],
         "names": list(contents.draft.names),
         "files": [manifest.file_to_json(record) for record in files],
         "damaged": save.shards.damaged,

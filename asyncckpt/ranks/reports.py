@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from asyncckpt.errors import RanksDisagree
+from asyncckpt.events import RanksReported, SlowestRank
 from asyncckpt.manifest.draft import Contents
 from asyncckpt.ranks.merging import merge_trees
 from asyncckpt.types import JsonValue
@@ -51,6 +53,24 @@ def merge_reports(
         trees[name] = merge_trees(name, kind, found, digests, first_is_right=owner is not None or kind == "module")
     described = {**contents.descriptions, **{name: found for name, found in descriptions.items() if found}}
     return replace(contents, trees=trees, aliases=aliases, descriptions=described, others=others)
+
+
+def slowest_ranks(step: int, reports: Sequence[Mapping[str, Any]], arrivals: Mapping[int, float]) -> RanksReported:
+    """Say which ranks were the last to have done each phase of a save. ``arrivals``: how long rank 0 has waited for
+    each of the others, in seconds."""
+    found = []
+    for number, phase in enumerate(("stage", "write")):
+        seconds = [float(report["phases"][number]) for report in reports]
+        slowest = max(range(len(seconds)), key=seconds.__getitem__)
+        found.append(SlowestRank(phase, slowest, seconds[slowest], statistics.median(seconds)))
+    last = max(arrivals, key=arrivals.__getitem__, default=0)
+    return RanksReported(
+        step=step,
+        ranks=len(reports),
+        waited_seconds=arrivals.get(last, 0.0),
+        last_rank=last,
+        slowest=tuple(found),
+    )
 
 
 def _add_aliases(component: str, known: dict[str, str], found: Mapping[str, str], rank: int) -> None:

@@ -21,7 +21,6 @@ import zstandard
 
 from asyncckpt import errors, interrupts
 from asyncckpt.errors import AsyncCkptError, InvalidOption, PlanChanged, RankLost, SaveFailed
-from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.ranks.connection import JobMessages, connection_to
 from asyncckpt.ranks.lateness import LateNotice
 from asyncckpt.ranks.rendezvous import rendezvous
@@ -154,15 +153,31 @@ class RankStore:
         *,
         ranks: Collection[int] | None = None,
     ) -> list[Any]:
+        """Do what ``gather_messages`` does, and return what the messages say: None where there is none."""
+        messages = self.gather_messages(key, timeout_seconds, operation, stop_when, skip_missing, ranks=ranks)
+        return [message.read() for message in messages]
+
+    def gather_messages(
+        self,
+        key: str,
+        timeout_seconds: float,
+        operation: str,
+        stop_when: Callable[[int, Any], bool] = lambda _rank, _body: False,
+        skip_missing: Callable[[int], bool] = lambda _rank: False,
+        *,
+        ranks: Collection[int] | None = None,
+        arrivals: dict[int, float] | None = None,
+    ) -> list[Message]:
         """Block until every other rank, or each of ``ranks``, has posted under ``key/<rank>``, and return the messages
-        by rank (None for rank 0, and for those that were not to post). For rank 0.
+        by rank (none for rank 0, and for those that were not to post). For rank 0. ``arrivals``: is told how long each
+        of them was waited for, in seconds.
 
         Returns early, with None for ranks that are missing, as soon as ``stop_when(rank, body)`` is true for a message,
         or, after a while, ``skip_missing(rank)`` for a rank that has posted none. Raises ``RankLost`` naming the
         missing ranks, and the ``operation`` that they did not do, after the timeout.
         """
         store = self._messages
-        found: list[Any] = [None] * self.size
+        found = [Message(None)] * self.size
         missing = set(range(1, self.size) if ranks is None else ranks)
         notice = LateNotice(operation, timeout_seconds)
         began = time.monotonic()
@@ -173,12 +188,13 @@ class RankStore:
             ready = missing if _checked(store, [f"{key}/{rank}" for rank in missing], "the job's store") else set()
             if not ready and late:
                 ready = {rank for rank in missing if store.check([f"{key}/{rank}"])}
-            with gc_paused():  # thousands of messages are no garbage
-                for rank in sorted(ready):
-                    found[rank] = _unpacked(store.get(f"{key}/{rank}"))
-                    store.delete_key(f"{key}/{rank}")
-                    if stop_when(rank, found[rank]):
-                        return found
+            for rank in sorted(ready):
+                found[rank] = Message(store.get(f"{key}/{rank}"))
+                store.delete_key(f"{key}/{rank}")
+                if arrivals is not None:
+                    arrivals[rank] = waited
+                if stop_when(rank, found[rank].read()):
+                    return found
             missing = missing - ready
             if not missing or (late and any(skip_missing(rank) for rank in missing)):
                 break
@@ -245,6 +261,18 @@ class RankStore:
         """Tell whoever calls ``agree`` with this ``key`` that this rank will not, because of ``error``, which all of
         them raise then. Blocks for one round trip. Raises ``RankLost`` where the store does not answer."""
         self.post(f"{key}/{self.rank or 'all'}", {"declined": error_to_json(error), "who": f"rank {self.rank}"})
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message as it came, which is a few bytes while thousands of them wait for the last one; ``data`` is None where
+    there is none."""
+
+    data: bytes | None
+
+    def read(self) -> Any:
+        """Return what the message says, None where there is none. Each call parses it anew."""
+        return None if self.data is None else _unpacked(self.data)
 
 
 def _closed(rank: int) -> str:

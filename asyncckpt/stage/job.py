@@ -372,7 +372,7 @@ class StagingJob:
             raise
         finally:
             now = time.perf_counter()
-            self.staged_seconds = now - self._started_seconds
+            self.staged_seconds = self._scope.staged_seconds = now - self._started_seconds
             self._done.set()
         if self._scope.error is None:
             self._events.emit(Staged(step=self.step, at_seconds=now, nbytes=self._nbytes, seconds=self.staged_seconds))

@@ -198,4 +198,4 @@ def test_a_disk_that_hangs_delays_no_save_and_no_close(tmp_path: Path, monkeypat
 
 
 def test_each_kind_of_line_has_a_name() -> None:
-    assert {"save", "failed", "restore", "fallback", "delete", "thin", "verify"} == KINDS
+    assert {"save", "ranks", "failed", "restore", "fallback", "delete", "thin", "verify"} == KINDS
