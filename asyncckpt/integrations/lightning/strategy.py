@@ -1,0 +1,220 @@
+"""Strategies of Lightning that shard a model, with every rank saving its part of each checkpoint through asyncckpt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from asyncckpt.checkpointer import Checkpointer
+from asyncckpt.errors import InvalidOption, StateMismatch
+from asyncckpt.integrations.lightning.agreement import RanksOf
+from asyncckpt.integrations.lightning.live_state import LiveState, refused
+from asyncckpt.integrations.lightning.loading import Saved, find_saved
+from asyncckpt.integrations.lightning.plugin import AsyncckptIO
+from asyncckpt.integrations.lightning.rng import RandomState
+from asyncckpt.integrations.lightning.runs import OpenRuns
+from asyncckpt.integrations.lightning.translation import live_components, numbered_optimizers, trainer_part
+from asyncckpt.state.fsdp1 import is_fsdp1
+from asyncckpt.state.markers import Owner
+from asyncckpt.state.rng import RngState
+
+#: The component that has the random generators of each rank.
+_RNG = "rng"
+
+
+class ShardedSaving(ParallelStrategy):
+    """Has a strategy save the live model and optimizers through asyncckpt, every rank its part, and restore them in
+    place. It goes before the strategy among the bases of a class."""
+
+    _open_runs: OpenRuns | None = None
+
+    # -- what Lightning calls to save --------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> Any:
+        """Return what stands for the weights in the dictionary that Lightning makes; no values are copied."""
+        return LiveState("state_dict", self._weights)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Return what stands for an optimizer's state in the dictionary that Lightning makes."""
+        found = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return LiveState("optimizer_states", found.state_dict)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Save in the background, all ranks together, and have the file ``filepath`` name the checkpoint. Blocks and
+        raises as ``Checkpointer.save`` does; the first save of a run blocks until it is durable. ``InvalidOption``
+        where a hook has changed the weights, or the states of optimizers, in ``checkpoint``."""
+        if storage_options is not None:
+            raise TypeError(
+                f"{type(self).__name__} takes no storage_options: give AsyncckptIO(writer=WriterOptions(…))"
+            )
+        path = self.broadcast(os.fspath(filepath))
+        components = self.components(checkpoint)
+        optimizers = self.optimizers if "optimizer_states" in checkpoint else []
+        contents = {
+            "model": [dict(components["model"].named_parameters()), dict(components["model"].named_buffers())],
+            "optimizer": [[list(one.state.values()), one.param_groups] for one in optimizers],
+            "lightning": components["lightning"].value.value,
+        }
+        self._runs().save(path, checkpoint, components, optimizers, contents)
+
+    def components(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state to save of what Lightning has dumped. Raises ``InvalidOption`` as ``save_checkpoint``
+        does."""
+        given = [("state_dict", checkpoint.get("state_dict"))]
+        given += [("optimizer_states", one) for one in checkpoint.get("optimizer_states", [])]
+        for what, value in given:
+            if not isinstance(value, LiveState):
+                raise refused(what)
+            value.check_unchanged()
+        assert self.model is not None
+        optimizers = self.optimizers if "optimizer_states" in checkpoint else []
+        components = live_components(checkpoint, self.model, optimizers)
+        # progress and callbacks are rank 0's, as in Lightning's own checkpoints
+        components["lightning"] = Owner(TrainerPart(components["lightning"]), rank=0)
+        if optimizers and self._random_states():
+            components[_RNG] = RngState()
+        return components
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint, once the saves that are in flight are durable. Only rank 0 does."""
+        if self.is_global_zero:
+            self._runs().remove(filepath)
+
+    def teardown(self) -> None:
+        """Wait for every save, and close the runs. Raises what failed in the background."""
+        try:
+            if self._open_runs is not None:
+                self._open_runs.close()
+        finally:
+            super().teardown()
+
+    # -- what Lightning calls to resume ------------------------------------------------------------------------------
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Restore the model, and where it is trained the optimizers, in place; return what else Lightning has saved.
+        Every rank reads the rows that it has, and every byte is verified; the number of ranks may be another one.
+
+        ``checkpoint_path``: as ``AsyncckptIO.load_checkpoint`` takes it. One of plain Lightning is read by the strategy
+        itself, which alone looks at ``weights_only``. Waits for saves in flight. Raises as ``Checkpointer.restore``
+        does, and ``InvalidOption`` where the checkpoint was saved by another strategy."""
+        self._runs().wait()
+        path = Path(self.broadcast(os.fspath(checkpoint_path)))
+        saved = self._ranks().by_first(lambda: find_saved(path))
+        if saved is None:
+            return super().load_checkpoint(path, weights_only)
+        if saved.kinds and saved.kinds.get("model") != "module":
+            raise InvalidOption(
+                f"{path}: a strategy that does not shard has saved this. Export it (python -m "
+                f"asyncckpt.integrations.lightning {path} exported.ckpt) and resume from the file"
+            )
+        return self._restored(saved, str(path))
+
+    def _restored(self, saved: Saved, where: str) -> dict[str, Any]:
+        module = self.lightning_module
+        assert module is not None
+        assert self.model is not None
+        fits = module.trainer.state.fn == TrainerFn.FITTING
+        optimizers = numbered_optimizers(self.optimizers) if fits else {}
+        surplus = [name for name in saved.kinds if name.startswith("optimizer") and name not in optimizers]
+        if fits and surplus:
+            raise StateMismatch(
+                f"{where}: it has {', '.join(surplus)}, and configure_optimizers gives {len(optimizers)}. Nothing was "
+                f"restored: configure as many optimizers as were saved"
+            )
+        rest = TrainerPart(None)
+        state: dict[str, Any] = {"model": self.model, **optimizers, "lightning": Owner(rest, rank=0)}
+        random_states = self._random_states() if fits and _RNG in saved.kinds else []
+        before = RngState().state_dict()
+        if random_states:
+            state[_RNG] = RngState()
+        checkpointer = Checkpointer(saved.run, ranks=self._ranks().options, on_event=self._io().options["on_event"])
+        try:
+            report = checkpointer.restore(state, saved.name, strict=module.strict_loading)
+        finally:
+            checkpointer.close()
+        odd = [one for one in (*report.missing, *report.unexpected, *report.mismatched) if not one.startswith("model.")]
+        if odd:
+            raise StateMismatch(
+                f"{where}: strict_loading=False is for the model, and these do not fit either: {', '.join(odd[:10])}. "
+                f"The model was restored",
+                report.missing,
+                report.unexpected,
+                report.mismatched,
+            )
+        if random_states:  # Lightning draws numbers before the first batch: the callback sets them once more
+            restored = RngState().state_dict()
+            RngState().load_state_dict(before)
+            for one in random_states:
+                one.load_state_dict(restored)
+        return trainer_part(rest.value, where)
+
+    # -- within ------------------------------------------------------------------------------------------------------
+
+    def _runs(self) -> OpenRuns:
+        if self._open_runs is None:
+            self._open_runs = OpenRuns(self._io().options, self._ranks())
+        return self._open_runs
+
+    def _ranks(self) -> RanksOf:
+        return RanksOf(self, self._io().ranks)
+
+    def _io(self) -> AsyncckptIO:
+        given = self._checkpoint_io
+        return given if isinstance(given, AsyncckptIO) else AsyncckptIO()
+
+    def _random_states(self) -> list[RandomState]:
+        assert self.lightning_module is not None
+        trainer: Any = self.lightning_module.trainer
+        return [one for one in trainer.callbacks if isinstance(one, RandomState)]
+
+    def _weights(self) -> Any:
+        assert self.model is not None
+        if is_fsdp1(self.model):
+            raise InvalidOption(
+                "checkpoint['state_dict'] has no values here: FSDP 1 would gather them on all ranks. Look at the "
+                "module's parameters instead"
+            )
+        return self.model.state_dict()
+
+
+class TrainerPart:
+    """What a checkpoint has beside the model and the optimizers. ``value``: plain data."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the data."""
+        return self.value if isinstance(self.value, dict) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the data of a checkpoint."""
+        self.value = state
+
+
+class AsyncckptModelParallelStrategy(ShardedSaving, ModelParallelStrategy):
+    """Lightning's ``ModelParallelStrategy`` (FSDP2, tensor parallelism), which takes the same arguments:
+    ``Trainer(strategy=AsyncckptModelParallelStrategy(data_parallel_size=…))``.
+
+    ``ModelCheckpoint``, ``ckpt_path`` and ``trainer.save_checkpoint`` stay what they are: all ranks write each
+    checkpoint together, in the background, and any number of ranks resumes from it. What lies on the disk is as with
+    ``AsyncckptIO``, whose options are given as ``plugins=[AsyncckptIO(…)]``. ``save_distributed_checkpoint`` makes no
+    difference. Every rank makes the same calls. Errors of background saves are raised by the next save, or at the end
+    of ``fit``.
+    """
+
+
+class AsyncckptFSDPStrategy(ShardedSaving, FSDPStrategy):
+    """Lightning's ``FSDPStrategy`` (FSDP 1), which takes the same arguments: see ``AsyncckptModelParallelStrategy``.
+    ``state_dict_type`` makes no difference: no rank gathers the weights."""
