@@ -18,11 +18,11 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from frameworks.fsdp_on_cpu import local
 from frameworks.lightning_trainings import ShuffledLoader
 
 from asyncckpt.integrations.lightning import AsyncckptFSDPStrategy, AsyncckptModelParallelStrategy, RandomState
@@ -135,16 +135,14 @@ def fit(
 
 
 def end(trainer: Any) -> dict[str, Any]:
-    """Return all of the model's weights and of the optimizer's state, in whole."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model = trainer.strategy.model
-    found = {name: value.clone() for name, value in get_model_state_dict(model, options=whole).items()}
-    state = get_optimizer_state_dict(model, trainer.optimizers[0], options=whole)
-    for name, values in state.get("state", {}).items():
-        found |= {f"{name}/{key}": torch.as_tensor(value).clone() for key, value in values.items()}
-    if dist.get_rank() == 0:
-        found["lr"] = torch.tensor([group["lr"] for group in state["param_groups"]])
-    return found
+    """Return what this rank has of the weights, of the buffers, and of the optimizer's state."""
+    model, optimizer = trainer.strategy.model, trainer.optimizers[0]
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+    found = {**parameters, **dict(model.named_buffers())}
+    for number, one in enumerate(one for group in optimizer.param_groups for one in group["params"]):
+        found |= {f"{number}/{key}": torch.as_tensor(value) for key, value in optimizer.state.get(one, {}).items()}
+    found["lr"] = torch.tensor([group["lr"] for group in optimizer.param_groups])
+    return {name: value.clone() for name, value in local(found).items()}
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
