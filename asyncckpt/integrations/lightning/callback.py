@@ -16,6 +16,7 @@ from asyncckpt.catalog.retention import Policy
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
+from asyncckpt.integrations.lightning.strategy import ShardedSaving
 from asyncckpt.integrations.lightning.translation import to_components
 from asyncckpt.loop.cadence import Every
 from asyncckpt.ownership import RunOptions
@@ -34,7 +35,7 @@ class AsyncckptCallback(Checkpoint):
     those of the checkpoint. In a job of several ranks all of them write each checkpoint together. Where the Trainer has
     no other ``CheckpointIO``, it gets ``AsyncckptIO``, so that it can read the run. Raises as ``Checkpointer`` does:
     errors of background saves come with the next step, or at the end of ``fit``; and ``InvalidOption`` under a strategy
-    that shards, which Lightning resumes past any plugin.
+    that shards, which Lightning resumes past any plugin, unless it is one of asyncckpt's.
     """
 
     def __init__(
@@ -66,10 +67,11 @@ class AsyncckptCallback(Checkpoint):
     # -- what Lightning calls ----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, _SHARDING):
+        if isinstance(trainer.strategy, _SHARDING) and not isinstance(trainer.strategy, ShardedSaving):
             raise InvalidOption(
                 f"AsyncckptCallback: {type(trainer.strategy).__name__} reads checkpoints past any plugin, so what is "
-                f"saved here could not be resumed; use ModelCheckpoint there"
+                f"saved here could not be resumed; use AsyncckptModelParallelStrategy or AsyncckptFSDPStrategy, or "
+                f"ModelCheckpoint"
             )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AsyncckptIO()
@@ -109,7 +111,11 @@ class _StateOf(Mapping[str, Any]):
 
     def _found(self) -> dict[str, Any]:
         if self._components is None:
-            components = to_components(self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+            checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            if isinstance(self._trainer.strategy, ShardedSaving):
+                self._components = self._trainer.strategy.components(checkpoint)
+                return self._components
+            components = to_components(checkpoint)
             if self._trainer.world_size > 1:  # progress and metrics are rank 0's, as in Lightning's own checkpoints
                 components["lightning"] = Owner(components["lightning"], rank=0)
             self._components = components

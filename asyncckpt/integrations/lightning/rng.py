@@ -12,7 +12,8 @@ from asyncckpt.state.rng import RngState
 
 class RandomState(Callback):
     """Has a checkpoint hold the state of the random generators, which Lightning leaves out, and brings it back: dropout
-    and shuffling then go on as in an unbroken training. In a job of several ranks it does nothing.
+    and shuffling then go on as in an unbroken training. In a job of several ranks it does nothing, unless the strategy
+    is one of asyncckpt's: then each rank has its own.
 
     A ``DataLoader`` that is resumed in the middle of an epoch begins that epoch anew, in Lightning, unless it has
     ``state_dict`` (as torchdata's ``StatefulDataLoader`` has).
@@ -30,6 +31,11 @@ class RandomState(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict if self._ranks == 1 and state_dict else None
+
+    def on_restored(self) -> None:
+        """Called by a strategy that has restored the generators of this rank: what Lightning draws from them before it
+        goes on in the middle of an epoch will not count."""
+        self._loaded = RngState().state_dict()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()

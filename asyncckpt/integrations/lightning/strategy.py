@@ -135,7 +135,6 @@ class ShardedSaving(ParallelStrategy):
         rest = TrainerPart(None)
         state: dict[str, Any] = {"model": self.model, **optimizers, "lightning": Owner(rest, rank=0)}
         random_states = self._random_states() if fits and _RNG in saved.kinds else []
-        before = RngState().state_dict()
         if random_states:
             state[_RNG] = RngState()
         checkpointer = Checkpointer(saved.run, ranks=self._ranks().options, on_event=self._io().options["on_event"])
@@ -152,11 +151,8 @@ class ShardedSaving(ParallelStrategy):
                 report.unexpected,
                 report.mismatched,
             )
-        if random_states:  # Lightning draws numbers before the first batch: the callback sets them once more
-            restored = RngState().state_dict()
-            RngState().load_state_dict(before)
-            for one in random_states:
-                one.load_state_dict(restored)
+        for one in random_states:
+            one.on_restored()
         return trainer_part(rest.value, where)
 
     # -- within ------------------------------------------------------------------------------------------------------
