@@ -90,6 +90,8 @@ class Model(lightning.LightningModule):
         self.register_buffer("seen", torch.zeros(()))
 
     def configure_model(self) -> None:
+        if self.device_mesh is None:  # it is no training that shards
+            return
         if self.asked.kind == "fsdp2":
             mesh = self.device_mesh["data_parallel"]
             for part in (self.net[0], self.net[3], self.net):

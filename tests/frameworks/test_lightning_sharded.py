@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits
-from frameworks.lightning_sharded import Asked, Ended, again, train, validated
+from frameworks.lightning_sharded import Asked, Ended, Model, again, train, validated
 from support import harness
 from support.harness import Crews
 
@@ -96,7 +96,138 @@ def test_another_number_of_ranks_goes_on_as_plain_lightning_does(crews: Crews, t
 def test_plain_lightnings_checkpoint_goes_on_with_ours(kind: str, crews: Crews, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"kind": kind, "dropout": 0.0}
     ended(crews, tmp_path / "plain", ours=False, epochs=2, **asked)
-    expected = ended(crews, tmp_path / "plain", ours=False, seed=5, ckpt_path="last", **asked)
-    path = str(next((tmp_path / "plain").glob("epoch=1*.ckpt")))
+    path = str(tmp_path / "plain" / "last.ckpt")
+    expected = ended(crews, tmp_path / "expected", ours=False, seed=5, ckpt_path=path, **asked)
     assert states(ended(crews, tmp_path / "ours", seed=6, ckpt_path=path, **asked)) == states(expected)
-    assert len(names(tmp_path / "ours")) == 2
+    assert names(tmp_path / "ours") == names(tmp_path / "expected")
+
+
+def test_plain_lightnings_directory_in_the_place_of_a_save_stays_and_all_ranks_say_so(
+    crews: Crews, tmp_path: Path
+) -> None:
+    ended(crews, tmp_path, ours=False, epochs=2)
+    before = sorted(path.name for path in (tmp_path / "last.ckpt").iterdir())
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path="last"))
+    assert all(one.failed_with("RunPathError") for one in outcomes), outcomes
+    assert sorted(path.name for path in (tmp_path / "last.ckpt").iterdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+def test_plain_lightning_refuses_ours_as_it_is_and_goes_on_with_an_export(
+    kind: str, crews: Crews, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {"kind": kind, "dropout": 0.0}
+    ended(crews, tmp_path, epochs=2, **asked)
+    expected = ended(crews, tmp_path, seed=5, ckpt_path="last", **asked)
+    ended(crews, tmp_path / "short", epochs=2, **asked)
+    path, out = tmp_path / "short" / "last.ckpt", tmp_path / "exported.ckpt"
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path / "refused"), ours=False, ckpt_path=str(path), **asked))
+    assert not any(one.ok for one in outcomes)
+    export(path, out)
+    found = ended(crews, tmp_path / "plain", ours=False, seed=6, ckpt_path=str(out), **asked)
+    for one in (*found, *expected):
+        del one.state["random"]
+    assert states(found) == states(expected)
+    whole = load_from_checkpoint(Model, path, asked=Asked(folder="", **asked))
+    stored = asyncckpt.Run(tmp_path / "short" / "asyncckpt-run").load(component="model")
+    assert bits(whole.state_dict()) == bits(stored)
+    optimizer = whole.configure_optimizers()[0][0]
+    optimizer.load_state_dict(AsyncckptIO().load_checkpoint(path)["optimizer_states"][0])
+    moments = asyncckpt.Run(tmp_path / "short" / "asyncckpt-run").load(component="optimizer")["state"]
+    named = dict(whole.named_parameters())
+    assert {name: bits(optimizer.state[named[name]]["exp_avg"]) for name in moments} == {
+        name: bits(values["exp_avg"]) for name, values in moments.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"monitor": "loss", "save_top_k": 2, "save_last": True, "every_n_train_steps": 2},
+        {"monitor": "loss", "save_top_k": 1, "save_last": "link", "every_n_train_steps": 4},
+        {"save_top_k": 0, "save_last": True},
+    ],
+    ids=str,
+)
+def test_model_checkpoint_leaves_the_same_names_and_what_it_removes_goes(
+    options: dict[str, Any], crews: Crews, tmp_path: Path
+) -> None:
+    for ours in (False, True):
+        ended(crews, tmp_path / str(ours), ours=ours, dropout=0.0, checkpoints=options)
+    assert names(tmp_path / "True") == names(tmp_path / "False")
+    entries = asyncckpt.Run(tmp_path / "True" / "asyncckpt-run").ls()
+    live = {AsyncckptIO().load_checkpoint(tmp_path / "True" / name)["global_step"] for name in names(tmp_path / "True")}
+    assert {entry.step for entry in entries} == live | {entries[-1].step}
+    assert len(entries) == len({entry.step for entry in entries}), "a step that was saved twice lies there twice"
+
+
+def test_callback_saves_on_all_ranks_and_resumes(crews: Crews, tmp_path: Path) -> None:
+    unbroken = ended(crews, tmp_path / "plain", ours=False)
+    ended(crews, tmp_path, every=4, epochs=3)
+    assert [entry.step for entry in asyncckpt.Run(tmp_path / "run").ls()] == [4, 8, 12]
+    found = ended(crews, tmp_path, every=4, seed=5, ckpt_path=str(tmp_path / "run"))
+    assert states(found) == states(unbroken)
+
+
+def test_callback_refuses_plain_lightnings_strategies(crews: Crews, tmp_path: Path) -> None:
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ours=False, every=4))
+    assert all(one.failed_with("InvalidOption") for one in outcomes), outcomes
+
+
+def test_validation_takes_the_model_alone(crews: Crews, tmp_path: Path) -> None:
+    trained = ended(crews, tmp_path, checkpoints={"save_weights_only": True})
+    asked = Asked(folder=str(tmp_path), seed=5, ckpt_path=str(tmp_path / "last.ckpt"))
+    found = crews(2).values(validated, asked)
+    at_last = ended(crews, tmp_path / "18", options={"files": "zarr"}, checkpoints={"every_n_train_steps": 18})
+    assert at_last
+    assert trained
+    whole = AsyncckptIO().load_checkpoint(tmp_path / "last.ckpt")
+    assert "optimizer_states" not in whole
+    parts = [one[1]["net.0.weight"] for one in found]
+    assert bits(torch.cat(parts)) == bits(whole["state_dict"]["net.0.weight"])
+    assert found[0][0] == found[1][0]
+
+
+def test_weights_alone_are_no_training_to_go_on_with(crews: Crews, tmp_path: Path) -> None:
+    ended(crews, tmp_path, epochs=2, checkpoints={"save_weights_only": True})
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path="last"))
+    assert all(one.failed_with("StateMismatch") for one in outcomes), outcomes
+
+
+def test_another_optimizer_than_was_saved_is_refused(crews: Crews, tmp_path: Path) -> None:
+    ended(crews, tmp_path, epochs=2)
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), groups=1, ckpt_path="last"))
+    assert all(one.failed_with("StateMismatch") for one in outcomes), outcomes
+
+
+def test_other_weights_that_a_hook_puts_in_are_refused(crews: Crews, tmp_path: Path) -> None:
+    for hook in (looks, adds):
+        ended(crews, tmp_path / hook.__name__, hook=hook, epochs=1)
+    read = AsyncckptIO().load_checkpoint(tmp_path / "adds" / "last.ckpt")
+    assert read["mine"] == {"a": 1}
+    for hook in (replaces, drops):
+        outcomes = crews(2).run(train, Asked(folder=str(tmp_path / hook.__name__), hook=hook))
+        assert all(one.failed_with("InvalidOption") for one in outcomes), outcomes
+
+
+def looks(checkpoint: dict[str, Any]) -> None:
+    assert "net.0.weight" in checkpoint["state_dict"]
+    assert checkpoint["optimizer_states"][0]["param_groups"]
+
+
+def adds(checkpoint: dict[str, Any]) -> None:
+    checkpoint["mine"] = {"a": 1}
+
+
+def replaces(checkpoint: dict[str, Any]) -> None:
+    checkpoint["state_dict"] = dict(checkpoint["state_dict"])
+
+
+def drops(checkpoint: dict[str, Any]) -> None:
+    del checkpoint["state_dict"]["net.0.weight"]
+
+
+def test_checkpoint_of_a_strategy_that_does_not_shard_needs_an_export(crews: Crews, tmp_path: Path) -> None:
+    AsyncckptIO().save_checkpoint({"global_step": 1, "state_dict": {"w": torch.ones(3)}}, tmp_path / "last.ckpt")
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path="last"))
+    assert all(one.failed_with("InvalidOption") for one in outcomes), outcomes

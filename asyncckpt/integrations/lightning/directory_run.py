@@ -193,7 +193,8 @@ class DirectoryRun:
         background."""
         try:
             self._checkpointer.wait()
-            if self._policy.has_removed():
+            # what another rank was reading, to write what has not changed, was spared when it was to be deleted
+            if self._policy.has_removed() or self._last is not None:
                 self._checkpointer.prune()
         finally:
             self._checkpointer.close()
