@@ -43,6 +43,7 @@ class Asked:
     seed: int = 0
     groups: int = 2
     dropout: float = 0.1
+    own_order: bool = False
     kill: tuple[int, int] | None = None
     every: int = 0
     checkpoints: dict[str, Any] = field(default_factory=dict)
@@ -65,10 +66,13 @@ class PlainFSDP(FSDPStrategy):
 
 
 class Loader(ShuffledLoader):
-    """Gives each rank a part of each batch, in an order that all ranks have alike; of tensor parallelism, all of it."""
+    """Gives each rank a part of each batch, in an order that all ranks have alike, unless each is to have its own; of
+    tensor parallelism, all of it."""
 
     def __init__(self, asked: Asked) -> None:
         super().__init__()
+        if asked.own_order:
+            self.generator.manual_seed(dist.get_rank())
         self.parts = 1 if asked.kind == "tp" else dist.get_world_size()
 
     def __iter__(self) -> Iterator[torch.Tensor]:

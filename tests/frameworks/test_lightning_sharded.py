@@ -52,6 +52,14 @@ def test_resumed_training_ends_as_plain_lightnings_unbroken_one(kind: str, crews
     assert states(resumed) == states(unbroken)
 
 
+def test_each_rank_goes_on_in_its_own_order_of_data(crews: Crews, tmp_path: Path) -> None:
+    unbroken = ended(crews, tmp_path / "plain", ours=False, own_order=True)
+    ended(crews, tmp_path, own_order=True, epochs=2)  # which saves in the middle of an epoch
+    assert states(ended(crews, tmp_path, own_order=True, ckpt_path="last")) == states(unbroken)
+    outcomes = crews(3).run(train, Asked(folder=str(tmp_path), own_order=True, ckpt_path="last"))
+    assert all("another place in their data" in one.message for one in outcomes), outcomes
+
+
 def test_killed_in_the_middle_of_saves_it_resumes_and_ends_as_the_unbroken_one(crews: Crews, tmp_path: Path) -> None:
     whole = ended(crews, tmp_path / "whole")
     seed = int(os.environ.get("ASYNCCKPT_SEED", "0")) or random.Random(os.urandom(8)).randrange(1 << 30)
@@ -76,7 +84,7 @@ def test_another_number_of_ranks_has_the_same_state(kind: str, crews: Crews, tmp
         asked = Asked(folder=str(tmp_path), kind=kind, epochs=3, seed=size, ckpt_path="last")
         crews(size).values(again, asked, f"again-{size}.ckpt")
         found = asyncckpt.Run(run).load(f"again-{size}.ckpt")
-        assert saved.keys() - found.keys() <= {"rng+1"}
+        assert saved.keys() - found.keys() <= {"rng+1", "loaders+1"}
         for part in ("model", "optimizer"):
             assert bits(found[part]) == bits(saved[part]), part
 
@@ -107,8 +115,9 @@ def test_plain_lightnings_directory_in_the_place_of_a_save_stays_and_all_ranks_s
 ) -> None:
     ended(crews, tmp_path, ours=False, epochs=2)
     before = sorted(path.name for path in (tmp_path / "last.ckpt").iterdir())
-    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path="last"))
-    assert all(one.failed_with("RunPathError") for one in outcomes), outcomes
+    for options in ({}, {"save_top_k": 0}):  # Lightning saves one step twice, or once
+        outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path="last", checkpoints=options))
+        assert all(one.failed_with("RunPathError") for one in outcomes), outcomes
     assert sorted(path.name for path in (tmp_path / "last.ckpt").iterdir()) == before
 
 
@@ -175,17 +184,21 @@ def test_callback_refuses_plain_lightnings_strategies(crews: Crews, tmp_path: Pa
 
 
 def test_validation_takes_the_model_alone(crews: Crews, tmp_path: Path) -> None:
-    trained = ended(crews, tmp_path, checkpoints={"save_weights_only": True})
+    ended(crews, tmp_path, checkpoints={"save_weights_only": True})
     asked = Asked(folder=str(tmp_path), seed=5, ckpt_path=str(tmp_path / "last.ckpt"))
     found = crews(2).values(validated, asked)
-    at_last = ended(crews, tmp_path / "18", options={"files": "zarr"}, checkpoints={"every_n_train_steps": 18})
-    assert at_last
-    assert trained
     whole = AsyncckptIO().load_checkpoint(tmp_path / "last.ckpt")
     assert "optimizer_states" not in whole
-    parts = [one[1]["net.0.weight"] for one in found]
+    parts = [weights["net.0.weight"] for _, weights in found]
     assert bits(torch.cat(parts)) == bits(whole["state_dict"]["net.0.weight"])
     assert found[0][0] == found[1][0]
+
+
+def test_plugins_options_hold(crews: Crews, tmp_path: Path) -> None:
+    ended(crews, tmp_path, options={"files": "zarr", "config": {"width": 33}})
+    run = asyncckpt.Run(tmp_path / "asyncckpt-run")
+    assert run.config() == {"width": 33}
+    assert list(Path(run.newest().path).rglob("zarr.json"))
 
 
 def test_weights_alone_are_no_training_to_go_on_with(crews: Crews, tmp_path: Path) -> None:
@@ -231,3 +244,15 @@ def test_checkpoint_of_a_strategy_that_does_not_shard_needs_an_export(crews: Cre
     AsyncckptIO().save_checkpoint({"global_step": 1, "state_dict": {"w": torch.ones(3)}}, tmp_path / "last.ckpt")
     outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path="last"))
     assert all(one.failed_with("InvalidOption") for one in outcomes), outcomes
+
+
+def test_what_keeps_one_rank_from_saving_ends_the_training_of_all(crews: Crews, tmp_path: Path) -> None:
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), hook=spoils), timeout=30)
+    assert [one.error[:1] for one in outcomes] == [("UnsupportedValue",)] * 2, outcomes
+    assert "rank 1: " in outcomes[0].message
+    assert [entry.step for entry in asyncckpt.Run(tmp_path / "asyncckpt-run").ls()] == [3]
+
+
+def spoils(checkpoint: dict[str, Any]) -> None:
+    if torch.distributed.get_rank() == 1 and checkpoint["global_step"] > 3:
+        checkpoint["mine"] = object()

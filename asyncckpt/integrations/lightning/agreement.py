@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from asyncckpt.ranks.store import RankOptions, error_from_json, error_to_json
 
 _T = TypeVar("_T")
@@ -18,23 +20,35 @@ class Savers(Protocol):
     def options(self) -> RankOptions | None:
         """What ``Checkpointer`` is told of them."""
 
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process, which writes the files beside the run."""
+
     def by_first(self, act: Callable[[], _T]) -> _T:
         """Have the first process call ``act``; return on all what it has returned, or raise what it has raised."""
 
     def all(self, flag: bool) -> bool:
         """Return whether ``flag`` is true on all of them."""
 
+    def check(self, error: Exception | None) -> None:
+        """Raise ``error`` where there is one, and where there is none that of the first process that has one."""
+
 
 class Alone:
     """The process saves alone."""
 
     options: RankOptions | None = None
+    leads = True
 
     def by_first(self, act: Callable[[], _T]) -> _T:
         return act()
 
     def all(self, flag: bool) -> bool:
         return flag
+
+    def check(self, error: Exception | None) -> None:
+        if error is not None:
+            raise error
 
 
 class RanksOf:
@@ -45,10 +59,14 @@ class RanksOf:
         self._strategy = strategy
         self.options = options
 
+    @property
+    def leads(self) -> bool:
+        return bool(self._strategy.global_rank == 0)
+
     def by_first(self, act: Callable[[], _T]) -> _T:
         answer: Any = None
         own: Exception | None = None
-        if self._strategy.global_rank == 0:
+        if self.leads:
             try:
                 answer = {"value": act()}
             except Exception as error:
@@ -63,3 +81,13 @@ class RanksOf:
 
     def all(self, flag: bool) -> bool:
         return bool(self._strategy.reduce_boolean_decision(flag, all=True))
+
+    def check(self, error: Exception | None) -> None:
+        if self.all(error is None):
+            return
+        told: list[Any] = [None] * self._strategy.world_size
+        torch.distributed.all_gather_object(told, None if error is None else error_to_json(error))
+        if error is not None:
+            raise error
+        rank, body = next((rank, body) for rank, body in enumerate(told) if body is not None)
+        raise error_from_json(body, f"rank {rank}")

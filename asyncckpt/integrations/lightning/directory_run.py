@@ -134,6 +134,15 @@ class DirectoryRun:
                 self._savers.by_first(lambda: self._link(path, saved, pending))
                 return
         self._savers.by_first(lambda: check_is_no_directory(path))
+        problem: Exception | None = None
+        try:  # what keeps one rank from saving must not leave the others waiting for it
+            self._begin(path, step, state, metrics, mark)
+        except Exception as error:
+            problem = error
+        self._savers.check(problem)
+
+    def _begin(self, path: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any], mark: Any) -> None:
+        name = path.name
         self._policy.save(name)
         self._links.discard(path)
         pending = self._checkpointer.save(step, state, metrics=metrics, name=name)
@@ -144,7 +153,8 @@ class DirectoryRun:
         if self._is_empty:  # until then there is nothing that a training could resume from after a crash
             pending.result()
             self._is_empty = False
-        self._savers.by_first(lambda: self._name(path, pending))
+        if self._savers.leads:
+            self._name(path, pending)
 
     def _name(self, path: Path, pending: PendingSave) -> None:
         """Have the file ``path`` name a save in flight, at once where there is no such file yet."""

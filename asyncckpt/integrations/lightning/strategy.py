@@ -20,13 +20,20 @@ from asyncckpt.integrations.lightning.loading import Saved, find_saved
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
 from asyncckpt.integrations.lightning.rng import RandomState
 from asyncckpt.integrations.lightning.runs import OpenRuns
-from asyncckpt.integrations.lightning.translation import live_components, numbered_optimizers, trainer_part
+from asyncckpt.integrations.lightning.trainer_part import TrainerPart, is_equal
+from asyncckpt.integrations.lightning.translation import (
+    live_components,
+    numbered_optimizers,
+    positions_in_data,
+    set_positions_in_data,
+    trainer_part,
+)
 from asyncckpt.state.fsdp1 import is_fsdp1
-from asyncckpt.state.markers import Owner
+from asyncckpt.state.markers import Owner, PerRank
 from asyncckpt.state.rng import RngState
 
-#: The component that has the random generators of each rank.
-_RNG = "rng"
+#: The components that each rank has of its own: its random generators, and its positions in data.
+_RNG, _LOADERS = "rng", "loaders"
 
 
 class ShardedSaving(ParallelStrategy):
@@ -82,6 +89,9 @@ class ShardedSaving(ParallelStrategy):
         components["lightning"] = Owner(TrainerPart(components["lightning"]), rank=0)
         if optimizers and self._random_states():
             components[_RNG] = RngState()
+        positions = positions_in_data(checkpoint)
+        if positions:
+            components[_LOADERS] = PerRank(TrainerPart({"states": positions}), _same_position)
         return components
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
@@ -137,6 +147,9 @@ class ShardedSaving(ParallelStrategy):
         random_states = self._random_states() if fits and _RNG in saved.kinds else []
         if random_states:
             state[_RNG] = RngState()
+        positions = TrainerPart(None)
+        if fits and _LOADERS in saved.kinds:
+            state[_LOADERS] = PerRank(positions, _same_position)
         checkpointer = Checkpointer(saved.run, ranks=self._ranks().options, on_event=self._io().options["on_event"])
         try:
             report = checkpointer.restore(state, saved.name, strict=module.strict_loading)
@@ -153,7 +166,10 @@ class ShardedSaving(ParallelStrategy):
             )
         for one in random_states:
             one.on_restored()
-        return trainer_part(rest.value, where)
+        checkpoint = trainer_part(rest.state_dict(), where)
+        if positions.value is not None:
+            set_positions_in_data(checkpoint, positions.value["states"])
+        return checkpoint
 
     # -- within ------------------------------------------------------------------------------------------------------
 
@@ -184,19 +200,15 @@ class ShardedSaving(ParallelStrategy):
         return self.model.state_dict()
 
 
-class TrainerPart:
-    """What a checkpoint has beside the model and the optimizers. ``value``: plain data."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the data."""
-        return self.value if isinstance(self.value, dict) else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the data of a checkpoint."""
-        self.value = state
+def _same_position(states: list[Any], rank: int, size: int) -> Any:
+    """Return what any rank of a job of another size takes over of the positions in data: what all ranks had."""
+    if any(not is_equal(one, states[0]) for one in states):
+        raise InvalidOption(
+            f"{len(states)} ranks were each at another place in their data, and rank {rank} of {size} can take over "
+            f"none of these. Resume with {len(states)} ranks, or from an export of the checkpoint, which has rank 0's "
+            f"place for all"
+        )
+    return states[0]
 
 
 class AsyncckptModelParallelStrategy(ShardedSaving, ModelParallelStrategy):

@@ -27,6 +27,10 @@ _COMPONENTS: Final = {"state_dict": "model", "optimizer_states": "optimizer"}
 _REST: Final = "lightning"
 #: What ``torch.compile`` puts into the names of what it wraps.
 _COMPILED: Final = "_orig_mod"
+#: Where Lightning's training loop keeps the states of data loaders.
+_LOADERS: Final = "combined_loader"
+#: What FSDP 1 puts into them.
+_FLATTENED: Final = "_fsdp_wrapped_module"
 _CONFIGS: Final = ("DictConfig", "ListConfig")
 
 
@@ -71,6 +75,10 @@ def live_components(
         for raw, fqn in canonical_names(model, versions).items()
     }
     stored["parameters"] = list(parameters.values())
+    raw = [name for kind in (model.named_parameters, model.named_buffers) for name, _ in kind(remove_duplicate=False)]
+    compiled = _uncompiled(name.replace(f"{_FLATTENED}.", "") for name in raw)
+    if compiled:
+        stored["compiled"] = {plain: given for given, plain in compiled.items()}
     return {"model": model, **numbered_optimizers(optimizers), _REST: stored}
 
 
@@ -135,6 +143,23 @@ def _optimizer_states(state: Mapping[str, Any], parameters: Sequence[str], where
         by_number = {numbers.get(name, name): values for name, values in named["state"].items()}
         found.append({**named, "state": by_number, "param_groups": groups})
     return found
+
+
+def positions_in_data(checkpoint: Mapping[str, Any]) -> list[Any]:
+    """Return the states of the training's data loaders that Lightning's ``checkpoint`` has; none where it has none."""
+    return list(_training_loop(checkpoint).get(_LOADERS, ()))
+
+
+def set_positions_in_data(checkpoint: Mapping[str, Any], states: list[Any]) -> None:
+    """Put other states of data loaders into Lightning's ``checkpoint``."""
+    _training_loop(checkpoint)[_LOADERS] = states
+
+
+def _training_loop(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    found: Any = checkpoint
+    for key in ("loops", "fit_loop", "state_dict"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _uncompiled(names: Iterable[str]) -> dict[str, str]:
