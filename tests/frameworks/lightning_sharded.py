@@ -185,6 +185,18 @@ def validated(me: Me, asked: Asked) -> tuple[float, dict[str, Any]]:
     return found[0]["validated"], _local(dict(model.named_parameters()))
 
 
+def best(me: Me, asked: Asked) -> tuple[str, dict[str, Any]]:
+    """Train, then validate what ``ModelCheckpoint`` has found best; return its name and what this rank has of it."""
+    one = trainer(me, asked)
+    one.fit(Model(asked), Loader(asked))
+    model = Model(asked)
+    one.validate(model, Loader(asked), ckpt_path="best", verbose=False)
+    found = _local(dict(model.named_parameters()))
+    one.save_checkpoint(f"{asked.folder}/after.ckpt", weights_only=True)
+    one.strategy.teardown()
+    return os.path.basename(one.checkpoint_callback.best_model_path), found
+
+
 def state(one: Any) -> dict[str, Any]:
     model, optimizer = one.strategy.model, one.optimizers[0]
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}

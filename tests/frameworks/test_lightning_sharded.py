@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import bits
-from frameworks.lightning_sharded import Asked, Ended, Model, again, train, validated
+from frameworks.lightning_sharded import Asked, Ended, Model, again, best, train, validated
 from support import harness
 from support.harness import Crews
 
@@ -192,6 +192,16 @@ def test_validation_takes_the_model_alone(crews: Crews, tmp_path: Path) -> None:
     parts = [weights["net.0.weight"] for _, weights in found]
     assert bits(torch.cat(parts)) == bits(whole["state_dict"]["net.0.weight"])
     assert found[0][0] == found[1][0]
+
+
+def test_best_loads_after_training_and_can_be_saved_again(crews: Crews, tmp_path: Path) -> None:
+    options = {"monitor": "loss", "mode": "max", "save_last": False, "save_top_k": 1}
+    found = crews(2).values(best, Asked(folder=str(tmp_path), checkpoints=options))
+    name = found[0][0]
+    assert names(tmp_path) == sorted(["after.ckpt", name])
+    wanted = bits(AsyncckptIO().load_checkpoint(tmp_path / name)["state_dict"])
+    assert bits(torch.cat([weights["net.0.weight"] for _, weights in found])) == wanted["net.0.weight"]
+    assert bits(AsyncckptIO().load_checkpoint(tmp_path / "after.ckpt")["state_dict"]) == wanted
 
 
 def test_plugins_options_hold(crews: Crews, tmp_path: Path) -> None:
