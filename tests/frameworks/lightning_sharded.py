@@ -14,7 +14,7 @@ import torch.distributed as dist
 from frameworks.killing import count_calls
 from frameworks.lightning_trainings import ShuffledLoader
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from support.harness import Me
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from asyncckpt.integrations.lightning import (
     AsyncckptCallback,
+    AsyncckptDDPStrategy,
     AsyncckptFSDPStrategy,
     AsyncckptIO,
     AsyncckptModelParallelStrategy,
@@ -31,7 +32,7 @@ from asyncckpt.integrations.lightning import (
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a training is to do. ``kind``: ``fsdp2``, ``tp`` or ``fsdp1``. ``checkpoints``: options of
+    """What a training is to do. ``kind``: ``fsdp2``, ``tp``, ``fsdp1`` or ``ddp``. ``checkpoints``: options of
     ``ModelCheckpoint``. ``kill``: the rank that kills itself, and at which of its calls to the disk. ``hook``: what the
     module does before a save."""
 
@@ -44,6 +45,8 @@ class Asked:
     groups: int = 2
     dropout: float = 0.1
     own_order: bool = False
+    extra: bool = False
+    strict: bool = True
     kill: tuple[int, int] | None = None
     every: int = 0
     checkpoints: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +95,8 @@ class Model(lightning.LightningModule):
         self.net = nn.Sequential(nn.Linear(8, inner), nn.GELU(), dropout, nn.Linear(inner, 7), nn.LayerNorm(7))
         self.net[4].bias.requires_grad = False
         self.register_buffer("seen", torch.zeros(()))
+        self.extra = nn.Linear(2, 2) if asked.extra else None
+        self.strict_loading = asked.strict
 
     def configure_model(self) -> None:
         if self.device_mesh is None:  # it is no training that shards
@@ -130,6 +135,8 @@ def strategy(asked: Asked, size: int) -> Any:
     if asked.kind == "fsdp1":
         kind = AsyncckptFSDPStrategy if asked.ours else PlainFSDP
         return kind(state_dict_type="sharded", auto_wrap_policy={nn.Linear})
+    if asked.kind == "ddp":
+        return AsyncckptDDPStrategy() if asked.ours else DDPStrategy()
     kind = AsyncckptModelParallelStrategy if asked.ours else ModelParallelStrategy
     return kind(*((1, size) if asked.kind == "tp" else (size, 1)))
 

@@ -19,7 +19,7 @@ import asyncckpt
 from asyncckpt.integrations.lightning import AsyncckptIO, export, load_from_checkpoint
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("default")]
-KINDS = ["fsdp2", "fsdp1", "tp"]
+KINDS = ["fsdp2", "fsdp1", "tp", "ddp"]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_another_number_of_ranks_goes_on_as_plain_lightning_does(crews: Crews, t
     assert states(found) == states(expected)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "ddp"])
 def test_plain_lightnings_checkpoint_goes_on_with_ours(kind: str, crews: Crews, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"kind": kind, "dropout": 0.0}
     ended(crews, tmp_path / "plain", ours=False, epochs=2, **asked)
@@ -121,7 +121,7 @@ def test_plain_lightnings_directory_in_the_place_of_a_save_stays_and_all_ranks_s
     assert sorted(path.name for path in (tmp_path / "last.ckpt").iterdir()) == before
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1", "ddp"])
 def test_plain_lightning_refuses_ours_as_it_is_and_goes_on_with_an_export(
     kind: str, crews: Crews, tmp_path: Path
 ) -> None:
@@ -194,6 +194,16 @@ def test_validation_takes_the_model_alone(crews: Crews, tmp_path: Path) -> None:
     assert found[0][0] == found[1][0]
 
 
+def test_weights_that_were_not_saved_stay_only_where_loading_is_not_strict(crews: Crews, tmp_path: Path) -> None:
+    ended(crews, tmp_path, epochs=2)
+    for strict in (True, False):
+        asked = Asked(folder=str(tmp_path), extra=True, strict=strict, ckpt_path=str(tmp_path / "last.ckpt"))
+        outcomes = crews(2).run(validated, asked)
+        assert [one.failed_with("StateMismatch") for one in outcomes] == [strict] * 2, outcomes
+    stored = asyncckpt.Run(tmp_path / "asyncckpt-run").load(component="model")["net.0.weight"]
+    assert bits(torch.cat([one.value[1]["net.0.weight"] for one in outcomes])) == bits(stored)
+
+
 def test_best_loads_after_training_and_can_be_saved_again(crews: Crews, tmp_path: Path) -> None:
     options = {"monitor": "loss", "mode": "max", "save_last": False, "save_top_k": 1}
     found = crews(2).values(best, Asked(folder=str(tmp_path), checkpoints=options))
@@ -254,6 +264,17 @@ def test_checkpoint_of_a_strategy_that_does_not_shard_needs_an_export(crews: Cre
     AsyncckptIO().save_checkpoint({"global_step": 1, "state_dict": {"w": torch.ones(3)}}, tmp_path / "last.ckpt")
     outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path="last"))
     assert all(one.failed_with("InvalidOption") for one in outcomes), outcomes
+
+
+def test_checkpoint_that_rank_0_has_saved_alone_goes_on_with_ddp_on_all_ranks(crews: Crews, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"kind": "ddp", "dropout": 0.0}
+    unbroken = ended(crews, tmp_path / "plain", ours=False, **asked)
+    ended(crews, tmp_path, ours=False, options={"config": 1}, epochs=2, **asked)
+    found = ended(crews, tmp_path, seed=5, ckpt_path="last", **asked)
+    for one in (*found, *unbroken):
+        del one.state["random"]
+    assert states(found) == states(unbroken)
+    assert "loaders" in asyncckpt.Run(tmp_path / "asyncckpt-run").load()  # which rank 0 alone does not save
 
 
 def test_what_keeps_one_rank_from_saving_ends_the_training_of_all(crews: Crews, tmp_path: Path) -> None:

@@ -9,7 +9,11 @@ try:
     from asyncckpt.integrations.lightning.exporting import export, load_from_checkpoint
     from asyncckpt.integrations.lightning.plugin import AsyncckptIO
     from asyncckpt.integrations.lightning.rng import RandomState
-    from asyncckpt.integrations.lightning.strategy import AsyncckptFSDPStrategy, AsyncckptModelParallelStrategy
+    from asyncckpt.integrations.lightning.strategy import (
+        AsyncckptDDPStrategy,
+        AsyncckptFSDPStrategy,
+        AsyncckptModelParallelStrategy,
+    )
 except ImportError as error:
     if (error.name or "").partition(".")[0] != "lightning":
         raise
@@ -19,6 +23,7 @@ except ImportError as error:
 
 __all__ = [
     "AsyncckptCallback",
+    "AsyncckptDDPStrategy",
     "AsyncckptFSDPStrategy",
     "AsyncckptIO",
     "AsyncckptModelParallelStrategy",

@@ -16,7 +16,7 @@ from asyncckpt.catalog.retention import Policy
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
-from asyncckpt.integrations.lightning.strategy import ShardedSaving
+from asyncckpt.integrations.lightning.strategy import SavesOnAllRanks
 from asyncckpt.integrations.lightning.translation import to_components
 from asyncckpt.loop.cadence import Every
 from asyncckpt.ownership import RunOptions
@@ -67,7 +67,7 @@ class AsyncckptCallback(Checkpoint):
     # -- what Lightning calls ----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, _SHARDING) and not isinstance(trainer.strategy, ShardedSaving):
+        if isinstance(trainer.strategy, _SHARDING) and not isinstance(trainer.strategy, SavesOnAllRanks):
             raise InvalidOption(
                 f"AsyncckptCallback: {type(trainer.strategy).__name__} reads checkpoints past any plugin, so what is "
                 f"saved here could not be resumed; use AsyncckptModelParallelStrategy or AsyncckptFSDPStrategy, or "
@@ -112,7 +112,7 @@ class _StateOf(Mapping[str, Any]):
     def _found(self) -> dict[str, Any]:
         if self._components is None:
             checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            if isinstance(self._trainer.strategy, ShardedSaving):
+            if isinstance(self._trainer.strategy, SavesOnAllRanks):
                 self._components = self._trainer.strategy.components(checkpoint)
                 return self._components
             components = to_components(checkpoint)

@@ -32,8 +32,9 @@ class AsyncckptIO(CheckpointIO):
     returns, and a checkpoint that Lightning removes stays until those saved before the removal are durable. A
     checkpoint of plain Lightning is read as ever.
 
-    The options are those of ``Checkpointer``. For the training thread of rank 0; ``load_checkpoint`` for any rank.
-    Pickled, it keeps its options alone. Errors of background saves are raised by the next save, or by ``teardown``,
+    The options are those of ``Checkpointer``. The strategies of this module, with which all ranks save, take them from
+    here, and ``ranks`` is for these alone. For the training thread of rank 0; ``load_checkpoint`` for any rank. Pickled,
+    it keeps its options alone. Errors of background saves are raised by the next save, or by ``teardown``,
     which the Trainer calls at the end of ``fit``. Raises ``InvalidOption``.
     """
 

@@ -1,4 +1,4 @@
-"""Strategies of Lightning that shard a model, with every rank saving its part of each checkpoint through asyncckpt."""
+"""Strategies of Lightning with which every rank saves its part of each checkpoint through asyncckpt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from asyncckpt.checkpointer import Checkpointer
@@ -36,7 +36,7 @@ from asyncckpt.state.rng import RngState
 _RNG, _LOADERS = "rng", "loaders"
 
 
-class ShardedSaving(ParallelStrategy):
+class SavesOnAllRanks(ParallelStrategy):
     """Has a strategy save the live model and optimizers through asyncckpt, every rank its part, and restore them in
     place. It goes before the strategy among the bases of a class."""
 
@@ -124,11 +124,15 @@ class ShardedSaving(ParallelStrategy):
         if saved is None:
             return super().load_checkpoint(path, weights_only)
         if saved.kinds and saved.kinds.get("model") != "module":
-            raise InvalidOption(
-                f"{path}: a strategy that does not shard has saved this. Export it (python -m "
-                f"asyncckpt.integrations.lightning {path} exported.ckpt) and resume from the file"
-            )
+            return self._load_of_one_rank(path)
         return self._restored(saved, str(path))
+
+    def _load_of_one_rank(self, path: Path) -> dict[str, Any]:
+        """Load what rank 0 has saved in whole, through ``AsyncckptIO``."""
+        raise InvalidOption(
+            f"{path}: a strategy that does not shard has saved this. Export it (python -m "
+            f"asyncckpt.integrations.lightning {path} exported.ckpt) and resume from the file"
+        )
 
     def _restored(self, saved: Saved, where: str) -> dict[str, Any]:
         module = self.lightning_module
@@ -192,12 +196,13 @@ class ShardedSaving(ParallelStrategy):
 
     def _weights(self) -> Any:
         assert self.model is not None
+        assert self.lightning_module is not None
         if is_fsdp1(self.model):
             raise InvalidOption(
                 "checkpoint['state_dict'] has no values here: FSDP 1 would gather them on all ranks. Look at the "
                 "module's parameters instead"
             )
-        return self.model.state_dict()
+        return self.lightning_module.state_dict()
 
 
 def _same_position(states: list[Any], rank: int, size: int) -> Any:
@@ -211,7 +216,7 @@ def _same_position(states: list[Any], rank: int, size: int) -> Any:
     return states[0]
 
 
-class AsyncckptModelParallelStrategy(ShardedSaving, ModelParallelStrategy):
+class AsyncckptModelParallelStrategy(SavesOnAllRanks, ModelParallelStrategy):
     """Lightning's ``ModelParallelStrategy`` (FSDP2, tensor parallelism), which takes the same arguments:
     ``Trainer(strategy=AsyncckptModelParallelStrategy(data_parallel_size=…))``.
 
@@ -223,6 +228,50 @@ class AsyncckptModelParallelStrategy(ShardedSaving, ModelParallelStrategy):
     """
 
 
-class AsyncckptFSDPStrategy(ShardedSaving, FSDPStrategy):
+class AsyncckptFSDPStrategy(SavesOnAllRanks, FSDPStrategy):
     """Lightning's ``FSDPStrategy`` (FSDP 1), which takes the same arguments: see ``AsyncckptModelParallelStrategy``.
     ``state_dict_type`` makes no difference: no rank gathers the weights."""
+
+
+class AsyncckptDDPStrategy(SavesOnAllRanks, DDPStrategy):
+    """Lightning's ``DDPStrategy``, which takes the same arguments: see ``AsyncckptModelParallelStrategy``. Each rank
+    writes a part of every checkpoint, where with ``AsyncckptIO`` alone rank 0 writes all. Raises ``InvalidOption`` for
+    another ``start_method`` than ``"popen"``, with which Lightning hands weights back in a file of its own."""
+
+    #: Whether the last checkpoint was restored in place, so that Lightning has nothing left to load.
+    _is_restored = False
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self._start_method != "popen":
+            raise InvalidOption(f"AsyncckptDDPStrategy(start_method={self._start_method!r}): leave it 'popen'")
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Whether the model is wrapped, and optimizers are made, before a checkpoint is loaded."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning loads optimizers from the dictionary that ``load_checkpoint`` has returned."""
+        return not self._is_restored
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights of a checkpoint that was not restored in place."""
+        if not self._is_restored:
+            super().load_model_state_dict(checkpoint, strict)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Do what ``AsyncckptModelParallelStrategy`` does, and take what rank 0 has saved alone, too."""
+        self._is_restored = False
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _restored(self, saved: Saved, where: str) -> dict[str, Any]:
+        found = super()._restored(saved, where)
+        self._is_restored = True
+        return found
+
+    def _load_of_one_rank(self, path: Path) -> dict[str, Any]:
+        return self._io().load_checkpoint(path)
