@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from asyncckpt.assets import Assets
 from asyncckpt.events import Subscriber
 from asyncckpt.formats.options import Files, FilesName
 from asyncckpt.integrations.lightning.loading import is_run, load_newest, load_pointed
 from asyncckpt.integrations.lightning.pointer import read_pointer
-from asyncckpt.integrations.lightning.runs import OpenRuns
+from asyncckpt.integrations.lightning.runs import OpenRuns, is_local
 from asyncckpt.integrations.lightning.stepping import SteppingOptimizers
 from asyncckpt.integrations.lightning.translation import to_components
 from asyncckpt.ranks.store import RankOptions
@@ -33,8 +32,8 @@ class AsyncckptIO(CheckpointIO):
     checkpoint of plain Lightning is read as ever.
 
     The options are those of ``Checkpointer``. The strategies of this module, with which all ranks save, take them from
-    here, and ``ranks`` is for these alone. For the training thread of rank 0; ``load_checkpoint`` for any rank. Pickled,
-    it keeps its options alone. Errors of background saves are raised by the next save, or by ``teardown``,
+    here, and ``ranks`` is for these alone. For the training thread of rank 0; ``load_checkpoint`` for any rank.
+    Pickled, it keeps its options alone. Errors of background saves are raised by the next save, or by ``teardown``,
     which the Trainer calls at the end of ``fit``. Raises ``InvalidOption``.
     """
 
@@ -98,10 +97,9 @@ class AsyncckptIO(CheckpointIO):
         ``FileNotFoundError``, ``CheckpointNotFound``, ``CheckpointDamaged`` and ``RunPathError``."""
         self._runs.wait()
         device = map_location if isinstance(map_location, str | torch.device) else "cpu"
-        is_local = _is_local_file_protocol(os.fspath(path))
-        if is_local and is_run(Path(path)):
+        if is_local(path) and is_run(Path(path)):
             return load_newest(Path(path), device)
-        pointer = read_pointer(Path(path)) if is_local else None
+        pointer = read_pointer(Path(path)) if is_local(path) else None
         if pointer is None:
             kwargs = {} if map_location is None else {"map_location": map_location}
             return self._torch.load_checkpoint(os.fspath(path), weights_only=weights_only, **kwargs)

@@ -115,8 +115,13 @@ class OpenRuns:
         return run
 
 
+def is_local(path: str | os.PathLike[str]) -> bool:
+    """Return whether the path is one of this machine's file systems."""
+    return bool(_is_local_file_protocol(os.fspath(path)))
+
+
 def local_path(path: str | os.PathLike[str]) -> Path:
     """Return the path as an absolute one. Raises ``InvalidOption`` for one that is not local."""
-    if not _is_local_file_protocol(os.fspath(path)):
+    if not is_local(path):
         raise InvalidOption(f"{os.fspath(path)}: asyncckpt saves to local directories; give ModelCheckpoint one")
     return Path(os.path.abspath(path))

@@ -19,7 +19,7 @@ from asyncckpt.integrations.lightning.live_state import LiveState, refused
 from asyncckpt.integrations.lightning.loading import Saved, find_saved
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
 from asyncckpt.integrations.lightning.rng import RandomState
-from asyncckpt.integrations.lightning.runs import OpenRuns
+from asyncckpt.integrations.lightning.runs import OpenRuns, is_local
 from asyncckpt.integrations.lightning.trainer_part import TrainerPart, is_equal
 from asyncckpt.integrations.lightning.translation import (
     live_components,
@@ -119,10 +119,11 @@ class SavesOnAllRanks(ParallelStrategy):
         itself, which alone looks at ``weights_only``. Waits for saves in flight. Raises as ``Checkpointer.restore``
         does, and ``InvalidOption`` where the checkpoint was saved by another strategy."""
         self._runs().wait()
-        path = Path(self.broadcast(os.fspath(checkpoint_path)))
-        saved = self._ranks().by_first(lambda: find_saved(path))
+        given: str = self.broadcast(os.fspath(checkpoint_path))
+        path = Path(given)
+        saved = self._ranks().by_first(lambda: find_saved(path)) if is_local(given) else None
         if saved is None:
-            return super().load_checkpoint(path, weights_only)
+            return super().load_checkpoint(given, weights_only)
         if saved.kinds and saved.kinds.get("model") != "module":
             return self._load_of_one_rank(path)
         return self._restored(saved, str(path))
