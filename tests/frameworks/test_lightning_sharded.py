@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def test_killed_in_the_middle_of_saves_it_resumes_and_ends_as_the_unbroken_one(c
         assert outcomes[rank].gone, (outcomes, seed)
         crew.close()
         assert states(ended(crews, folder, ckpt_path="last")) == states(whole), (rank, point, seed)
+
+
+def test_last_one_that_was_not_finished_gives_way_to_the_one_before_and_others_do_not(
+    crews: Crews, tmp_path: Path
+) -> None:
+    unbroken = ended(crews, tmp_path, checkpoints={"save_top_k": -1})
+    shutil.rmtree(tmp_path / "asyncckpt-run" / "step-00000018")
+    path = str(tmp_path / "epoch=3-step=18.ckpt")
+    outcomes = crews(2).run(train, Asked(folder=str(tmp_path), ckpt_path=path))
+    assert all(one.failed_with("CheckpointNotFound") for one in outcomes), outcomes
+    resumed = ended(crews, tmp_path, ckpt_path="last", checkpoints={"save_top_k": -1})
+    assert states(resumed) == states(unbroken)
 
 
 @pytest.mark.parametrize("kind", KINDS)
