@@ -23,6 +23,7 @@ def test_there_is_a_test_for_every_example() -> None:
     """Those of trainers are in frameworks/; ``pretrain_fsdp2`` has its own: ranks/test_example_fsdp2.py."""
     own = {
         "pretrain_fsdp2",
+        "lightning_sharded",
         "lightning_trainer",
         "accelerate_loop",
         "transformers_trainer",

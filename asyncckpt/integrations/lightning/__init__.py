@@ -5,9 +5,15 @@ from __future__ import annotations
 from asyncckpt.errors import MissingExtra
 
 try:
-    from asyncckpt.integrations.lightning.callback import AsyncckptCallback, RandomState
+    from asyncckpt.integrations.lightning.callback import AsyncckptCallback
     from asyncckpt.integrations.lightning.exporting import export, load_from_checkpoint
     from asyncckpt.integrations.lightning.plugin import AsyncckptIO
+    from asyncckpt.integrations.lightning.rng import RandomState
+    from asyncckpt.integrations.lightning.strategy import (
+        AsyncckptDDPStrategy,
+        AsyncckptFSDPStrategy,
+        AsyncckptModelParallelStrategy,
+    )
 except ImportError as error:
     if (error.name or "").partition(".")[0] != "lightning":
         raise
@@ -15,4 +21,13 @@ except ImportError as error:
         "asyncckpt.integrations.lightning needs lightning: pip install 'asyncckpt[lightning]'"
     ) from error
 
-__all__ = ["AsyncckptIO", "AsyncckptCallback", "RandomState", "export", "load_from_checkpoint"]
+__all__ = [
+    "AsyncckptCallback",
+    "AsyncckptDDPStrategy",
+    "AsyncckptFSDPStrategy",
+    "AsyncckptIO",
+    "AsyncckptModelParallelStrategy",
+    "RandomState",
+    "export",
+    "load_from_checkpoint",
+]

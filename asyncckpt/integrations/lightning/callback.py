@@ -9,19 +9,19 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from asyncckpt.catalog.retention import Policy
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.errors import CheckpointNotFound, InvalidOption
 from asyncckpt.integrations.lightning.plugin import AsyncckptIO
+from asyncckpt.integrations.lightning.strategy import SavesOnAllRanks
 from asyncckpt.integrations.lightning.translation import to_components
 from asyncckpt.loop.cadence import Every
 from asyncckpt.ownership import RunOptions
 from asyncckpt.run import Run
 from asyncckpt.state.markers import Owner
-from asyncckpt.state.rng import RngState
 
 _SHARDING = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
@@ -35,7 +35,7 @@ class AsyncckptCallback(Checkpoint):
     those of the checkpoint. In a job of several ranks all of them write each checkpoint together. Where the Trainer has
     no other ``CheckpointIO``, it gets ``AsyncckptIO``, so that it can read the run. Raises as ``Checkpointer`` does:
     errors of background saves come with the next step, or at the end of ``fit``; and ``InvalidOption`` under a strategy
-    that shards, which Lightning resumes past any plugin.
+    that shards, which Lightning resumes past any plugin, unless it is one of asyncckpt's.
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class AsyncckptCallback(Checkpoint):
     # -- what Lightning calls ----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, _SHARDING):
+        if isinstance(trainer.strategy, _SHARDING) and not isinstance(trainer.strategy, SavesOnAllRanks):
             raise InvalidOption(
                 f"AsyncckptCallback: {type(trainer.strategy).__name__} reads checkpoints past any plugin, so what is "
-                f"saved here could not be resumed; use ModelCheckpoint there"
+                f"saved here could not be resumed; use AsyncckptModelParallelStrategy or AsyncckptFSDPStrategy, or "
+                f"ModelCheckpoint"
             )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AsyncckptIO()
@@ -101,40 +102,6 @@ class AsyncckptCallback(Checkpoint):
             checkpointer.close()
 
 
-class RandomState(Callback):
-    """Has a checkpoint hold the state of the random generators, which Lightning leaves out, and brings it back: dropout
-    and shuffling then go on as in an unbroken training. In a job of several ranks it does nothing.
-
-    A ``DataLoader`` that is resumed in the middle of an epoch begins that epoch anew, in Lightning, unless it has
-    ``state_dict`` (as torchdata's ``StatefulDataLoader`` has).
-    """
-
-    def __init__(self) -> None:
-        self._loaded: dict[str, Any] | None = None
-        self._ranks = 1
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._ranks = trainer.world_size
-
-    def state_dict(self) -> dict[str, Any]:
-        return RngState().state_dict() if self._ranks == 1 else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict if self._ranks == 1 and state_dict else None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx > 0:  # making the iterator has drawn numbers, which an epoch that goes on does not
-            self._restore()
-        self._loaded = None
-
-    def _restore(self) -> None:
-        if self._loaded is not None:
-            RngState().load_state_dict(self._loaded)
-
-
 class _StateOf(Mapping[str, Any]):
     """The components of a checkpoint, which are asked of the trainer only once somebody looks at them."""
 
@@ -144,7 +111,11 @@ class _StateOf(Mapping[str, Any]):
 
     def _found(self) -> dict[str, Any]:
         if self._components is None:
-            components = to_components(self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+            checkpoint = self._trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            if isinstance(self._trainer.strategy, SavesOnAllRanks):
+                self._components = self._trainer.strategy.components(checkpoint)
+                return self._components
+            components = to_components(checkpoint)
             if self._trainer.world_size > 1:  # progress and metrics are rank 0's, as in Lightning's own checkpoints
                 components["lightning"] = Owner(components["lightning"], rank=0)
             self._components = components

@@ -17,7 +17,14 @@ from asyncckpt.catalog.retention import Candidate
 from asyncckpt.checkpointer import Checkpointer
 from asyncckpt.commit.pending import PendingSave
 from asyncckpt.errors import CheckpointNotFound
-from asyncckpt.integrations.lightning.pointer import Pointer, link_to, read_pointer, write_pointer
+from asyncckpt.integrations.lightning.agreement import Savers
+from asyncckpt.integrations.lightning.pointer import (
+    Pointer,
+    check_is_no_directory,
+    link_to,
+    read_pointer,
+    write_pointer,
+)
 from asyncckpt.integrations.lightning.unchanged import fingerprint
 from asyncckpt.ownership import RunOptions
 from asyncckpt.run import Run
@@ -76,17 +83,19 @@ class DirectoryRun:
     """The run of one directory, open for saving. For the training thread, unless a method says otherwise.
 
     ``directory``: where Lightning wants its files. ``options``: what ``Checkpointer`` is given. ``step``: the first
-    one that is saved. Blocks on the disk. Raises as ``Checkpointer.prepare`` does.
+    one that is saved. ``savers``: who saves together; the first of them writes the files that name checkpoints. Blocks
+    on the disk. Raises as ``Checkpointer.prepare`` does.
     """
 
-    def __init__(self, directory: Path, options: Mapping[str, Any], step: int | None) -> None:
+    def __init__(self, directory: Path, options: Mapping[str, Any], step: int | None, savers: Savers) -> None:
         self.directory = directory
-        self.folder, self.reached = _folder_for(directory, step)
+        self._savers = savers
+        self.folder, self.reached = savers.by_first(lambda: _folder_for(directory, step))
         self._is_empty = self.reached < 0
         self._policy = KeepUntilRemoved()
         self._checkpointer = Checkpointer(
             directory / self.folder,
-            ranks=None,
+            ranks=savers.options,
             keep=self._policy,
             run=RunOptions(create_parents=True),
             **options,
@@ -106,29 +115,53 @@ class DirectoryRun:
                 self._watched.add(optimizer)
                 self._checkpointer.watch(optimizer)
 
-    def save(self, path: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        path: Path,
+        step: int,
+        state: Mapping[str, Any],
+        metrics: Mapping[str, Any],
+        contents: Mapping[str, Any],
+    ) -> None:
         """Save ``state`` and have the file ``path`` name it. Returns once training may go on; the first save of a run
-        waits until it is durable. A ``last*`` of what was saved right before becomes a link to that. Raises as
-        ``Checkpointer.save`` does."""
+        waits until it is durable. A ``last*`` of what was saved right before, as ``contents`` tell, becomes a link to
+        that. Raises as ``Checkpointer.save`` does, and ``RunPathError`` where ``path`` is a directory."""
         name = path.name
-        mark = fingerprint(state)
-        if self._last is not None and name.startswith("last") and self._last[:2] == (step, mark):
-            self._link(path, *self._last[2:])
-            return
+        mark = fingerprint(contents)
+        if self._last is not None and name.startswith("last") and self._last[0] == step:
+            saved, pending = self._last[2:]
+            if self._savers.all(self._last[1] == mark):
+                self._savers.by_first(lambda: self._link(path, saved, pending))
+                return
+        self._savers.by_first(lambda: check_is_no_directory(path))
+        problem: Exception | None = None
+        try:  # what keeps one rank from saving must not leave the others waiting for it
+            self._begin(path, step, state, metrics, mark)
+        except Exception as error:
+            problem = error
+        self._savers.check(problem)
+
+    def _begin(self, path: Path, step: int, state: Mapping[str, Any], metrics: Mapping[str, Any], mark: Any) -> None:
+        name = path.name
         self._policy.save(name)
         self._links.discard(path)
         pending = self._checkpointer.save(step, state, metrics=metrics, name=name)
         self.reached = step
         self._last = (step, mark, path, pending)
-        pointer = Pointer(self.folder, name)
+        self._in_flight = {one: name for one, name in self._in_flight.items() if not one.done()}
+        self._in_flight[pending] = name
         if self._is_empty:  # until then there is nothing that a training could resume from after a crash
             pending.result()
             self._is_empty = False
+        if self._savers.leads:
+            self._name(path, pending)
+
+    def _name(self, path: Path, pending: PendingSave) -> None:
+        """Have the file ``path`` name a save in flight, at once where there is no such file yet."""
+        pointer = Pointer(self.folder, path.name)
         fresh = not path.exists() and not path.is_symlink()
         if fresh:
             write_pointer(path, pointer, durable=False)
-        self._in_flight = {one: name for one, name in self._in_flight.items() if not one.done()}
-        self._in_flight[pending] = name
         pending.add_done_callback(lambda done: self._settle(done, path, pointer, fresh))
 
     def _link(self, path: Path, saved: Path, pending: PendingSave) -> None:
@@ -170,7 +203,8 @@ class DirectoryRun:
         background."""
         try:
             self._checkpointer.wait()
-            if self._policy.has_removed():
+            # what another rank was reading, to write what has not changed, was spared when it was to be deleted
+            if self._policy.has_removed() or self._last is not None:
                 self._checkpointer.prune()
         finally:
             self._checkpointer.close()

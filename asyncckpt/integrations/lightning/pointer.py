@@ -41,16 +41,20 @@ def read_pointer(path: Path) -> Pointer | None:
 def write_pointer(path: Path, pointer: Pointer, *, durable: bool) -> None:
     """Put the pointer where ``path`` says, in the place of what is there; ``durable``: so that it survives a power
     loss, too. The file appears whole or not at all. Raises ``RunPathError`` where that is a directory."""
+    check_is_no_directory(path)
+    write_whole(path, lambda file: file.write(pointer.text()), durable=durable)
+
+
+def check_is_no_directory(path: Path) -> None:
+    """Raise ``RunPathError`` where there is a directory, as Lightning makes one for a sharded checkpoint."""
     if path.is_dir() and not path.is_symlink():
         raise RunPathError(f"{path}: this is a directory, which a save does not replace; remove it, or save elsewhere")
-    write_whole(path, lambda file: file.write(pointer.text()), durable=durable)
 
 
 def link_to(path: Path, target: Path) -> None:
     """Have ``path`` be a link to ``target``, a file beside it, in the place of what is there. Raises ``RunPathError``
     where that is a directory."""
-    if path.is_dir() and not path.is_symlink():
-        raise RunPathError(f"{path}: this is a directory, which a save does not replace; remove it, or save elsewhere")
+    check_is_no_directory(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name)

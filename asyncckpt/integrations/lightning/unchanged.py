@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from asyncckpt.state.dtensor import is_distributed
+
 #: ``ModelCheckpoint`` notes here where it saves the last one, between the two saves. Its ``save_last="link"`` leaves
 #: it out of both, too.
 _NOTE: Final = "last_model_path"
@@ -31,6 +33,8 @@ def _mark(value: Any, *, small: bool) -> Any:
             return (layout, value.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
         memory: Any = StorageWeakRef  # while one is alive, no other memory gets the same mark
         return (memory(value.untyped_storage()), layout, value._version)
+    if is_distributed(value):  # torch counts changes of the whole; this rank's part is what has them
+        return (value._version, _mark(value._local_tensor.detach(), small=small))
     if isinstance(value, dict):
         return [(type(key), key, _mark(one, small=small)) for key, one in value.items() if key != _NOTE]
     if isinstance(value, list | tuple):
