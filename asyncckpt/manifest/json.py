@@ -343,9 +343,10 @@ def load(
 
 
 def _known(data: bytes, where: str, read: ReadSmall | None) -> Manifest:
-    if len(data) > _REMEMBERED_BYTES or b'"parts":[[' in data:  # parts are read by whoever has the checkpoint open
+    known = _remembered(data, where) if len(data) <= _REMEMBERED_BYTES else None
+    if known is None or known.parts is not None:  # parts are read by whoever has the checkpoint open
         return decode(data, where, read=read)
-    return _remembered(data, where)
+    return known
 
 
 def _head(body: bytes, where: str) -> JsonValue:

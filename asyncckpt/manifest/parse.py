@@ -9,11 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NoReturn
 
-import numpy as np
-
 from asyncckpt.codecs import digests
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import ManifestInvalid
+from asyncckpt.manifest.overlaps import apart, overlap_problem
 from asyncckpt.manifest.records import (
     BoxedRecord,
     BoxRecord,
@@ -26,7 +25,7 @@ from asyncckpt.manifest.records import (
     TensorRecord,
 )
 from asyncckpt.manifest.spread import OwnComponent, PartSource, SpreadFile, SpreadRecord
-from asyncckpt.manifest.table import Numbers, TensorTable, overlap, table_of
+from asyncckpt.manifest.table import table_of
 from asyncckpt.memory.tensor_bytes import is_dense
 from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES, ContentDigest
 
@@ -42,8 +41,6 @@ _MAX_DEPTH: Final = 3
 NUMBER_LIMIT: Final = 1 << 62
 #: Longer names of classes and attempts are taken for an attack.
 _MAX_TEXT: Final = 1000
-#: So many pairs of boxes of one tensor are compared at most: far more than a grid of a hundred thousand boxes needs.
-_MAX_COMPARED: Final = 20_000_000
 
 
 def is_component_name(name: str) -> bool:
@@ -227,13 +224,17 @@ def parse_components(
             continue
         rows = item.take("tensors", dict)
         tensors = table_of(rows, files) or _tensors(body, name, rows, files, room, parts)
+        if parts is not None and _spread_bytes(tensors) > parts.component_bytes(name):
+            body.fail(f"spreads tensors of {name!r:.80} over files that are smaller than these")
         aliases = item.take("aliases", dict)
         for alias, target in aliases.items():
             if not isinstance(target, str) or target not in tensors or alias in tensors:
                 body.fail(f"has the alias {alias!r:.80} for a tensor that is not there")
         strides = _strides(body, item.optional("strides", {}), tensors)
         found[name] = ComponentRecord(item.take("kind", str), tensors, aliases, item.text("class"), strides)
-    _check_overlaps(body, found)
+    problem = overlap_problem(found)
+    if problem is not None:
+        body.fail(problem)
     return found
 
 
@@ -257,6 +258,10 @@ def _tensors(
         else:
             found[name] = tensor_of(body, name, row, files)
     return found
+
+
+def _spread_bytes(tensors: Mapping[str, StoredTensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values() if isinstance(tensor, SpreadRecord))
 
 
 def _spread_tensor(body: Body, component: str, name: str, row: Mapping[str, Any], parts: PartSource) -> SpreadRecord:
@@ -359,32 +364,9 @@ def _boxed(body: Body, name: str, row: Any, files: Mapping[str, FileRecord]) -> 
         if any(offset + size > whole for offset, size, whole in zip(offsets, part.shape, shape, strict=True)):
             body.fail(f"has a box of tensor {name!r:.80} outside of it")
         boxes.append(BoxRecord(offsets, part.shape, part.file, part.begin, part.end))
-    if sum(box.end - box.begin for box in boxes) != nbytes or not _apart(boxes):
+    if sum(box.end - box.begin for box in boxes) != nbytes or not apart(boxes):
         body.fail(f"has boxes of tensor {name!r:.80} that leave gaps, overlap, or are too many")
     return BoxedRecord(dtype, shape, nbytes, tuple(boxes))
-
-
-def _apart(boxes: Sequence[BoxRecord]) -> bool:
-    """Return whether no two boxes share an element. It sweeps along the dimension in which the boxes begin at the most
-    places, and gives up, with False, where more pairs than ``_MAX_COMPARED`` would have to be compared."""
-    solid = [box for box in boxes if box.begin < box.end]
-    if len(solid) < 2 or not solid[0].shape:
-        return len(solid) < 2  # a tensor without dimensions has room for one box
-    along = max(range(len(solid[0].shape)), key=lambda i: len({box.offsets[i] for box in solid}))
-    compared = 0
-    open_boxes: list[BoxRecord] = []
-    for box in sorted(solid, key=lambda box: box.offsets[along]):
-        begin = box.offsets[along]
-        open_boxes = [other for other in open_boxes if other.offsets[along] + other.shape[along] > begin]
-        compared += len(open_boxes)
-        if compared > _MAX_COMPARED:
-            return False
-        for other in open_boxes:
-            ranges = zip(box.offsets, box.shape, other.offsets, other.shape, strict=True)
-            if all(a < c + d and c < a + b for a, b, c, d in ranges):
-                return False
-        open_boxes.append(box)
-    return True
 
 
 def _part(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], room: dict[str, int]) -> PartRecord:
@@ -403,37 +385,6 @@ def _part(body: Body, name: str, row: Any, files: Mapping[str, FileRecord], room
     if files[row[0]].bases and 0 in numbers:
         body.fail(f"has a chunk of tensor {name!r:.80} in the header of {row[0]!r}")
     return PartRecord(row[0], tuple(numbers))
-
-
-def _check_overlaps(body: Body, components: Mapping[str, ComponentRecord]) -> None:
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    arrays: dict[str, list[tuple[Numbers, Numbers]]] = {}
-    taken: set[tuple[str, int]] = set()
-    for component in components.values():
-        if not isinstance(component, OwnComponent) and isinstance(component.tensors, TensorTable):
-            for file, begins, ends in component.tensors.spans():
-                arrays.setdefault(file, []).append((begins, ends))
-            continue
-        for tensor in () if isinstance(component, OwnComponent) else component.tensors.values():
-            if isinstance(tensor, SpreadRecord):
-                continue  # its parts say where it lies
-            if isinstance(tensor, ChunkedRecord):
-                mine = [(part.file, extent) for part in tensor.parts for extent in part.extents]
-                if len(set(mine)) != len(mine) or not taken.isdisjoint(mine):
-                    body.fail("has an extent that is two chunks")
-                taken.update(mine)
-                continue
-            for place in tensor.boxes if isinstance(tensor, BoxedRecord) else (tensor,):
-                if place.begin < place.end:
-                    ranges.setdefault(place.file, []).append((place.begin, place.end))
-    for file, spans in ranges.items():
-        begins, ends = np.array(spans, dtype=np.int64).T
-        arrays.setdefault(file, []).append((begins, ends))
-    if not arrays.keys().isdisjoint(file for file, _ in taken):
-        body.fail("has a file with whole tensors and with chunks")
-    for file, found in arrays.items():
-        if overlap(found):
-            body.fail(f"has tensors in {file!r} that overlap")
 
 
 def is_number(value: Any) -> bool:

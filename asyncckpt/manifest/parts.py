@@ -137,6 +137,10 @@ class Parts:
         here = self._by_component.get(component, {})
         return tuple(name for rank in (here if ranks is None else ranks) for name in here.get(rank, ()))
 
+    def component_bytes(self, component: str) -> int:
+        """See ``PartSource.component_bytes``."""
+        return sum(nbytes for part in self.listed for _, nbytes, holder in part.files if holder == component)
+
     def extents(self, rank: int, file: str) -> tuple[ExtentRecord, ...]:
         """See ``PartSource.extents``."""
         return self._part(rank).files[file].extents

@@ -46,6 +46,9 @@ class PartSource(Protocol):
     def files_of(self, ranks: Iterable[int] | None, component: str) -> tuple[str, ...]:
         """Return the names of the files that these ranks, or all, have written of a component. Reads nothing."""
 
+    def component_bytes(self, component: str) -> int:
+        """Return the size of all files that ranks have written of a component. Reads nothing."""
+
     def extents(self, rank: int, file: str) -> tuple[ExtentRecord, ...]:
         """Return the extents of a file that a rank has written."""
 
@@ -88,6 +91,9 @@ class SpreadRecord(BoxedRecord):
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"SpreadRecord({self._component}.{self._name}, {self.dtype}, {self.shape})"
 
     @property
     def spread(self) -> int:
@@ -180,6 +186,9 @@ class OwnComponent(ComponentRecord):
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
+    def __repr__(self) -> str:
+        return f"OwnComponent({self._name}, {self.kind}, rank {self._rank})"
+
     def _described(self) -> ComponentRecord:
         return self._parts.component(self._rank, self._name)
 
@@ -230,6 +239,9 @@ class SpreadFile(FileRecord):
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"SpreadFile({self.name}, {self.nbytes} bytes, rank {self.rank})"
 
     @property
     def extents(self) -> tuple[ExtentRecord, ...]:

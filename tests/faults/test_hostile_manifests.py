@@ -11,7 +11,7 @@ import pytest
 
 from asyncckpt import CheckpointDamaged
 from asyncckpt.manifest import json as manifest
-from asyncckpt.manifest import parse as manifest_rows
+from asyncckpt.manifest import overlaps
 
 DIGEST = "00000000"
 #: Where quadratic work takes minutes, linear work takes a second or two.
@@ -211,7 +211,7 @@ def test_more_boxes_than_can_be_compared_are_refused(monkeypatch: pytest.MonkeyP
     grid = boxed(*([[*at], [1, 1], "f", 4 * i, 4 * i + 4] for i, at in enumerate(places)), shape=(4, 4))
     grid["files"] = [file("f", 16)]
     assert decode(grid).components["c"].tensors["t"].nbytes == 64
-    monkeypatch.setattr(manifest_rows, "_MAX_COMPARED", 10)
+    monkeypatch.setattr(overlaps, "_MAX_COMPARED", 10)
     with pytest.raises(CheckpointDamaged, match="too many"):
         decode(grid)
 
