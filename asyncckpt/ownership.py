@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 
@@ -259,14 +260,28 @@ class RunOwnership(Run):
         return RestoreStages(self._coordinator) if self._coordinator is not None else super()._stages()
 
     def _candidates(self) -> Listing:
-        listing, self._found = self._found or super()._candidates(), None
+        def look() -> Listing:
+            listing, self._found = self._found or super(RunOwnership, self)._candidates(), None
+            return listing
+
+        return look() if self._coordinator is None else self._shared(self._coordinator, None, look)
+
+    def _find(self, step: int | str | None, kind: str | None) -> Listing:
+        def look() -> Listing:
+            return super(RunOwnership, self)._find(step, kind)
+
+        return look() if self._coordinator is None else self._shared(self._coordinator, step, look)
+
+    def _shared(self, coordinator: Coordinator, asked: int | str | None, look: Callable[[], Listing]) -> Listing:
+        """Have rank 0 look, and return what it has found on every rank."""
+        with coordinator.together("look for a checkpoint"):
+            listing = look() if coordinator.leads else None
         try:
-            if self._coordinator is not None:
-                listing.entries = self._coordinator.agree_on_candidates(listing.entries)
+            return coordinator.share_listing(listing, asked, self._store)
         except BaseException:
-            listing.close()
+            if listing is not None:
+                listing.close()
             raise
-        return listing
 
     def _is_gone(self, entry: CheckpointInfo) -> bool:
         gone = super()._is_gone(entry)

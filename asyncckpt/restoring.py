@@ -19,7 +19,6 @@ from asyncckpt.errors import (
     CheckpointDamaged,
     CheckpointNotFound,
     NoUsableCheckpoint,
-    RanksDisagree,
     SaveFailed,
     storage_errors,
 )
@@ -99,16 +98,9 @@ class RestoresState:
     ) -> RestoreReport:
         """Restore the checkpoint of that step, or the newest full one, and no other."""
         with contextlib.ExitStack() as open_until_restored:
-            stages = self._stages()
-            with stages.stage("find"):
-                found = Catalog(self._store, self.path).find_open(step, "full" if step is None else None)
-                listing = open_until_restored.enter_context(found)
+            listing = open_until_restored.enter_context(self._find(step, "full" if step is None else None))
+            with self._stages().stage("choose"):
                 entry = of_its_name(listing.entries[0])
-            if not stages.in_all([entry.attempt or entry.name]):  # a save was published between two ranks' looks
-                raise RanksDisagree(
-                    f"{self.path}: {step!r} is {entry.path} on rank {stages.rank}, and another checkpoint on others. "
-                    f"Nothing was restored: call wait() on all ranks first, or restore once saving has ended"
-                )
             return self._restore(listing, entry, state, options, changes)
 
     def _restore(
@@ -155,6 +147,11 @@ class RestoresState:
         from asyncckpt.restore.carrying_out import Stages
 
         return Stages()
+
+    def _find(self, step: int | str | None, kind: str | None) -> Listing:
+        """Find the checkpoint of a step or a name, the newest with None, and keep it open: it is the listing's only
+        entry. Raises ``CheckpointNotFound``."""
+        return Catalog(self._store, self.path).find_open(step, kind)
 
     def _candidates(self) -> Listing:
         """List the checkpoints that ``restore`` may choose from, and keep the newest full one open."""

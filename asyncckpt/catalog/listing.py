@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from asyncckpt.catalog.retention import age
+from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, RanksDisagree
 from asyncckpt.protocols import Store
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
 
@@ -107,10 +108,20 @@ class Listing:
 
     def __init__(self, store: Store, prefer: Preference | None = None, *, whole: bool = True) -> None:
         self.entries: list[CheckpointInfo] = []
+        self._seen_by = ""
         self.whole = whole
         self._store = store
         self._prefer = prefer
         self._kept: tuple[CheckpointInfo, OpenCheckpoint] | None = None
+
+    @classmethod
+    def seen_by(cls, who: str, store: Store, entries: list[CheckpointInfo]) -> Self:
+        """Make a listing of what ``who`` has found, which may be too much for thousands of others to look at again.
+        What it opens is only parsed; ``open`` raises ``CheckpointDamaged`` where it is not there, and
+        ``RanksDisagree`` where another is."""
+        listing = cls(store)
+        listing.entries, listing._seen_by = entries, who
+        return listing
 
     def keep(self, entry: CheckpointInfo, opened: OpenCheckpoint) -> bool:
         """Take over a usable checkpoint if it is wanted more than the one that is kept so far, which is closed then.
@@ -138,7 +149,19 @@ class Listing:
                 opened.close()
                 raise
             return opened
-        return open_checkpoint(self._store.open(entry.name))
+        if not self._seen_by:
+            return open_checkpoint(self._store.open(entry.name))
+        try:
+            opened = open_checkpoint(self._store.open(entry.name), compare_files=False)
+        except CheckpointNotFound as error:
+            raise CheckpointDamaged(f"{entry.path}: {self._seen_by} sees it, and this rank does not") from error
+        if entry.attempt and opened.manifest.attempt != entry.attempt:  # it was replaced, or an old listing is cached
+            opened.close()
+            raise RanksDisagree(
+                f"{entry.path}: {self._seen_by} sees another checkpoint under this name than this rank. Nothing was "
+                f"restored: call wait() on all ranks first, or restore once saving has ended"
+            )
+        return opened
 
     def close(self) -> None:
         """Close the checkpoint that was kept open, unless it has been handed over. Idempotent."""

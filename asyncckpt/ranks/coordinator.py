@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Final
 
-from asyncckpt.catalog.listing import CheckpointInfo
-from asyncckpt.errors import AsyncCkptError, RestoreFailed, RunPathError, StorageFailed
+from asyncckpt.catalog.listing import CheckpointInfo, Listing
+from asyncckpt.errors import AsyncCkptError, RanksDisagree, RestoreFailed, RunPathError, StorageFailed
 from asyncckpt.manifest.records import Manifest
 from asyncckpt.protocols import Reader, Store
 from asyncckpt.ranks.announcements import Announcements
@@ -32,6 +33,8 @@ from asyncckpt.storage.lease import boot_id
 _VISIBLE_SECONDS: Final = 30.0
 #: How long rank 0 stays for ranks that have not closed yet.
 _FAREWELL_SECONDS: Final = 5.0
+#: Ranks learn this of each checkpoint that rank 0 has found.
+_SHARED: Final = ("step", "name", "kind", "damage", "attempt", "renamed", "misnamed", "sequence")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,20 +181,23 @@ class Coordinator:
             raise
         return [one["body"] for one in bodies]
 
-    def agree_on_candidates(self, entries: list[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Return rank 0's list of checkpoints, on every rank; one that this rank does not see has ``damage``."""
-        rows = [[e.step, e.name, e.kind, e.damage] for e in entries]
-        here = {entry.name: entry for entry in entries}
-        found: list[CheckpointInfo] = []
-        for step, name, kind, damage in self.ranks.agree("candidates", rows)[0]:
-            unseen = f"rank {self.ranks.rank} does not see it"
-            known = here.get(name, CheckpointInfo(step=step, name=name, path=name, kind=kind, damage=unseen))
-            found.append(
-                known
-                if damage is None or known.damage
-                else CheckpointInfo(step=step, name=name, path=known.path, kind=kind, damage=damage)
+    def share_listing(self, listing: Listing | None, asked: int | str | None, store: Store) -> Listing:
+        """Return what rank 0 has found, on every rank: no other looks at the run directory, which thousands would feel.
+        ``listing``: rank 0's, which stays its own. ``asked``: the step or name that this rank was asked for. Blocks
+        for all ranks. Raises ``RanksDisagree`` where they were asked for different ones."""
+        rows = [] if listing is None else [[getattr(e, name) for name in _SHARED] for e in listing.entries]
+        bodies = self.ranks.agree("listing", {"asked": asked, "rows": rows})
+        odd = [rank for rank, body in enumerate(bodies) if body["asked"] != bodies[0]["asked"]]
+        if odd:
+            raise RanksDisagree(
+                f"{store.address}: rank 0 restores {bodies[0]['asked']!r}, and rank {odd[0]} "
+                f"{bodies[odd[0]]['asked']!r}. Nothing was restored: every rank has to restore the same checkpoint"
             )
-        return found
+        if listing is not None:
+            return listing
+        found = [dict(zip(_SHARED, row, strict=True)) for row in bodies[0]["rows"]]
+        entries = [CheckpointInfo(path=os.path.join(store.address, row["name"]), **row) for row in found]
+        return Listing.seen_by("rank 0", store, entries)
 
 
 class RestoreStages(Stages):

@@ -68,23 +68,45 @@ def test_rank_0s_assets_are_the_checkpoints_and_names_are_everyones(crews: Crews
         assert not [name for name in os.listdir(path) if name.startswith(".tmp")]
 
 
-def _restore_the_last(me: Me, path: str) -> str:
+def _restore_what_rank_0_sees(me: Me, path: str, shown: str) -> str:
+    """Restore step 2 while the storage shows rank 1 ``shown`` under its name. Return what came back, or the error."""
     with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT)) as run:
-        run.save(1, _state(me.rank, 1.0), name="last").result(60)
-        if me.rank:  # this rank looks before the other's save is there
-            catalog = asyncckpt.restoring.Catalog
-            real = catalog.find_open
-            catalog.find_open = lambda self, step, kind=None: real(self, "last", kind)  # type: ignore[method-assign]
+        run.save(1, _state(me.rank, 1.0)).result(60)
         run.save(2, _state(me.rank, 2.0), name="best").result(60)
+        real = run._store.open
+        if me.rank and shown:
+            run._store.open = lambda name: real(shown if name == "step-00000002" else name)  # type: ignore[method-assign]
+        if me.rank:  # what this rank would find by itself does not matter
+            run._store.names = lambda: ["step-00000001"]  # type: ignore[method-assign]
+        state = _state(me.rank, 0.0)
         try:
-            run.restore(_state(me.rank, 0.0), "best")
+            run.restore(state, "best")
         except asyncckpt.AsyncCkptError as error:
             return type(error).__name__
-        finally:
-            if me.rank:
-                catalog.find_open = real  # type: ignore[method-assign]
-    return "restored"
+        return str(float(state["model"]["w"][0, 0]))
+
+
+def test_a_name_means_on_all_ranks_what_it_means_to_rank_0(crews: Crews, tmp_path: Path) -> None:
+    found = crews(2).values(_restore_what_rank_0_sees, str(tmp_path / "run"), "")
+    assert found == ["2.0"] * 2
 
 
 def test_ranks_that_see_another_checkpoint_under_a_name_restore_nothing(crews: Crews, tmp_path: Path) -> None:
-    assert crews(2).values(_restore_the_last, str(tmp_path / "run")) == ["RanksDisagree"] * 2
+    found = crews(2).values(_restore_what_rank_0_sees, str(tmp_path / "run"), "step-00000001")
+    assert found == ["RanksDisagree"] * 2
+
+
+def _restore_different_steps(me: Me, path: str) -> str:
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=TIMEOUT)) as run:
+        for step in (1, 2):
+            run.save(step, _state(me.rank, float(step))).result(60)
+        try:
+            run.restore(_state(me.rank, 0.0), 1 + me.rank)
+        except asyncckpt.AsyncCkptError as error:
+            return str(error)
+    return "restored"
+
+
+def test_ranks_that_are_asked_for_different_steps_restore_nothing(crews: Crews, tmp_path: Path) -> None:
+    for said in crews(2).values(_restore_different_steps, str(tmp_path / "run")):
+        assert "rank 0 restores 1, and rank 1 2" in said

@@ -17,6 +17,7 @@ import asyncckpt
 from asyncckpt.events import Event, ExtentStaged
 from asyncckpt.ranks.announcements import LOOK_SECONDS
 from asyncckpt.ranks.connection import JobMessages
+from asyncckpt.storage.posix import PosixOps
 
 
 def _staged(me: Me, path: str) -> int:
@@ -135,3 +136,34 @@ def test_a_stopped_store_blocks_a_step_that_asks_for_the_time_no_longer_than_a_s
     assert other.ok, other.trace or "training hangs"
     assert other.value["longest"] < LOOK_SECONDS + CALL_SECONDS, other.value
     assert other.value["errors"] == [], "training goes on"
+
+
+class _Calls(PosixOps):
+    """Counts system calls by name."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_") and name != "counts":
+            self.counts[name] += 1
+        return super().__getattribute__(name)
+
+
+def _restoring(me: Me, path: str, checkpoints: int) -> dict[str, int]:
+    """Count the calls of a restore in a run of so many checkpoints."""
+    with asyncckpt.Checkpointer(path, keep=(), ranks=TIMEOUT) as run:
+        for step in range(checkpoints):
+            run.save(step, state_of(step)).result(60)
+        run.wait()
+    with asyncckpt.Checkpointer(path, keep=(), ranks=TIMEOUT) as run:
+        calls = run._store.ops = _Calls()
+        run.resume(state_of(-1))
+        return dict(calls.counts)
+
+
+def test_only_rank_0_looks_at_all_checkpoints(crews: Crews, tmp_path: Path) -> None:
+    few, many = (crews(3).values(_restoring, str(tmp_path / f"run-{count}"), count) for count in (2, 8))
+    assert sum(many[0].values()) > sum(few[0].values()), "rank 0 did not look either"
+    for rank in (1, 2):
+        assert many[rank] == few[rank], f"rank {rank} looks at checkpoints that it does not restore"

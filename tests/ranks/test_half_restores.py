@@ -31,6 +31,7 @@ class _Object:
 
 def _restore(me: Me, path: str, kind: str, alone: bool) -> Any:
     errors = {"OSError": OSError(5, "Input/output error"), "KeyError": KeyError("scale"), "exit": SystemExit(3)}
+    torch.manual_seed(0)  # the ranks of a crew may come from a test that had each its own numbers
     model = torch.nn.Linear(2, 2)
     with torch.no_grad():
         model.weight.fill_(1.0)
