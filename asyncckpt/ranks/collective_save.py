@@ -124,6 +124,8 @@ class Follower:
             self._outcome = rank_save.second_outcome
             self._write_held_back(save, directory, outcome)
             outcome = self._read_outcome(save)
+            rank_save.ranks.forget(f"{rank_save.second_reports}/{rank_save.ranks.rank}")
+        rank_save.ranks.forget(f"{rank_save.reports}/{rank_save.ranks.rank}")
         if outcome["error"] is not None:
             self._given_up = True
             raise error_from_json(outcome["error"])

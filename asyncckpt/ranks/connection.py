@@ -23,6 +23,7 @@ from asyncckpt.errors import RankLost
 #: Neighbours among the ranks, which share a host and its resolver, connect so long after each other.
 _TURN_SECONDS = 0.01
 _LONGEST_TURN_SECONDS = 5.0
+_MANY = "multi_get"
 _Call: TypeAlias = tuple[str, tuple[Any, ...], Future[Any]]
 
 
@@ -84,6 +85,12 @@ class JobMessages:
         """Return a message that is there."""
         return bytes(self._connection.call(self._timeout_seconds, "get", self._key(key)))
 
+    def get_many(self, keys: Sequence[str]) -> list[bytes]:
+        """Return messages that are there, in the order of their keys. One round trip for all where the store can."""
+        if not keys:
+            return []
+        return list(map(bytes, self._connection.call(self._timeout_seconds, _MANY, list(map(self._key, keys)))))
+
     def check(self, keys: Sequence[str]) -> bool:
         """Whether all of these messages are there."""
         return bool(self._connection.call(self._timeout_seconds, "check", list(map(self._key, keys))))
@@ -129,12 +136,20 @@ def _serve(
         if future.set_running_or_notify_cancel():
             unanswered_since.append(time.monotonic())
             try:
-                future.set_result(getattr(own[0] if own else store, name)(*args))
+                there = own[0] if own else store
+                future.set_result(_get_many(there, *args) if name == _MANY else getattr(there, name)(*args))
             except BaseException as error:
                 future.set_exception(error)
             finally:
                 unanswered_since.clear()
         del call, args, future
+
+
+def _get_many(store: Any, keys: Sequence[str]) -> Sequence[bytes]:
+    if getattr(store, "has_extended_api", bool)():
+        found: Sequence[bytes] = store.multi_get(keys)
+        return found
+    return [store.get(key) for key in keys]
 
 
 def _connect(store: Any, own: list[Any], delay_seconds: float) -> None:

@@ -31,6 +31,8 @@ class Messages(Protocol):
 
     def get(self, key: str) -> bytes: ...
 
+    def get_many(self, keys: Sequence[str]) -> Sequence[bytes]: ...
+
     def check(self, keys: Sequence[str]) -> bool: ...
 
     def delete_key(self, key: str) -> None: ...
@@ -79,15 +81,17 @@ def _lead(messages: Messages, size: int, timeout_seconds: float) -> str:
             missing.update(absent)
             return None
         before = dict(nonces)
-        for rank in missing or others:  # the nonce of a rank that has not answered may be an earlier process's
-            nonces[rank] = messages.get(f"here/{rank}").decode()
+        asked = sorted(missing or others)  # the nonce of a rank that has not answered may be an earlier process's
+        said = messages.get_many([f"here/{rank}" for rank in asked])
+        nonces.update((rank, nonce.decode()) for rank, nonce in zip(asked, said, strict=True))
         if nonces != before:
             body = {"session": session, "nonces": {str(rank): nonce for rank, nonce in nonces.items()}}
             messages.set("all", json.dumps(body).encode())
         missing.clear()
         missing.update(_missing(messages, "met", others))
-        for rank in others - missing:
-            if messages.get(f"met/{rank}") != f"{session}/{nonces[rank]}".encode():
+        met = sorted(others - missing)
+        for rank, answer in zip(met, messages.get_many([f"met/{rank}" for rank in met]), strict=True):
+            if answer != f"{session}/{nonces[rank]}".encode():
                 missing.add(rank)
         return None if missing else True
 

@@ -169,8 +169,8 @@ class RankStore:
         arrivals: dict[int, float] | None = None,
     ) -> list[Message]:
         """Block until every other rank, or each of ``ranks``, has posted under ``key/<rank>``, and return the messages
-        by rank (none for rank 0, and for those that were not to post). For rank 0. ``arrivals``: is told how long each
-        of them was waited for, in seconds.
+        by rank (none for rank 0, and for those that were not to post). For rank 0. The messages stay in the store until
+        those that have posted them ``forget`` them. ``arrivals``: is told how long each was waited for, in seconds.
 
         Returns early, with None for ranks that are missing, as soon as ``stop_when(rank, body)`` is true for a message,
         or, after a while, ``skip_missing(rank)`` for a rank that has posted none. Raises ``RankLost`` naming the
@@ -188,9 +188,9 @@ class RankStore:
             ready = missing if _checked(store, [f"{key}/{rank}" for rank in missing], "the job's store") else set()
             if not ready and late:
                 ready = {rank for rank in missing if store.check([f"{key}/{rank}"])}
-            for rank in sorted(ready):
-                found[rank] = Message(store.get(f"{key}/{rank}"))
-                store.delete_key(f"{key}/{rank}")
+            ranked = sorted(ready)
+            for rank, data in zip(ranked, store.get_many([f"{key}/{rank}" for rank in ranked]), strict=True):
+                found[rank] = Message(data)
                 if arrivals is not None:
                     arrivals[rank] = waited
                 if stop_when(rank, found[rank].read()):
@@ -240,6 +240,7 @@ class RankStore:
         if self.rank:
             self.post(f"{key}/{self.rank}", {"body": body})
             answer = self.read(f"{key}/all", timeout + 10, "rank 0", cancel_key)
+            self.forget(f"{key}/{self.rank}")
             if "declined" in answer:
                 raise error_from_json(answer["declined"], answer.get("who", ""))
             return list(answer["bodies"])

@@ -28,6 +28,7 @@ class _Messages:
         self.store = dist.HashStore()
         self.check = self.store.check
         self.get = self.store.get
+        self.get_many = self.store.multi_get
         self.set = self.store.set
         self.delete_key = self.store.delete_key
 
