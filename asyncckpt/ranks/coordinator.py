@@ -215,8 +215,6 @@ class RestoreStages(Stages):
     def read(self, reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
         ranks = self._coordinator.ranks
         least = self._coordinator.shared_reading_bytes
-        if manifest.parts is not None:  # a rank knows only the extents that it reads itself
-            return super().read(reader, manifest, wanted, consume)
         if least is None or sum(record.nbytes for record in manifest.files) < least:
             return super().read(reader, manifest, wanted, consume)
         shared = SharedReading(

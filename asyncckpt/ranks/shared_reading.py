@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Self
 
@@ -55,6 +56,8 @@ class SharedReading:
 
         Blocks for the others. Raises also ``RankLost``, what another rank raises meanwhile, and ``RestoreFailed`` where
         what another rank has passed on is not what it read."""
+        if manifest.parts is not None:
+            return self._read_alike(reader, manifest, wanted, consume)
         every = [(file, extent) for file in manifest.files for extent in file.extents]
         numbers = {(file.name, extent.offset): number for number, (file, extent) in enumerate(every)}
         mine = np.zeros(len(every), np.bool_)
@@ -71,6 +74,45 @@ class SharedReading:
             return read_extents(reader, manifest.digest, wanted, consume)
         offsets = np.fromiter((extent.offset for _, extent in every), np.int64, len(every))
         plan = plan_reading(sizes, offsets, everybodys, self._rank)
+        memory = self._host_memory(plan) if here else None
+        try:
+            if memory is None and not together:
+                return read_extents(reader, manifest.digest, wanted, consume)
+            run = _Run(reader, manifest, every, plan, consume, passing, memory, self._rank)
+            return run.carry_out(lambda: self._exchange(None))
+        finally:
+            if memory is not None:
+                memory.close()
+
+    def _read_alike(self, reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
+        """Read from a checkpoint whose manifest is in parts, of which each rank knows those that it needs: ranks that
+        want the very same extents, such as the copies of HSDP, read them once between them."""
+        every = sorted(wanted, key=lambda pair: (pair[0].name, pair[1].offset))
+        sizes = np.fromiter((extent.nbytes for _, extent in every), np.int64, len(every))
+        text = "".join(f"{file.name}\0{extent.offset}\0" for file, extent in every).encode()
+        passing = Passing.of_job(self._rank, self._size, self._timeout_seconds)
+        mine = {
+            "wants": digests.get(digests.DEFAULT)(text),
+            "nbytes": int(sizes.sum()),
+            "by": passing.kind if passing is not None else "",
+            "host": boot_id(),
+        }
+        bodies = self._exchange(mine)
+        here = all(body["host"] == bodies[0]["host"] for body in bodies)
+        together = bool(bodies[0]["by"]) and all(body["by"] == bodies[0]["by"] for body in bodies)
+        counts = Counter(body["wants"] for body in bodies)
+        worth = {body["wants"] for body in bodies if body["nbytes"] >= max(1, self._least_bytes)}
+        shared = {wants for wants in worth if counts[wants] > 1}
+        if not shared or not (here or together):
+            return read_extents(reader, manifest.digest, wanted, consume)
+        plan = ReadingPlan((), tuple(range(len(every))))
+        if mine["wants"] in shared:
+            everybodys = np.zeros((self._size, len(every)), np.bool_)
+            everybodys[[rank for rank, body in enumerate(bodies) if body["wants"] == mine["wants"]]] = True
+            offsets = np.fromiter((extent.offset for _, extent in every), np.int64, len(every))
+            plan = plan_reading(sizes, offsets, everybodys, self._rank)
+        phases = max(self._exchange(len(plan.phases)))  # all agree to each, whoever it is of
+        plan = ReadingPlan(plan.phases + ((),) * (phases - len(plan.phases)), plan.alone)
         memory = self._host_memory(plan) if here else None
         try:
             if memory is None and not together:

@@ -45,13 +45,14 @@ def _resumed(me: Me, path: str, state: dict[str, Any], ranks: RankOptions) -> in
         return ops.nbytes
 
 
-def _replicated(me: Me, path: str) -> tuple[int, int, int, bool]:
+def _replicated(me: Me, path: str, parts: bool = False) -> tuple[int, int, int, bool]:
     """Save a state that all hold alike; return its bytes, what this rank reads of it together and alone, and whether
     it comes back as it was."""
     generator = torch.Generator().manual_seed(7)
     model = torch.nn.ParameterList(torch.randn(1000 + 37 * n, 300, generator=generator) for n in range(40))
     expected = [tensor.detach().clone() for tensor in model]
-    with asyncckpt.Checkpointer(path, ranks=_SHARED) as run:
+    in_parts = {"per_rank": True, "manifest_rows": 0} if parts else {}
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=_SHARED, **in_parts)) as run:
         run.save(1, {"model": model}).result(60)
     read = []
     good = True
@@ -63,9 +64,10 @@ def _replicated(me: Me, path: str) -> tuple[int, int, int, bool]:
     return sum(tensor.nbytes for tensor in expected), read[0], read[1], good
 
 
+@pytest.mark.parametrize("parts", [False, True], ids=["one manifest", "in parts"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_copies_are_read_once_between_the_ranks(size: int, crews: Crews, tmp_path: Path) -> None:
-    found = crews(size).values(_replicated, str(tmp_path / "run"), timeout=120)
+def test_copies_are_read_once_between_the_ranks(size: int, parts: bool, crews: Crews, tmp_path: Path) -> None:
+    found = crews(size).values(_replicated, str(tmp_path / "run"), parts, timeout=120)
     nbytes = found[0][0]
     assert all(good for _, _, _, good in found)
     assert sum(read for _, _, read, _ in found) >= size * nbytes
@@ -80,7 +82,10 @@ def _as_alone(me: Me, path: str, way: str, form: str) -> list[str]:
     state = build(way, me.rank, me.size)
     expected = contents(state)
     kind, _, codec = form.partition("/")
-    with asyncckpt.Checkpointer(path, **by_stage(format=kind, codec=codec, ranks=_SHARED, **SIZES)) as run:
+    how: dict[str, Any] = {"format": kind, "codec": codec}
+    if form == "parts":
+        how = {"per_rank": True, "manifest_rows": 0}
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=_SHARED, **how, **SIZES)) as run:
         run.save(1, state).result(60)
     wrong = []
     for ranks, hosts in ((_SHARED, 1), (_SHARED, me.size), (_ALONE, 1)):
@@ -100,6 +105,32 @@ _CELLS = [(size, way) for size in (2, 4) for way in PARALLELISMS if possible(way
 @pytest.mark.parametrize(("size", "way"), _CELLS)
 def test_every_parallelism_gets_back_what_it_saved(size: int, way: str, crews: Crews, tmp_path: Path) -> None:
     assert crews(size).values(_as_alone, str(tmp_path / "run"), way, "safetensors/none") == [[]] * size
+
+
+@pytest.mark.parametrize(("size", "way"), [(2, "ddp"), (4, "fsdp2"), (4, "hsdp"), (4, "fsdp2+tp"), (2, "ep")])
+def test_parts_of_a_manifest_give_back_what_was_saved(size: int, way: str, crews: Crews, tmp_path: Path) -> None:
+    assert crews(size).values(_as_alone, str(tmp_path / "run"), way, "parts") == [[]] * size
+
+
+def _halves(me: Me, path: str) -> tuple[int, int, bool]:
+    """Save a state whose first half ranks 0 and 1 hold, and whose second half ranks 2 and 3. Return the bytes of a
+    half, what this rank reads of it together with the one that has the same, and whether it came back."""
+    half = me.rank // 2
+    generator = torch.Generator().manual_seed(half)
+    values = torch.randn(2000, 600, generator=generator)
+    state = {"w": {"whole": asyncckpt.LocalShard(values.clone(), (4000, 600), (2000 * half, 0))}}
+    with asyncckpt.Checkpointer(path, **by_stage(ranks=_SHARED, per_rank=True, manifest_rows=0)) as run:
+        run.save(1, state).result(60)
+    state["w"]["whole"].tensor.fill_(-1.0)
+    read = _resumed(me, path, state, _SHARED)
+    return values.nbytes, read, torch.equal(state["w"]["whole"].tensor, values)
+
+
+def test_ranks_that_hold_the_same_rows_read_them_once_between_them(crews: Crews, tmp_path: Path) -> None:
+    found = crews(4).values(_halves, str(tmp_path / "run"))
+    assert all(good for _, _, good in found)
+    nbytes = found[0][0]
+    assert 2 * nbytes <= sum(read for _, read, _ in found) <= 1.1 * 2 * nbytes
 
 
 @pytest.mark.parametrize("form", ["safetensors/planes", "zarr/none", "zarr/planes"])
