@@ -8,6 +8,7 @@ waited for with a deadline. Nothing is published unless every rank reported succ
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,14 +17,15 @@ from asyncckpt import jsontree
 from asyncckpt.codecs.digests import DEFAULT
 from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.commit.transaction import SaveTransaction
-from asyncckpt.errors import AsyncCkptError, PlanChanged, RanksDisagree
+from asyncckpt.errors import AsyncCkptError
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.plan.partition import SpreadTensors
 from asyncckpt.protocols import PendingDirectory
 from asyncckpt.ranks.part_reports import boxes_of, merge_boxes, merge_parts, own_rows, write_part
-from asyncckpt.ranks.replicas import ReplicaSample, named
+from asyncckpt.ranks.replicas import ReplicaSample, united
+from asyncckpt.ranks.report_checks import check_reports, mismatch
 from asyncckpt.ranks.reports import merge_reports, slowest_ranks
 from asyncckpt.ranks.shared_files import HeldBack, link_unchanged, merge_files
 from asyncckpt.ranks.store import RankStore, error_from_json, error_to_json
@@ -198,14 +200,14 @@ class Leader:
             rank_save.reports,
             rank_save.ranks.options.timeout_seconds,
             f"report its part of step {save.step}",
-            lambda _rank, body: body["error"] is not None or _mismatch(body, draft) is not None,
+            lambda _rank, body: body["error"] is not None or mismatch(body, draft) is not None,
             lambda rank: not rank_save.planned and rank_save.ranks.exists(rank_save.replan(rank)),
             arrivals=arrivals,
         )
         # thousands of reports that live for a moment are no reason to collect garbage
         with gc_paused() if rank_save.in_parts else contextlib.nullcontext():
             reports = [mine, *(message.read() for message in messages[1:])]
-            self._check(reports, draft)
+            check_reports(reports, draft, rank_save.sample)
             for name in {report["damaged"] for report in reports} - {""}:
                 save.shards.hear_of_damage(name)
             save.emit(slowest_ranks(save.step, reports, arrivals))
@@ -261,77 +263,6 @@ class Leader:
             _try_post(self._rank_save, self._outcome, {"error": error_to_json(error)})
         return error
 
-    def _check(self, reports: Sequence[Any], draft: Manifest) -> None:
-        for rank, body in enumerate(reports):
-            if isinstance(body, dict) and body.get("error") is not None:
-                raise error_from_json(body["error"], f"rank {rank}")
-        odd = {rank: found for rank, body in enumerate(reports) if body and (found := _mismatch(body, draft))}
-        if odd:
-            shown = "; ".join(f"rank {rank} saves {what}" for rank, what in sorted(odd.items())[:8])
-            raise RanksDisagree(
-                f"step {draft.step} ({draft.kind}): {shown}. Every rank has to save the same steps of one "
-                f"state; nothing was published"
-            )
-        self._check_values(reports, draft.step)
-        self._check_replicas(reports, draft.step)
-        changed = [rank for rank, body in enumerate(reports) if body is None]
-        if changed:
-            raise PlanChanged(
-                f"step {draft.step}: names or shapes changed on ranks {changed} alone, so this save was given up; the "
-                f"next one is planned anew"
-            )
-
-    def _check_replicas(self, reports: Sequence[Any], step: int) -> None:
-        sample = self._rank_save.sample
-        first: dict[tuple[str, bool], tuple[int, str]] = {}
-        differing: dict[tuple[str, int], list[int]] = {}
-        for rank, body in enumerate(reports):
-            if not body:
-                continue
-            found = {(name, True): digest for name, digest in body["replicas"].items()}
-            if sample is not None:
-                sampled = named(sample.replicated, rank, body["sample"])
-                found |= {(name, False): digest for name, digest in sampled.items()}
-            for key, digest in found.items():
-                holder, known = first.setdefault(key, (rank, digest))
-                if known != digest and rank not in (ranks := differing.setdefault((key[0], holder), [])):
-                    ranks.append(rank)
-        if differing:
-            shown = "; ".join(
-                f"{name} on ranks {ranks} from rank {holder}'s" for (name, holder), ranks in list(differing.items())[:8]
-            )
-            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
-            name, holder = next(iter(differing))
-            raise RanksDisagree(
-                f"step {step}: tensors that every rank should have a copy of differ: {shown}{more}. Nothing was "
-                f"published; broadcast them, save them under other names, or say whose are right: "
-                f"{name.partition('.')[0]!r}: asyncckpt.Owner(…, rank={holder})"
-            )
-
-    def _check_values(self, reports: Sequence[Any], step: int) -> None:
-        """Compare the plain values of components that several ranks hold alike, of which one alone sends them."""
-        for rank, body in enumerate(reports):
-            for name, (like, digests) in (body["values"] if body else {}).items():
-                other = reports[like]["values"][name][1] if reports[like] else digests
-                keys = [key for key in {**other, **digests} if other.get(key) != digests.get(key)]
-                if keys:
-                    raise RanksDisagree(
-                        f"step {step}: {', '.join(f'{name}.{key}' if key else name for key in keys)} of rank {rank} "
-                        f"differs from rank {like}'s, which holds the same tensors. Nothing was published; make it "
-                        f"equal, or say whose is right: {name!r}: asyncckpt.Owner(…, rank={like})"
-                    )
-
-
-def _mismatch(body: Mapping[str, Any], draft: Manifest) -> str | None:
-    """Say in words what another rank's report saves, or return None where it saves the same as this rank."""
-    if (body["step"], body["kind"]) != (draft.step, draft.kind):
-        return f"step {body['step']} ({body['kind']})"
-    if body["layout"] != draft.layout:
-        return "another state (its names or shapes)"
-    if tuple(body["names"]) != draft.names:
-        return f"it under the names {list(body['names'])}"
-    return f"into another attempt ({body['attempt']})" if body["attempt"] != draft.attempt else None
-
 
 def _report(
     save: SaveTransaction, rank_save: RankSave, directory: PendingDirectory, files: Sequence[FileRecord]
@@ -379,7 +310,9 @@ def _report(
         "aliases": {name: dict(found) for name, found in contents.aliases.items() if name in rank_save.sends_values_of},
         "descriptions": {name: contents.descriptions.get(name, {}) for name in rank_save.sends_values_of},
         "replicas": dict(rank_save.replicas),
-        "sample": sample,
+        # text, which is parsed only where the digests of all of it differ between ranks
+        "sample": json.dumps(sample),
+        "sampled": united(rank_save.sample.replicated, rank_save.ranks.rank, sample) if rank_save.sample else {},
         "groups": groups,
         "values": {name: [like, _values(contents.trees[name])] for name, like in rank_save.values_like.items()},
     }

@@ -8,6 +8,7 @@ found where the reports meet.
 from __future__ import annotations
 
 import ctypes
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +18,7 @@ import torch
 from asyncckpt.codecs import digests
 from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 from asyncckpt.plan.planned import Planned, ReplicatedTensor
-from asyncckpt.types import LocalTensor
+from asyncckpt.types import LocalTensor, RowOwners
 
 #: A save samples so many tensors, spread over all of the state; the next save takes their neighbours.
 MOST_TENSORS: Final = 128
@@ -133,6 +134,24 @@ def whole_digests(planned: Planned, rank: int) -> dict[str, str]:
             begin, end = (edge - planned.pieces[one.local].begin for edge in one.part_bytes(part))
             flat = planned.pieces[one.local].tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             found[one.name(part)] = digest(flat[begin:end].numpy().data)
+    return found
+
+
+def united(replicated: Sequence[ReplicatedTensor], rank: int, sample: Mapping[str, str]) -> dict[str, str]:
+    """Return one digest of all that a rank has sampled together with the same other ranks, under a name that these
+    have for it, too: where it is equal on all of them, so is every digest in it. Of thousands of ranks, each with a
+    sample of many tensors, nothing else has to be looked at."""
+    texts: dict[tuple[RowOwners, int], list[str]] = {}
+    for index, digest in sample.items():
+        one = replicated[int(index)]
+        part = one.rows.part_of_rank.get(rank)
+        if part is not None:
+            texts.setdefault((one.rows, part), []).append(f"{index}/{part}:{digest}")
+    found: dict[str, str] = {}
+    for (rows, part), lines in texts.items():
+        holders = rows.holders[part]
+        name = f"{holders[0]}-{holders[-1]}-{zlib.crc32(repr((holders, rows.bounds)).encode())}"
+        found[name] = digests.get(digests.DEFAULT)("\n".join([found.get(name, ""), *lines]).encode())[:16]
     return found
 
 

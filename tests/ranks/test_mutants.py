@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ import asyncckpt
 from asyncckpt.commit import publication
 from asyncckpt.plan import partition as division
 from asyncckpt.ranks import collective_save as together
-from asyncckpt.ranks import merging, reports, tables
+from asyncckpt.ranks import merging, report_checks, reports, tables
 from asyncckpt.ranks import planner as planning
 from asyncckpt.ranks import store as distributed
 from asyncckpt.ranks.collective_save import Leader
@@ -165,9 +166,14 @@ def _again(me: Me, path: str) -> list[str]:
 
 _FSYNC = PosixOps.fsync
 Patch = pytest.MonkeyPatch
-_EMPTY = {"error": None, "files": [], "held_back": [], "compared_with": "", "damaged": ""} | {
-    key: {} for key in ("orders", "own", "trees", "aliases", "replicas", "sample", "groups", "values", "descriptions")
-}
+_EMPTY = (
+    {"error": None, "files": [], "held_back": [], "compared_with": "", "damaged": ""}
+    | {
+        key: {}
+        for key in ("orders", "own", "trees", "aliases", "replicas", "sampled", "groups", "values", "descriptions")
+    }
+    | {"sample": "{}", "phases": [0.0, 0.0]}
+)
 
 
 def _no_wholeness(patch: Patch) -> None:
@@ -200,16 +206,17 @@ def _no_wholeness(patch: Patch) -> None:
 
 
 def _gathering(patch: Patch, change: Callable[[Any, list[Any]], list[Any]], *, wait: bool) -> None:
-    real = RankStore.gather
+    real = RankStore.gather_messages
 
     def gather(self: RankStore, key: str, *args: Any, **options: Any) -> list[Any]:
         if not key.startswith("save/"):
             return real(self, key, *args, **options)
-        found = real(self, key, *args[:2]) if wait else [None] * self.size
-        return change(self, found)
+        found = [one.read() for one in real(self, key, *args[:2])] if wait else [None] * self.size
+        return [SimpleNamespace(read=lambda one=one: one) for one in change(self, found)]
 
-    patch.setattr(RankStore, "gather", gather)
-    patch.setattr(together, "_mismatch", lambda _body, _draft: None)
+    patch.setattr(RankStore, "gather_messages", gather)
+    for module in (together, report_checks):
+        patch.setattr(module, "mismatch", lambda _body, _draft: None)
 
 
 def failures_are_taken_for_empty_parts(patch: Patch) -> None:
@@ -223,7 +230,8 @@ def nobody_is_waited_for(patch: Patch) -> None:
 
 
 def any_step_will_do(patch: Patch) -> None:
-    patch.setattr(together, "_mismatch", lambda _body, _draft: None)
+    for module in (together, report_checks):
+        patch.setattr(module, "mismatch", lambda _body, _draft: None)
 
 
 def ranks_acknowledge_their_own_part(patch: Patch) -> None:
@@ -264,8 +272,8 @@ def every_rank_has_an_attempt_of_its_own(patch: Patch) -> None:
 
 def a_rank_forgets_an_extent(patch: Patch) -> None:
     _no_wholeness(patch)
-    real = division._extents
-    patch.setattr(division, "_extents", lambda *args: list(real(*args))[: -1 if dist.get_rank() == 1 else None])
+    real = division.extents_of
+    patch.setattr(division, "extents_of", lambda *args: list(real(*args))[: -1 if dist.get_rank() == 1 else None])
 
 
 def two_ranks_think_they_are_the_same(patch: Patch) -> None:
@@ -276,11 +284,11 @@ def two_ranks_think_they_are_the_same(patch: Patch) -> None:
 
 
 def copies_are_not_compared(patch: Patch) -> None:
-    patch.setattr(Leader, "_check_replicas", lambda *_: None)
+    patch.setattr(report_checks, "_check_replicas", lambda *_: None)
 
 
 def samples_are_not_compared(patch: Patch) -> None:
-    patch.setattr(together, "named", lambda *_: {})
+    patch.setattr(report_checks, "named", lambda *_: {})
 
 
 def buffers_are_copies(patch: Patch) -> None:
@@ -374,4 +382,6 @@ def test_without_a_bug_nothing_is_seen(check: str, crews: Crews, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize(("mutant", "check"), MUTANTS, ids=[f"{one.__name__}-{check}" for one, check in MUTANTS])
 def test_a_planted_bug_is_seen(mutant: Callable[[Patch], None], check: str, crews: Crews, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        mutant(patch)  # it can be planted: else the error of that would be taken for what is seen
     assert _problems(tmp_path / "run", check, mutant, crews), f"{mutant.__name__}: nobody noticed"

@@ -23,6 +23,9 @@ from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.plan.partition import Division
 from asyncckpt.plan.per_rank_files import divide_by_rank
 from asyncckpt.ranks.part_reports import boxes_of, merge_parts
+from asyncckpt.ranks.replicas import MOST_TENSORS
+from asyncckpt.ranks.report_checks import check_reports
+from asyncckpt.ranks.reports import slowest_ranks
 from asyncckpt.types import ComponentSnapshot, LayoutOptions
 from benchmarks.suites.light.counting import Counter
 from benchmarks.suites.scale.models import Job, components, holdings, llama
@@ -117,7 +120,7 @@ def _part(division: Division, contents: Contents, extents: int) -> bytes:
 def _message(rank: int, contents: Contents, part: bytes) -> str:
     """Return the text of a rank's report."""
     draft = contents.draft
-    empty = ("trees", "aliases", "descriptions", "replicas", "sample", "groups", "values", "orders", "own")
+    empty = ("trees", "aliases", "descriptions", "replicas", "groups", "values", "orders", "own")
     shards = contents.layout.shards
     files = [[one.file.replace("rank-00000", f"rank-{rank:05d}"), one.nbytes, one.component] for one in shards]
     digest = digests.get("xxh3-128")(part) if rank == 0 else f"{rank:0{_HEX}x}"
@@ -132,6 +135,9 @@ def _message(rank: int, contents: Contents, part: bytes) -> str:
         "damaged": "",
         "held_back": [],
         "compared_with": "",
+        "sample": json.dumps({str(index): f"{index:016x}" for index in range(MOST_TENSORS)}),
+        "sampled": {"0-4095-1": "0" * 16},
+        "phases": [0.1, 1.0],
         "part": [len(part), digest, files],
         "own_rows": {f"rng+{rank}" if rank else "rng": ["stateful", f"{rank:0{_HEX}x}", False]},
     }
@@ -143,8 +149,11 @@ def _merged(messages: Sequence[str], contents: Contents, division: Division) -> 
     began = time.thread_time()
     with gc_paused():  # as where the messages are read
         reports = [json.loads(message) for message in messages]
-    assert division.spread is not None
-    merged, parts = merge_parts(contents, reports, division.spread, frozenset({"rng"}))
+        check_reports(reports, contents.draft, None)
+        slowest_ranks(1, reports, {})
+        assert division.spread is not None
+        merged, parts = merge_parts(contents, reports, division.spread, frozenset({"rng"}))
+        del reports
     draft = replace(merged.draft, files=parts.files(), parts=parts)
     text = components_json(merged, {})
     data = manifests.encode(draft, components_json=text)
