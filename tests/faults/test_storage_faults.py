@@ -72,6 +72,9 @@ def _all_good(run: Checkpointer, error: BaseException | None) -> None:
     acknowledged = {1} | ({2} if error is None else set())
     assert acknowledged <= {entry.step for entry in run.ls()}
     if error is not None:
+        patience = time.monotonic() + 10  # the error is told first, and a write may still be in the kernel then
+        while [name for name in os.listdir(run.path) if name.startswith(".tmp-")] and time.monotonic() < patience:
+            time.sleep(0.01)
         assert not [name for name in os.listdir(run.path) if name.startswith(".tmp-")]
     run.save(3, STATE).result()  # the run goes on
     assert run.verify(3) == []
