@@ -34,11 +34,12 @@ test-frameworks: $(STAMP) ## the adapters to other libraries' trainers
 	$(MAKE) test-deepspeed
 
 # In environments of their own: accelerate, lightning and transformers behave otherwise where they find DeepSpeed, and
-# torchtitan brings data sets and triton.
+# torchtitan brings triton, and wants older data sets than trl's tests have.
 $(VENV)-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-$*
-	$(VENV)-$*/bin/python -m pip install --quiet --constraint constraints.txt torch
-	$(VENV)-$*/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[frameworks-$*]'
+	grep -v '^datasets==' constraints.txt > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint $(VENV)-$*/constraints.txt torch
+	$(VENV)-$*/bin/python -m pip install --quiet --constraint $(VENV)-$*/constraints.txt --editable '.[frameworks-$*]'
 	touch $@
 
 test-deepspeed: $(VENV)-deepspeed/.installed    ## the adapter to DeepSpeed

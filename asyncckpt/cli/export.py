@@ -143,7 +143,9 @@ def _tell(number: int, out: Path, nbytes: int, what: str, json: bool, done: Expo
     notes = list(done.notes) if done is not None else []
     if json:
         found = {"step": number, "out": str(out), "nbytes": nbytes, "what": what}
-        print_json(found | ({"format": done.format, "notes": notes} if done is not None else {}))
+        print_json(
+            found | ({"format": done.format, "notes": notes, "source": dict(done.source)} if done is not None else {})
+        )
         return
     console.print(f"step {number} → {clean(out)}  {size(nbytes)}")
     for note in notes:

@@ -12,7 +12,7 @@ import torch
 from asyncckpt.convert.output import Output, output
 from asyncckpt.convert.selection import Selection
 from asyncckpt.convert.source import Progress
-from asyncckpt.convert.stored import StoredItem, components, items, losses_beside
+from asyncckpt.convert.stored import StoredItem, components, items, losses_beside, origin
 from asyncckpt.errors import InvalidOption
 from asyncckpt.read.opening import OpenCheckpoint
 
@@ -57,14 +57,15 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """Tells what ``export_checkpoint`` wrote: where, its size in bytes, how many tensors, and in ``notes`` what should
-    be known about it."""
+    """Tells what ``export_checkpoint`` wrote: where, its size in bytes, how many tensors, in ``notes`` what should be
+    known about it, and in ``source`` what the result records of the checkpoint that it was made of."""
 
     path: str
     format: str
     nbytes: int
     tensors: int
     notes: Sequence[str] = ()
+    source: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +107,4 @@ def export_with(
         selection.check_used(checkpoint.path)
         writer.write(job)
         nbytes = result.publish(overwrite=overwrite)
-    return Exported(str(result.target), format, nbytes, len(found), tuple(job.notes))
+    return Exported(str(result.target), format, nbytes, len(found), tuple(job.notes), origin(checkpoint))

@@ -237,7 +237,7 @@ def _import_dcp(
         path, run, step, overwrite=overwrite, digest=digest, metrics=metrics, selection=selection, progress=progress
     )
     note = "each dict of the state became a component; dcp.load reads it with asyncckpt.integrations.dcp.Reader"
-    return Imported(done.path, step, done.tensors, done.nbytes, {}, done.skipped, (note,), {"format": "dcp"})
+    return Imported(done.path, step, done.tensors, done.nbytes, {}, done.skipped, (note,), done.source)
 
 
 def open_source(path: str, format: str | None = None) -> Source:
@@ -310,10 +310,11 @@ def export_checkpoint(
     chooses and renames tensors, and says what may be lost. ``overwrite`` replaces an existing file.
     ``progress(what, done_bytes, total_bytes)`` is called on several threads.
 
-    Every byte read is verified, and the result appears whole or not at all, fsynced; where the format has room for it,
-    it records the checkpoint and the digest of its manifest. Tensors are written as they are read, in extents of 8 MiB.
-    Blocks. Raises ``InvalidOption``, ``UnsupportedValue`` for what would be lost, ``RunPathError`` (``out`` exists, or
-    cannot be written), ``NotEnoughSpace``, ``MissingExtra`` and ``CheckpointDamaged``.
+    Every byte read is verified, and the result appears whole or not at all, fsynced. It records the checkpoint and the
+    digest of its manifest: among the format's own metadata, or in ``asyncckpt.json`` beside the rest. Tensors are
+    written as they are read, in extents of 8 MiB. Blocks. Raises ``InvalidOption``, ``UnsupportedValue`` for what would
+    be lost, ``RunPathError`` (``out`` exists, or cannot be written), ``NotEnoughSpace``, ``MissingExtra`` and
+    ``CheckpointDamaged``.
     """
     chosen = format or format_of(out)
     if chosen not in WRITERS:

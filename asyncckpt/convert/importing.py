@@ -81,18 +81,6 @@ def import_source(
     assets = join_assets({}, source.assets, _ASSET_BYTES)
     check_names(assets)
 
-    def verified() -> dict[str, JsonValue]:
-        for check in source.checks:
-            check(progress)
-        files_read = source.digests("sha256" if digest == "sha256" else digests.DEFAULT, progress)
-        return {
-            "format": source.format,
-            "path": os.path.abspath(source.path),
-            "files": {name: dict(one) for name, one in files_read.items()},
-            **({"metadata": dict(source.metadata)} if source.metadata else {}),
-            **({"dropped": list(skipped)} if skipped else {}),
-        }
-
     layout = plan(
         tuple((one.name, tuple(piece.spec for piece in one.pieces)) for one in snapshots),
         SafetensorsFormat(),
@@ -102,7 +90,7 @@ def import_source(
     writing = CheckpointWriting(snapshots, tensors, layout, assets, take, progress)
     # beside the writing, which reads the same bytes: whatever it finds is known before anything is published
     with ThreadPoolExecutor(1, "asyncckpt-source") as beside:
-        origin = beside.submit(verified)
+        origin = beside.submit(source.record, digest, progress, skipped)
         path = writing.write(
             os.fspath(run),
             step,

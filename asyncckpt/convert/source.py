@@ -7,14 +7,16 @@ import hashlib
 import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import xxhash
 
+from asyncckpt.codecs import digests
 from asyncckpt.convert.tensors import SourceTensor
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound
+from asyncckpt.types import JsonValue
 
 #: ``progress(what, done_bytes, total_bytes)``: it may be called on any thread.
 Progress = Callable[[str, int, int], None]
@@ -41,7 +43,7 @@ class Source:
     ``lost`` says by name what a checkpoint cannot hold, and why; ``notes`` say in words what became of what.
     ``assets``: small files to keep with the checkpoint; ``metadata`` and ``metrics`` go into its manifest. ``checks``
     verify what the format itself can verify. ``open_file`` and ``map_file`` open files for reading, which stay open
-    until ``close``; what they opened is what ``digests`` digests.
+    until ``close``; what they opened, and what ``read_by_others`` names, is what ``digests`` digests.
     """
 
     format: str
@@ -53,9 +55,8 @@ class Source:
     checks: list[Callable[[Progress], None]] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    #: Files that a library opens by itself, which are digested as well.
-    unopened: list[str] = field(default_factory=list)
     _files: dict[str, tuple[int, os.stat_result]] = field(default_factory=dict)
+    _others: dict[str, os.stat_result] = field(default_factory=dict)
     _maps: dict[str, memoryview] = field(default_factory=dict)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -94,50 +95,86 @@ class Source:
             raise CheckpointDamaged(f"{path} has {size} bytes, and no file of its kind has more than {limit_bytes}")
         return os.pread(fd, size, 0)
 
+    def read_by_others(self, path: str, info: os.stat_result | None = None) -> None:
+        """Count a file among the source's that something else opens and reads, such as a format's library. ``info``:
+        what it was when that opened it; by default what it is now. Raises ``CheckpointDamaged`` where it is not
+        there."""
+        try:
+            self._others.setdefault(path, info or os.stat(path))
+        except OSError as error:
+            raise CheckpointDamaged(f"{path} cannot be read ({error.strerror})") from error
+
     def on_close(self, call: Callable[[], None]) -> None:
         """Have ``call`` called once nothing of the source is read any more."""
         self._closing.callback(call)
 
     @property
     def nbytes(self) -> int:
-        """The size of all files that were opened, in bytes."""
-        return sum(info.st_size for _, info in self._files.values())
+        """The size of all files of the source, in bytes."""
+        others = sum(info.st_size for path, info in self._others.items() if path not in self._files)
+        return others + sum(info.st_size for _, info in self._files.values())
 
     def digests(self, algorithm: str, progress: Progress) -> dict[str, dict[str, int | str]]:
-        """Return ``{name: {"nbytes": …, algorithm: hex digest}}`` of the files that were opened; the names are those
-        below the source's directory. Blocks: it reads all of them."""
+        """Return ``{name: {"nbytes": …, algorithm: hex digest}}`` of the source's files; the names are those below
+        its directory. Blocks: it reads all of them. Raises ``CheckpointDamaged`` where one became shorter."""
         folder = self.path if os.path.isdir(self.path) else os.path.dirname(self.path)
         found: dict[str, dict[str, int | str]] = {}
-        digest: Any
-        sizes = {path: os.path.getsize(path) for path in self.unopened if path not in self._files}
-        done, total = 0, self.nbytes + sum(sizes.values())
-        for path in sizes:
-            with open(path, "rb") as file:
-                digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
-                while data := file.read(_PIECE_BYTES):
-                    digest.update(data)
-                    done += len(data)
-            progress("reading the source", done, total)
-            found[os.path.relpath(path, folder or ".")] = {"nbytes": sizes[path], algorithm: digest.hexdigest()}
-        for path, (fd, info) in self._files.items():
-            digest = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
-            buffer = memoryview(bytearray(min(_PIECE_BYTES, max(1, info.st_size))))
+        done, total = 0, self.nbytes
+
+        def of(path: str, fd: int, nbytes: int) -> None:
+            nonlocal done
+            digest: Any = hashlib.sha256() if algorithm == "sha256" else xxhash.xxh3_128()
+            buffer = memoryview(bytearray(min(_PIECE_BYTES, max(1, nbytes))))
             at = 0
-            while at < info.st_size:
+            while at < nbytes:
                 got = os.preadv(fd, [buffer], at)
                 if not got:
                     raise CheckpointDamaged(f"{path} became shorter while it was read")
                 digest.update(buffer[:got])
                 at, done = at + got, done + got
                 progress("reading the source", done, total)
-            found[os.path.relpath(path, folder or ".")] = {"nbytes": info.st_size, algorithm: digest.hexdigest()}
+            found[os.path.relpath(path, folder or ".")] = {"nbytes": nbytes, algorithm: digest.hexdigest()}
+
+        for path, info in self._others.items():
+            if path in self._files:
+                continue
+            try:
+                with open(path, "rb") as file:
+                    of(path, file.fileno(), info.st_size)
+            except OSError as error:
+                raise CheckpointDamaged(f"{path} cannot be read any more ({error.strerror})") from error
+        for path, (fd, info) in self._files.items():
+            of(path, fd, info.st_size)
         return found
+
+    def record(self, digest: str, progress: Progress, dropped: Iterable[str]) -> dict[str, JsonValue]:
+        """Verify what the format can verify, digest the files, and return what a checkpoint records of the source.
+        ``digest``: the algorithm of the checkpoint; with sha256 the files get that, too, for others to compare.
+        ``dropped``: what was left behind. Blocks: it reads all of them. Raises ``CheckpointDamaged``."""
+        for check in self.checks:
+            check(progress)
+        files = self.digests("sha256" if digest == "sha256" else digests.DEFAULT, progress)
+        left = list(dropped)
+        return {
+            "format": self.format,
+            "path": os.path.abspath(self.path),
+            "files": {name: dict(one) for name, one in files.items()},
+            **({"metadata": dict(self.metadata)} if self.metadata else {}),
+            **({"dropped": [*left]} if left else {}),
+        }
 
     def check_unchanged(self) -> None:
         """Raise ``CheckpointDamaged`` where a file is another one than when it was opened."""
-        for path, (fd, before) in self._files.items():
-            now = os.fstat(fd)
-            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        now = {path: os.fstat(fd) for path, (fd, _) in self._files.items()}
+        before = {path: info for path, (_, info) in self._files.items()}
+        for path, info in self._others.items():
+            try:
+                now[path] = os.stat(path)
+            except OSError as error:
+                raise CheckpointDamaged(f"{path} is gone since it was read ({error.strerror})") from error
+            before[path] = info
+        for path, info in before.items():
+            if _identity(info) != _identity(now[path]):
                 raise CheckpointDamaged(f"{path} changed while it was read; import it once nobody writes it any more")
 
     def close(self) -> None:
@@ -149,6 +186,11 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _identity(info: os.stat_result) -> tuple[int, ...]:
+    """Return what changes where a file is written to, or another one takes its place."""
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
 
 
 def module(name: str, tensors: Mapping[str, SourceTensor]) -> SourceComponent:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -26,6 +28,9 @@ from asyncckpt.state.dtypes import CODES, DTYPES
 
 #: Tensors that are made of others on the way are made in pieces of about so many bytes.
 PIECE_BYTES = 64 << 20
+#: This file is in a result, or in its directory, where the format has no other room for what it was made of. Readers of
+#: the formats leave it alone.
+ORIGIN_FILE: Final = "asyncckpt.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -229,6 +234,11 @@ def origin(checkpoint: OpenCheckpoint) -> dict[str, str]:
         "asyncckpt.step": str(manifest.step),
         "asyncckpt.manifest": manifest.file_digest,
     }
+
+
+def origin_json(checkpoint: OpenCheckpoint) -> bytes:
+    """Return the content of ``ORIGIN_FILE``."""
+    return (json.dumps(origin(checkpoint), indent=2) + "\n").encode()
 
 
 def losses_beside(manifest: Manifest, chosen: Sequence[str], trees: Mapping[str, object]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from asyncckpt.codecs.dtypes import NAMES
 from asyncckpt.convert.exporting import Export
 from asyncckpt.convert.source import Source, module
-from asyncckpt.convert.stored import StoredItem, check_overflow, whole
+from asyncckpt.convert.stored import ORIGIN_FILE, StoredItem, check_overflow, origin_json, whole
 from asyncckpt.convert.tensors import Holder, LoadedTensor, SourceTensor
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, InvalidOption, MissingExtra
 
@@ -46,7 +46,7 @@ def read_tensorflow(path: str) -> Source:
     folder, stem = os.path.split(prefix)
     for name in sorted(os.listdir(folder or ".")):
         if name == f"{stem}.index" or name.startswith(f"{stem}.data-"):
-            source.unopened.append(os.path.join(folder, name))
+            source.read_by_others(os.path.join(folder, name))
     try:
         reader = library.train.load_checkpoint(prefix)
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
@@ -117,6 +117,7 @@ def write_tensorflow(job: Export) -> None:
     job.output.write(
         "checkpoint", f'model_checkpoint_path: "{PREFIX}"\nall_model_checkpoint_paths: "{PREFIX}"\n'.encode()
     )
+    job.output.write(ORIGIN_FILE, origin_json(job.checkpoint))
 
 
 def tensorflow_dtype(library: Any, name: str) -> Any:

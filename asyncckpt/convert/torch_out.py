@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -19,7 +20,15 @@ import torch
 from asyncckpt.convert import torch_pickle
 from asyncckpt.convert.exporting import Export
 from asyncckpt.convert.placeholders import Placeholders
-from asyncckpt.convert.stored import Place, StoredItem, check_overflow, fill_places, view_at
+from asyncckpt.convert.stored import (
+    ORIGIN_FILE,
+    Place,
+    StoredItem,
+    check_overflow,
+    fill_places,
+    origin_json,
+    view_at,
+)
 from asyncckpt.convert.torch_pickle import TensorStandIn
 from asyncckpt.errors import UnsupportedValue
 from asyncckpt.state.dtypes import CODES
@@ -41,7 +50,15 @@ def write_torch_file(job: Export) -> None:
             torch.save(content, path)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise OSError(str(error).partition("\n")[0]) from error
+    _add_origin(job, path)
     _fill(job, path, content, made.items)
+
+
+def _add_origin(job: Export, path: Path) -> None:
+    """Add the file that says what the archive was made of; torch reads only those that it knows."""
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        archive.writestr(zipfile.ZipInfo(f"{folder}/{ORIGIN_FILE}"), origin_json(job.checkpoint))
 
 
 def _fill(job: Export, path: Any, content: Any, items: Mapping[int, StoredItem]) -> None:

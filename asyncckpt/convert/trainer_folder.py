@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from asyncckpt.convert.stored import ORIGIN_FILE, origin_json
 from asyncckpt.errors import InvalidOption, RunPathError
 from asyncckpt.integrations.output_dir import MODEL, NOTICES, OPTIMIZER, RANDOM, SCALER, SCHEDULER, STATE_ASSET
 from asyncckpt.read.opening import OpenCheckpoint
@@ -60,6 +61,7 @@ def export_for_trainer(checkpoint: OpenCheckpoint, out: str | os.PathLike[str], 
         if SCALER in records:
             torch.save(load(checkpoint, SCALER, None), temp / "scaler.pt")
         _write_random(checkpoint, temp)
+        (temp / ORIGIN_FILE).write_bytes(origin_json(checkpoint))
         nbytes = _sync(temp)
         PosixOps().rename_noreplace(str(temp), str(target))
         PosixOps().fsync_directory(str(target.parent))

@@ -47,7 +47,8 @@ def read_zarr(path: str) -> Source:
         except Exception as error:  # zarr's own, of many kinds
             raise CheckpointDamaged(f"{path} is no zarr v3 group that can be read ({error!s:.200})") from error
         for where, _, files in os.walk(path):
-            source.unopened += [os.path.join(where, file) for file in sorted(files)]
+            for file in sorted(files):
+                source.read_by_others(os.path.join(where, file))
         holder = Holder()
         tensors: dict[str, SourceTensor] = {}
         for name, array in arrays:

@@ -3,13 +3,14 @@ large: ``make test-tensorflow``."""
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.foreign import DTYPES, Holder, bits, exported, imported, module_bits, saved, tensor
+from support.foreign import DTYPES, Holder, bits, exported, imported, module_bits, origin_of, saved, tensor
 
 from asyncckpt import CheckpointDamaged, MissingExtra, UnsupportedValue
 from asyncckpt.convert.exporting import ExportOptions
@@ -58,6 +59,13 @@ class TestTensorFlow:
         back, done = imported(tmp_path / "out" / "model.ckpt", tmp_path / "back")
         assert module_bits(back) == bits(given)
         assert "model.ckpt.index" in dict(done.source["files"])  # type: ignore[arg-type, call-overload]
+
+    def test_both_ways_say_what_they_were_made_of(self, tmp_path: Path) -> None:
+        run = saved(tmp_path / "run", {"model": Holder({"w": torch.ones(3)})})
+        done = exported(run, tmp_path / "out", format="tensorflow")
+        assert json.loads((tmp_path / "out" / "asyncckpt.json").read_bytes()) == done.source == origin_of(run)
+        _, back = imported(tmp_path / "out" / "model.ckpt", tmp_path / "back")
+        assert back.source["format"] == "tensorflow"
 
     def test_a_checkpoint_of_tensorflows_own_comes_in(self, tmp_path: Path) -> None:
         import tensorflow as tf

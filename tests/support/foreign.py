@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from hypothesis import strategies as st
 
 from asyncckpt import Checkpointer, Run
@@ -75,11 +77,31 @@ def exported(run: Run, out: Path, **options: Any) -> Exported:
 
 
 def imported(source: Path, run: Path, **options: Any) -> tuple[Run, Imported]:
-    """Import as step 1, and see that what was written verifies."""
+    """Import as step 1, and see that what was written verifies, and says what it was made of."""
     done = import_checkpoint(source, run, 1, **options)
     found = Run(run)
     assert found.verify(1) == []
+    with found.open(1) as checkpoint:
+        recorded: Any = checkpoint.manifest.environment["imported"]
+    assert recorded == done.source
+    assert recorded["path"] == str(source.absolute())
+    folder = source if source.is_dir() else source.parent
+    read = {name: (folder / name).read_bytes() for name in recorded["files"]}
+    assert read, "no file is recorded"
+    for name, data in read.items():
+        digest = {"xxh3-128": xxhash.xxh3_128(data).hexdigest(), "sha256": hashlib.sha256(data).hexdigest()}
+        assert recorded["files"][name].items() <= {"nbytes": len(data), **digest}.items(), name
+        assert len(recorded["files"][name]) == 2, name
     return found, done
+
+
+def origin_of(run: Run) -> dict[str, str]:
+    """What an export should record of the newest checkpoint."""
+    with contextlib.closing(run.open()) as checkpoint:
+        manifest = (Path(checkpoint.path) / "manifest.json").read_bytes()
+        digest = "sha256:" + hashlib.sha256(manifest).hexdigest()
+        step = str(checkpoint.manifest.step)
+        return {"asyncckpt.source": checkpoint.path, "asyncckpt.step": step, "asyncckpt.manifest": digest}
 
 
 def bits(value: Any) -> Any:

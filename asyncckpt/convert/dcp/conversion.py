@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +14,14 @@ from asyncckpt.codecs import digests
 from asyncckpt.codecs.codecs import get as get_codec
 from asyncckpt.convert.dcp.native_reader import Foreign, read_foreign
 from asyncckpt.convert.selection import Selection, checked_names
-from asyncckpt.convert.source import Progress
+from asyncckpt.convert.source import Progress, Source
 from asyncckpt.errors import CheckpointDamaged, InvalidOption, UnsupportedValue
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.integrations.dcp.names import Path, place_of
 from asyncckpt.integrations.dcp.session import THREADS, WriterSession
 from asyncckpt.manifest.records import BoxedRecord, BoxRecord
 from asyncckpt.state.dtypes import CODES
-from asyncckpt.types import LayoutOptions, LocalTensor, TensorSpec
+from asyncckpt.types import JsonValue, LayoutOptions, LocalTensor, TensorSpec
 
 log = logging.getLogger("asyncckpt")
 
@@ -30,7 +31,8 @@ class Converted:
     """Tells what ``convert`` wrote.
 
     ``path`` is the new checkpoint's directory, ``tensors`` their number, ``nbytes`` their files' size in bytes.
-    ``skipped`` maps the FQN of each value that only a pickle can hold to the reason why it was left out.
+    ``skipped`` maps the FQN of each value that only a pickle can hold to the reason why it was left out. ``source`` is
+    what the checkpoint records of the directory: its path, and size and digest of each file.
     """
 
     path: str
@@ -38,6 +40,7 @@ class Converted:
     tensors: int
     nbytes: int
     skipped: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 def convert(
@@ -60,12 +63,16 @@ def convert(
     of the same step. ``digest`` is the algorithm that proves the new files' bytes, as in ``WriterOptions``.
     ``selection`` chooses and renames entries by their FQNs, and says what else may be left behind. Also raises
     ``CheckpointDamaged`` where the source does not fit together (it has no digests: damage inside tensors cannot be
-    seen), ``CheckpointNotFound``, ``StepExists`` and ``RunLocked``. Blocks until the checkpoint is durable; tensors are
-    read as they are written, in extents of 8 MiB.
+    seen; or a file changed while it was read), ``CheckpointNotFound``, ``StepExists`` and ``RunLocked``. Blocks until
+    the checkpoint is durable; tensors are read as they are written, in extents of 8 MiB. The manifest records where the
+    checkpoint came from, with a digest of each file.
     """
     take = digests.get(digest)
     selection = selection or Selection()
     foreign = read_foreign(source)
+    opened = Source("dcp", os.fspath(source))
+    for file, info in foreign.files.items():
+        opened.read_by_others(os.path.join(opened.path, file), info)
     if foreign.skipped and not skip_unsupported:
         selection.check_losses(foreign.skipped, os.fspath(source))
     if foreign.skipped:
@@ -105,7 +112,9 @@ def convert(
     directory = os.path.abspath(os.fspath(run))
     try:
         attempt = live.begin(directory, name, step, overwrite=overwrite)
-        files = live.write(attempt, shards, pieces, take, THREADS)
+        with ThreadPoolExecutor(1, "asyncckpt-source") as beside:
+            origin = beside.submit(opened.record, digest, progress, foreign.skipped)
+            files = live.write(attempt, shards, pieces, take, THREADS)
         live.publish(
             name,
             step,
@@ -117,12 +126,19 @@ def convert(
             metrics=metrics or {},
             world_size=1,
             overwrite=overwrite,
+            imported=origin.result(),
+            before=opened.check_unchanged,
         )
     finally:
         live.close()
     progress("writing", total, total)
     return Converted(
-        os.path.join(directory, name), step, len(records), sum(shard.nbytes for shard in shards), foreign.skipped
+        os.path.join(directory, name),
+        step,
+        len(records),
+        sum(shard.nbytes for shard in shards),
+        foreign.skipped,
+        origin.result(),
     )
 
 
@@ -142,6 +158,7 @@ def _selected(foreign: Foreign, selection: Selection, where: str) -> Foreign:
         {new: foreign.values[fqn] for fqn, new in chosen.items() if fqn in foreign.values},
         paths,
         foreign.skipped,
+        foreign.files,
     )
 
 

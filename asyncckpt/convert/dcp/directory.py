@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from asyncckpt.convert.exporting import Export
 from asyncckpt.convert.placeholders import Placeholders
-from asyncckpt.convert.stored import check_overflow, origin, whole
+from asyncckpt.convert.stored import ORIGIN_FILE, check_overflow, origin_json, whole
 from asyncckpt.read.opening import OpenCheckpoint
 
 
@@ -27,7 +26,7 @@ def write_dcp_directory(job: Export) -> None:
         manifest = job.checkpoint.manifest
         state = {"step": manifest.step, "metrics": dict(manifest.metrics)} | state
     planner = _Planner(job.checkpoint, made)
-    job.output.write("asyncckpt.json", json.dumps(origin(job.checkpoint)).encode())
+    job.output.write(ORIGIN_FILE, origin_json(job.checkpoint))
     writer = FileSystemWriter(job.output.path, single_file_per_rank=True, sync_files=False, thread_count=1)
     total = sum(item.nbytes for item in made.items.values())
     planner.report = lambda done: job.progress("writing", done, total)

@@ -37,12 +37,14 @@ class ForeignBox:
 @dataclass(frozen=True, slots=True)
 class Foreign:
     """Holds the contents of a plain DCP checkpoint, by FQN. ``tensors`` have a shape and boxes, ``paths`` the keys an
-    FQN was made of. ``skipped`` says why a value cannot be read without executing its pickle."""
+    FQN was made of. ``skipped`` says why a value cannot be read without executing its pickle. ``files`` says by name
+    what each file was when it was opened."""
 
     tensors: Mapping[str, tuple[tuple[int, ...], list[ForeignBox]]]
     values: Mapping[str, Any]
     paths: Mapping[str, Path]
     skipped: Mapping[str, str]
+    files: Mapping[str, os.stat_result]
 
 
 def read_foreign(path: str | os.PathLike[str]) -> Foreign:
@@ -54,8 +56,8 @@ def read_foreign(path: str | os.PathLike[str]) -> Foreign:
     ``UnsupportedValue`` for extensions (compressed or transformed entries).
     """
     folder = os.fspath(path)
-    metadata = _metadata(folder)
-    files: dict[str, memoryview] = {}
+    files = _Files(folder)
+    metadata = _metadata(files)
     stored = _by_place(_field(metadata, "storage_data", dict), folder)
     tensors: dict[str, tuple[tuple[int, ...], list[ForeignBox]]] = {}
     values: dict[str, Any] = {}
@@ -68,20 +70,20 @@ def read_foreign(path: str | os.PathLike[str]) -> Foreign:
             if place is None:
                 _fail(folder, f"says nothing of where {fqn!r:.80} is")
             try:
-                values[fqn] = value_in(_slice(folder, files, place), fqn)
+                values[fqn] = value_in(_slice(files, place), fqn)
             except UnsupportedValue as error:
                 skipped[fqn] = str(error)
         else:
             shape = _sizes(entry, "size", fqn)
             tensors[fqn] = (
                 shape,
-                [_box(folder, files, stored, fqn, shape, chunk) for chunk in _field(entry, "chunks", list)],
+                [_box(files, stored, fqn, shape, chunk) for chunk in _field(entry, "chunks", list)],
             )
     paths: dict[str, Path] = {}
     for fqn, keys in (metadata.fields.get("planner_data") or {}).items():
         if isinstance(keys, tuple) and all(type(key) in (str, int) for key in keys):
             paths[str(fqn)] = keys
-    return Foreign(tensors, values, paths, skipped)
+    return Foreign(tensors, values, paths, skipped, files.opened)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
@@ -89,8 +91,37 @@ def _fail(folder: str, problem: str) -> NoReturn:
     raise CheckpointDamaged(f"{folder}: its {METADATA} {problem}")
 
 
-def _metadata(folder: str) -> Inert:
-    fd = _open(folder, METADATA)
+class _Files:
+    """Opens the files of a directory, each once. ``opened``: what each was then."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.opened: dict[str, os.stat_result] = {}
+        self._mapped: dict[str, memoryview] = {}
+
+    def open(self, name: str) -> int:
+        """Return a descriptor of the file, which is the caller's."""
+        fd = _open(self.folder, name)
+        self.opened[name] = os.fstat(fd)
+        return fd
+
+    def mapped(self, name: str) -> memoryview:
+        """Return the bytes of the file."""
+        if name not in self._mapped:
+            fd = self.open(name)
+            try:
+                size = os.fstat(fd).st_size
+                self._mapped[name] = memoryview(
+                    mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) if size else b""
+                )
+            finally:
+                os.close(fd)
+        return self._mapped[name]
+
+
+def _metadata(files: _Files) -> Inert:
+    folder = files.folder
+    fd = files.open(METADATA)
     try:
         if os.fstat(fd).st_size > _MAX_METADATA_BYTES:
             _fail(folder, "is larger than any checkpoint needs")
@@ -123,26 +154,19 @@ def _open(folder: str, name: str) -> int:
     return fd
 
 
-def _slice(folder: str, files: dict[str, memoryview], place: Inert) -> memoryview:
+def _slice(files: _Files, place: Inert) -> memoryview:
+    folder = files.folder
     name, offset, length = (place.fields.get(key) for key in ("relative_path", "offset", "length"))
     if place.fields.get("transform_descriptors"):
         raise UnsupportedValue(f"{folder}/{name}: written with transforms ({place.fields['transform_descriptors']})")
     if not isinstance(name, str) or type(offset) is not int or type(length) is not int:
         _fail(folder, "has a malformed place")
-    if name not in files:
-        fd = _open(folder, name)
-        try:
-            size = os.fstat(fd).st_size
-            files[name] = memoryview(
-                mmap.mmap(fd, size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) if size else b""
-            )
-        finally:
-            os.close(fd)
-    if not 0 <= offset <= offset + length <= len(files[name]):
+    data = files.mapped(name)
+    if not 0 <= offset <= offset + length <= len(data):
         raise CheckpointDamaged(
-            f"{folder}/{name} has {len(files[name])} bytes, and [{offset}:{offset + length}] is to be read"
+            f"{folder}/{name} has {len(data)} bytes, and [{offset}:{offset + length}] is to be read"
         )
-    return files[name][offset : offset + length]
+    return data[offset : offset + length]
 
 
 def _by_place(found: Mapping[Any, Any], folder: str) -> dict[tuple[str, tuple[int, ...] | None], Inert]:
@@ -156,20 +180,20 @@ def _by_place(found: Mapping[Any, Any], folder: str) -> dict[tuple[str, tuple[in
 
 
 def _box(
-    folder: str,
-    files: dict[str, memoryview],
+    files: _Files,
     stored: Mapping[tuple[str, tuple[int, ...] | None], Inert],
     fqn: str,
     shape: Sequence[int],
     chunk: Any,
 ) -> ForeignBox:
+    folder = files.folder
     if not isinstance(chunk, Inert):
         _fail(folder, f"has a malformed chunk of {fqn!r:.80}")
     offsets, sizes = _sizes(chunk, "offsets", fqn), _sizes(chunk, "sizes", fqn)
     place = stored.get((fqn, offsets)) or (stored.get((fqn, None)) if sizes == tuple(shape) else None)
     if place is None:
         _fail(folder, f"says nothing of where {fqn!r:.80} {list(offsets)} is")
-    tensor = tensor_in(_slice(folder, files, place), f"{folder}: {fqn:.80}")
+    tensor = tensor_in(_slice(files, place), f"{folder}: {fqn:.80}")
     if tuple(tensor.shape) != sizes:
         raise CheckpointDamaged(
             f"{folder}: {fqn:.80} {list(offsets)} is {list(tensor.shape)} and should be {list(sizes)}"

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,7 +30,7 @@ from asyncckpt.protocols import Digest, Hold, PendingDirectory, renaming
 from asyncckpt.stage.copy import copy_segments, write_header
 from asyncckpt.stage.image import cut_digests
 from asyncckpt.storage import open_store
-from asyncckpt.types import Extent, LayoutOptions, LocalTensor, ShardFile
+from asyncckpt.types import Extent, JsonValue, LayoutOptions, LocalTensor, ShardFile
 
 #: This many threads keep one device busy while others copy and hash.
 THREADS = min(4, max(2, os.cpu_count() or 2))
@@ -169,8 +169,11 @@ class WriterSession:
         metrics: Mapping[str, float],
         world_size: int,
         overwrite: bool,
+        imported: JsonValue = None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Publish what ``write`` has written on all ranks: a checkpoint, durable on return."""
+        """Publish what ``write`` has written on all ranks: a checkpoint, durable on return. ``imported``: what it
+        records of another format's checkpoint that it was made of. ``before``: see ``commit.publication.publish``."""
         directory, hold, catalog = self.directory, self.hold, self._catalog
         if directory is None or hold is None or catalog is None:
             raise SaveFailed("no save has begun")
@@ -190,7 +193,7 @@ class WriterSession:
             layout="ranks",
             metrics=metrics,
             config=None,
-            environment=environment.record(),
+            environment={**environment.record(), **({"imported": imported} if imported else {})},
             files=(*files, *(manifests.whole_file(file, body, take) for file, body in small.items())),
             components=components,
             least_version=manifests.version_of_values(small[manifests.STATE_FILE], None),
@@ -198,7 +201,12 @@ class WriterSession:
         )
         # never publish what no reader takes: planners of others may have made names that none would
         manifests.decode(manifests.encode(draft), f"{directory.path}/{manifests.FILE_NAME}")
-        publish(directory, draft, replace=overwrite, before=hold.check)
+
+        def check() -> None:
+            before()
+            hold.check()
+
+        publish(directory, draft, replace=overwrite, before=check)
         self.end()
 
     @contextlib.contextmanager
