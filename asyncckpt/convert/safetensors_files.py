@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from asyncckpt.convert.source import Source, module
+from asyncckpt.convert.stored import ORIGIN_KEYS
 from asyncckpt.convert.tensors import FileTensor, SourceTensor
 from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound
 from asyncckpt.formats import safetensors
 
 INDEX = ".safetensors.index.json"
+#: These keys of a header's metadata say something about the file, and are no second names of tensors.
+_NO_NAMES = ("format", *ORIGIN_KEYS)
 
 
 def read_safetensors(path: str) -> Source:
@@ -69,7 +72,9 @@ def tensors_of_file(source: Source, path: str) -> dict[str, SourceTensor]:
         one.spec.name: FileTensor(one.spec.dtype, one.spec.shape, fd, one.begin, path) for one in ranges
     }
     for key, value in extra.items():
-        if key not in found and value in found:  # a tied tensor's other name, as safetensors' save_model says it
+        if (
+            key not in _NO_NAMES and key not in found and value in found
+        ):  # a tied tensor's other name, as safetensors' save_model says it
             found[key] = found[value]
         elif key != "format":
             source.metadata[str(key)] = str(value)

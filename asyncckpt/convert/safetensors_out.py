@@ -9,7 +9,7 @@ import torch
 
 from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.convert.exporting import Export
-from asyncckpt.convert.stored import Place, StoredItem, check_overflow, fill_places, origin, view_at
+from asyncckpt.convert.stored import ORIGIN_KEYS, Place, StoredItem, check_overflow, fill_places, origin, view_at
 from asyncckpt.errors import InvalidOption
 from asyncckpt.formats import safetensors
 from asyncckpt.types import TensorSpec
@@ -53,6 +53,12 @@ def write_shards(
     """Write each list of tensors into a file; return the file of each tensor by name. ``name(number, count)`` names the
     files."""
     ties = {item.name: item.tied_to.name for item in items if item.tied_to is not None}
+    for alias in ties:
+        if alias in ("format", *ORIGIN_KEYS):
+            raise InvalidOption(
+                f"{job.checkpoint.path}: {alias!r} is a second name of {ties[alias]!r:.80}, and safetensors says "
+                f"something else under it; --rename it, or --exclude it"
+            )
     places: list[Place] = []
     filled = []
     files: dict[str, str] = {}
@@ -85,7 +91,7 @@ def check_name(job: Export, name: str) -> None:
 
 def _ties_of(ties: Mapping[str, str], shard: Sequence[StoredItem]) -> dict[str, str]:
     there = {item.name for item in shard}
-    return {alias: name for alias, name in ties.items() if name in there and alias != "format"}
+    return {alias: name for alias, name in ties.items() if name in there}
 
 
 def _ordered(items: Sequence[StoredItem]) -> list[StoredItem]:

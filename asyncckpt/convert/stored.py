@@ -225,15 +225,15 @@ def _parts(target: torch.Tensor) -> Iterator[torch.Tensor]:
         yield target[first : first + rows]
 
 
+#: The keys of what a result records of where it came from.
+ORIGIN_KEYS: Final = ("asyncckpt.source", "asyncckpt.step", "asyncckpt.manifest")
+
+
 def origin(checkpoint: OpenCheckpoint) -> dict[str, str]:
     """Return what a result records of where it came from: the checkpoint's path, step and the digest of its manifest,
     which has the digests of everything else."""
     manifest: Manifest = checkpoint.manifest
-    return {
-        "asyncckpt.source": checkpoint.path,
-        "asyncckpt.step": str(manifest.step),
-        "asyncckpt.manifest": manifest.file_digest,
-    }
+    return dict(zip(ORIGIN_KEYS, (checkpoint.path, str(manifest.step), manifest.file_digest), strict=True))
 
 
 def origin_json(checkpoint: OpenCheckpoint) -> bytes:

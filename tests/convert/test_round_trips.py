@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from support.examples import examples
 from support.foreign import Holder, bits, exported, imported, module_bits, saved, tensor, tensors
 
+from asyncckpt import InvalidOption
 from asyncckpt.convert.exporting import ExportOptions
 
 
@@ -75,6 +76,17 @@ def test_shards_have_an_index_that_names_the_file_of_each_tensor(tmp_path: Path)
     run, done = imported(tmp_path / "out" / "model.safetensors.index.json", tmp_path / "again")
     assert module_bits(run) == bits(given)
     assert {*done.source["files"]} == {path.name for path in (tmp_path / "out").iterdir()}  # type: ignore[misc]
+
+
+def test_what_safetensors_says_of_a_file_is_no_second_name_of_a_tensor(tmp_path: Path) -> None:
+    given = {name: tensor(torch.float32, (2,), number) for number, name in enumerate(["pt", "1", "other"])}
+    run = saved(tmp_path / "run", {"model": Holder(given)})
+    exported(run, tmp_path / "out.safetensors")
+    back, _ = imported(tmp_path / "out.safetensors", tmp_path / "back")
+    assert module_bits(back) == bits(given)
+    tied = saved(tmp_path / "tied", {"model": Holder({"w": given["pt"], "format": given["pt"]})})
+    with pytest.raises(InvalidOption, match=r"'format' is a second name of 'w'.*--rename"):
+        exported(tied, tmp_path / "tied.safetensors")
 
 
 @pytest.mark.parametrize("left_out", ["", "c", "a"])
