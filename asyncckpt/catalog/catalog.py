@@ -176,6 +176,10 @@ class Catalog:
         """Read the checkpoint of this name anew next time."""
         self._known.pop(name, None)
 
+    def next_sequence(self) -> int:
+        """Return the sequence number of a checkpoint that is published now. Blocks on the storage."""
+        return 1 + max((entry.sequence for entry in self.entries(fresh=False)), default=0)
+
     def must_be_kept(self, name: str) -> bool:
         """Whether the directory that a save is to overwrite is a damaged checkpoint: that is evidence, and is set
         aside. Raises ``StepExists`` where it is no checkpoint of this run."""

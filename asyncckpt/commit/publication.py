@@ -7,16 +7,18 @@ docs/format.md, "Write ordering".
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from dataclasses import replace as replaced
 from typing import Any
 
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.misplaced import is_checkpoint
+from asyncckpt.errors import StepExists
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.readable import check_readable
 from asyncckpt.manifest.records import Manifest
-from asyncckpt.protocols import Hold, PendingDirectory, Store
+from asyncckpt.protocols import Hold, PendingDirectory, Store, renaming
 from asyncckpt.read.verify import verify
 from asyncckpt.types import LeaseOptions
 
@@ -37,6 +39,24 @@ def take_over(
         hold.release()
         raise
     return hold
+
+
+def begin(store: Store, catalog: Catalog, name: str, step: int, *, overwrite: bool) -> tuple[Hold, PendingDirectory]:
+    """Become the run's only writer, and begin a checkpoint of this name; ``overwrite``: also where there is one, which
+    stays until the new one is published. The caller discards the directory, or publishes it, and releases the hold.
+    Blocks on the storage. Raises ``StepExists``, ``RunLocked`` and ``RunPathError``."""
+    if store.listing(name) and not overwrite:  # an empty directory is no checkpoint
+        raise StepExists(f"{store.address}/{name} already exists; take another step, or pass overwrite=True")
+    damaged = catalog.must_be_kept(name)
+    hold = take_over(store, create_parents=True)
+    try:
+        mover = renaming(store)
+        if damaged and mover is not None:
+            mover.set_aside(name)
+        return hold, store.begin(step, uuid.uuid4().hex, name=name)
+    except BaseException:
+        hold.release()
+        raise
 
 
 def publish(

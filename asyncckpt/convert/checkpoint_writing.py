@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncckpt import jsontree
 from asyncckpt.catalog.catalog import Catalog
 from asyncckpt.catalog.names import DEFAULT
 from asyncckpt.codecs.codecs import get as get_codec
-from asyncckpt.commit.publication import publish, take_over
+from asyncckpt.commit.publication import begin, publish
 from asyncckpt.convert.source import Progress
 from asyncckpt.convert.tensors import SourceTensor
-from asyncckpt.errors import StepExists
 from asyncckpt.formats.safetensors import SafetensorsFormat
-from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, WrittenExtent
+from asyncckpt.manifest.draft import finished_draft
+from asyncckpt.manifest.records import FileRecord
 from asyncckpt.memory.buffers import aligned_buffer
-from asyncckpt.protocols import Digest, PendingDirectory, renaming
-from asyncckpt.stage.image import cut_digests
+from asyncckpt.protocols import Digest, PendingDirectory
 from asyncckpt.storage import open_store
-from asyncckpt.types import ALIGNMENT_BYTES, ComponentSnapshot, Extent, JsonValue, Layout
+from asyncckpt.types import ComponentSnapshot, Extent, JsonValue, Layout
+from asyncckpt.write.made_shards import write_made_shards
 
 #: So many threads keep one device busy while others read and hash.
 _THREADS = min(4, max(2, os.cpu_count() or 2))
@@ -55,39 +52,26 @@ class CheckpointWriting:
         before: Callable[[], None],
     ) -> str:
         store = open_store(run)
-        name = DEFAULT.format(step=step)
-        if store.listing(name) and not overwrite:
-            raise StepExists(f"{store.address}/{name} already exists; import as another step, or pass overwrite=True")
-        catalog = Catalog(store, store.address)
-        hold = take_over(store, create_parents=True)
-        directory: PendingDirectory | None = None
+        name, catalog = DEFAULT.format(step=step), Catalog(store, store.address)
+        hold, directory = begin(store, catalog, name, step, overwrite=overwrite)
         try:
-            mover = renaming(store)
-            if catalog.must_be_kept(name) and mover is not None:
-                mover.set_aside(name)
-            directory = store.begin(step, uuid.uuid4().hex, name=name)
             files = self._write_shards(directory)
             small = {manifests.STATE_FILE: jsontree.dumps({one.name: one.tree for one in self.snapshots})}
             small |= self._small_files() | dict(self.assets)
             directory.write_small(small)
-            draft = Manifest(
+            draft = finished_draft(
+                files,
+                small,
                 step=step,
                 name=name,
                 attempt=directory.uuid,
                 kind="full",
-                created_unix_seconds=time.time(),
-                world_size=1,
-                shard_format="safetensors",
                 digest=digest,
                 layout=self.layout.fingerprint,
+                sequence=catalog.next_sequence(),
                 metrics=metrics,
-                config=None,
-                environment={**environment.record(), "imported": origin()},
-                files=(*files, *(manifests.whole_file(file, body, self.take) for file, body in small.items())),
-                components={},
-                least_version=manifests.version_of_values(small[manifests.STATE_FILE], None),
-                sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
-                assets=tuple(self.assets),
+                assets=self.assets,
+                imported=origin(),
             )
 
             def check() -> None:
@@ -96,8 +80,7 @@ class CheckpointWriting:
 
             publish(directory, draft, components_json=self._components(), replace=overwrite, before=check)
         except BaseException:
-            if directory is not None:
-                directory.discard()
+            directory.discard()
             raise
         finally:
             hold.release()
@@ -122,44 +105,22 @@ class CheckpointWriting:
 
     def _write_shards(self, directory: PendingDirectory) -> list[FileRecord]:
         shards = self.layout.shards
-        writers = [directory.create_shard(shard.file, shard.nbytes) for shard in shards]
         largest = max((extent.nbytes for shard in shards for extent in shard.extents), default=0)
         local, lock, done = threading.local(), threading.Lock(), [0]
 
-        def one(extent: Extent) -> list[ExtentRecord]:
+        @contextlib.contextmanager
+        def made(window: Sequence[Extent]) -> Iterator[memoryview]:
+            (extent,) = window
             buffer: memoryview | None = getattr(local, "buffer", None)
             if buffer is None:
-                buffer = local.buffer = memoryview(aligned_buffer(largest + 2 * ALIGNMENT_BYTES))
-            first = extent.offset % ALIGNMENT_BYTES
-            view = buffer[first : first + extent.nbytes]
-            self._read(extent, view)
-            written = WrittenExtent(
-                extent.offset, extent.nbytes, cut_digests(self.take, view, extent.digest_boundaries)
-            )
-            writers[extent.shard].write_at(buffer[first:], extent.nbytes, extent.offset)
+                buffer = local.buffer = memoryview(aligned_buffer(largest))
+            self._read(extent, buffer[: extent.nbytes])
+            yield buffer
             with lock:
                 done[0] += extent.nbytes
                 self.progress("writing", done[0], self.layout.nbytes)
-            return written.records(extent.digest_boundaries)
 
-        try:
-            with ThreadPoolExecutor(_THREADS, "asyncckpt-import") as pool:
-                waiting = [[pool.submit(one, extent) for extent in shard.extents] for shard in shards]
-                try:
-                    records = [[part for future in futures for part in future.result()] for futures in waiting]
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
-            for writer, shard in zip(writers, shards, strict=True):
-                writer.finish(shard.nbytes)
-        except BaseException:
-            for writer in writers:
-                writer.abort()
-            raise
-        directory.sync_directory()
-        return [
-            FileRecord(shard.file, shard.nbytes, tuple(found)) for shard, found in zip(shards, records, strict=True)
-        ]
+        return write_made_shards(directory, shards, made, self.take, threads=_THREADS)
 
     def _read(self, extent: Extent, view: memoryview) -> None:
         """Fill ``view`` with the bytes of an extent: its header, parts of tensors, and zeros between and after them."""

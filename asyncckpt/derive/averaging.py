@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from asyncckpt.derive.blend import Blend, accumulator_of, ema_weights, fractions
 from asyncckpt.derive.writing import Scratch, Stretch, write_shards
 from asyncckpt.errors import CheckpointNotFound, InvalidOption, RunLocked, StateMismatch, storage_errors
 from asyncckpt.formats.safetensors import SafetensorsFormat
-from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.draft import finished_draft
 from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor, TensorRecord
 from asyncckpt.plan.layout import plan
@@ -242,30 +241,23 @@ class _Work:
         name = next(free for number in count(1) if (free := another(base, number)) not in taken)
         directory = store.begin(newest.manifest.step, uuid.uuid4().hex, name=name)
         try:
-            digest = digests.get(newest.manifest.digest)
-            files = write_shards(directory, layout.shards, self._blend, digest)
+            files = write_shards(directory, layout.shards, self._blend, digests.get(newest.manifest.digest))
             small = self._small_files(assets)
             directory.write_small(small)
-            draft = Manifest(
+            draft = finished_draft(
+                files,
+                small,
                 step=newest.manifest.step,
                 name=name,
                 attempt=directory.uuid,
                 kind="weights",
-                created_unix_seconds=time.time(),
-                world_size=1,
-                shard_format="safetensors",
                 digest=newest.manifest.digest,
                 layout=layout.fingerprint,
-                metrics={},
-                config=newest.manifest.config,
-                environment=environment.record(),
-                files=(*files, *(manifests.whole_file(file, data, digest) for file, data in small.items())),
-                components={},
                 sequence=newest.manifest.sequence,
-                names=tuple(names),
-                assets=tuple(assets),
+                config=newest.manifest.config,
+                names=names,
+                assets=assets,
                 derived=derived,
-                least_version=manifests.version_of_values(small[manifests.STATE_FILE], newest.manifest.config),
             )
             return publish(
                 directory,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, WrittenExtent
+from asyncckpt.manifest.records import FileRecord
 from asyncckpt.memory.buffers import aligned_buffer, padded
-from asyncckpt.protocols import Digest, PendingDirectory, ShardWriter
+from asyncckpt.protocols import Digest, PendingDirectory
 from asyncckpt.stage.copy import _without_threads
-from asyncckpt.stage.image import cut_digests
 from asyncckpt.types import Extent, ShardFile
+from asyncckpt.write.made_shards import write_made_shards
 
 #: Extents of a file are made and written together, up to this many bytes: each source is read once for all of them.
 WINDOW_BYTES = 16 << 20
@@ -74,56 +74,22 @@ def write_shards(
     """Write the files of plain shards, whose tensors' bytes ``produce`` makes; return their records. They are durable
     then. Blocks. Takes ``_THREADS`` windows of memory, and what ``produce`` takes."""
     local = threading.local()
-    writers = [directory.create_shard(shard.file, shard.nbytes) for shard in shards]
 
-    def one(extents: Sequence[Extent]) -> list[ExtentRecord]:
+    @contextlib.contextmanager
+    def made(window: Sequence[Extent]) -> Iterator[memoryview]:
         scratch: Scratch = getattr(local, "scratch", None) or Scratch()
         local.scratch = scratch
         scratch.clear()
+        base = window[0].offset
+        buffer = scratch.take(window[-1].offset + window[-1].nbytes - base)
         with _without_threads():  # there is a window on each core already
-            return _write(extents, writers[extents[0].shard], produce, digest, scratch)
+            produce(list(_stretches(window, base, torch.frombuffer(buffer, dtype=torch.uint8))), scratch)
+        for extent in window:
+            at = extent.offset - base
+            buffer[at : at + len(extent.header)] = extent.header
+        yield buffer
 
-    windows = [window for shard in shards for window in _windows(shard)]
-    with ThreadPoolExecutor(_THREADS, "asyncckpt-derive") as pool:
-        try:
-            found = list(pool.map(one, windows))
-            list(pool.map(lambda pair: pair[0].finish(pair[1].nbytes), zip(writers, shards, strict=True)))
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-    rows: dict[int, list[ExtentRecord]] = {number: [] for number in range(len(shards))}
-    for window, records in zip(windows, found, strict=True):
-        rows[window[0].shard] += records
-    return [FileRecord(shard.file, shard.nbytes, tuple(rows[number])) for number, shard in enumerate(shards)]
-
-
-def _windows(shard: ShardFile) -> Iterator[list[Extent]]:
-    window: list[Extent] = []
-    for extent in shard.extents:
-        if window and extent.offset + extent.nbytes - window[0].offset > WINDOW_BYTES:
-            yield window
-            window = []
-        window.append(extent)
-    if window:
-        yield window
-
-
-def _write(
-    extents: Sequence[Extent], writer: ShardWriter, produce: Produce, digest: Digest, scratch: Scratch
-) -> list[ExtentRecord]:
-    base = extents[0].offset
-    buffer = scratch.take(extents[-1].offset + extents[-1].nbytes - base)
-    memory = torch.frombuffer(buffer, dtype=torch.uint8)
-    produce(list(_stretches(extents, base, memory)), scratch)
-    records: list[ExtentRecord] = []
-    for extent in extents:
-        at = extent.offset - base
-        buffer[at : at + len(extent.header)] = extent.header
-        view = buffer[at : at + extent.nbytes]
-        digests = cut_digests(digest, view, extent.digest_boundaries)
-        writer.write_at(buffer[at:], extent.nbytes, extent.offset)
-        records += WrittenExtent(extent.offset, extent.nbytes, digests).records(extent.digest_boundaries)
-    return records
+    return write_made_shards(directory, shards, made, digest, threads=_THREADS, window_bytes=WINDOW_BYTES)
 
 
 def _stretches(extents: Sequence[Extent], base: int, memory: torch.Tensor) -> Iterator[Stretch]:

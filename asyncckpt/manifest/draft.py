@@ -1,19 +1,21 @@
-"""A save carries a draft of its manifest, until the digests of its files are known."""
+"""A save carries a draft of its manifest, until the digests of its files are known; whatever makes a checkpoint without
+a save drafts it once they are."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from asyncckpt import jsontree
+from asyncckpt.codecs import digests
 from asyncckpt.errors import InvalidOption
 from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifest
 from asyncckpt.manifest.pieces import KeptTexts, dumps_in_pieces
-from asyncckpt.manifest.records import Manifest
+from asyncckpt.manifest.records import ComponentRecord, FileRecord, Manifest
 from asyncckpt.protocols import Codec
 from asyncckpt.types import ComponentSnapshot, JsonValue, Layout
 
@@ -103,6 +105,55 @@ def contents_of(
         replace=replace,
         assets=assets or {},
         descriptions={component.name: manifest.describe(component) for component in components},
+    )
+
+
+def finished_draft(
+    written: Sequence[FileRecord],
+    small: Mapping[str, bytes],
+    *,
+    step: int,
+    name: str,
+    attempt: str,
+    kind: str,
+    digest: str,
+    layout: str,
+    sequence: int,
+    components: Mapping[str, ComponentRecord] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    config: JsonValue = None,
+    world_size: int = 1,
+    names: Sequence[str] = (),
+    assets: Collection[str] = (),
+    derived: Mapping[str, JsonValue] | None = None,
+    imported: Mapping[str, JsonValue] | None = None,
+) -> Manifest:
+    """Return the manifest of a checkpoint that no save made, of plain safetensors whose files are all written.
+
+    ``written``: the records of the shards. ``small``: the other files, ``state.json`` among them. ``imported``: what is
+    recorded of a checkpoint of another format that this one was made of. The other parameters are fields of
+    ``Manifest``. Pure but for the time."""
+    take = digests.get(digest)
+    return Manifest(
+        step=step,
+        name=name,
+        attempt=attempt,
+        kind=kind,
+        created_unix_seconds=time.time(),
+        world_size=world_size,
+        shard_format="safetensors",
+        digest=digest,
+        layout=layout,
+        metrics=metrics or {},
+        config=config,
+        environment={**environment.record(), **({"imported": dict(imported)} if imported else {})},
+        files=(*written, *(manifest.whole_file(file, body, take) for file, body in small.items())),
+        components=components or {},
+        sequence=sequence,
+        names=tuple(names),
+        assets=tuple(assets),
+        derived=derived or {},
+        least_version=manifest.version_of_values(small[manifest.STATE_FILE], config),
     )
 
 

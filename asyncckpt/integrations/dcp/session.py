@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,21 +13,20 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from asyncckpt import forks, jsontree
 from asyncckpt.catalog.catalog import Catalog
-from asyncckpt.codecs import digests
-from asyncckpt.commit.publication import publish, take_over
-from asyncckpt.errors import SaveFailed, StepExists
+from asyncckpt.commit.publication import begin, publish
+from asyncckpt.errors import SaveFailed
 from asyncckpt.integrations.dcp.names import Path, components_of
-from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest, StoredTensor, WrittenExtent
+from asyncckpt.manifest.draft import finished_draft
+from asyncckpt.manifest.records import FileRecord, StoredTensor
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.memory.region import address_of
-from asyncckpt.protocols import Digest, Hold, PendingDirectory, renaming
+from asyncckpt.protocols import Digest, Hold, PendingDirectory
 from asyncckpt.stage.copy import copy_segments, write_header
-from asyncckpt.stage.image import cut_digests
 from asyncckpt.storage import open_store
 from asyncckpt.types import Extent, JsonValue, LayoutOptions, LocalTensor, ShardFile
+from asyncckpt.write.made_shards import write_made_shards
 
 #: This many threads keep one device busy while others copy and hash.
 THREADS = min(4, max(2, os.cpu_count() or 2))
@@ -90,20 +86,9 @@ class WriterSession:
             self.directory.discard()
             self.end()
         store = open_store(run)
-        if store.listing(name) and not overwrite:  # an empty directory is no checkpoint
-            raise StepExists(f"{store.address}/{name} already exists; save another step, or pass overwrite=True")
         if self._catalog is None or self._catalog.path != store.address:
             self._catalog = Catalog(store, store.address)
-        damaged = self._catalog.must_be_kept(name)
-        self.hold = take_over(store, create_parents=True)
-        try:
-            mover = renaming(store)
-            if damaged and mover is not None:
-                mover.set_aside(name)
-            self.directory = store.begin(step, uuid.uuid4().hex, name=name)
-        except BaseException:
-            self.end()
-            raise
+        self.hold, self.directory = begin(store, self._catalog, name, step, overwrite=overwrite)
         return self.directory
 
     def next_step(self, run: str) -> int:
@@ -130,30 +115,20 @@ class WriterSession:
     ) -> list[FileRecord]:
         """Write all extents of all shards on several threads, and return the files' records. Everything is durable
         then."""
-        writers = [directory.create_shard(shard.file, shard.nbytes) for shard in shards]
         tensors = [piece.tensor for piece in pieces]
 
-        def one(extent: Extent) -> list[ExtentRecord]:
+        @contextlib.contextmanager
+        def made(window: Sequence[Extent]) -> Iterator[memoryview]:
+            (extent,) = window
             with self._slot(extent.nbytes) as slot:
                 write_header(slot, 0, extent.header)
                 copy_segments(tensors, extent.segments, slot)
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
-                view = slot.view[: extent.nbytes]
-                written = WrittenExtent(
-                    extent.offset, extent.nbytes, cut_digests(digest, view, extent.digest_boundaries)
-                )
-                writers[extent.shard].write_at(slot.view, extent.nbytes, extent.offset)
-            return written.records(extent.digest_boundaries)
+                yield slot.view
 
-        with ThreadPoolExecutor(threads, "asyncckpt-dcp") as pool:
-            found = list(pool.map(one, (extent for shard in shards for extent in shard.extents)))
-            list(pool.map(lambda pair: pair[0].finish(pair[1].nbytes), zip(writers, shards, strict=True)))
+        records = write_made_shards(directory, shards, made, digest, threads=threads)
         directory.sync_directory()
-        records: list[FileRecord] = []
-        for shard in shards:
-            mine, found = found[: len(shard.extents)], found[len(shard.extents) :]
-            records.append(FileRecord(shard.file, shard.nbytes, tuple(part for parts in mine for part in parts)))
         return records
 
     def publish(
@@ -169,7 +144,7 @@ class WriterSession:
         metrics: Mapping[str, float],
         world_size: int,
         overwrite: bool,
-        imported: JsonValue = None,
+        imported: Mapping[str, JsonValue] | None = None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         """Publish what ``write`` has written on all ranks: a checkpoint, durable on return. ``imported``: what it
@@ -180,24 +155,20 @@ class WriterSession:
         components, trees = components_of(records, paths, values)
         small = {manifests.STATE_FILE: jsontree.dumps(trees)}
         directory.write_small(small)
-        take = digests.get(digest)
-        draft = Manifest(
+        draft = finished_draft(
+            files,
+            small,
             step=step,
             name=name,
             attempt=directory.uuid,
             kind="full",
-            created_unix_seconds=time.time(),
-            world_size=world_size,
-            shard_format="safetensors",
             digest=digest,
             layout="ranks",
-            metrics=metrics,
-            config=None,
-            environment={**environment.record(), **({"imported": imported} if imported else {})},
-            files=(*files, *(manifests.whole_file(file, body, take) for file, body in small.items())),
+            sequence=catalog.next_sequence(),
             components=components,
-            least_version=manifests.version_of_values(small[manifests.STATE_FILE], None),
-            sequence=1 + max((entry.sequence for entry in catalog.entries(fresh=False)), default=0),
+            metrics=metrics,
+            world_size=world_size,
+            imported=imported,
         )
         # never publish what no reader takes: planners of others may have made names that none would
         manifests.decode(manifests.encode(draft), f"{directory.path}/{manifests.FILE_NAME}")
