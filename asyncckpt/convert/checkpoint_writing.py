@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,9 @@ from asyncckpt.storage import open_store
 from asyncckpt.types import ComponentSnapshot, Extent, JsonValue, Layout
 from asyncckpt.write.made_shards import write_made_shards
 
-#: So many threads keep one device busy while others read and hash.
-_THREADS = min(4, max(2, os.cpu_count() or 2))
+#: So many threads read and write at a time, each of which waits for the device most of the time. More of them would go
+#: through a source so far apart that its blocks are read twice (``source_file``).
+_THREADS = 4
 
 
 @dataclass

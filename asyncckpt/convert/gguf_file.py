@@ -11,6 +11,7 @@ import torch
 from asyncckpt.convert.gguf_names import Architecture
 from asyncckpt.convert.gguf_out import gguf
 from asyncckpt.convert.source import Source, module
+from asyncckpt.convert.source_file import SourceFile
 from asyncckpt.convert.tensors import FileTensor, RowsTensor, SourceTensor, ViewTensor
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.state.dtypes import DTYPES
@@ -27,7 +28,8 @@ def read_gguf(path: str) -> Source:
     library = gguf()
     source = Source("gguf", path)
     try:
-        fd, size = source.open_file(path)
+        file = source.open_file(path)
+        size = file.nbytes
         try:
             reader = library.GGUFReader(path)
             values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
@@ -41,7 +43,7 @@ def read_gguf(path: str) -> Source:
             if one.data_offset + one.n_bytes > size:
                 raise CheckpointDamaged(f"{path}: tensor {one.name!r:.80} is cut off")
             name = (architecture.to_hf(one.name) if architecture is not None else None) or one.name
-            tensors[name] = _tensor(source, path, fd, one, architecture, library)
+            tensors[name] = _tensor(source, path, file, one, architecture, library)
             dequantized += one.tensor_type.name not in _PLAIN
         _add_assets(source, path, values, architecture)
         if architecture is not None and "lm_head.weight" not in tensors:
@@ -72,7 +74,7 @@ def _architecture(values: dict[str, Any]) -> Architecture | None:
 
 
 def _tensor(
-    source: Source, path: str, fd: int, one: Any, architecture: Architecture | None, library: Any
+    source: Source, path: str, file: SourceFile, one: Any, architecture: Architecture | None, library: Any
 ) -> SourceTensor:
     shape = tuple(int(size) for size in reversed(one.shape.tolist()))
     kind = one.tensor_type.name
@@ -80,7 +82,7 @@ def _tensor(
         transposed = architecture is not None and architecture.is_transposed(one.name) and len(shape) == 2
         reordered = architecture is not None and architecture.heads_of(one.name)
         if not transposed and not reordered:
-            return FileTensor(kind, shape, fd, one.data_offset, path)
+            return FileTensor(kind, shape, file, one.data_offset, path)
         assert architecture is not None
         data = torch.frombuffer(
             source.map_file(path)[one.data_offset : one.data_offset + one.n_bytes], dtype=DTYPES[kind]

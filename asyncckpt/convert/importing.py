@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -89,15 +90,21 @@ def import_source(
     )
     writing = CheckpointWriting(snapshots, tensors, layout, assets, take, progress)
     # beside the writing, which reads the same bytes: whatever it finds is known before anything is published
-    with ThreadPoolExecutor(1, "asyncckpt-source") as beside:
+    with ThreadPoolExecutor(1, "asyncckpt-source") as beside, contextlib.ExitStack() as stack:
         origin = beside.submit(source.record, digest, progress, skipped)
+        stack.callback(source.give_up)
+
+        def recorded() -> dict[str, JsonValue]:
+            source.nothing_more_is_read()
+            return origin.result()
+
         path = writing.write(
             os.fspath(run),
             step,
             overwrite=overwrite,
             digest=digest,
             metrics=source.metrics if metrics is None else metrics,
-            origin=origin.result,
+            origin=recorded,
             before=source.check_unchanged,
         )
     kinds = {one.name: one.kind for one in snapshots}

@@ -113,7 +113,7 @@ def _external(source: Source, path: str, one: Any, code: str, nbytes: int) -> So
     file = os.path.join(os.path.dirname(path), *parts)
     if os.path.islink(file):
         raise CheckpointDamaged(f"{file} is a link, and none is followed")
-    fd, size = source.open_file(file)
-    if length != nbytes or not 0 <= offset <= offset + nbytes <= size:
+    opened = source.open_file(file)
+    if length != nbytes or not 0 <= offset <= offset + nbytes <= opened.nbytes:
         raise CheckpointDamaged(f"{path}: {one.name!r:.80} has not the bytes that it says in {name!r:.80}")
-    return FileTensor(code, tuple(one.dims), fd, offset, file)
+    return FileTensor(code, tuple(one.dims), opened, offset, file)

@@ -61,15 +61,16 @@ def file_in(folder: str) -> str:
 
 def tensors_of_file(source: Source, path: str) -> dict[str, SourceTensor]:
     """Return the tensors of one file. Raises ``CheckpointDamaged`` where its header and its size do not fit."""
-    fd, size = source.open_file(path)
-    length = safetensors.header_length(os.pread(fd, 8, 0), size, path)
-    head = os.pread(fd, 8 + length, 0)
+    file = source.open_file(path)
+    size = file.nbytes
+    length = safetensors.header_length(os.pread(file.fd, 8, 0), size, path)
+    head = os.pread(file.fd, 8 + length, 0)
     ranges = safetensors.parse_header(head, size, path)
     extra = json.loads(head[8 : 8 + length]).get("__metadata__") or {}
     if extra.get("format") == safetensors.ENCODED_FORMAT:
         raise CheckpointDamaged(f"{path} is a compressed shard of a checkpoint of this library; export that checkpoint")
     found: dict[str, SourceTensor] = {
-        one.spec.name: FileTensor(one.spec.dtype, one.spec.shape, fd, one.begin, path) for one in ranges
+        one.spec.name: FileTensor(one.spec.dtype, one.spec.shape, file, one.begin, path) for one in ranges
     }
     for key, value in extra.items():
         if (

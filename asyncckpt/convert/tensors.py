@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from asyncckpt.codecs.dtypes import ITEM_BYTES
+from asyncckpt.convert.source_file import SourceFile
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.memory.tensor_bytes import _copy_strided
 from asyncckpt.state.dtypes import CODES, DTYPES
@@ -49,19 +49,16 @@ class FileTensor(SourceTensor):
     """A tensor whose row-major bytes lie in an open file from ``offset`` on. The file stays open as long as its
     source."""
 
-    def __init__(self, dtype: str, shape: Sequence[int], fd: int, offset: int, where: str) -> None:
+    def __init__(self, dtype: str, shape: Sequence[int], file: SourceFile, offset: int, where: str) -> None:
         super().__init__(dtype, shape)
-        self._fd = fd
+        self._file = file
+        file.expected = True
         self._offset = offset
         self._where = where
 
     def read_into(self, begin: int, target: memoryview) -> None:
-        done = 0
-        while done < len(target):
-            got = os.preadv(self._fd, [target[done:]], self._offset + begin + done)
-            if not got:
-                raise CheckpointDamaged(f"{self._where}: the file ends within a tensor")
-            done += got
+        if self._file.read_into(self._offset + begin, target) < len(target):
+            raise CheckpointDamaged(f"{self._where}: the file ends within a tensor")
 
 
 class ViewTensor(SourceTensor):

@@ -9,14 +9,16 @@ from __future__ import annotations
 import io
 import os
 import re
+import zipfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import torch
 
 from asyncckpt.convert import torch_pickle
-from asyncckpt.convert.source import Progress, Source, SourceComponent, module
+from asyncckpt.convert.source import Source, SourceComponent, module
 from asyncckpt.convert.tensors import FileTensor, SourceTensor, ViewTensor
 from asyncckpt.convert.torch_archive import TorchArchive, end_of
 from asyncckpt.convert.torch_pickle import TensorStandIn
@@ -26,7 +28,6 @@ from asyncckpt.state.dtypes import CODES
 #: A pickle beside the tensors of a file is smaller than this.
 _MAX_PICKLE_BYTES: Final = 512 << 20
 _MAGIC: Final = 0x1950A86A20F9469CFC6C
-_PIECE_BYTES: Final = 4 << 20
 #: A component's name has none of these, and is none of those.
 _ODD: Final = re.compile(r"[^A-Za-z0-9_=+-]+")
 _RESERVED: Final = ("state", "manifest", "latest")
@@ -47,7 +48,7 @@ def read_torch_file(path: str) -> Source:
 def content_of(source: Source, path: str) -> Any:
     """Return what the file holds, its tensors as ``SourceTensor`` objects: equal ones where they are tied. ``source``
     holds the file open, and learns what is lost."""
-    fd, _ = source.open_file(path)
+    fd = source.open_file(path).fd
     value, place = _zipped(source, path) if os.pread(fd, 4, 0) == b"PK\3\4" else _legacy(source, path)
     made: dict[TensorStandIn, SourceTensor] = {}
 
@@ -73,14 +74,14 @@ def _tensor(source: Source, path: str, tensor: TensorStandIn, place: _Place) -> 
     end = end_of(tensor.offset, tensor.size, tensor.stride)
     if end * item > nbytes:
         raise CheckpointDamaged(f"{path}: a tensor reaches beyond its storage {tensor.storage.key!r:.40}")
-    fd, _ = source.open_file(path)
+    file = source.open_file(path)
     expected = 1
     plain = True
     for count, step in zip(reversed(tensor.size), reversed(tensor.stride), strict=True):
         plain = plain and (count == 1 or step == expected)
         expected *= count
     if plain:
-        return FileTensor(code, tensor.size, fd, begin + tensor.offset * item, path)
+        return FileTensor(code, tensor.size, file, begin + tensor.offset * item, path)
     data = source.map_file(path)[begin : begin + end * item]
     bytes_ = torch.frombuffer(data, dtype=torch.uint8)
     if begin % item:  # the old kind of file does not align its storages
@@ -90,42 +91,52 @@ def _tensor(source: Source, path: str, tensor: TensorStandIn, place: _Place) -> 
 
 # -- zipped files ------------------------------------------------------------------------------------------------------
 def _zipped(source: Source, path: str) -> tuple[Any, _Place]:
-    fd, size = source.open_file(path)
+    opened = source.open_file(path)
+    fd, size = opened.fd, opened.nbytes
     with os.fdopen(os.dup(fd), "rb") as file:
         archive = TorchArchive(file, lambda at, count: os.pread(fd, count, at), size, path, _MAX_PICKLE_BYTES)
-    source.checks.append(lambda progress: _check_sums(source, path, archive, progress))
+    sums = _Sums(archive, path)
+    if sums.unproven:
+        source.notes.append(f"{sums.unproven} parts of the file have no checksum: damage in them could not be seen")
+    source.watch(path, sums.see)
     return torch_pickle.unpickle_bytes(archive.pickle, path), archive.storage
 
 
-def _check_sums(source: Source, path: str, archive: TorchArchive, progress: Progress) -> None:
-    """Compare the entries with their checksums. An entry whose checksum is 0 has none: torch can be told so."""
-    fd, _ = source.open_file(path)
-    total, done = sum(info.file_size for info in archive.entries.values()), 0
-    buffer = memoryview(bytearray(_PIECE_BYTES))
-    unproven = 0
-    for name, info in archive.entries.items():
-        begin, nbytes = archive.place(name)
-        found, at = 0, 0
-        while at < nbytes and info.CRC:
-            got = os.preadv(fd, [buffer[: min(len(buffer), nbytes - at)]], begin + at)
-            if not got:
-                raise CheckpointDamaged(f"{path} became shorter while it was read")
-            found = zlib.crc32(buffer[:got], found)
-            at += got
-            progress("checking", done + at, total)
-        if info.CRC and found != info.CRC:
-            raise CheckpointDamaged(f"{path}: {info.filename!r:.80} does not match its checksum; copy the file again")
-        unproven += bool(nbytes and not info.CRC)
-        done += nbytes
-    if unproven:
-        source.notes.append(f"{unproven} parts of the file have no checksum: damage in them could not be seen")
+class _Sums:
+    """Compares the entries of an archive with their checksums while its bytes go by. An entry whose checksum is 0 has
+    none, since torch can be told so; ``unproven``: how many those are."""
+
+    def __init__(self, archive: TorchArchive, path: str) -> None:
+        self._path = path
+        entries = [(*archive.place(name), info) for name, info in archive.entries.items()]
+        self.unproven = sum(bool(nbytes and not info.CRC) for _, nbytes, info in entries)
+        proven = [(begin, begin + nbytes, info) for begin, nbytes, info in entries if info.CRC]
+        self._waiting = deque(sorted(proven, key=lambda entry: entry[0]))
+        self._open: list[tuple[int, int, zipfile.ZipInfo, int]] = []
+
+    def see(self, offset: int, piece: memoryview) -> None:
+        """Take the next bytes of the file. Raises ``CheckpointDamaged``."""
+        end = offset + len(piece)
+        while self._waiting and self._waiting[0][0] < end:
+            self._open.append((*self._waiting.popleft(), 0))
+        still = []
+        for first, last, info, value in self._open:
+            value = zlib.crc32(piece[max(0, first - offset) : max(0, last - offset)], value)
+            if last > end:
+                still.append((first, last, info, value))
+            elif value != info.CRC:
+                raise CheckpointDamaged(
+                    f"{self._path}: {info.filename!r:.80} does not match its checksum; copy the file again"
+                )
+        self._open = still
 
 
 # -- the old kind ------------------------------------------------------------------------------------------------------
 def _legacy(source: Source, path: str) -> tuple[Any, _Place]:
     """Read a file that ``torch.save`` wrote before version 1.6, or with ``_use_new_zipfile_serialization=False``: five
     pickles, and then each storage behind the number of its elements."""
-    fd, size = source.open_file(path)
+    opened = source.open_file(path)
+    fd, size = opened.fd, opened.nbytes
     with os.fdopen(os.dup(fd), "rb") as raw:
         raw.seek(0)
         file = io.BufferedReader(raw) if not isinstance(raw, io.BufferedReader) else raw

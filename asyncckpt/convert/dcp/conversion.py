@@ -114,7 +114,11 @@ def convert(
         attempt = live.begin(directory, name, step, overwrite=overwrite)
         with ThreadPoolExecutor(1, "asyncckpt-source") as beside:
             origin = beside.submit(opened.record, digest, progress, foreign.skipped)
-            files = live.write(attempt, shards, pieces, take, THREADS)
+            try:
+                files = live.write(attempt, shards, pieces, take, THREADS)
+            except BaseException:
+                opened.give_up()
+                raise
         live.publish(
             name,
             step,
