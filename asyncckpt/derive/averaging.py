@@ -29,6 +29,7 @@ from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor, TensorRecord
 from asyncckpt.plan.layout import plan
 from asyncckpt.protocols import Store
+from asyncckpt.read.extents import read_here
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window
@@ -81,7 +82,7 @@ def average(
     Floating values are added up in float32 (float64 and complex ones in their own dtype) and stored in the dtype that
     they have; equal values stay what they are to the bit. Whole numbers, truth values, plain values, config and assets
     are the newest one's; it has no metrics of its own, see ``Run.annotate``. Every byte read is verified. Tensors are
-    read and written in windows of 16 MiB, several at a time, as plain safetensors. The manifest's ``derived`` names
+    read and written in windows of 8 MiB, several at a time, as plain safetensors. The manifest's ``derived`` names
     what it was made of. It is published as a save is: whole or not at all, durable. ``resume`` never takes it,
     retention never deletes it.
 
@@ -302,12 +303,13 @@ class _Work:
         for first in range(0, len(self._sources), _AT_ONCE):
             numbers = range(first, min(first + _AT_ONCE, len(self._sources)))
             for number, memory in zip(numbers, space, strict=False):
-                self._read(number, [self._wanted(s, number, m) for (s, _), m in zip(floats, memory, strict=True)])
+                wanted = [self._wanted(s, number, m) for (s, _), m in zip(floats, memory, strict=True)]
+                self._read(number, wanted, scratch)
             fractions = self._fractions[first : first + len(numbers)]
             for place, (stretch, blend) in enumerate(floats):
                 dtype = DTYPES[self._tensors[stretch.piece][0].dtype]
                 blend.add([space[row][place].view(dtype) for row in range(len(numbers))], fractions)
-        self._read(len(self._sources) - 1, plain)
+        self._read(len(self._sources) - 1, plain, scratch)
 
     def _wanted(self, stretch: Stretch, number: int, memory: torch.Tensor) -> tuple[StoredTensor, list[Window]]:
         """Say what to read of a source for a stretch, and into what."""
@@ -315,10 +317,10 @@ class _Work:
         values = memory.view(DTYPES[tensor.dtype])
         return tensor, [Window(values, stretch.begin // values.itemsize)]
 
-    def _read(self, number: int, wanted: Sequence[tuple[StoredTensor, list[Window]]]) -> None:
+    def _read(self, number: int, wanted: Sequence[tuple[StoredTensor, list[Window]]], scratch: Scratch) -> None:
         if not wanted:
             return
-        fill(self._sources[number], wanted)
+        fill(self._sources[number], wanted, read=read_here(scratch.reading))
         if self._progress is not None:
             with self._lock:
                 self._done_bytes += sum(windows[0].tensor.nbytes for _, windows in wanted)

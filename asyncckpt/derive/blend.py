@@ -11,8 +11,6 @@ from asyncckpt.errors import InvalidOption
 
 #: This many elements at a time are blended, so that they stay in the processor's cache.
 _BLOCK = 1 << 17
-#: Differences of smaller numbers stay finite in float32, whatever their signs are.
-_SAFE = 1e38
 
 
 def fractions_of(weights: Sequence[float]) -> list[float]:
@@ -60,50 +58,47 @@ class Blend:
     def __init__(self, out: torch.Tensor, total: torch.Tensor | None) -> None:
         self._out = _real(out)
         self._total = _real(total) if total is not None else None
-        self._bounds: list[float] = []
-        self._block = torch.empty(_BLOCK, dtype=_real(torch.empty(0, dtype=accumulator_of(out.dtype))).dtype)
+        self._begun = False
+        #: A block of the blend, of one that is added, and of what the blend was before.
+        self._blocks = torch.empty(3, _BLOCK, dtype=_real(torch.empty(0, dtype=accumulator_of(out.dtype))).dtype)
 
     def add(self, values: Sequence[torch.Tensor], fractions: Sequence[float]) -> None:
         """Go from the blend so far to each of ``values`` in turn, by ``fractions`` of the way; the first fraction of
         all is 1. An infinity stays one, and two of different signs, or a nan, give nan."""
         rows = [_real(row) for row in values]
-        begins = not self._bounds
-        for number, at in enumerate(range(0, self._out.numel(), _BLOCK)):
+        begins, self._begun = not self._begun, True
+        for at in range(0, self._out.numel(), _BLOCK):
             out = self._out[at : at + _BLOCK]
-            total = self._total[at : at + _BLOCK] if self._total is not None else torch.empty_like(self._block)
-            total = total[: out.numel()]
-            if begins:
-                total.copy_(rows[0][at : at + _BLOCK])
-                self._bounds.append(_bound(total))
-            bound = self._bounds[number]
-            for row, fraction in zip(rows[begins:], fractions[begins:], strict=True):
-                bound = self._go(total, row[at : at + _BLOCK], fraction, bound)
-            self._bounds[number] = bound
+            own, row_block, before = self._blocks[:, : out.numel()]
+            total = self._total[at : at + _BLOCK] if self._total is not None else own
+            before.copy_(rows[0][at : at + _BLOCK] if begins else total)
+            total.copy_(before)
+            steps = [(row[at : at + _BLOCK], fraction) for row, fraction in zip(rows, fractions, strict=True)][begins:]
+            for row, fraction in steps:
+                total.lerp_(_as_block(row, row_block), fraction)
+            if steps and not _is_finite(total):  # a difference may have been too large for a number: no longer a blend
+                total.copy_(before)
+                for row, fraction in steps:
+                    _go(total, _as_block(row, row_block), fraction)
             if self._total is not self._out:
                 out.copy_(total)
 
-    def _go(self, total: torch.Tensor, values: torch.Tensor, fraction: float, bound: float) -> float:
-        """Go ``fraction`` of the way to one block of values. ``bound``: the largest absolute value so far; returns that
-        of both."""
-        block = values
-        if values.dtype != total.dtype:
-            block = self._block[: values.numel()]
-            block.copy_(values)
-        own = _bound(block)
-        if own < _SAFE and bound < _SAFE:
-            total.lerp_(block, fraction)
-            return max(own, bound)
-        blended = total * (1 - fraction) + block * fraction
-        total.copy_(torch.where(total == block, total, blended))
-        return math.inf
+
+def _as_block(values: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """Return the values in the dtype of ``block``, which may be where they are put."""
+    return values if values.dtype == block.dtype else block.copy_(values)
+
+
+def _go(total: torch.Tensor, values: torch.Tensor, fraction: float) -> None:
+    """Go ``fraction`` of the way to the values, which may be infinite, or as far apart as numbers can be."""
+    blended = total * (1 - fraction) + values * fraction
+    total.copy_(torch.where(total == values, total, blended))
 
 
 def _real(values: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(values).reshape(-1) if values.is_complex() else values
 
 
-def _bound(block: torch.Tensor) -> float:
-    """Return the largest absolute value, infinity where one of them is nan."""
+def _is_finite(block: torch.Tensor) -> bool:
     low, high = (one.item() for one in torch.aminmax(block))
-    bound = max(-low, high)
-    return bound if bound == bound and low == low and high == high else math.inf
+    return math.isfinite(low) and math.isfinite(high)

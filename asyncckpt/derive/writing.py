@@ -17,9 +17,9 @@ from asyncckpt.types import Extent, ShardFile
 from asyncckpt.write.made_shards import write_made_shards
 
 #: Extents of a file are made and written together, up to this many bytes: each source is read once for all of them.
-WINDOW_BYTES = 16 << 20
+WINDOW_BYTES = 8 << 20
 #: So many windows are worked on at a time: while one waits for the disk, others compute.
-_THREADS = 3
+_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Scratch:
     def __init__(self) -> None:
         self._slabs: list[memoryview] = []
         self._slab = self._used = 0
+        self._reading = memoryview(b"")
 
     def take(self, nbytes: int) -> memoryview:
         """Return aligned memory of ``nbytes``, and of what is missing to a whole block, that is the caller's until
@@ -58,6 +59,13 @@ class Scratch:
         """Return ``count`` values of such memory."""
         memory = self.take(max(1, count * dtype.itemsize))
         return torch.frombuffer(memory, dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+
+    def reading(self, nbytes: int) -> memoryview:
+        """Return aligned memory of ``nbytes`` and whole blocks to read into, which is the caller's until the next such
+        call."""
+        if len(self._reading) < padded(nbytes):
+            self._reading = memoryview(aligned_buffer(nbytes))
+        return self._reading
 
     def clear(self) -> None:
         """Take everything back."""

@@ -86,7 +86,7 @@ def read_extents(
     started = 0
     try:
         for number, event in enumerate(ended):
-            work = functools.partial(run.work, largest, event)
+            work = functools.partial(run.work_in_thread, largest, event)
             started = number + 1
             threading.Thread(target=work, name=f"asyncckpt-reader-{number}", daemon=True).start()
         for event in ended:
@@ -99,6 +99,24 @@ def read_extents(
     if run.error is not None:
         raise run.error
     return sorted(run.damage, key=lambda d: (d.file, d.offset))
+
+
+def read_here(lend: Callable[[int], memoryview]) -> Read:
+    """Return what reads as ``read_alone`` does, but on the calling thread alone, into memory that ``lend(nbytes)``
+    gives, aligned and in whole blocks: for callers that work on several threads already, and keep their memory."""
+
+    def read(reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
+        reads = deque(_merged(wanted))
+        if not reads:
+            return []
+        buffer = lend(max(1, *(one.end - one.begin for one in reads)))
+        run = _ParallelRead(reader, digests.get(manifest.digest), reads, consume, True)
+        run.work(buffer)
+        if run.error is not None:
+            raise run.error
+        return sorted(run.damage, key=lambda d: (d.file, d.offset))
+
+    return read
 
 
 def read_alone(reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
@@ -158,20 +176,20 @@ class _ParallelRead:
         self._consume = consume
         self._stop_at_damage = stop_at_damage
 
-    def work(self, largest: int, ended: threading.Event) -> None:
-        """Take one read after the other until none is left, and set ``ended``. ``largest``: the longest of them, in
-        bytes."""
+    def work_in_thread(self, largest: int, ended: threading.Event) -> None:
+        """Work in a buffer of this thread's own, and set ``ended``. ``largest``: the longest read, in bytes."""
         try:
-            self._work(largest)
+            try:
+                buffer = memoryview(aligned_buffer(largest))
+            except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
+                self.error = MemoryError(f"no memory to read {largest} bytes into ({error})")
+                return
+            self.work(buffer)
         finally:
             ended.set()
 
-    def _work(self, largest: int) -> None:
-        try:
-            buffer = memoryview(aligned_buffer(largest))
-        except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
-            self.error = MemoryError(f"no memory to read {largest} bytes into ({error})")
-            return
+    def work(self, buffer: memoryview) -> None:
+        """Take one read after the other until none is left. ``buffer`` has room for the longest."""
         while not self._is_broken_off() and not (self.damage and self._stop_at_damage):
             try:
                 read = self._reads.popleft()
