@@ -179,14 +179,17 @@ class _ParallelRead:
     def work_in_thread(self, largest: int, ended: threading.Event) -> None:
         """Work in a buffer of this thread's own, and set ``ended``. ``largest``: the longest read, in bytes."""
         try:
-            try:
-                buffer = memoryview(aligned_buffer(largest))
-            except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
-                self.error = MemoryError(f"no memory to read {largest} bytes into ({error})")
-                return
-            self.work(buffer)
+            self._work_in_buffer(largest)
         finally:
             ended.set()
+
+    def _work_in_buffer(self, largest: int) -> None:
+        try:
+            buffer = memoryview(aligned_buffer(largest))
+        except (OSError, MemoryError) as error:  # no reader, no verdict: never "nothing is wrong"
+            self.error = MemoryError(f"no memory to read {largest} bytes into ({error})")
+            return
+        self.work(buffer)
 
     def work(self, buffer: memoryview) -> None:
         """Take one read after the other until none is left. ``buffer`` has room for the longest."""

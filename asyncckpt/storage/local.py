@@ -2,7 +2,8 @@
 
 Names: a checkpoint is a plain directory; ``.tmp-<step>-<uuid>`` is an unpublished attempt, ``.trash-<name>-<uuid>`` is
 being deleted, ``.replaced-<name>-<uuid>`` makes way for the attempt with that uuid, ``.damaged-…`` was set aside. All
-of ours start with a dot, so that no framework takes them for checkpoints.
+of ours start with a dot, and have ``~`` for each ``-`` of ``<name>``, so that no framework takes them for checkpoints:
+torchtitan looks for ``step-`` and a number anywhere in a name. Earlier versions left the name as it is.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class LocalStore:
         if guard is None:
             return False
         try:
-            trash = os.path.join(self.path, f"{TRASH_PREFIX}{name}-{uuid.uuid4().hex}")
+            trash = os.path.join(self.path, f"{TRASH_PREFIX}{_veiled(name)}-{uuid.uuid4().hex}")
             self.ops.rename_noreplace(source, trash)
         finally:
             if guard >= 0:
@@ -181,7 +182,7 @@ class LocalStore:
     def throw_away(self, path: str, name: str) -> None:
         """Delete the directory at ``path``, which holds the checkpoint that had ``name`` until another one took its
         place; where somebody still reads it, only once they have finished. Never raises."""
-        trash = os.path.join(self.path, f"{TRASH_PREFIX}{name}-{uuid.uuid4().hex}")
+        trash = os.path.join(self.path, f"{TRASH_PREFIX}{_veiled(name)}-{uuid.uuid4().hex}")
         try:
             self.ops.rename_noreplace(path, trash)
         except OSError as error:
@@ -211,13 +212,13 @@ class LocalStore:
         return True
 
     def set_aside(self, name: str) -> str:
-        target = f"{DAMAGED_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
+        target = f"{DAMAGED_PREFIX}{_veiled(name)}-{uuid.uuid4().hex[:8]}"
         self.ops.rename_noreplace(os.path.join(self.path, name), os.path.join(self.path, target))
         self.ops.fsync_directory(self.path)
         return target
 
     def make_way(self, name: str, attempt: str) -> Replaced | None:
-        hidden = f"{REPLACED_PREFIX}{name}-{attempt}"
+        hidden = f"{REPLACED_PREFIX}{_veiled(name)}-{attempt}"
         try:
             self.ops.rename_noreplace(os.path.join(self.path, name), os.path.join(self.path, hidden))
         except FileNotFoundError:
@@ -239,7 +240,11 @@ class LocalStore:
 
     def replaced(self) -> list[Replaced]:
         found = map(_REPLACED.fullmatch, self.ops.scan(self.path))
-        return [Replaced(match[0], match["name"], match["attempt"]) for match in found if match is not None]
+        return [
+            Replaced(match[0], match["name"].replace("~", "-"), match["attempt"])
+            for match in found
+            if match is not None
+        ]
 
     def reclaim(self) -> list[str]:
         """Delete what dead attempts and interrupted deletions left behind; return the names. Call it only while holding
@@ -272,7 +277,7 @@ class LocalStore:
         if name.startswith(TEMP_PREFIX):
             # A writer that was cut off after its last look at the lease may be about to publish this: it gets all of it
             # or, once it has another name, nothing.
-            trash = os.path.join(self.path, f"{TRASH_PREFIX}{name[1:]}-{uuid.uuid4().hex}")
+            trash = os.path.join(self.path, f"{TRASH_PREFIX}{_veiled(name[1:])}-{uuid.uuid4().hex}")
             try:
                 self.ops.rename_noreplace(path, trash)
             except FileNotFoundError:
@@ -351,6 +356,12 @@ class LocalStore:
 def open_at(address: str, *, direct: bool) -> LocalStore:
     """Open a path, or what follows ``file://``, for ``open_store``."""
     return LocalStore(address.removeprefix("file://"), direct=direct)
+
+
+def _veiled(name: str) -> str:
+    """Return a checkpoint's name as it stands in that of a directory which is none. No name that this library gives to
+    a checkpoint has a ``~``."""
+    return name.replace("-", "~")
 
 
 def _info(status: os.stat_result) -> FileInfo:

@@ -26,7 +26,7 @@ from asyncckpt.testing.recording import Trace
 
 #: A save is a step and a version, because a step may be saved more than once.
 Saved = tuple[int, int]
-_STEP = re.compile(r"step-(\d{8})")
+_STEP = re.compile(r"step~(\d{8})")
 
 
 @dataclass(frozen=True, slots=True)

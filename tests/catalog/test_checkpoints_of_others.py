@@ -85,7 +85,7 @@ def test_a_copy_under_the_name_of_another_step_is_told_and_kept(path: Path, over
         with pytest.raises(StepExists):
             run.save(2, state(2)).result()
     run.close()
-    [kept] = list(path.glob(".damaged-step-00000002-*")) or [path / "step-00000002"]
+    [kept] = list(path.glob(".damaged-step~00000002-*")) or [path / "step-00000002"]
     assert sorted(os.listdir(kept)) == sorted(os.listdir(path / "step-00000001"))
     assert value(path, 1) == 1
 

@@ -180,9 +180,9 @@ def test_what_makes_way_is_deleted_only_once_its_successor_is_durable(path: Path
     moves = [
         (call, name) for call, name in ops.log if call in ("rename_noreplace", "fsync_directory") and "tmp" not in name
     ]
-    hidden = next(n for n, (call, name) in enumerate(moves) if name.startswith(".replaced-step-00000002-"))
+    hidden = next(n for n, (call, name) in enumerate(moves) if name.startswith(".replaced-step~00000002-"))
     published = moves.index(("rename_noreplace", "step-00000002"))
-    gone = next(n for n, (call, name) in enumerate(moves) if name.startswith(".trash-.replaced-step-00000002-"))
+    gone = next(n for n, (call, name) in enumerate(moves) if name.startswith(".trash-.replaced~step~00000002~"))
     assert hidden < published < gone
     for earlier, later in ((hidden, published), (published, gone)):
         assert ("fsync_directory", "run") in moves[earlier:later], "not durable before what comes after it"
@@ -198,10 +198,19 @@ def test_a_killed_process_leaves_the_step_it_was_to_replace(path: Path) -> None:
     assert value(path, 2) == 2
 
 
-def test_what_had_made_way_goes_where_its_successor_is_there(path: Path) -> None:
+def test_what_an_earlier_version_had_hidden_gets_its_name_back(path: Path) -> None:
+    saved(path, 1, 2)
+    (path / "step-00000002").rename(path / f".replaced-step-00000002-{'a' * 32}")  # the name is as it was, there
+    with Checkpointer(path) as run:
+        assert run.resume(state(0)) == 2
+    assert value(path, 2) == 2
+
+
+@pytest.mark.parametrize("veil", ["-", "~"])
+def test_what_had_made_way_goes_where_its_successor_is_there(path: Path, veil: str) -> None:
     saved(path, 1, 2)
     attempt = Run(path).ls()[-1].attempt
-    shutil.copytree(path / "step-00000001", path / f".replaced-step-00000002-{attempt}")
+    shutil.copytree(path / "step-00000001", path / f".replaced-step{veil}00000002-{attempt}")
     saved(path, 3)
     assert not list(path.glob(".replaced-*"))
     assert [value(path, step) for step in (1, 2, 3)] == [1, 2, 3]
@@ -210,7 +219,7 @@ def test_what_had_made_way_goes_where_its_successor_is_there(path: Path) -> None
 def test_what_had_made_way_stays_where_its_successor_is_damaged(path: Path) -> None:
     saved(path, 1, 2)
     attempt = Run(path).ls()[-1].attempt
-    hidden = path / f".replaced-step-00000002-{attempt}"
+    hidden = path / f".replaced-step~00000002-{attempt}"
     shutil.copytree(path / "step-00000001", hidden)
     (path / "step-00000002" / "state.json").write_text("short")
     with Checkpointer(path) as run, pytest.warns(RuntimeWarning):

@@ -9,6 +9,7 @@ import itertools
 import random
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -144,8 +145,10 @@ class Ordeal:
         self._forget_undecided(visible)
         assert_all_memory_came_back(self.run._arena)
         if hasattr(self, "_threads"):
-            extra = {thread.name for thread in threading.enumerate()} - self._threads
-            assert not extra, f"threads left: {extra}"
+            deadline = time.monotonic() + 5  # a thread that has told that it is done is gone a moment later
+            while extra := {thread.name for thread in threading.enumerate()} - self._threads:
+                assert time.monotonic() < deadline, f"threads left: {extra}"
+                time.sleep(0.001)
             if self._open() != self._files:
                 gc.collect()
             assert self._open() == self._files, "descriptors left open"

@@ -59,7 +59,7 @@ def test_a_name_that_can_be_neither_made_durable_nor_taken_back_counts_for_nothi
     assert run.prune() == [], "retention deleted an acknowledged checkpoint for one that is not"
     assert [entry.step for entry in run.ls()] == [1, 2]
     run.save(2, STATE).result()  # the step is free, and what was there is kept aside
-    assert list((tmp_path / "run").glob(".damaged-step-00000002-*"))
+    assert list((tmp_path / "run").glob(".damaged-step~00000002-*"))
     run.close()
 
 

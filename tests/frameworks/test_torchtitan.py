@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from support import harness
 from support.harness import Crews
 
 import asyncckpt
+from asyncckpt.storage import open_store
 
 pytestmark = [
     pytest.mark.frameworks,
@@ -138,3 +141,22 @@ def test_disabled_manager_does_nothing_and_dcps_modes_are_refused(crews: Crews, 
     assert not (tmp_path / "saved").exists()
     outcomes = crews(2).run(train, Asked(folder=str(tmp_path), config={"async_mode": "async"}))
     assert all(one.failed_with("InvalidOption") for one in outcomes), outcomes
+
+
+def test_torchtitans_own_manager_takes_no_hidden_name_of_ours_for_a_checkpoint(tmp_path: Path) -> None:
+    from torchtitan.components.checkpointer.dcp import CheckpointManager
+
+    store = open_store(tmp_path)
+    for step in (2, 4, 6):
+        folder = tmp_path / f"step-{step}"
+        folder.mkdir()
+        (folder / ".metadata").write_bytes(b"")
+    hidden = [store.set_aside("step-6"), store.make_way("step-4", "a" * 32).hidden]  # type: ignore[attr-defined]
+    purged: queue.Queue[str] = queue.Queue()
+    manager: Any = CheckpointManager.__new__(CheckpointManager)
+    vars(manager).update(folder=str(tmp_path), keep_latest_k=1, purge_thread=object(), purge_queue=purged)
+    assert manager._find_load_step() == 2
+    with patch("torch.distributed.get_rank", lambda: 0):
+        manager._purge_stale_checkpoints()
+    assert purged.empty(), "it would delete them"
+    assert all((tmp_path / name / ".metadata").exists() for name in hidden)

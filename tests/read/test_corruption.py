@@ -139,7 +139,7 @@ def test_a_damaged_newest_checkpoint_falls_back_loudly_and_is_kept(damage: Any, 
         # the step can be saved again, and what was there is set aside
         run.save(2, live).result()
         assert run.verify(2) == []
-    assert list((tmp_path / "run").glob(".damaged-step-00000002-*"))
+    assert list((tmp_path / "run").glob(".damaged-step~00000002-*"))
 
 
 def test_where_nothing_is_usable_training_never_starts_from_scratch(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def test_what_cannot_be_read_or_renamed_is_left_for_the_next_run(
         ".replaced-step-00000001-" + "a" * 32,  # ours, but not to be deleted unseen
         ".replaced-mine",
         ".damaged-step-00000001-01234567",
+        ".damaged-step~00000001-01234567",
+        ".replaced-step~00000001-" + "a" * 32,
         "tmp-00000001-" + "a" * 32,
     ],
 )
@@ -139,10 +142,45 @@ def test_a_name_that_is_not_a_leftover_of_ours_is_never_deleted(store: LocalStor
 @pytest.mark.parametrize("kind", ["00000007", "123456789", "probe", "latest", "lease", "doctor"])
 def test_leftovers_of_ours_are_deleted(store: LocalStore, kind: str) -> None:
     names = [f".tmp-{kind}-{'0123456789abcdef' * 2}", f".trash-step-{kind}-{'0123456789abcdef' * 2}"]
+    names.append(f".trash-step~{kind}-{'0123456789abcdef' * 2}")
     for name in names:
         Path(store.path, name, "deep").mkdir(parents=True)
     assert sorted(store.reclaim()) == sorted(names)
     assert os.listdir(store.path) == []
+
+
+class _Renames(InterceptedOps):
+    """Keeps the names that directories got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[str] = []
+
+    def rename_noreplace(self, source: str, target: str) -> None:
+        self.given.append(os.path.basename(target))
+        super().rename_noreplace(source, target)
+
+
+@pytest.mark.parametrize("name", ["step-2", "weights-step-00000002", "run-step-2+2"])
+def test_no_hidden_name_has_a_step_in_it_for_those_who_look_anywhere(store: LocalStore, name: str) -> None:
+    ops = store.ops = _Renames()
+    for hide in (
+        store.remove,
+        store.set_aside,
+        lambda name: store.make_way(name, "a" * 32),
+        lambda name: store.throw_away(os.path.join(store.path, name), name),
+    ):
+        Path(store.path, name).mkdir(parents=True)
+        hide(name)
+    [replaced] = store.replaced()
+    assert (replaced.name, replaced.attempt) == (name, "a" * 32)
+    store.remove(replaced.hidden)
+    store.begin(2, "b" * 32)
+    store.reclaim()
+    assert len(ops.given) == 6
+    for hidden in ops.given:
+        assert hidden.startswith(".")
+        assert not re.search(r"step-(\d+)", hidden), hidden
 
 
 def test_a_tree_that_vanishes_while_it_is_deleted_is_deleted(store: LocalStore) -> None:

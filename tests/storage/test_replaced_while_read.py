@@ -42,7 +42,7 @@ def test_what_is_overwritten_stays_readable_until_its_reader_is_done(path: Path)
             run.save(2, state(102)).result()
             assert value(path) == 102
             assert len(trash(path)) == 1
-            assert trash(path)[0].startswith(".trash-step-00000002-")
+            assert trash(path)[0].startswith(".trash-step~00000002-")
             assert b'"value":2' in read_small_file(old.reader, old.manifest, "state.json", 1 << 20)
             assert restoring.load_tensors(old, ["w"])["w.value"].tolist() == [2] * 700
             run.save(3, state(103)).result()
