@@ -1,5 +1,6 @@
 """A training that an elastic agent starts, with any number of ranks. All have the same data, so with one rank or two it
-ends with the same bits. Is given the run's directory, and how many seconds a step takes."""
+ends with the same bits. Is given the run's directory, and how many seconds a step takes. While there is a file
+``most.txt``, steps after the one that it names wait."""
 
 from __future__ import annotations
 
@@ -17,6 +18,13 @@ from torch.distributed.fsdp import fully_shard
 import asyncckpt
 
 STEPS = 40
+
+
+def _most(out: Path) -> int:
+    try:
+        return int((out / "most.txt").read_text() or 0)
+    except FileNotFoundError:
+        return STEPS + 1
 
 
 def main() -> None:
@@ -43,6 +51,8 @@ def main() -> None:
             (out / f"at-{os.getpid()}.txt").write_text(str(step))
             time.sleep(seconds)
             ckpt.step(step, state)
+            while step >= _most(out) and not ckpt.preempting:
+                time.sleep(0.05)
     if dist.get_rank() == 0:
         found = asyncckpt.Run(out / "run").load_tensors(STEPS)
         digest = hashlib.sha256()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -32,7 +33,7 @@ def _free_port() -> int:
 def _agent(out: Path, port: int, nodes: str, seconds: float, *, hosts: bool = True) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc-per-node=1"]
     command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=job", "--local-addr=127.0.0.1"]
-    patience = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=120"
+    patience = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=10,join_timeout=120"
     command += [
         "--rdzv-conf",
         f"{patience},is_host={int(hosts)}",
@@ -109,6 +110,70 @@ def test_agent_starts_workers_again_with_another_number_of_them(tmp_path: Path) 
         assert _starts(tmp_path)[-1][1] > reached
         assert first.wait(_PATIENCE_SECONDS) == 0
     assert (tmp_path / "end.txt").read_text() == expected
+
+
+def test_agents_that_join_later_and_again_make_more_ranks_of_it(tmp_path: Path) -> None:
+    """One rank, then two, then one, then two again."""
+    expected = _unbroken(tmp_path / "unbroken")
+    port = _free_port()
+
+    def may_reach(step: int) -> None:
+        (tmp_path / "most.new").write_text(str(step))
+        (tmp_path / "most.new").replace(tmp_path / "most.txt")
+
+    def train(ranks: int, step: int) -> None:
+        """Wait until there are so many ranks, and then until they have reached the step."""
+        _wait(f"{ranks} ranks", lambda: bool(_starts(tmp_path)) and _starts(tmp_path)[-1][0] == ranks, tmp_path)
+        may_reach(step)
+        _wait(f"step {step}", lambda: _newest(tmp_path) >= step, tmp_path)
+
+    may_reach(0)
+    first = _agent(tmp_path, port, "1:2", 0.0)
+    with _ended(first):
+        train(1, 10)
+        second = _agent(tmp_path, port, "1:2", 0.0, hosts=False)
+        with _ended(second):
+            train(2, 20)
+        may_reach(30)  # the rank that is left learns in its next step that it is alone
+        train(1, 30)
+        third = _agent(tmp_path, port, "1:2", 0.0, hosts=False)
+        with _ended(third):
+            train(2, 40)
+            (tmp_path / "most.txt").unlink()
+            assert first.wait(_PATIENCE_SECONDS) == 0
+            assert third.wait(_PATIENCE_SECONDS) == 0
+    starts = _starts(tmp_path)
+    assert [ranks for ranks, _ in itertools.groupby(starts, key=lambda start: start[0])] == [1, 2, 1, 2]
+    assert [step for _, step in starts] == sorted(step for _, step in starts), "training went back"
+    assert starts[-1][1] >= 30
+    assert (tmp_path / "end.txt").read_text() == expected
+
+
+def test_a_job_that_is_started_again_with_more_or_fewer_ranks_goes_on(tmp_path: Path) -> None:
+    expected = _unbroken(tmp_path / "unbroken")
+    sizes = (1, 2, 1, 2)
+    for number, size in enumerate(sizes):
+        ranks = _ranks(tmp_path, size, 0.1)
+        with _ended(*ranks):
+            if number < len(sizes) - 1:
+                enough = _newest(tmp_path) + 4
+                _wait(f"steps of {size}", lambda enough=enough: _newest(tmp_path) >= enough, tmp_path)  # type: ignore[misc]
+                for rank in ranks:
+                    rank.send_signal(signal.SIGTERM)
+            ended = 0 if number == len(sizes) - 1 else 128 + signal.SIGTERM
+            assert [rank.wait(_PATIENCE_SECONDS) for rank in ranks] == [ended] * size
+    starts = _starts(tmp_path)
+    assert [ranks for ranks, _ in starts] == list(sizes)
+    assert 0 == starts[0][1] < starts[1][1] < starts[2][1] < starts[3][1]
+    assert (tmp_path / "end.txt").read_text() == expected
+
+
+def _ranks(out: Path, size: int, seconds: float) -> list[subprocess.Popen[bytes]]:
+    """Start the ranks of a job one by one, as a scheduler does."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    command = [sys.executable, str(SCRIPT), str(out), str(seconds)]
+    return [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(size)]
 
 
 def test_sigterm_and_usr1_save_and_the_requeued_job_goes_on(tmp_path: Path) -> None:
