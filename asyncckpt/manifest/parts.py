@@ -28,8 +28,10 @@ PART_FORMAT: Final = "asyncckpt-part"
 PART_VERSION: Final = 5
 #: What a rank lists is small: a larger part is taken for an attack.
 MAX_PART_BYTES: Final = 1 << 30
-#: So many parts are kept parsed: whoever reads several tensors of the same rows reads each part once.
+#: Parts are kept parsed for whoever reads several tensors of the same rows: the last few, and as many more as have
+#: this much text together. Parsed, they take about five times as much memory.
 _KEPT: Final = 16
+_KEPT_BYTES: Final = 32 << 20
 #: So many rows are turned into text at once.
 _AT_ONCE: Final = 256
 _MOST_RANKS: Final = 1 << 22
@@ -90,6 +92,7 @@ class Parts:
         self._read = read
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, _Part] = OrderedDict()
+        self._kept_bytes = 0
         self._by_component: dict[str, dict[int, tuple[str, ...]]] | None = None
 
     def names(self) -> frozenset[str]:
@@ -186,9 +189,11 @@ class Parts:
             raise ManifestInvalid(f"{self.where}: the manifest has no part of rank {rank}")
         found = self._load(rank)
         with self._lock:
+            if rank not in self._kept:
+                self._kept_bytes += self.listed[rank].nbytes
             self._kept[rank] = found
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+            while len(self._kept) > _KEPT and self._kept_bytes > _KEPT_BYTES:
+                self._kept_bytes -= self.listed[self._kept.popitem(last=False)[0]].nbytes
         return found
 
     def _load(self, rank: int) -> _Part:
@@ -260,6 +265,10 @@ def decode_part(
         body.fail("part describes other files than the manifest lists")
     by_name = {record.name: record for record in files}
     components = parse_components(body, by_name)
+    holders = {name: component for name, _, component in listed}
+    for name, component in components.items():
+        if any(holders[file] != name for tensor in component.tensors.values() for file in tensor.files):
+            body.fail(f"has tensors of {name:.80} in a file that the manifest lists of another component")
     return _Part(body, by_name, body.take("boxes", dict), components, body.take("values", dict))
 
 

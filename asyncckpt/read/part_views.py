@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.parts import Parts, part_name
 from asyncckpt.manifest.records import FileRecord, Manifest, StoredTensor, TensorRecord
-from asyncckpt.manifest.spread import OwnComponent, SpreadFile, SpreadRecord
+from asyncckpt.manifest.spread import OwnComponent, SpreadFile, SpreadRecord, boxes_in_each
 from asyncckpt.read.damage import Damage
 
 #: An entry of a file's header: name, dtype, shape, first byte and last.
@@ -63,18 +63,17 @@ def _tensor(manifest: Manifest, component: str, tensor: str) -> StoredTensor | N
 
 def _untiled(manifest: Manifest, parts: Parts) -> Iterator[tuple[int, str]]:
     """Yield, with the first rank that should have them, the rows that the parts do not list exactly once. Parts are
-    read one group of holders after the other."""
+    read one group of holders after the other, and each once where groups have few ranks."""
     tensors: defaultdict[int, list[SpreadRecord]] = defaultdict(list)
     for component in manifest.components.values():
         for tensor in () if isinstance(component, OwnComponent) else component.tensors.values():
             if isinstance(tensor, SpreadRecord):
                 tensors[tensor.spread].append(tensor)
-    for number, mine in tensors.items():
-        spread = parts.spreads[number]
-        for at, holders in enumerate(spread.holders):
-            for tensor in mine:
-                try:
-                    tensor.boxes_in(*spread.bounds[at : at + 2])
-                except CheckpointDamaged as error:
-                    yield holders[0], str(error)
-                    return
+    sections = [(holders, number, at) for number in tensors for at, holders in enumerate(parts.spreads[number].holders)]
+    for holders, number, at in sorted(sections):  # what the same ranks hold, one after the other
+        low, high = parts.spreads[number].bounds[at : at + 2]
+        try:
+            boxes_in_each([(tensor, low, high) for tensor in tensors[number]])
+        except CheckpointDamaged as error:
+            yield holders[0], str(error)
+            return
