@@ -11,8 +11,8 @@ from asyncckpt.types import TensorSpec
 READERS = (2, 3, 4, 6, 8)
 #: A smaller tensor is read whole: cuts would only make manifests long.
 MIN_CUT_BYTES = 1 << 20
-#: What one rank has written of a tensor is read by another number of ranks in pieces that begin anywhere. It is cut into
-#: so many runs of whole rows, but into none that have less than this much.
+#: What one rank has written of a tensor is read by another number of ranks in pieces that begin anywhere. It is cut
+#: into so many runs of whole rows, but into none that have less than this much.
 _RUNS = 16
 RUN_BYTES = 64 << 10
 
