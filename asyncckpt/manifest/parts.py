@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,6 +36,7 @@ _KEPT_BYTES: Final = 32 << 20
 #: So many rows are turned into text at once.
 _AT_ONCE: Final = 256
 _MOST_RANKS: Final = 1 << 22
+_PART_NAME: Final = re.compile(r"part-[0-9]{5,}\.json")
 
 #: It returns the bytes of a small file of the checkpoint, of at most so many.
 ReadSmall = Callable[[str, int], bytes]
@@ -43,6 +45,12 @@ ReadSmall = Callable[[str, int], bytes]
 def part_name(rank: int) -> str:
     """Return the name of the file that is this rank's part of a manifest."""
     return f"part-{rank:05d}.json"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a file of this name could be a rank's part of a manifest, or lie in its place where case does not
+    count."""
+    return _PART_NAME.fullmatch(name.casefold()) is not None
 
 
 @dataclass(frozen=True, slots=True)
