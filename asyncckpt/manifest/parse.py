@@ -220,7 +220,10 @@ def parse_components(
             body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
         item = Body(entry, body.where)
         if parts is not None and item.optional("part", None) is not None:
-            found[name] = OwnComponent(item.take("kind", str), parts, item.whole("part"), name)
+            rank = item.whole("part")
+            if rank >= parts.ranks:
+                body.fail(f"finds the component {name:.80} in the part of a rank that there is not")
+            found[name] = OwnComponent(item.take("kind", str), parts, rank, name)
             continue
         rows = item.take("tensors", dict)
         tensors = table_of(rows, files) or _tensors(body, name, rows, files, room, parts)

@@ -103,6 +103,11 @@ class Parts:
         self._kept_bytes = 0
         self._by_component: dict[str, dict[int, tuple[str, ...]]] | None = None
 
+    @property
+    def ranks(self) -> int:
+        """The number of parts."""
+        return len(self.listed)
+
     def names(self) -> frozenset[str]:
         """Return the names of the files that the parts are."""
         return frozenset(map(part_name, range(len(self.listed))))

@@ -40,6 +40,10 @@ class PartSource(Protocol):
     where: str
     spreads: Sequence[Spread]
 
+    @property
+    def ranks(self) -> int:
+        """The number of parts."""
+
     def boxes(self, rank: int, component: str, tensor: str, dtype: str) -> Sequence[BoxRecord]:
         """Return the boxes of a tensor that a rank has written."""
 
@@ -245,6 +249,11 @@ class OwnComponent(ComponentRecord):
     def strides(self) -> Mapping[str, tuple[int, ...]]:
         """The strides of tensors that were not row-major in memory."""
         return self.described().strides
+
+    @property
+    def rank(self) -> int:
+        """The rank that has the component."""
+        return self._rank
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.manifest.spread import SpreadRecord, boxes_in_each
+from asyncckpt.manifest.spread import OwnComponent, SpreadRecord, boxes_in_each
 from asyncckpt.manifest.table import tensors_by_file
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
@@ -250,7 +250,8 @@ def _add_whole_files(
     ``seen``: which these are, by identity: hashing a record walks over all of its chunks."""
     there: Counter[str] = Counter()
     for component in manifest.components.values():
-        there.update(tensors_by_file(component))
+        if not isinstance(component, OwnComponent):  # a large job has thousands, which parts describe
+            there.update(tensors_by_file(component))
     for tensor, targets in itertools.chain.from_iterable(wanted):
         if id(tensor) in seen or not tensor.nbytes or isinstance(tensor, SpreadRecord):
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.manifest.parts import Parts, part_name
@@ -16,9 +16,9 @@ Entry = tuple[str, str, tuple[int, ...], int, int]
 
 
 def check_parts(manifest: Manifest, problem: Callable[[FileRecord, set[Entry]], str | None]) -> list[Damage]:
-    """Return where the parts do not fit their root: files whose headers list other tensors, and tensors of which some
-    row is listed by no rank or by several. ``problem``: says what is wrong with a file's header, which should have
-    these entries. Reads every part, some of them several times, and every header."""
+    """Return where the parts do not fit their root: files whose headers list other tensors, components that are not
+    there, and tensors of which some row is listed by no rank or by several. ``problem``: says what is wrong with a
+    file's header, which should have these entries. Reads every part, some of them several times, and every header."""
     parts = manifest.parts
     if parts is None:
         return []
@@ -27,9 +27,14 @@ def check_parts(manifest: Manifest, problem: Callable[[FileRecord, set[Entry]], 
     for record in manifest.files:
         if isinstance(record, SpreadFile):
             files[record.rank].append(record)
+    own: defaultdict[int, list[tuple[str, OwnComponent]]] = defaultdict(list)
+    for name, component in manifest.components.items():
+        if isinstance(component, OwnComponent):
+            own[component.rank].append((name, component))
     for rank in range(len(parts.listed)):
         try:
             expected = _entries(manifest, parts, rank)
+            _check_own(parts, rank, own[rank])
             for record in files[rank]:
                 wrong = problem(record, expected.get(record.name, set()))
                 damage += [Damage(record.name, 0, 0, wrong)] if wrong else []
@@ -54,6 +59,14 @@ def _entries(manifest: Manifest, parts: Parts, rank: int) -> dict[str, set[Entry
                 raise CheckpointDamaged(f"it has the tensor {name:.80} in chunks or boxes")
             found[one.file].add((name, one.dtype, one.shape, one.begin, one.end))
     return found
+
+
+def _check_own(parts: Parts, rank: int, own: Sequence[tuple[str, OwnComponent]]) -> None:
+    """Raise ``CheckpointDamaged`` where a part does not describe a component that the root finds there, or another."""
+    for name, component in own:
+        if parts.component(rank, name).kind != component.kind:
+            raise CheckpointDamaged(f"it has the component {name:.80} as another kind than the manifest")
+        parts.values(rank, name)
 
 
 def _tensor(manifest: Manifest, component: str, tensor: str) -> StoredTensor | None:

@@ -12,10 +12,13 @@ import torch
 from support.harness import Crews, Me
 from support.options import by_stage
 from support.parallelisms import SIZES
+from support.sharded_states import build, local
 
 import asyncckpt
+from asyncckpt.manifest.parts import part_name
 from ranks.test_elastic import MOST, _read_wide, _wide
 from ranks.test_manifest_parts import PARTS, _said
+from ranks.test_manifest_parts import _save as _save_steps
 
 
 def _save_wide(me: Me, path: str, way: str) -> None:
@@ -108,3 +111,45 @@ def test_what_many_tensors_have_in_common_is_listed_once(crews: Crews, tmp_path:
     crews(3).values(_save, str(tmp_path / "run"))
     (root,) = (tmp_path / "run").glob("step-*/manifest.json")
     assert len(json.loads(root.read_bytes())["spreads"]) == 1, "six LocalShards are dealt out alike"
+
+
+# -- torch.distributed.checkpoint --------------------------------------------------------------------------------------
+
+
+def _load_with_dcp(me: Me, path: str) -> tuple[list[str], set[str]]:
+    """Return which tensors are not what was saved, and the parts that were read."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    from asyncckpt.integrations.dcp import Reader
+    from asyncckpt.storage.reader import LocalReader
+
+    read: set[str] = set()
+    read_small = LocalReader.read_small
+
+    def counting(self: LocalReader, file: str, limit_bytes: int) -> bytes:
+        read.add(file)
+        return read_small(self, file, limit_bytes)
+
+    live = get_model_state_dict(build("fsdp2", me.rank, me.size)["model"])
+    expected = {f"model.{name}": local(value).clone() for name, value in live.items()}
+    state = {f"model.{name}": value for name, value in live.items()}
+    with torch.no_grad():
+        for value in state.values():
+            local(value).fill_(-1)
+    LocalReader.read_small = counting  # type: ignore[method-assign]
+    try:
+        dcp.load(state, storage_reader=Reader(path))
+    finally:
+        LocalReader.read_small = read_small  # type: ignore[method-assign]
+    wrong = [name for name, value in expected.items() if not torch.equal(local(state[name]), value)]
+    return wrong, {name for name in read if name.startswith("part-")}
+
+
+def test_dcp_loads_it_and_reads_the_parts_of_this_ranks_rows(crews: Crews, tmp_path: Path) -> None:
+    crews(4).values(_save_steps, str(tmp_path / "run"), "fsdp2")
+    for rank, (wrong, read) in enumerate(crews(4).values(_load_with_dcp, str(tmp_path / "run"))):
+        assert not wrong
+        assert part_name(rank) in read <= {part_name(0), part_name(rank)}
+    for wrong, _ in crews(3).values(_load_with_dcp, str(tmp_path / "run")):
+        assert not wrong
