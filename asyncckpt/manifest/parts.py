@@ -21,6 +21,7 @@ from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged, ManifestInvalid
 from asyncckpt.jsontree import dumps, loads
 from asyncckpt.manifest.parse import Body, check_names, parse_components, parse_files, tensor_of
+from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import BoxRecord, ComponentRecord, ExtentRecord, FileRecord
 from asyncckpt.manifest.spread import Spread, SpreadFile
 from asyncckpt.types import JsonValue
@@ -227,7 +228,7 @@ def encode_part(
     step: int,
     attempt: str,
     rank: int,
-    files: Sequence[JsonValue],
+    files: Sequence[Mapping[str, Any]],
     boxes: Mapping[str, Mapping[str, Any]],
     components: Mapping[str, Any],
     values: Mapping[str, JsonValue],
@@ -236,19 +237,26 @@ def encode_part(
     tensor → its boxes in these files, each ``[offsets, shape, file, begin, end]``, with None for offsets where it is
     the whole tensor. ``components``, ``values``: those that the rank has of its own, as in a manifest and in
     ``state.json``."""
-    return dumps(
-        {
-            "format": PART_FORMAT,
-            "format_version": PART_VERSION,
-            "step": step,
-            "attempt": attempt,
-            "rank": rank,
-            "files": list(files),
-            "boxes": {name: dict(tensors) for name, tensors in boxes.items()},
-            "components": dict(components),
-            "values": dict(values),
-        }
-    )
+    head = {
+        "format": PART_FORMAT,
+        "format_version": PART_VERSION,
+        "step": step,
+        "attempt": attempt,
+        "rank": rank,
+    }
+    rest = {
+        "boxes": {name: dict(tensors) for name, tensors in boxes.items()},
+        "components": dict(components),
+        "values": dict(values),
+    }
+    listed = b",".join(map(_file_text, files))
+    return b"".join((dumps(head)[:-2], b',"files":[', listed, b"],", dumps_in_pieces(rest)[1:], b"\n"))
+
+
+def _file_text(row: Mapping[str, Any]) -> bytes:
+    """Return the text of a file's row, made in pieces: it may have tens of thousands of extents."""
+    rest = {key: value for key, value in row.items() if key != "extents"}
+    return b"".join((dumps(rest)[:-2], b',"extents":', _list_in_pieces(row["extents"]), b"}"))
 
 
 def decode_part(
