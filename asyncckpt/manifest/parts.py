@@ -24,6 +24,7 @@ from asyncckpt.manifest.parse import Body, check_names, parse_components, parse_
 from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import BoxRecord, ComponentRecord, ExtentRecord, FileRecord
 from asyncckpt.manifest.spread import Spread, SpreadFile
+from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.types import JsonValue
 
 PART_FORMAT: Final = "asyncckpt-part"
@@ -210,6 +211,7 @@ class Parts:
                 self._kept_bytes -= self.listed[self._kept.popitem(last=False)[0]].nbytes
         return found
 
+    @gc_paused()  # it has tens of thousands of rows, none of which is garbage
     def _load(self, rank: int) -> _Part:
         listed, name = self.listed[rank], part_name(rank)
         if self._read is None:
