@@ -16,6 +16,7 @@ from asyncckpt.errors import InvalidOption
 from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.manifest.json import STATE_FILE
 from asyncckpt.manifest.parse import is_file_name
+from asyncckpt.manifest.parts import is_part_name
 from asyncckpt.types import MANIFEST_FILE, MAX_EXTENT_BYTES
 
 
@@ -116,7 +117,7 @@ def _check_name(name: str, data: bytes) -> None:
             f"asset {name!r} is named as weights are, which are no assets: they are saved in the background as a part "
             f"of the state. Put the module or tensors into the state; a file that is something else wants another name"
         )
-    if folded.rpartition("/")[2] in _OURS or folded.partition("/")[0] == _OUR_FOLDER:
+    if folded.rpartition("/")[2] in _OURS or is_part_name(folded) or folded.partition("/")[0] == _OUR_FOLDER:
         raise InvalidOption(f"asset {name!r} has a name that checkpoints use themselves; choose another, or a folder")
 
 

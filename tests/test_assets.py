@@ -118,6 +118,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"pytorch_model.BIN": b""}, "named as weights"),
     ({"optimizer.pt": b"PK\x03\x04"}, "named as weights"),
     ({"optimizer.pt": b"text " * 1000}, "named as weights"),
+    ({"part-00000.json": b"{}"}, "use themselves"),
+    ({"Part-000001.JSON": b"{}"}, "use themselves"),
     ({"model.safetensors": b"a notice"}, "named as weights"),
     ({"x": "there is no such file"}, "cannot be read"),
     ({"x": "a\0b"}, "cannot be read"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -44,7 +46,7 @@ def show(
 ) -> None:
     """Show what one checkpoint holds and what it was made with."""
     with exits():
-        entry, manifest = read(open_run(run), step, _checked)
+        entry, manifest = read(open_run(run), step, lambda entry, found: (entry, _checked(found, tensors)))
         if json:
             print_json(_as_json(entry, manifest, tensors))
             return
@@ -54,9 +56,18 @@ def show(
             _print_tensors(manifest)
 
 
-def _checked(entry: CheckpointInfo, checkpoint: OpenCheckpoint) -> tuple[CheckpointInfo, Manifest]:
+def _checked(checkpoint: OpenCheckpoint, tensors: bool) -> Manifest:
+    """Return the manifest of a checkpoint whose small files are good, for when it is closed. ``tensors``: with all that
+    its parts say of components which ranks have of their own."""
     checkpoint.check_small_files()
-    return entry, checkpoint.manifest
+    manifest = checkpoint.manifest
+    if not tensors:
+        return manifest
+    components = manifest.components.items()
+    return replace(
+        manifest,
+        components={name: one.described() if isinstance(one, OwnComponent) else one for name, one in components},
+    )
 
 
 def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[str, Any]:
@@ -73,7 +84,7 @@ def _as_json(entry: CheckpointInfo, manifest: Manifest, tensors: bool) -> dict[s
         "assets": list(manifest.assets),
         "derived": dict(manifest.derived),
         "files": {record.name: record.nbytes for record in manifest.files},
-        "components": {name: _summary(c, tensors) for name, c in manifest.components.items()},
+        "components": _summaries(manifest, tensors),
     }
 
 
@@ -83,8 +94,7 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
     console.print(Text.assemble((clean(entry.path), "bold"), f"  {about}{pinned}, digests {manifest.digest}"))
     console.print(f"manifest {manifest.file_digest}")
     codec = "" if manifest.codec == "none" else f", codec {clean(manifest.codec)}"
-    listed = [one for one in manifest.components.values() if not isinstance(one, OwnComponent)]
-    tensors = sum(t.nbytes for component in listed for t in component.tensors.values())
+    tensors = sum(one["nbytes"] for one in _summaries(manifest, False).values())
     bases = {name for record in manifest.files for name in record.bases}
     layers = f", {len(bases)} files of earlier checkpoints below it" if bases else ""
     console.print(
@@ -118,13 +128,12 @@ def _print_head(entry: CheckpointInfo, manifest: Manifest) -> None:
 
 def _print_components(manifest: Manifest) -> None:
     table = Table("component", "kind", "tensors", "bytes", "dtypes")
-    sizes = {record.name: record.nbytes for record in manifest.files}
     own: dict[str, list[int]] = {}
-    for name, component in manifest.components.items():
-        if isinstance(component, OwnComponent):  # there may be thousands, and their parts are not read for this
-            own.setdefault(without_rank(name), []).append(sum(sizes[file] for file in component.files))
+    for name, summary in _summaries(manifest, False).items():
+        component = manifest.components[name]
+        if isinstance(component, OwnComponent):
+            own.setdefault(without_rank(name), []).append(summary["nbytes"])
             continue
-        summary = _summary(component, False)
         dtypes = " ".join(f"{dtype}:{count}" for dtype, count in summary["dtypes"].items())
         table.add_row(name, clean(component.kind), str(summary["tensors"]), size(summary["nbytes"]), dtypes)
     for name, found in own.items():
@@ -141,8 +150,6 @@ def _print_components(manifest: Manifest) -> None:
 def _print_tensors(manifest: Manifest) -> None:
     listing = Table("tensor", "dtype", "shape", "file")
     for name, component in manifest.components.items():
-        if isinstance(component, OwnComponent):
-            continue
         for tensor, record in component.tensors.items():
             files = ", ".join(record.files[:_TENSORS_FILES_SHOWN])
             more = len(record.files) - _TENSORS_FILES_SHOWN
@@ -153,9 +160,24 @@ def _print_tensors(manifest: Manifest) -> None:
     console.print(listing)
 
 
+def _summaries(manifest: Manifest, every: bool) -> dict[str, dict[str, Any]]:
+    """Describe the components by name. ``every``: list their tensors, too. What a rank has of its own is described by
+    its files, unless that was read: there may be thousands."""
+    sizes = {record.name: record.nbytes for record in manifest.files}
+    return {
+        name: _of_files(component, sizes)
+        if isinstance(component, OwnComponent) and component.files
+        else _summary(component, every)
+        for name, component in manifest.components.items()
+    }
+
+
+def _of_files(component: OwnComponent, sizes: Mapping[str, int]) -> dict[str, Any]:
+    nbytes = sum(sizes[file] for file in component.files)
+    return {"kind": component.kind, "tensors": None, "nbytes": nbytes, "dtypes": {}, "aliases": {}}
+
+
 def _summary(component: ComponentRecord, every: bool) -> dict[str, Any]:
-    if isinstance(component, OwnComponent):
-        return {"kind": component.kind, "files": list(component.files)}
     records = component.tensors.values()
     summary: dict[str, Any] = {
         "kind": component.kind,

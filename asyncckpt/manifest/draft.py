@@ -175,7 +175,8 @@ def components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> 
     key = jsontree.dumps(names), orders, contents.others, contents.spread
     cached = contents.layout.cache.get("components")
     if cached is None or cached[0] != key:
-        shards = tuple(shard for shard in contents.layout.shards if shard.component not in contents.spread)
+        mine = contents.kinds.keys() - contents.spread.keys()  # what a part of the manifest describes is in neither
+        shards = tuple(shard for shard in contents.layout.shards if shard.component in mine)
         layout = replace(contents.layout, shards=shards)
         body = manifest.components_of(layout, contents.kinds, contents.aliases, contents.descriptions, orders)
         for name, tensors in contents.spread.items():

@@ -41,7 +41,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.manifest.spread import SpreadFile, SpreadRecord
+from asyncckpt.manifest.spread import SpreadFile, SpreadRecord, boxes_in_each
 from asyncckpt.manifest.unread import UnreadComponents, heads_of
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
@@ -385,10 +385,14 @@ def _codec(body: Body) -> tuple[str, dict[str, Any]]:
 
 
 def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
+    named = [(name, n, tensor) for name, component in components.items() for n, tensor in component.tensors.items()]
+    spread = [(name, n, tensor) for name, n, tensor in named if isinstance(tensor, SpreadRecord)]
+    boxes = boxes_in_each([(tensor, 0, tensor.rows) for _, _, tensor in spread])
+    listed = {(name, n): tensor.listed(mine) for (name, n, tensor), mine in zip(spread, boxes, strict=True)}
     return {
         name: {
             "kind": component.kind,
-            "tensors": {n: _tensor_json(tensor) for n, tensor in component.tensors.items()},
+            "tensors": {n: _tensor_json(listed.get((name, n), one)) for n, one in component.tensors.items()},
             "aliases": dict(component.aliases),
             **describe(component),
         }
@@ -397,8 +401,6 @@ def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
 
 
 def _tensor_json(tensor: StoredTensor) -> Any:
-    if isinstance(tensor, SpreadRecord):
-        tensor = tensor.listed()
     if isinstance(tensor, TensorRecord):
         return [tensor.dtype, list(tensor.shape), tensor.file, tensor.begin, tensor.end]
     if isinstance(tensor, BoxedRecord):

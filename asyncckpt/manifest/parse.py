@@ -141,13 +141,15 @@ def parse_files(body: Body, digest: str) -> tuple[FileRecord, ...]:
                 body.fail(f"has an extent of {name!r} of {length} bytes, over the limit of {MAX_EXTENT_BYTES}")
             if not isinstance(row[2], str) or not hex_digits.match(row[2]):
                 body.fail(f"has a malformed digest of {name!r}")
-            text, stored = row[3:] or ("", 0)
-            match = content_digest.match(text) if isinstance(text, str) else None
-            if match is None and text != "":
-                body.fail(f"has a malformed content digest of {name!r}")
-            content = None if match is None else ContentDigest(match[2], match[1] is not None)
-            if body.size("stored", stored) > length:
-                body.fail(f"has an extent of {name!r} that holds more than its bytes")
+            content, stored = None, 0
+            if len(row) == 5:
+                text, stored = row[3], body.size("stored", row[4])
+                match = content_digest.match(text) if isinstance(text, str) else None
+                if match is None and text != "":
+                    body.fail(f"has a malformed content digest of {name!r}")
+                content = None if match is None else ContentDigest(match[2], match[1] is not None)
+                if stored > length:
+                    body.fail(f"has an extent of {name!r} that holds more than its bytes")
             extents.append(ExtentRecord(offset, length, row[2], content, stored))
             position += length
         if position != nbytes or not extents:
@@ -220,7 +222,10 @@ def parse_components(
             body.fail(f"has the component name {name!r:.80}, which no tensor's name could be told apart by")
         item = Body(entry, body.where)
         if parts is not None and item.optional("part", None) is not None:
-            found[name] = OwnComponent(item.take("kind", str), parts, item.whole("part"), name)
+            rank = item.whole("part")
+            if rank >= parts.ranks:
+                body.fail(f"finds the component {name:.80} in the part of a rank that there is not")
+            found[name] = OwnComponent(item.take("kind", str), parts, rank, name)
             continue
         rows = item.take("tensors", dict)
         tensors = table_of(rows, files) or _tensors(body, name, rows, files, room, parts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,19 +21,24 @@ from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged, ManifestInvalid
 from asyncckpt.jsontree import dumps, loads
 from asyncckpt.manifest.parse import Body, check_names, parse_components, parse_files, tensor_of
+from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import BoxRecord, ComponentRecord, ExtentRecord, FileRecord
 from asyncckpt.manifest.spread import Spread, SpreadFile
+from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.types import JsonValue
 
 PART_FORMAT: Final = "asyncckpt-part"
 PART_VERSION: Final = 5
 #: What a rank lists is small: a larger part is taken for an attack.
 MAX_PART_BYTES: Final = 1 << 30
-#: So many parts are kept parsed: whoever reads several tensors of the same rows reads each part once.
+#: Parts are kept parsed for whoever reads several tensors of the same rows: the last few, and as many more as have
+#: this much text together. Parsed, they take about five times as much memory.
 _KEPT: Final = 16
+_KEPT_BYTES: Final = 32 << 20
 #: So many rows are turned into text at once.
 _AT_ONCE: Final = 256
 _MOST_RANKS: Final = 1 << 22
+_PART_NAME: Final = re.compile(r"part-[0-9]{5,}\.json")
 
 #: It returns the bytes of a small file of the checkpoint, of at most so many.
 ReadSmall = Callable[[str, int], bytes]
@@ -41,6 +47,12 @@ ReadSmall = Callable[[str, int], bytes]
 def part_name(rank: int) -> str:
     """Return the name of the file that is this rank's part of a manifest."""
     return f"part-{rank:05d}.json"
+
+
+def is_part_name(name: str) -> bool:
+    """Whether a file of this name could be a rank's part of a manifest, or lie in its place where case does not
+    count."""
+    return _PART_NAME.fullmatch(name.casefold()) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,13 @@ class Parts:
         self._read = read
         self._lock = threading.Lock()
         self._kept: OrderedDict[int, _Part] = OrderedDict()
+        self._kept_bytes = 0
         self._by_component: dict[str, dict[int, tuple[str, ...]]] | None = None
+
+    @property
+    def ranks(self) -> int:
+        """The number of parts."""
+        return len(self.listed)
 
     def names(self) -> frozenset[str]:
         """Return the names of the files that the parts are."""
@@ -186,11 +204,14 @@ class Parts:
             raise ManifestInvalid(f"{self.where}: the manifest has no part of rank {rank}")
         found = self._load(rank)
         with self._lock:
+            if rank not in self._kept:
+                self._kept_bytes += self.listed[rank].nbytes
             self._kept[rank] = found
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
+            while len(self._kept) > _KEPT and self._kept_bytes > _KEPT_BYTES:
+                self._kept_bytes -= self.listed[self._kept.popitem(last=False)[0]].nbytes
         return found
 
+    @gc_paused()  # it has tens of thousands of rows, none of which is garbage
     def _load(self, rank: int) -> _Part:
         listed, name = self.listed[rank], part_name(rank)
         if self._read is None:
@@ -209,7 +230,7 @@ def encode_part(
     step: int,
     attempt: str,
     rank: int,
-    files: Sequence[JsonValue],
+    files: Sequence[Mapping[str, Any]],
     boxes: Mapping[str, Mapping[str, Any]],
     components: Mapping[str, Any],
     values: Mapping[str, JsonValue],
@@ -218,19 +239,26 @@ def encode_part(
     tensor → its boxes in these files, each ``[offsets, shape, file, begin, end]``, with None for offsets where it is
     the whole tensor. ``components``, ``values``: those that the rank has of its own, as in a manifest and in
     ``state.json``."""
-    return dumps(
-        {
-            "format": PART_FORMAT,
-            "format_version": PART_VERSION,
-            "step": step,
-            "attempt": attempt,
-            "rank": rank,
-            "files": list(files),
-            "boxes": {name: dict(tensors) for name, tensors in boxes.items()},
-            "components": dict(components),
-            "values": dict(values),
-        }
-    )
+    head = {
+        "format": PART_FORMAT,
+        "format_version": PART_VERSION,
+        "step": step,
+        "attempt": attempt,
+        "rank": rank,
+    }
+    rest = {
+        "boxes": {name: dict(tensors) for name, tensors in boxes.items()},
+        "components": dict(components),
+        "values": dict(values),
+    }
+    listed = b",".join(map(_file_text, files))
+    return b"".join((dumps(head)[:-2], b',"files":[', listed, b"],", dumps_in_pieces(rest)[1:], b"\n"))
+
+
+def _file_text(row: Mapping[str, Any]) -> bytes:
+    """Return the text of a file's row, made in pieces: it may have tens of thousands of extents."""
+    rest = {key: value for key, value in row.items() if key != "extents"}
+    return b"".join((dumps(rest)[:-2], b',"extents":', _list_in_pieces(row["extents"]), b"}"))
 
 
 def decode_part(
@@ -260,6 +288,10 @@ def decode_part(
         body.fail("part describes other files than the manifest lists")
     by_name = {record.name: record for record in files}
     components = parse_components(body, by_name)
+    holders = {name: component for name, _, component in listed}
+    for name, component in components.items():
+        if any(holders[file] != name for tensor in component.tensors.values() for file in tensor.files):
+            body.fail(f"has tensors of {name:.80} in a file that the manifest lists of another component")
     return _Part(body, by_name, body.take("boxes", dict), components, body.take("values", dict))
 
 

@@ -7,7 +7,7 @@ says. So whoever needs what one rank has written reads that rank's part, and no 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,6 +39,10 @@ class PartSource(Protocol):
 
     where: str
     spreads: Sequence[Spread]
+
+    @property
+    def ranks(self) -> int:
+        """The number of parts."""
 
     def boxes(self, rank: int, component: str, tensor: str, dtype: str) -> Sequence[BoxRecord]:
         """Return the boxes of a tensor that a rank has written."""
@@ -113,7 +117,12 @@ class SpreadRecord(BoxedRecord):
     def boxes_in(self, begin: int, end: int) -> tuple[BoxRecord, ...]:
         """Return the boxes that hold the rows ``[begin, end)``, and maybe others. Reads the parts of the ranks that
         wrote them. Raises ``ManifestInvalid`` where these do not tile the rows."""
-        found: list[BoxRecord] = []
+        (found,) = boxes_in_each([(self, begin, end)])
+        return found
+
+    def sections(self, begin: int, end: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Yield where each stretch of the spread that shares rows with ``[begin, end)`` begins and ends, and which
+        ranks may have written it. Reads nothing."""
         spread = self._parts.spreads[self._spread]
         first = max(0, bisect.bisect_right(spread.bounds, begin) - 1)
         for number in range(first, len(spread.holders)):
@@ -121,13 +130,13 @@ class SpreadRecord(BoxedRecord):
             if low >= end:
                 break
             if self.nbytes and low < high:
-                found += self._tile(low, high, self._writers(number))
-        return tuple(found)
+                yield low, high, self._writers(number)
 
-    def listed(self) -> TensorRecord | BoxedRecord:
-        """Return the record that a manifest without parts has of the tensor. Reads the parts of all ranks that hold any
-        of it."""
-        boxes = self.boxes if self.nbytes else self._parts.boxes(0, self._component, self._name, self.dtype)
+    def listed(self, boxes: Sequence[BoxRecord]) -> TensorRecord | BoxedRecord:
+        """Return the record that a manifest without parts has of the tensor, all of whose boxes these are. Reads a part
+        for a tensor without bytes."""
+        if not self.nbytes:
+            boxes = self._parts.boxes(0, self._component, self._name, self.dtype)
         if len(boxes) == 1 and boxes[0].shape == self.shape:  # a whole tensor is no box in its file's header
             (box,) = boxes
             return TensorRecord(self.dtype, self.shape, box.file, box.begin, box.end)
@@ -148,10 +157,13 @@ class SpreadRecord(BoxedRecord):
         holders = self._parts.spreads[self._spread].holders[number]
         return holders if self._copies is None else holders[self._copies[0] : self._copies[1] + 1]
 
-    def _tile(self, low: int, high: int, ranks: Iterable[int]) -> list[BoxRecord]:
-        """Return the boxes of these ranks, which have to be whole rows from ``low`` to ``high`` without gap or
-        overlap."""
-        found = [box for rank in ranks for box in self._parts.boxes(rank, self._component, self._name, self.dtype)]
+    def of_rank(self, rank: int) -> Sequence[BoxRecord]:
+        """Return the boxes of the tensor that a rank has written. Reads its part."""
+        return self._parts.boxes(rank, self._component, self._name, self.dtype)
+
+    def tiled(self, low: int, high: int, ranks: Iterable[int], found: list[BoxRecord]) -> list[BoxRecord]:
+        """Return the boxes that these ranks have written, in order. They have to be whole rows from ``low`` to ``high``
+        without gap or overlap: raises ``ManifestInvalid``."""
         found.sort(key=lambda box: box.offsets[:1])
         position = low
         for box in found:
@@ -168,8 +180,32 @@ class SpreadRecord(BoxedRecord):
         return found
 
 
+def boxes_in_each(wanted: Sequence[tuple[SpreadRecord, int, int]]) -> list[tuple[BoxRecord, ...]]:
+    """Return what ``boxes_in`` does of each tensor and the rows ``[begin, end)`` that are wanted of it. Each part is
+    read once: one tensor after the other would read the parts of many ranks again and again."""
+    sections = [list(record.sections(begin, end)) for record, begin, end in wanted]
+    found: list[list[list[BoxRecord]]] = [[[] for _ in mine] for mine in sections]
+    by_rank: dict[int, list[tuple[int, int]]] = {}
+    for number, mine in enumerate(sections):
+        for at, (_, _, ranks) in enumerate(mine):
+            for rank in ranks:
+                by_rank.setdefault(rank, []).append((number, at))
+    for rank in sorted(by_rank):
+        for number, at in by_rank[rank]:
+            found[number][at] += wanted[number][0].of_rank(rank)
+    return [
+        tuple(
+            box
+            for (low, high, ranks), boxes in zip(sections[number], found[number], strict=True)
+            for box in record.tiled(low, high, ranks, boxes)
+        )
+        for number, (record, _, _) in enumerate(wanted)
+    ]
+
+
 class OwnComponent(ComponentRecord):
-    """``OwnComponent`` is a component that one ``rank`` has of its own, which that rank's part describes. Compared by
+    """``OwnComponent`` is a component that one ``rank`` has of its own, which that rank's part describes. Where the
+    root lists no file of it there are no tensors, and the part is read for its plain values alone. Compared by
     identity."""
 
     __slots__ = ("_name", "_parts", "_rank")
@@ -189,28 +225,35 @@ class OwnComponent(ComponentRecord):
     def __repr__(self) -> str:
         return f"OwnComponent({self._name}, {self.kind}, rank {self._rank})"
 
-    def _described(self) -> ComponentRecord:
-        return self._parts.component(self._rank, self._name)
+    def described(self) -> ComponentRecord:
+        """Return the record that a manifest without parts has of the component. Reads the rank's part, where the
+        component has tensors."""
+        return self._parts.component(self._rank, self._name) if self.files else ComponentRecord(self.kind, {}, {})
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """The stored tensors, by name."""
-        return self._described().tensors
+        return self.described().tensors
 
     @property
     def aliases(self) -> Mapping[str, str]:
         """The other names of tied tensors."""
-        return self._described().aliases
+        return self.described().aliases
 
     @property
     def type_name(self) -> str:
         """The qualified name of the live object's class."""
-        return self._described().type_name
+        return self._parts.component(self._rank, self._name).type_name
 
     @property
     def strides(self) -> Mapping[str, tuple[int, ...]]:
         """The strides of tensors that were not row-major in memory."""
-        return self._described().strides
+        return self.described().strides
+
+    @property
+    def rank(self) -> int:
+        """The rank that has the component."""
+        return self._rank
 
     @property
     def files(self) -> tuple[str, ...]:

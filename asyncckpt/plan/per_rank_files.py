@@ -7,15 +7,17 @@ the number of ranks. A rank lays out its own files and no others, so planning ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from asyncckpt.errors import UnsupportedValue
+from asyncckpt.formats import read_boundaries
 from asyncckpt.manifest.records import BoxRecord
 from asyncckpt.plan.layout import fingerprint
 from asyncckpt.plan.partition import Division, RankHolding, SpreadTensor, SpreadTensors
 from asyncckpt.protocols import Codec, ShardFormat
-from asyncckpt.types import Layout, LayoutOptions, RowOwners, Segment, ShardFile, TensorSpec
+from asyncckpt.types import Extent, Layout, LayoutOptions, RowOwners, Segment, ShardFile, TensorRange, TensorSpec
 
 #: Components and the tensors of each, as ``layout.plan`` takes them.
 Components = Sequence[tuple[str, Sequence[TensorSpec]]]
@@ -131,9 +133,9 @@ class _Runs:
         return begin, begin + self._specs[tensor].nbytes, self._totals[self._numbers[self._holdings[tensor].rows]]
 
     def spread_tensors(self, ranks: int, extents: int) -> SpreadTensors:
-        """Return who writes what. ``extents``: about how many there are."""
+        """Return who writes what. ``extents``: about how many there are, before they are cut."""
         found: dict[str, dict[str, SpreadTensor]] = {}
-        boxes = tensor = 0
+        described = tensor = 0
         for name, specs in self._components:
             here = found[name] = {}
             for spec in specs:
@@ -145,9 +147,10 @@ class _Runs:
                     first, last = _writers(*self.copies(tensor), next(iter(counts)))
                     copies = (first, last) if max(map(len, rows.holders)) > 1 else None
                 here[spec.name] = SpreadTensor(spec, number, copies)
-                boxes += len(rows.holders)
+                parts = len(rows.holders)
+                described += parts * (1 + read_boundaries.part_rows(spec.nbytes // parts))
                 tensor += 1
-        return SpreadTensors(tuple(self._numbers), found, boxes + extents + ranks)
+        return SpreadTensors(tuple(self._numbers), found, described + extents + ranks)
 
 
 def _writing(holders: int, nbytes: int) -> int:
@@ -224,11 +227,28 @@ def _placed(shard: ShardFile, component: str, parts: Sequence[_Part]) -> ShardFi
         else placement
         for placement in shard.placements
     )
+    cuts = sorted({cut for placement in shard.placements for cut in _cuts(placement, by_name[placement.spec.name])})
 
     def local(segment: Segment) -> Segment:
         part = parts[segment.piece]
         source = segment.source_offset + part.begin - part.holding.begin
         return replace(segment, piece=part.holding.local, source_offset=source)
 
-    extents = tuple(replace(extent, segments=tuple(map(local, extent.segments))) for extent in shard.extents)
+    def cut(extent: Extent) -> Extent:
+        low = bisect.bisect_right(cuts, extent.offset)
+        high = bisect.bisect_left(cuts, extent.offset + extent.nbytes)
+        at = tuple(offset - extent.offset for offset in cuts[low:high])
+        return replace(extent, segments=tuple(map(local, extent.segments)), digest_boundaries=at)
+
+    extents = tuple(map(cut, shard.extents))
     return replace(shard, component=component, placements=placements, extents=extents, pieces=())
+
+
+def _cuts(placement: TensorRange, part: _Part) -> Iterator[int]:
+    """Yield the offsets in its file at which a part of a tensor is cut (``formats/read_boundaries.py``)."""
+    whole, spec = part.whole, part.spec
+    if spec.nbytes and spec.shape:
+        rows, count = whole.shape[0], spec.shape[0]
+        first = part.offsets[0] if part.offsets else 0
+        for at in read_boundaries.part_boundaries(rows, first, count, spec.nbytes // count):
+            yield placement.begin + at

@@ -114,6 +114,13 @@ def merge_tables(
             elif number < 0:
                 wholes.setdefault(name, {}).setdefault(tensor, []).extend(ranks)
     interned: dict[Any, RowOwners] = {}
+    known_rows: dict[Any, RowOwners] = {}
+
+    @functools.cache
+    def same(rows: RowOwners) -> RowOwners:
+        """Return one object for all that say the same: what is planned and listed by rows is so once for each."""
+        return known_rows.setdefault((rows.bounds, rows.holders), rows)
+
     found: dict[str, MergedComponent] = {}
     for name, tensors in specs.items():
         entries: list[Entry] = []
@@ -127,7 +134,7 @@ def merge_tables(
             flags, owner = flagged.get((name, tensor), 0), owners[name]
             if flags & _FIRST_ONLY or owner is not None:
                 held = right(held, owner)
-            entries.append(Entry(spec, held, bool(flags & _REDISTRIBUTED)))
+            entries.append(Entry(spec, same(held), bool(flags & _REDISTRIBUTED)))
         found[name] = MergedComponent(kinds[name], tuple(entries), owners[name])
     return found
 

@@ -31,6 +31,8 @@ def check_views(reader: Reader, manifest: Manifest) -> list[Damage]:
     damage: list[Damage] = []
     files = {record.name: record for record in manifest.files}
     headers = _headers(manifest, files)
+    if STATE_FILE not in files:
+        damage.append(Damage(STATE_FILE, 0, 0, "the manifest does not list it, and nothing is restored without it"))
     for record in manifest.files:
         try:
             if record.name == STATE_FILE:

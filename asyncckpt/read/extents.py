@@ -246,7 +246,9 @@ def extents_of(
     file name."""
     chosen: list[tuple[FileRecord, ExtentRecord]] = []
     for record in manifest.files:
-        spans = sorted(span for span in ranges.get(record.name, ()) if span[0] < span[1])
+        if record.name not in ranges:
+            continue
+        spans = sorted(span for span in ranges[record.name] if span[0] < span[1])
         if not spans:
             continue  # a part of the manifest may have to be read to know the extents
         at = 0

@@ -24,6 +24,7 @@ from asyncckpt.formats import zarr
 from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.manifest.records import (
     BoxedRecord,
+    BoxRecord,
     ChunkedRecord,
     ExtentRecord,
     FileRecord,
@@ -31,7 +32,7 @@ from asyncckpt.manifest.records import (
     StoredTensor,
     TensorRecord,
 )
-from asyncckpt.manifest.spread import SpreadRecord
+from asyncckpt.manifest.spread import OwnComponent, SpreadRecord, boxes_in_each
 from asyncckpt.manifest.table import tensors_by_file
 from asyncckpt.memory.buffers import aligned_buffer, padded
 from asyncckpt.memory.tensor_bytes import is_plain
@@ -125,6 +126,7 @@ def fill(
     whole = WholeTensors()
     seen: set[int] = set()
     others: list[tuple[StoredTensor, Sequence[Target]]] = []
+    spread = _spread_boxes(wanted)
     for number_in_wanted, (tensor, targets) in enumerate(wanted):
         if whole.take(number_in_wanted, tensor, targets):
             seen.add(id(tensor))
@@ -152,7 +154,7 @@ def fill(
         if isinstance(tensor, TensorRecord):
             found = _requests_of_whole(tensor, targets, number_in_wanted)
         else:
-            found = _boxed(tensor, targets, number_in_wanted)
+            found = _boxed(tensor, targets, number_in_wanted, spread.get(number_in_wanted))
         for file, request in found:
             ranges[file].append((request.begin, request.end))
             requests[file].append(request)
@@ -193,14 +195,33 @@ def _requests_of_whole(tensor: TensorRecord, targets: Sequence[Target], number: 
             yield tensor.file, _ReadRequest(low, high, low, dtype, target.tensor, number)
 
 
-def _boxed(tensor: BoxedRecord, targets: Sequence[Target], number: int) -> _Found:
-    """Yield what each target wants of a tensor that lies in boxes, with the file's name."""
-    dtype = _dtype(tensor)
-    live = [box for target in targets for box in target_boxes(target, tensor.shape)]
+def _spread_boxes(wanted: Wanted) -> dict[int, Sequence[BoxRecord]]:
+    """Return the boxes that are needed of the tensors which parts of the manifest describe, by their numbers in
+    ``wanted``."""
+    spread = {number: one for number, (one, _) in enumerate(wanted) if isinstance(one, SpreadRecord)}
+    rows = [(one, *_rows(_live_boxes(one, wanted[number][1]))) for number, one in spread.items()]
+    return dict(zip(spread, boxes_in_each(rows), strict=True))
+
+
+def _live_boxes(tensor: BoxedRecord, targets: Sequence[Target]) -> list[TargetBox]:
+    return [box for target in targets for box in target_boxes(target, tensor.shape)]
+
+
+def _rows(live: Sequence[TargetBox]) -> tuple[int, int]:
+    """Return the first and the last of the rows that boxes of live memory want; a tensor without dimensions is one."""
     solid = [box for box in live if box.tensor.numel()]
     begin = min((box.offsets[0] if box.offsets else 0 for box in solid), default=0)
-    end = max((box.offsets[0] + box.tensor.shape[0] if box.offsets else 1 for box in solid), default=0)
-    for box in tensor.boxes_in(begin, end):
+    return begin, max((box.offsets[0] + box.tensor.shape[0] if box.offsets else 1 for box in solid), default=0)
+
+
+def _boxed(
+    tensor: BoxedRecord, targets: Sequence[Target], number: int, stored: Sequence[BoxRecord] | None = None
+) -> _Found:
+    """Yield what each target wants of a tensor that lies in boxes, with the file's name. ``stored``: the boxes, where
+    they are known already."""
+    dtype = _dtype(tensor)
+    live = _live_boxes(tensor, targets)
+    for box in tensor.boxes_in(*_rows(live)) if stored is None else stored:
         for target in live:
             first, last = overlap_range(box.offsets, box.shape, target)
             if first < last:
@@ -229,7 +250,8 @@ def _add_whole_files(
     ``seen``: which these are, by identity: hashing a record walks over all of its chunks."""
     there: Counter[str] = Counter()
     for component in manifest.components.values():
-        there.update(tensors_by_file(component))
+        if not isinstance(component, OwnComponent):  # a large job has thousands, which parts describe
+            there.update(tensors_by_file(component))
     for tensor, targets in itertools.chain.from_iterable(wanted):
         if id(tensor) in seen or not tensor.nbytes or isinstance(tensor, SpreadRecord):
             continue

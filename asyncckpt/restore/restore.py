@@ -203,18 +203,18 @@ def load_tensors(
     checkpoint.require_digest(expect_digest)
     checkpoint.check_small_files()
     manifest = checkpoint.manifest
-    stored = dict(qualified_records(manifest.components))
     if names is None:
-        chosen = stored
+        chosen = dict(qualified_records(manifest.components))
     else:
         chosen = {}
         for name in names:
-            component = manifest.components.get(name)  # it has no dots, so no other name begins with it and a dot
-            if component is not None:
-                found = dict(qualified_records({name: component}))
-            else:
-                found = {key: record for key, record in stored.items() if key == name or key.startswith(f"{name}.")}
-            if not found and component is None:
+            holder = name.partition(".")[0]  # a component's name has no dots
+            component = manifest.components.get(holder)
+            found = dict(qualified_records({holder: component})) if component is not None else {}
+            if name != holder:
+                found = {key: record for key, record in found.items() if key == name or key.startswith(f"{name}.")}
+            if not found and (name != holder or component is None):
+                stored = [key for key, _ in qualified_records(manifest.components)]
                 alike = difflib.get_close_matches(name, stored, n=1) or [next(iter(stored), "model.weight")]
                 raise UnknownName(
                     f"{checkpoint.path}: no tensor or component {name!r}; components are "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,34 @@ def test_whatever_is_changed_is_damage_or_reads_as_what_it_says(where: str, seed
             reader = _reader(files, copy.deepcopy(root), forged)
         found[_used(reader)] += 1
     assert found["damaged"] > 50, found
+
+
+def _without_values(root: Any, parts: list[Any]) -> None:
+    parts[1]["values"].pop("loader+1")
+
+
+def _without_component(root: Any, parts: list[Any]) -> None:
+    parts[1]["components"].pop("loader+1")
+
+
+def _of_nobody(root: Any, parts: list[Any]) -> None:
+    root["components"]["loader+1"]["part"] = 2
+
+
+def _of_another_kind(root: Any, parts: list[Any]) -> None:
+    root["components"]["loader+1"]["kind"] = "module"
+
+
+def _without_state(root: Any, parts: list[Any]) -> None:
+    root["files"] = [row for row in root["files"] if row["name"] != "state.json"]
+
+
+@pytest.mark.parametrize("change", [_without_values, _without_component, _of_nobody, _of_another_kind, _without_state])
+def test_what_cannot_be_restored_is_damage(change: Callable[[Any, list[Any]], None]) -> None:
+    files, root, parts = _trees()
+    assert "loader+1" in root["components"]
+    change(root, parts)
+    assert _used(_reader(files, root, parts)) == "damaged"
 
 
 def test_a_part_under_a_link_is_not_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -20,9 +21,11 @@ from benchmarks.suites.ranks import simulation
 OPTIONS = LayoutOptions(shard_bytes=6 << 20, extent_bytes=256 << 10)
 
 
-def _divided(specs: Sequence[TensorSpec], held: Sequence[RowOwners], ranks: int) -> list[Division]:
+def _divided(
+    specs: Sequence[TensorSpec], held: Sequence[RowOwners], ranks: int, options: LayoutOptions = OPTIONS
+) -> list[Division]:
     """Each rank's own division, as each computes it."""
-    how = formats.get("safetensors"), codecs.get("none"), OPTIONS
+    how = formats.get("safetensors"), codecs.get("none"), options
     found = []
     for rank in range(ranks):
         pairs = enumerate(zip(specs, held, strict=True))
@@ -42,8 +45,19 @@ def _rows(division: Division) -> list[tuple[str, int, int]]:
     return found
 
 
+def _uneven(count: int, ranks: int) -> RowOwners:
+    """Parts of very different sizes: the first rank alone has the first row, all others have copies of the rest."""
+    if count == 1 or ranks == 1:
+        return RowOwners((0, count), ((0,),))
+    return RowOwners((0, 1, count), ((0,), tuple(range(1, ranks))))
+
+
 @examples(150, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.tuples(shapes, spreads), min_size=1, max_size=12), st.sampled_from([2, 3, 4]), st.integers(1, 3))
+@given(
+    st.lists(st.tuples(shapes, spreads | st.just("uneven")), min_size=1, max_size=12),
+    st.sampled_from([2, 3, 4]),
+    st.integers(1, 3),
+)
 def test_every_row_is_written_once_by_a_rank_that_has_it(
     tensors: list[tuple[tuple[int, ...], str]], parts: int, copies: int
 ) -> None:
@@ -54,8 +68,11 @@ def test_every_row_is_written_once_by_a_rank_that_has_it(
     for spec, (_, spread) in zip(specs, tensors, strict=True):
         count = spec.shape[0] if spec.shape else 1
         whole = tuple(range(ranks)) if spread == "all" else (ranks - 1,)
-        dealt = spread == "rows" and count
-        rows = simulation.dealt(count, parts, copies) if dealt else RowOwners((0, count), (whole,))
+        rows = RowOwners((0, count), (whole,))
+        if spread == "rows" and count:
+            rows = simulation.dealt(count, parts, copies)
+        elif spread == "uneven" and count:
+            rows = _uneven(count, ranks)
         held.append(kept.setdefault((count, spread), rows))
     divisions = _divided(specs, held, ranks)
     said = divisions[0].spread
@@ -117,3 +134,60 @@ def test_what_is_small_is_not_spread_over_all() -> None:
         )
     }
     assert writers == {0}
+
+
+def test_copies_of_parts_that_few_and_many_hold_are_divided_alike() -> None:
+    """Pipeline stages with different numbers of replicas: what one stage's ranks hold is theirs alone to write."""
+    specs = [simulation.spec_of(f"t{number}", (2048, 512)) for number in range(24)]
+    held = [RowOwners((0, 1024, 2048), ((0, 1), (2, 3, 4, 5)))] * len(specs)
+    loads = _loads(_divided(specs, held, 6))
+    half = sum(spec.nbytes for spec in specs) // 2
+    assert max(loads[:2]) <= 1.1 * half / 2
+    assert max(loads[2:]) <= 1.1 * half / 4
+
+
+def test_an_owner_writes_all_that_is_its_own() -> None:
+    specs = [simulation.spec_of(f"t{number}", (512, 512)) for number in range(12)]
+    loads = _loads(_divided(specs, [RowOwners((0, 512), ((2,),))] * len(specs), 4))
+    assert [bool(load) for load in loads] == [False, False, True, False]
+
+
+# -- what another number of ranks reads --------------------------------------------------------------------------------
+
+
+def _read_by(specs: Sequence[TensorSpec], divisions: Sequence[Division], rank: int, ranks: int) -> float:
+    """How much a rank reads that takes its rows as torch.chunk deals them out, of what these rows have."""
+    digested: dict[tuple[str, int], int] = {}
+    needed = 0
+    by_name = {spec.name: spec for spec in specs}
+    for division in divisions:
+        for shard in division.layout.shards:
+            edges = [0, shard.nbytes]
+            for extent in shard.extents:
+                edges += [extent.offset, *(extent.offset + cut for cut in extent.digest_boundaries)]
+            edges = sorted(set(edges))
+            for place in shard.placements:
+                spec = by_name[(place.part_of or place.spec).name]
+                rows, width = spec.shape[0], spec.nbytes // spec.shape[0]
+                first = place.offsets[0] if place.offsets else 0
+                begin, end = (min(rows, at * -(-rows // ranks)) for at in (rank, rank + 1))
+                low, high = max(begin, first), min(end, first + place.spec.shape[0])
+                if low >= high:
+                    continue
+                needed += (high - low) * width
+                low, high = (place.begin + (at - first) * width for at in (low, high))
+                for a, b in itertools.pairwise(edges):
+                    if a < high and low < b:
+                        digested[shard.file, a] = b - a
+    return sum(digested.values()) / needed
+
+
+@pytest.mark.parametrize(("saved_by", "restored_by"), [(64, 60), (64, 48), (64, 128), (64, 32), (8, 7), (8, 12)])
+def test_another_number_of_ranks_reads_little_more_than_it_needs(saved_by: int, restored_by: int) -> None:
+    """Extents of 8 MiB hold the parts of many tensors, and a digest covers few rows of one."""
+    specs = [simulation.spec_of(f"{number}", (4096, 1024 << number % 3)) for number in range(12)]
+    rows = simulation.dealt(4096, saved_by, 1)
+    options = LayoutOptions(extent_bytes=8 << 20)
+    divisions = _divided(specs, [rows] * len(specs), saved_by, options)
+    for rank in (0, restored_by // 2, restored_by - 2):  # the last one may need few rows
+        assert _read_by(specs, divisions, rank, restored_by) <= 1.1

@@ -34,6 +34,7 @@ from asyncckpt.errors import CheckpointDamaged, CheckpointNotFound, InvalidOptio
 from asyncckpt.integrations.dcp.names import Names, check_has_bytes, names_of
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.records import BoxedRecord, Manifest, StoredTensor
+from asyncckpt.manifest.spread import SpreadRecord
 from asyncckpt.read.boxes import TargetBox
 from asyncckpt.read.fill import fill
 from asyncckpt.read.opening import OpenCheckpoint, open_checkpoint
@@ -71,11 +72,7 @@ class Reader(StorageReader):
         entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         for fqn in names.tensors:
             record = self._record(fqn)
-            boxes = (
-                [(box.offsets, box.shape) for box in record.boxes]
-                if isinstance(record, BoxedRecord)
-                else [(tuple(0 for _ in record.shape), record.shape)]
-            )
+            boxes = _boxes_of(record) or [((0,) * len(record.shape), record.shape)]
             chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in boxes]
             properties = TensorProperties(dtype=DTYPES[record.dtype])
             entries[fqn] = TensorStorageMetadata(properties, torch.Size(record.shape), chunks)
@@ -162,6 +159,16 @@ class Reader(StorageReader):
 
     def _meta(self, manifest: Manifest) -> StorageMeta:
         return StorageMeta(checkpoint_id=self._path, save_id=manifest.attempt, load_id=self.load_id)
+
+
+def _boxes_of(record: StoredTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return offsets and shape of the boxes that a tensor lies in; none where it lies in no boxes. Those that parts of
+    a manifest list are put together as the rows that ranks hold, so that no part is read for them."""
+    if isinstance(record, SpreadRecord):
+        rest = record.shape[1:]
+        rows = [(low, high) for low, high, _ in record.sections(0, record.rows)] if record.shape else []
+        return [((low, *(0 for _ in rest)), (high - low, *rest)) for low, high in rows]
+    return [(box.offsets, box.shape) for box in record.boxes] if isinstance(record, BoxedRecord) else []
 
 
 def _open(path: str | None, expect_digest: str | None) -> OpenCheckpoint:
