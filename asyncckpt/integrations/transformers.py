@@ -50,6 +50,8 @@ _Base: Any = object
 
 try:
     import transformers
+
+    from asyncckpt.integrations import hub
 except ImportError as error:
     raise MissingExtra("AsyncCheckpointMixin needs transformers: pip install 'asyncckpt[transformers]'") from error
 
@@ -166,17 +168,27 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
             if state.best_global_step == state.global_step or os.path.isdir(best):
                 state.best_model_checkpoint = best
         write_model_card(self)
+        again = state.global_step == self._asyncckpt_saved  # at the end of an epoch, after its last step
+        if again and self.args.push_to_hub:
+            self._finish_current_push()  # it reads the checkpoint that makes way
         pending = saves.save(
             state.global_step,
             self._asyncckpt_state(),
             metrics=self._asyncckpt_metrics(),
             assets=self._asyncckpt_own(),
-            again=state.global_step == self._asyncckpt_saved,  # at the end of an epoch, after its last step
+            again=again,
         )
         self._asyncckpt_saved = state.global_step
         if self.args.push_to_hub:
-            path = pending.result().path
-            self._push_from_checkpoint(path)
+            self._push_from_checkpoint(pending.result().path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        hub.push(self, checkpoint_folder)
+
+    def push_to_hub(self, *arguments: Any, **options: Any) -> Any:
+        """Push the model as ``Trainer.push_to_hub`` does, without the files of the run. Blocks and raises as that."""
+        with hub.output_without_run():
+            return super().push_to_hub(*arguments, **options)
 
     def _asyncckpt_answer_signals(self) -> None:
         """Have the plain trainer's answer to SIGTERM, which ``enable_jit_checkpoint`` asks for, save as this class
@@ -190,7 +202,7 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
 
         for callback in self.callback_handler.callbacks:
             manager = getattr(callback, "jit_manager", None)
-            if hasattr(manager, "execute_jit_checkpoint"):
+            if manager is not None:
                 manager.execute_jit_checkpoint = functools.partial(save, manager)
                 # between forward and the optimizer's step no state can be resumed from to the bit: the step's end asks
                 callback.on_pre_optimizer_step = lambda *_, **__: None
