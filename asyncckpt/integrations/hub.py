@@ -61,7 +61,8 @@ def push(trainer: Any, folder: str) -> None:
         stack.callback(held.close)
         files = {os.path.relpath(os.path.join(at, name), folder) for at, _, names in os.walk(folder) for name in names}
         weights = [name for name in files if _matches(name, (*_WEIGHTS, *_ADAPTERS))]
-        if not weights:
+        # compressed weights have no index, for nothing but this library reads them
+        if not {"model.safetensors.index.json", "adapter_model.safetensors"} & {os.path.basename(f) for f in weights}:
             raise InvalidOption(
                 f"{folder}: from_pretrained opens no weights of it, so it cannot be pushed. Leave 'files' in "
                 f"checkpointer_options() as it is, or push once, after training: hub_strategy='end'"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from asyncckpt import InvalidOption, Run
+from asyncckpt import InvalidOption, Run, Safetensors
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -158,13 +158,23 @@ def test_an_adapter_is_pushed_as_peft_opens_it(hub: FakeHub, tmp_path: Path) -> 
     assert same(opened.state_dict(), one.model.state_dict())
 
 
-def test_what_nobody_could_open_is_not_pushed(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "adapter"),
+    [("zarr", False), ("zarr", True), (Safetensors(codec="planes"), False)],
+    ids=["zarr", "an adapter in zarr", "compressed"],
+)
+def test_what_nobody_could_open_is_not_pushed(files: Any, adapter: bool, hub: FakeHub, tmp_path: Path) -> None:
     class Chunked(AsyncTrainer):
         def checkpointer_options(self) -> dict[str, Any]:
-            return {"files": "zarr"}
+            return {"files": files}
+
+    def of() -> Any:
+        peft = pytest.importorskip("peft")
+        base = model(width=256)  # tensors too small to be compressed are stored as they are
+        return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])) if adapter else base
 
     with pytest.raises(InvalidOption, match="hub_strategy='end'"):
-        _trained(tmp_path / "run", Chunked, **PUSHES)
+        _trained(tmp_path / "run", Chunked, **PUSHES, of=of())
     assert hub.files() == set()
-    _trained(tmp_path / "run", Chunked, **PUSHES, hub_strategy="end", resume=True).push_to_hub()
-    assert "model.safetensors" in hub.files()
+    _trained(tmp_path / "run", Chunked, **PUSHES, of=of(), hub_strategy="end", resume=True).push_to_hub()
+    assert ("adapter_model.safetensors" if adapter else "model.safetensors") in hub.files()
