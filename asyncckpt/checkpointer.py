@@ -198,6 +198,7 @@ class Checkpointer(RunOwnership):
         weights_only: bool = False,
         assets: Assets | None = None,
         name: str | Sequence[str] | None = None,
+        again: bool = False,
     ) -> PendingSave:
         """Save now. Returns once training may go on; the checkpoint becomes durable in the background.
 
@@ -208,12 +209,16 @@ class Checkpointer(RunOwnership):
         alone, as a checkpoint of kind ``weights`` that ``resume`` does not look at. ``assets``: files for this
         checkpoint, beside those given to the constructor and in the place of those of the same name; they are read
         here. ``name``: one or several of your own, which mean this checkpoint until a later save has them
-        (docs/assets.md); with one, a step may be saved more than once. Raises ``UnsupportedValue``, ``InvalidStep``,
-        ``InvalidOption``, ``StepExists``, what ``prepare`` raises, and the error of an earlier save.
+        (docs/assets.md); with one, a step may be saved more than once. ``again``: the step that was saved last may be
+        saved once more; its checkpoint, or its save that is in flight, makes way once this one is durable. Raises
+        ``UnsupportedValue``, ``InvalidStep``, ``InvalidOption``, ``StepExists``, what ``prepare`` raises, and the error
+        of an earlier save.
         """
         self._surface()
         kind = "weights" if weights_only else "full"
-        return self._save(SaveRequest(step=step, state=state, metrics=metrics, kind=kind, assets=assets, name=name))
+        return self._save(
+            SaveRequest(step=step, state=state, metrics=metrics, kind=kind, assets=assets, name=name, again=again)
+        )
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Open the run, plan the layout, and have memory faulted in in the background, so that the first save is as

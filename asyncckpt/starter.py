@@ -41,7 +41,8 @@ log = logging.getLogger("asyncckpt")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveRequest:
     """Says what is to be saved, as a call of ``Checkpointer`` asks for it. ``kind``: ``full`` or ``weights``.
-    ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``assets``, ``name``: see ``Checkpointer.save``.
+    ``may_skip``: whether ``on_busy="skip"`` holds for this one. ``assets``, ``name``, ``again``: see
+    ``Checkpointer.save``.
     ``patience``: how many seconds to wait for earlier saves, and for the copies, where that is less than the options
     say. ``began``: when it was asked for, by ``time.perf_counter``."""
 
@@ -52,6 +53,7 @@ class SaveRequest:
     may_skip: bool = False
     assets: Assets | None = None
     name: str | Sequence[str] | None = None
+    again: bool = False
     patience: float | None = None
     began: float = field(default_factory=time.perf_counter)
 
@@ -120,7 +122,7 @@ class SaveStarter:
         state, kind, began = request.state, request.kind, request.began
         longest = self._options.stall_timeout_seconds
         patience = longest if request.patience is None else min(request.patience, longest)
-        claim = self._steps.reserve(step, kind, values, checked_names(request.name))
+        claim = self._steps.reserve(step, kind, values, checked_names(request.name), again=request.again)
         try:
             beside = self._builder.assets_of(coordinator, state, request.assets)
             weights_only = kind == "weights"

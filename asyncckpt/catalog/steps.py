@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -76,8 +76,17 @@ class StepRegistry:
             if self._went_to is not None:
                 self._rewind_to(self._went_to)
 
-    def reserve(self, step: int, kind: str, metrics: Mapping[str, float], names: tuple[str, ...] = ()) -> Claim:
-        """Reserve a step for a new save; with ``names`` also one that has checkpoints already.
+    def reserve(
+        self,
+        step: int,
+        kind: str,
+        metrics: Mapping[str, float],
+        names: tuple[str, ...] = (),
+        *,
+        again: bool = False,
+    ) -> Claim:
+        """Reserve a step for a new save; with ``names`` also one that has checkpoints already. With ``again``, those of
+        the step that training has reached are given up for this one.
 
         Raises ``InvalidStep`` where the step is no whole number from 0 to below 2**62, or lies before the one that
         training has reached; ``StepExists`` where it is saved or in flight, or somebody else has given its name to a
@@ -90,6 +99,8 @@ class StepRegistry:
         name = self._template.name(step, kind, metrics)
         with self._lock:
             here = self._claims.get((step, kind), ())
+            if again and step == self._reached.get(kind):
+                here = tuple(replace(claim, given_up=True) for claim in here)
             live = [claim for claim in here if not claim.given_up]
             reached = self._reached.get(kind, -1)
             if name in self._foreign and not names:
@@ -170,10 +181,12 @@ class StepRegistry:
         return self._lineage.parent_of(sequence)
 
     def replaced_by(self, step: int, kind: str, sequence: int) -> list[str]:
-        """Return the name of the directory that has to make way for the save with this sequence, if there is one."""
+        """Return the names of the directories that have to make way for the save with this sequence, where they are
+        there. It may itself be given up by now, for a later one."""
         with self._lock:
-            known = self._claims.get((step, kind), ())
-            return [old.directory for claim in known if claim.sequence == sequence for old in claim.replaces]
+            known = tuple(_with_replaced(self._claims.get((step, kind), ())))
+            before = [_with_replaced(claim.replaces) for claim in known if claim.sequence == sequence]
+            return list(dict.fromkeys(old.directory for claims in before for old in claims))
 
     def deleted(self, step: int, kind: str, name: str) -> None:
         """Note that retention has deleted a checkpoint: its step is free."""
@@ -215,6 +228,13 @@ class StepRegistry:
         """Whether a full checkpoint of this step is saved or in flight."""
         claims = self._claims.get((step, "full"), ())
         return any(not claim.given_up and claim.directory not in self._quarantined for claim in claims)
+
+
+def _with_replaced(claims: Sequence[Claim]) -> Iterator[Claim]:
+    """Yield the claims, and all that they replace."""
+    for claim in claims:
+        yield claim
+        yield from _with_replaced(claim.replaces)
 
 
 def numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:

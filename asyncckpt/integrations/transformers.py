@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -49,6 +50,8 @@ _Base: Any = object
 
 try:
     import transformers
+
+    from asyncckpt.integrations import hub
 except ImportError as error:
     raise MissingExtra("AsyncCheckpointMixin needs transformers: pip install 'asyncckpt[transformers]'") from error
 
@@ -89,6 +92,8 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
     #: The random numbers as that checkpoint has left them; None until it is restored.
     _asyncckpt_random: dict[str, Any] | None = None
     _asyncckpt_trial: Any = None
+    #: The step that this training has saved last.
+    _asyncckpt_saved: int | None = None
 
     # -- what a subclass may override --------------------------------------------------------------------------------
 
@@ -112,9 +117,11 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
         durable. Raises as ``Trainer.train``, ``Checkpointer.restore`` and ``Checkpointer.close`` do."""
         self._asyncckpt_trial = trial
         self._asyncckpt_check()
+        self._asyncckpt_answer_signals()
         candidates: Sequence[str | None] = self._asyncckpt_candidates(resume_from_checkpoint)
         for number, path in enumerate(candidates):
             self._asyncckpt_resume, self._asyncckpt_random = SavedCheckpoint.at(path), None
+            self._asyncckpt_saved = None
             try:
                 with self._asyncckpt_closing():
                     if self._asyncckpt_resume is not None:
@@ -161,12 +168,44 @@ class AsyncCheckpointMixin(_Base):  # type: ignore[misc]
             if state.best_global_step == state.global_step or os.path.isdir(best):
                 state.best_model_checkpoint = best
         write_model_card(self)
+        again = state.global_step == self._asyncckpt_saved  # at the end of an epoch, after its last step
+        if again and self.args.push_to_hub:
+            self._finish_current_push()  # it reads the checkpoint that makes way
         pending = saves.save(
-            state.global_step, self._asyncckpt_state(), metrics=self._asyncckpt_metrics(), assets=self._asyncckpt_own()
+            state.global_step,
+            self._asyncckpt_state(),
+            metrics=self._asyncckpt_metrics(),
+            assets=self._asyncckpt_own(),
+            again=again,
         )
+        self._asyncckpt_saved = state.global_step
         if self.args.push_to_hub:
-            path = pending.result().path
-            self._push_from_checkpoint(path)
+            self._push_from_checkpoint(pending.result().path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        hub.push(self, checkpoint_folder)
+
+    def push_to_hub(self, *arguments: Any, **options: Any) -> Any:
+        """Push the model as ``Trainer.push_to_hub`` does, without the files of the run. Blocks and raises as that."""
+        with hub.output_without_run():
+            return super().push_to_hub(*arguments, **options)
+
+    def _asyncckpt_answer_signals(self) -> None:
+        """Have the plain trainer's answer to SIGTERM, which ``enable_jit_checkpoint`` asks for, save as this class
+        does. Its own would first make the checkpoint's directory, with a file that says that it is not finished: one of
+        ours appears whole or not at all, and where something has its name it does not appear."""
+
+        def save(manager: Any) -> None:
+            manager.is_checkpoint_requested = False
+            if self._asyncckpt_saved != self.state.global_step:
+                self._save_checkpoint(self.model, trial=None)
+
+        for callback in self.callback_handler.callbacks:
+            manager = getattr(callback, "jit_manager", None)
+            if manager is not None:
+                manager.execute_jit_checkpoint = functools.partial(save, manager)
+                # between forward and the optimizer's step no state can be resumed from to the bit: the step's end asks
+                callback.on_pre_optimizer_step = lambda *_, **__: None
 
     def _asyncckpt_state(self) -> dict[str, Any]:
         """Return the components of a checkpoint."""

@@ -308,6 +308,52 @@ def test_an_overwriting_run_goes_back_too(path: Path) -> None:
     assert (steps(path), value(path)) == ([3, 2], 102)
 
 
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_the_step_that_was_saved_last_is_saved_again_where_that_is_asked_for(in_flight: bool, path: Path) -> None:
+    with Checkpointer(path, keep=KeepLast(2)) as run:
+        run.save(1, state(1))
+        first = run.save(2, state(2))
+        if not in_flight:
+            first.result()
+        with pytest.raises(StepExists, match="step 2"):
+            run.save(2, state(3))
+        run.save(2, state(102), again=True)
+        again = run.save(2, state(202), again=True).result()
+        assert first.result().path == again.path
+        with pytest.raises(StepExists, match="step 1"):
+            run.save(1, state(101), again=True)
+        run.save(3, state(103), again=True).result()  # nothing has to make way
+    assert (steps(path), value(path, 2), value(path)) == ([2, 3], 202, 103)
+    assert [entry.name for entry in path.iterdir() if "replaced" in entry.name] == []
+
+
+def test_a_step_whose_second_save_fails_is_there_as_it_was_saved_first(path: Path) -> None:
+    saved(path, 1)
+    with Checkpointer(path) as run:
+        run.save(2, state(2)).result()
+        ops = run._store.ops = FaultyOps()
+        ops.fail = ("rename_noreplace", 2, errno.EIO)  # the first makes room, the second publishes
+        assert run.save(2, state(102), again=True).exception(30) is not None
+        assert ops.seen >= 2, "the step before it had not made way"
+        assert value(path, 2) == 2
+        ops.fail = None
+        run.save(2, state(202), again=True).result()
+    assert (steps(path), value(path)) == ([1, 2], 202)
+
+
+def test_a_first_save_that_fails_does_not_keep_the_second_from_its_step(path: Path) -> None:
+    saved(path, 1)
+    with Checkpointer(path) as run:
+        run.prepare(state(0))
+        ops = run._store.ops = FaultyOps()
+        ops.fail = ("rename_noreplace", 1, errno.EIO)
+        first = run.save(2, state(2))
+        second = run.save(2, state(102), again=True)
+        assert first.exception(30) is not None
+        second.result()
+    assert (steps(path), value(path)) == ([1, 2], 102)
+
+
 # -- any of it, in any order -------------------------------------------------------------------------------------------
 
 

@@ -49,3 +49,19 @@ def test_ranks_of_which_one_restores_a_part_go_nowhere(crews: Crews, tmp_path: P
     path = str(tmp_path / "run")
     assert all(one.ok for one in crews(2).run(_save, path, [1, 2, 3], 0, None))
     assert [one.failed_with("StepExists") for one in crews(2).run(_restore_a_part, path)] == [True, True]
+
+
+def _save_twice(me: Me, path: str) -> None:
+    """Save step 2, and while that is in flight once more."""
+    live = {"w": torch.zeros(4000, dtype=torch.int64), "loader": {"rank": me.rank}}
+    with asyncckpt.Checkpointer(path, ranks=TIMEOUT) as run:
+        for value, step, again in ((1, 1, False), (2, 2, False), (102, 2, True), (3, 3, False)):
+            live["w"].fill_(value)
+            run.save(step, live, again=again)
+
+
+def test_ranks_that_save_a_step_twice_have_what_they_saved_last(crews: Crews, tmp_path: Path) -> None:
+    path = str(tmp_path / "run")
+    assert all(one.ok for one in crews(2).run(_save_twice, path))
+    assert [entry.step for entry in Run(path).ls()] == [1, 2, 3]
+    assert Run(path).load_tensors(2)["w.value"].unique().tolist() == [102]
