@@ -111,9 +111,16 @@ def push(trainer: Any, folder: str) -> None:
 @contextlib.contextmanager
 def output_without_run() -> Iterator[None]:
     """Have ``Trainer.push_to_hub`` push no file of the run, and delete weights in the repository that it does not push:
-    those of checkpoints, which have other names."""
+    those of checkpoints, which have other names. Raises ``InvalidOption`` where this release of Transformers uploads in
+    another way than those that were tried."""
     trainers: Any = transformers.trainer
-    before = trainers.hf_api
+    before = getattr(trainers, "hf_api", None)
+    if before is None:
+        raise InvalidOption(
+            f"push_to_hub: Transformers {transformers.__version__} uploads in a way that was not tried, and might push "
+            f"old weights beside new ones. Use release 5.24, or push an export: asyncckpt export --hf, then "
+            f"huggingface_hub.upload_folder"
+        )
     api = before()
 
     class Sparing:
