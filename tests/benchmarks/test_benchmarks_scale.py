@@ -19,9 +19,10 @@ def test_every_rank_of_a_simulated_job_has_a_part_and_all_of_them_everything() -
 
 
 def test_the_suite_prints_its_bars(tmp_path: Path) -> None:
-    result = command.run(tmp_path, 1, None, True, Console(quiet=True), sizes=(2,))
+    result = command.run(tmp_path, 1, None, True, Console(quiet=True), sizes=(2,), quick=True)
     figures = [row["figure"] for row in result.data["bars"]]
     assert sum(figure.startswith("a rank's first plan") for figure in figures) == len(JOBS)
     assert sum(figure.startswith("uniting") for figure in figures) == len(simulated.MERGES)
+    assert sum(figure.startswith("bytes read over those needed") for figure in figures) == 1
     assert "2 ranks on this host: ready, slowest" in figures
     assert all(job["opened"] for job in result.data["plans"])

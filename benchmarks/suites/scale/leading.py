@@ -32,14 +32,16 @@ from benchmarks.suites.scale.models import Job, components, holdings, llama
 
 #: Ranks, and the extents that each has written.
 SIZES = ((64, 1000), (512, 1000), (4096, 1000), (4096, 4000))
+#: Takes a second.
+QUICK = ((64, 100),)
 _SAVES = 3
 _HEX = 32
 
 
-def leaders() -> list[dict[str, Any]]:
+def leaders(sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """Return what each save costs rank 0: the processor time, what a thread that counts in pure Python lost to it, at
     once and in all, and the memory; and what a rank needs to open the checkpoint."""
-    return [_lead(Job("", lambda: llama(126, 16_384, 53_248, 128_256), ranks), extents) for ranks, extents in SIZES]
+    return [_lead(Job("", lambda: llama(126, 16_384, 53_248, 128_256), ranks), extents) for ranks, extents in sizes]
 
 
 def _lead(job: Job, extents: int) -> dict[str, Any]:

@@ -25,8 +25,6 @@ MERGES = ((4_800, 16), (19_200, 16), (100_000, 16), (19_200, 300))
 #: Ranks, and the extents that each reports.
 LEADERS = ((64, 999), (512, 999))
 _RANK = 5
-#: So many ranks of a job are looked at.
-_LOOKED_AT = 64
 _FILES = 9
 _EXTENT_BYTES = 1 << 20
 
@@ -65,15 +63,16 @@ def plans() -> list[dict[str, Any]]:
     return found
 
 
-def balances() -> list[dict[str, Any]]:
-    """Compare what the ranks of a job write whose tensors lie on several ranks each: some of them, over the mean."""
+def balances(looked_at: int) -> list[dict[str, Any]]:
+    """Compare what the ranks of a job write whose tensors lie on several ranks each: so many of them, over the
+    mean."""
     found: list[dict[str, Any]] = []
     options = LayoutOptions(by_rank=True)
     for job in HYBRID:
         known = components(job.shapes())
         specs = [spec for _, specs in known for spec in specs]
         loads: list[int] = []
-        for rank in range(0, job.ranks, job.ranks // _LOOKED_AT):
+        for rank in range(0, job.ranks, job.ranks // looked_at):
             held = holdings(job, specs, rank)
             part = divide_by_rank(known, held, rank, job.ranks, formats.get("safetensors"), codecs.get("none"), options)
             loads.append(sum(shard.nbytes for shard in part.layout.shards))
