@@ -178,7 +178,11 @@ def test_a_late_rank_of_an_aborted_attempt_cannot_touch_a_newer_one(
     with Crew(3) as crew:
         crew.start(_late, str(path), again, fault=Fault(1, point, "stop"))
         crew.wait_stopped(1)
-        old, deadline = _attempts(path), time.monotonic() + 30
+        old, deadline = set[str](), time.monotonic() + 30
+        while not old:  # the others may not have begun yet to write step 2
+            assert time.monotonic() < deadline, "nobody writes step 2"
+            time.sleep(0.005)
+            old = _attempts(path)
         while not _attempts(path) - old:  # the others have given step 2 up and begun anew
             assert time.monotonic() < deadline, "the others do not begin anew in another directory"
             time.sleep(0.005)
