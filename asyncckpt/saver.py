@@ -36,6 +36,7 @@ from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.ranks.replicas import ReplicaSample, whole_digests
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.image import slot_bytes
+from asyncckpt.stage.places import cuda_devices
 from asyncckpt.state.capture import check_state
 from asyncckpt.state.known_states import KnownStates
 from asyncckpt.state.markers import without_owners
@@ -201,8 +202,8 @@ class SaveBuilder:
             return
         sizes = [slot_bytes(extent) for extent in extents]
         budget = default_budget(sizes, self._sharing) if self._budget_bytes is None else self._budget_bytes
-        pin = any(tensor.is_cuda for tensor in pieces_of(planned.pieces).tensors)
-        self.arena.grow(budget, largest_bytes=max(sizes, default=0), pin=pin)
+        devices = sorted(cuda_devices(pieces_of(planned.pieces).tensors), key=str)
+        self.arena.grow(budget, largest_bytes=max(sizes, default=0), pin=next(iter(devices), None))
         if self.arena.budget_bytes >= (self._budget_bytes or sum(map(padded, sizes))):
             self._fits = key
 

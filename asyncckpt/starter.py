@@ -20,6 +20,7 @@ from asyncckpt.commit.pending import PendingSave, failed
 from asyncckpt.errors import ArenaBusy, InvalidOption, PlanChanged
 from asyncckpt.events import EventBus, Failed, SaveStarted
 from asyncckpt.loop.optimizer_hooks import WatchedOptimizers
+from asyncckpt.memory import cuda
 from asyncckpt.plan.planned import Planned
 from asyncckpt.ranks.coordinator import Coordinator
 from asyncckpt.saver import SaveBuilder
@@ -32,7 +33,7 @@ from asyncckpt.stage.options import OnBusy, StagingOptions
 from asyncckpt.stage.places import cuda_devices
 from asyncckpt.stage.samples import Sampler
 from asyncckpt.stage.stager import Stager
-from asyncckpt.stage.streams import CopyStreams, is_capturing
+from asyncckpt.stage.streams import CopyStreams
 from asyncckpt.types import pieces_of
 
 log = logging.getLogger("asyncckpt")
@@ -96,13 +97,14 @@ class SaveStarter:
         step = request.step
         number = coordinator.next_save() if coordinator is not None else 0
         try:
-            if is_capturing():
+            if cuda.is_capturing():
                 raise InvalidOption(
                     f"step {step}: save cannot be called while a CUDA graph is captured; call it afterwards"
                 )
             # these two read tensors, which would end a capture
             number_of_step, values = step_number(step), numbers(request.metrics)
-            return self._start(coordinator, number, number_of_step, values, request)
+            with cuda.beside_captures():  # another thread may be capturing
+                return self._start(coordinator, number, number_of_step, values, request)
         except Skipped:
             raise
         except PlanChanged as error:

@@ -220,8 +220,9 @@ def test_a_child_takes_no_pinned_memory_from_the_driver(tmp_path: Path, monkeypa
 
     driver = Driver()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     arena = Arena()
-    arena.grow(1 << 20, pin=True)
+    arena.grow(1 << 20, pin=torch.device("cuda", 0))
     assert arena.wait_prepared(20)
 
     def child() -> None:

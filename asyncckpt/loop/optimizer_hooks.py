@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import weakref
@@ -18,11 +19,13 @@ from asyncckpt import interrupts
 from asyncckpt.commit.in_flight import InFlightSaves
 from asyncckpt.errors import ChangedWhileCopied, InvalidOption
 from asyncckpt.loop.unused_gradients import UnusedGradients
+from asyncckpt.memory import cuda
 from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.eager import OwnedMemory, OwnedRanges, storages
-from asyncckpt.stage.streams import is_capturing
 from asyncckpt.state.known_state import KnownState, Picker, Recaptured, picker
 from asyncckpt.state.wrappers import plain_parts
+
+log = logging.getLogger("asyncckpt")
 
 
 class WatchedOptimizers:
@@ -43,8 +46,10 @@ class WatchedOptimizers:
         #: The key is the identity, as not every optimizer can be hashed.
         self._optimizers: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         self._handles: list[RemovableHandle] = []
-        #: These optimizers step inside CUDA graphs, whose replays call no hook.
+        #: These optimizers were seen to step inside CUDA graphs, whose replays call no hook.
         self._captured: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
+        #: Of these was said that they may do so.
+        self._told: dict[int, weakref.ref[torch.optim.Optimizer]] = {}
         #: Of the latest save, and of those before that a device has not answered for yet.
         self._checks: list[SnapshotChecks] = []
         self._gradients = UnusedGradients()
@@ -89,9 +94,13 @@ class WatchedOptimizers:
         save."""
         if os.getpid() != self._pid:  # a forked child's parameters belong to it alone
             return
-        if is_capturing():
+        if cuda.is_capturing():
             self._capture(optimizer)
             return
+        with cuda.beside_captures():
+            self._copy_before(where, optimizer)
+
+    def _copy_before(self, where: str, optimizer: torch.optim.Optimizer | None) -> None:
         changed = _Changed(optimizer, self._owns_everything(optimizer))
         for flight in self._saves.all():
             job = flight.job
@@ -135,19 +144,21 @@ class WatchedOptimizers:
     def owned(self, known: KnownState | None = None, again: Recaptured | None = None) -> OwnedMemory:
         """Return the memory that only an optimizer's step changes: trained parameters and their state. A parameter with
         ``requires_grad=False`` is left out: whoever froze it may change it elsewhere, as a momentum encoder does in its
-        forward. What an optimizer steps over inside a CUDA graph is left out, too: no hook is called then. At the
+        forward. What an optimizer steps over inside a CUDA graph is left out, too, and what one was told that it may
+        (``capturable=True``), as nobody sees a capture that came before ``watch``: no hook is called then. At the
         beginning of a save, before it is decided what is deferred: what devices have found out since then counts.
         ``known``, ``again``: what is known of the state that is saved, see ``Captured``; what is watched and known is
         not looked at again."""
         self._checks = [checks for checks in self._checks if checks.waits_for_device()]
         watched = tuple(self._optimizers.values())
+        replayed = self._replayed()
         remembered, ranges = self._remembered, self._ranges
         if known is not None and again is not None and remembered is not None and ranges is not None:
             vouched = {id(optimizer) for optimizer in again.optimizers}
             if (
                 remembered.known is known
                 and remembered.watched == watched
-                and not self._captured
+                and not replayed
                 and all((optimizer := one()) is not None and id(optimizer) in vouched for one in watched)
             ):
                 return OwnedMemory.known(ranges, remembered.pick(again.tensors))
@@ -156,14 +167,29 @@ class WatchedOptimizers:
         for optimizer in self._alive():
             owned += plain_parts(p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
             owned += _state_tensors(optimizer)
-        captured = {id(tensor) for one in _alive(self._captured) for tensor in _tensors(one)}
-        memory.add(owned if not captured else [tensor for tensor in owned if id(tensor) not in captured])
+        excluded = {id(tensor) for one in replayed for tensor in _tensors(one)}
+        memory.add(owned if not excluded else [tensor for tensor in owned if id(tensor) not in excluded])
         self._ranges = memory.ranges
         self._remembered = None
-        numbers = known.numbers if known is not None and not self._captured else {}
+        numbers = known.numbers if known is not None and not replayed else {}
         if known is not None and all(id(holder) in numbers for holder in memory.holders):
             self._remembered = _Remembered(known, watched, picker([numbers[id(holder)] for holder in memory.holders]))
         return memory
+
+    def _replayed(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers whose steps a CUDA graph may make, as far as can be told."""
+        may_be = [one for one in self._alive() if any(group.get("capturable") for group in one.param_groups)]
+        for optimizer in may_be:
+            told = self._told.get(id(optimizer))
+            if told is None or told() is not optimizer:
+                self._told[id(optimizer)] = weakref.ref(optimizer)
+                log.warning(
+                    "%s has capturable=True: a CUDA graph may replay its step, and no hook is called then. What it "
+                    "owns is copied before save() returns; where its step is never captured, make it without that",
+                    type(optimizer).__name__,
+                )
+        seen = {id(optimizer) for optimizer in may_be}
+        return may_be + [one for one in _alive(self._captured) if id(one) not in seen]
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         busy = self._saves.all() or any(checks.awaits_update for checks in self._checks)

@@ -101,11 +101,11 @@ class Arena:
         # an arena that is dropped without being closed must not be unmapped under queued copies either
         forks.finalize(self, _end, self._free, self._regions)
 
-    def grow(self, budget_bytes: int, *, largest_bytes: int = 0, pin: bool = False) -> None:
+    def grow(self, budget_bytes: int, *, largest_bytes: int = 0, pin: torch.device | None = None) -> None:
         """Raise the budget to at least ``budget_bytes``, so that a slot of ``largest_bytes`` fits into one region.
-        Returns at once; memory becomes available as it is ready. ``pin``: register it with CUDA, so that copies overlap
-        with kernels. Where the system gives less, the budget is smaller, and saves stage piece by piece; where not even
-        one slot of ``largest_bytes`` fits, raises ``NotEnoughMemory``."""
+        Returns at once; memory becomes available as it is ready. ``pin``: the CUDA device that registers it, so that
+        copies overlap with kernels. Where the system gives less, the budget is smaller, and saves stage piece by piece;
+        where not even one slot of ``largest_bytes`` fits, raises ``NotEnoughMemory``."""
         with self._changed:
             extra = budget_bytes - self.budget_bytes
             lacking = self._largest_bytes() < largest_bytes
@@ -280,17 +280,17 @@ class Arena:
     def _largest_bytes(self) -> int:
         return max((region.nbytes for region in self._regions.values()), default=0)
 
-    def _prepare(self, number: int, region: Region, pin: bool, least: int) -> None:
+    def _prepare(self, number: int, region: Region, pin: torch.device | None, least: int) -> None:
         try:
-            if pin:  # all of it is faulted in at once
+            if pin is not None:  # all of it is faulted in at once
                 self._shorten(region, 0, least)
                 if self.shared and not region.fault_in(0, region.nbytes):  # the driver would touch what is not there
                     self._cut(region, 0)
                     return
-                region.pin()
+                region.pin(pin)
             offset = 0
             while offset < region.nbytes and not self._closed:
-                if not pin and offset % _LOOK_BYTES == 0:
+                if pin is None and offset % _LOOK_BYTES == 0:
                     self._shorten(region, offset, least)
                 size = min(_FAULT_IN_BYTES, region.nbytes - offset)
                 if size <= 0:

@@ -14,11 +14,15 @@ import mmap
 import os
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from asyncckpt import forks
 from asyncckpt.loaded_torch import loaded_torch
+from asyncckpt.memory import cuda
 from asyncckpt.memory.buffers import _in_huge_pages
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger("asyncckpt")
 
@@ -102,18 +106,24 @@ class Region:
             return error.errno in _NO_FALLOCATE
         return True
 
-    def pin(self) -> None:
-        """Register the region with CUDA, so that copies overlap with kernels. Blocks. Logs where CUDA refuses."""
-        torch = loaded_torch()
-        runtime: Callable[[], Any] = torch.cuda.cudart
-        cudart = runtime()
-        code = int(cudart.cudaHostRegister(self.address, self.nbytes, 0))
+    def pin(self, device: torch.device) -> None:
+        """Register the region with CUDA, so that copies overlap with kernels: those of all devices, though ``device``
+        does it. Blocks. Logs where CUDA refuses."""
+        runtime: Callable[[], Any] = loaded_torch().cuda.cudart
+        with cuda.on(device):
+            cudart = runtime()
+            code = int(cudart.cudaHostRegister(self.address, self.nbytes, 0))
         if code:
             log.warning(
                 "could not pin %d bytes of staging memory (CUDA error %d): copies are slower", self.nbytes, code
             )
             return
-        forks.finalize(self, cudart.cudaHostUnregister, self.address)
+        forks.finalize(self, _unpin, cudart, self.address, device)
+
+
+def _unpin(cudart: Any, address: int, device: torch.device) -> None:
+    with cuda.on(device):
+        cudart.cudaHostUnregister(address)
 
 
 def can_share() -> bool:

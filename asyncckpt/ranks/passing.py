@@ -5,6 +5,7 @@ Nothing here waits without a deadline: a rank that was lost in the middle ends t
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from asyncckpt.errors import RankLost
+from asyncckpt.memory import cuda
 from asyncckpt.ranks.reading_plan import Message
 from asyncckpt.state.dtensor import job_size
 
@@ -55,19 +57,21 @@ class Passing:
         new memory on the device. Raises ``torch.OutOfMemoryError``."""
         if self._device.type == "cpu":
             return host
-        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        with cuda.on(self._device):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def begin(self, message: Message, memory: torch.Tensor, host: torch.Tensor) -> Ticket:
         """Begin to send, or to receive, a message. ``memory``: from ``memory()``; ``host``: what is sent, or where
         ``end`` puts what was received. Both have the message's size or more. Raises ``RankLost``."""
         memory = memory[: message.nbytes]
         sends = message.owner == self._rank
-        if sends and memory.device.type != "cpu":
-            memory.copy_(host[: message.nbytes])
-        try:
-            works = self._pass(message, memory, sends)
-        except (RuntimeError, torch.distributed.DistError) as error:
-            raise self._lost(message, error) from error
+        with self._on_device():
+            if sends and memory.device.type != "cpu":
+                memory.copy_(host[: message.nbytes])
+            try:
+                works = self._pass(message, memory, sends)
+            except (RuntimeError, torch.distributed.DistError) as error:
+                raise self._lost(message, error) from error
         return Ticket(message, memory, works)
 
     def end(self, ticket: Ticket, host: torch.Tensor) -> None:
@@ -86,19 +90,27 @@ class Passing:
             except (RuntimeError, torch.distributed.DistError) as error:
                 raise self._lost(message, error) from error
         if on_device and message.owner != self._rank:
-            host[: message.nbytes].copy_(memory)
+            with self._on_device():
+                host[: message.nbytes].copy_(memory)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[None]:
+        return cuda.on(self._device) if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _poll(self, work: Any, message: Message) -> None:
         """Wait for a device's work: its own ``wait`` only has the device wait."""
         began = time.monotonic()
         pause = _SHORTEST_PAUSE_SECONDS
-        while not work.is_completed():
+        while not self._is_completed(work):
             if time.monotonic() - began > self._timeout_seconds:
                 raise self._lost(message, f"nothing came for {self._timeout_seconds:.0f} s")
             time.sleep(pause)
             pause = min(_LONGEST_PAUSE_SECONDS, 1.5 * pause)
-        with torch.cuda.device(self._device):
+        with self._on_device():
             work.wait()
+
+    def _is_completed(self, work: Any) -> bool:
+        with self._on_device():
+            return bool(work.is_completed())
 
     def _pass(self, message: Message, memory: torch.Tensor, sends: bool) -> list[Any]:
         dist = torch.distributed

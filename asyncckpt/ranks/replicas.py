@@ -16,8 +16,10 @@ from typing import Final
 import torch
 
 from asyncckpt.codecs import digests
+from asyncckpt.memory.arena import QueuedCopy
 from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 from asyncckpt.plan.planned import Planned, ReplicatedTensor
+from asyncckpt.stage.streams import RecordedCopy
 from asyncckpt.types import LocalTensor, RowOwners
 
 #: A save samples so many tensors, spread over all of the state; the next save takes their neighbours.
@@ -54,15 +56,15 @@ class ReplicaSample:
         self._groups = len(groups)
         self._ranges = groups + _ranges(planned.replicated, planned.pieces, number, rank)
         self._places: list[tuple[int, int]] = []
-        self._copied: list[torch.cuda.Event] = []
+        self._copied: list[QueuedCopy] = []
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._copy()
 
     def digests(self) -> tuple[dict[str, str], dict[str, str]]:
         """Return the digests of the tensors in this rank's parameter groups, by qualified name, and of the replicated
         ones that were sampled, by their index. Blocks until the device has copied them."""
-        for event in self._copied:
-            event.synchronize()
+        for copied in self._copied:
+            copied.wait()
         digest, view = digests.get(digests.DEFAULT), self._bytes.numpy().data
         found = [
             (one.key, digest(view[begin:end])[:16])
@@ -97,7 +99,7 @@ class ReplicaSample:
             if tensor.is_cuda:
                 devices.add(tensor.device)
         for device in devices:
-            self._copied.append(torch.cuda.current_stream(device).record_event())
+            self._copied.append(RecordedCopy(torch.cuda.current_stream(device).record_event(), device))
 
 
 def _ranges(

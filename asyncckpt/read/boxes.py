@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from asyncckpt.errors import CheckpointDamaged
-from asyncckpt.read.scatter import Window
+from asyncckpt.read.scatter import Window, on_device_of
 
 if TYPE_CHECKING:
     import torch
@@ -125,4 +125,5 @@ def scatter_box(
         source = values[box.first : box.first + math.prod(box.shape)].view(box.shape)
         taken = tuple(slice(begin - at, end - at) for (begin, end), at in zip(common, begins, strict=True))
         filled = tuple(slice(begin - at, end - at) for (begin, end), at in zip(common, target.offsets, strict=True))
-        target.tensor.detach()[filled].copy_(source[taken])
+        with on_device_of(target.tensor):
+            target.tensor.detach()[filled].copy_(source[taken])

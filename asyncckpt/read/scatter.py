@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from asyncckpt.memory import cuda
 from asyncckpt.memory.tensor_bytes import _copy_strided, _libc, is_plain
 
 if TYPE_CHECKING:
@@ -32,4 +34,10 @@ def scatter(target: torch.Tensor, first_byte: int, data: torch.Tensor, dtype: to
         data = data.clone()
     values = data.view(dtype)
     first = first_byte // dtype.itemsize
-    _copy_strided(target, first, first + values.numel(), values, out=False)
+    with on_device_of(target):
+        _copy_strided(target, first, first + values.numel(), values, out=False)
+
+
+def on_device_of(target: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Return what to be in while this thread copies into a live tensor: a reader's thread has no device yet."""
+    return cuda.on(target.device) if target.is_cuda else contextlib.nullcontext()

@@ -341,8 +341,11 @@ class StagingJob:
 
     def _copied(self, unit: Unit, slot: StagingBuffer, queued: Sequence[QueuedCopy]) -> None:
         """Wait until the copies into a slot have run, and check what they have brought."""
-        for copy in queued:
-            copy.wait()
+        try:
+            for copy in queued:
+                copy.wait()
+        except RuntimeError as error:  # the writers would say that their storage has failed
+            raise self._typed(error) from error
         if self.checks is not None:
             for number, _, part in unit.parts(slot):
                 self.checks.copied(number, part)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from asyncckpt.codecs.blosc import split_places
+from asyncckpt.memory import cuda
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.tensor_bytes import is_plain
 from asyncckpt.stage.eager import OwnedMemory
@@ -128,7 +129,8 @@ def _from_device(pieces: Sequence[LocalTensor], chosen: Sequence[tuple[int, int,
     for index, number, segment, begin, nbytes in chosen:
 
         def digest(at: int = at, nbytes: int = nbytes) -> int:
-            event.synchronize()
+            with cuda.on(gathered.device):
+                event.synchronize()
             return digest_of_image(here[at : at + nbytes].numpy().data)
 
         found.append(Sample(index, number, segment, begin, nbytes, digest, None))

@@ -13,13 +13,8 @@ from typing import Protocol
 
 import torch
 
+from asyncckpt.memory import cuda
 from asyncckpt.memory.arena import QueuedCopy
-
-
-def is_capturing() -> bool:
-    """Whether a CUDA graph is captured on this thread's current stream. Never blocks, and makes no CUDA context."""
-    in_use: Callable[[], bool] = torch.cuda.is_initialized
-    return in_use() and torch.cuda.is_current_stream_capturing()
 
 
 class Copies(Protocol):
@@ -51,10 +46,12 @@ class CopyStreams:
         make: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
         with self._lock:
             for device in set(devices) - set(self._streams):
-                self._streams[device] = make(device)
+                with cuda.on(device):
+                    self._streams[device] = make(device)
             streams = {device: self._streams[device] for device in devices}
         for device, stream in streams.items():
-            stream.wait_stream(torch.cuda.current_stream(device))
+            with cuda.on(device):
+                stream.wait_stream(torch.cuda.current_stream(device))
         return _StreamCopies(streams)
 
 
@@ -67,6 +64,8 @@ class _StreamCopies:
 
     def enqueue(self, copy: Callable[[], None], after: Sequence[QueuedCopy], queued: list[QueuedCopy]) -> None:
         with contextlib.ExitStack() as stack:
+            for device in list(self._streams)[:1]:  # torch goes back to the thread's device, which must not be another
+                stack.enter_context(cuda.on(device))
             for stream in self._streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
             for earlier in after:
@@ -75,58 +74,66 @@ class _StreamCopies:
             try:
                 copy()
             finally:  # an error of the copy is worth more than one of recording
-                queued += [_recorded(stream) for stream in self._streams.values()]
+                queued += [_recorded(stream, device) for device, stream in self._streams.items()]
 
     def make_current_wait(self) -> None:
         for device, stream in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(stream)
+            with cuda.on(device):
+                torch.cuda.current_stream(device).wait_stream(stream)
 
     def synchronize(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
+        for device, stream in self._streams.items():
+            with cuda.on(device):
+                stream.synchronize()
 
 
-def _recorded(stream: torch.cuda.Stream) -> QueuedCopy:
+def _recorded(stream: torch.cuda.Stream, device: torch.device) -> QueuedCopy:
     try:
-        return _Recorded(stream.record_event())
+        return RecordedCopy(stream.record_event(), device)
     except RuntimeError:
-        return _Unrecorded(stream)
+        return UnrecordedCopy(stream, device)
 
 
-class _Recorded:
-    """The copies enqueued on a stream before an event."""
+class RecordedCopy:
+    """The copies enqueued on a stream of ``device`` before an event. Any thread may ask for them."""
 
-    def __init__(self, event: torch.cuda.Event) -> None:
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self._event = event
+        self._device = device
         self._has_run = False
 
     def done(self) -> bool:
         query: Callable[[], bool] = self._event.query
         if not self._has_run:
-            self._has_run = query()
+            with cuda.on(self._device):
+                self._has_run = query()
         return self._has_run
 
     def wait(self) -> None:
         if not self._has_run:
-            self._event.synchronize()
+            with cuda.on(self._device):
+                self._event.synchronize()
             self._has_run = True
 
     def wait_on(self, stream: torch.cuda.Stream) -> None:
         stream.wait_event(self._event)
 
 
-class _Unrecorded:
+class UnrecordedCopy:
     """The copies enqueued on a stream whose device took no event: they have run once the whole stream has."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
+    def __init__(self, stream: torch.cuda.Stream, device: torch.device) -> None:
         self._stream = stream
+        self._device = device
 
     def done(self) -> bool:
         query: Callable[[], bool] = self._stream.query
-        return query()
+        with cuda.on(self._device):
+            return query()
 
     def wait(self) -> None:
-        self._stream.synchronize()
+        with cuda.on(self._device):
+            self._stream.synchronize()
 
     def wait_on(self, stream: torch.cuda.Stream) -> None:
         stream.wait_stream(self._stream)

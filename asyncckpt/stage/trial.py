@@ -12,9 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from asyncckpt.memory.arena import StagingBuffer
+from asyncckpt.memory.arena import QueuedCopy, StagingBuffer
 from asyncckpt.stage.deferral import Deferral, Key
 from asyncckpt.stage.live_bytes import LiveTensor, device_checksum, digest_of, digest_of_image, live, version_of
+from asyncckpt.stage.streams import RecordedCopy
 from asyncckpt.types import Extent, Segment
 
 log = logging.getLogger("asyncckpt")
@@ -137,12 +138,11 @@ class Trial:
             here = torch.empty(len(indexes), dtype=torch.bool, pin_memory=True)
             here.copy_(equal, non_blocking=True)
             event = torch.cuda.current_stream(device).record_event()
-            self._verdicts.append(self._verdict(event, here, indexes))
+            self._verdicts.append(self._verdict(RecordedCopy(event, device), here, indexes))
 
-    def _verdict(self, event: torch.cuda.Event, equal: torch.Tensor, indexes: Sequence[int]) -> Callable[[], bool]:
+    def _verdict(self, copied: QueuedCopy, equal: torch.Tensor, indexes: Sequence[int]) -> Callable[[], bool]:
         def known() -> bool:
-            query: Callable[[], bool] = event.query
-            if not query():
+            if not copied.done():
                 return False
             same = equal.tolist()
             self._deferral.earn(self._keys[index] for index, one in zip(indexes, same, strict=True) if one)

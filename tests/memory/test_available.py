@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from asyncckpt.memory import arena, available
 from asyncckpt.memory.arena import Arena
@@ -95,9 +96,9 @@ def test_the_ranks_of_a_host_divide_one_budget(monkeypatch: pytest.MonkeyPatch) 
 def test_memory_that_others_have_taken_meanwhile_is_not_faulted_in(pin: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1 << 30] if not pin else [])
     monkeypatch.setattr(arena, "available_memory_bytes", lambda: next(free, 32 << 20))
-    monkeypatch.setattr(arena.Region, "pin", lambda self: None)
+    monkeypatch.setattr(arena.Region, "pin", lambda *_: None)
     pool = Arena()
-    pool.grow(256 << 20, largest_bytes=1 << 20, pin=pin)
+    pool.grow(256 << 20, largest_bytes=1 << 20, pin=torch.device("cuda", 0) if pin else None)
     assert pool.wait_prepared(30)
     assert pool.budget_bytes == pool.free_bytes() == ((64 << 20) + (16 << 20) if not pin else 16 << 20)
     pool.acquire(pool.free_bytes()).view[:] = bytes(pool.budget_bytes)

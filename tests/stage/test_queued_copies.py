@@ -177,6 +177,29 @@ def test_a_save_whose_copies_training_cannot_wait_for_fails(tmp_path: Path, monk
         assert run.ls() == []
 
 
+def test_a_device_that_fails_while_copies_are_queued_is_what_the_save_speaks_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the storage, which whoever writes would speak of."""
+
+    class Broken(Stream):
+        def enqueue(self, copy: Any, after: Any, queued: list[Any]) -> None:
+            super().enqueue(copy, after, queued)
+            queued[-1].wait = self.fail
+
+        def fail(self) -> None:
+            raise RuntimeError("CUDA error: 700")
+
+    stream = Broken()
+    stream.open.set()
+    monkeypatch.setattr(copy_streams.CopyStreams, "of", lambda *_: stream)
+    with Checkpointer(tmp_path / "run") as run:
+        error = run.save(1, {"w": torch.zeros(1000)}).exception(PATIENCE_SECONDS)
+        assert isinstance(error, SaveFailed)
+        assert "copying the state failed: RuntimeError: CUDA error: 700" in str(error)
+        assert "storage" not in str(error)
+
+
 # -- a save that fails ends at once ------------------------------------------------------------------------------------
 
 

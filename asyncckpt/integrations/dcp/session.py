@@ -19,6 +19,7 @@ from asyncckpt.integrations.dcp.names import Path, components_of
 from asyncckpt.manifest import json as manifests
 from asyncckpt.manifest.draft import finished_draft
 from asyncckpt.manifest.records import FileRecord, StoredTensor
+from asyncckpt.memory import cuda
 from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.buffers import aligned_buffer
 from asyncckpt.memory.region import address_of
@@ -122,9 +123,7 @@ class WriterSession:
             (extent,) = window
             with self._slot(extent.nbytes) as slot:
                 write_header(slot, 0, extent.header)
-                copy_segments(tensors, extent.segments, slot)
-                if torch.accelerator.is_available():
-                    torch.accelerator.synchronize()
+                _copy(tensors, extent, slot)
                 yield slot.view
 
         records = write_made_shards(directory, shards, made, digest, threads=threads)
@@ -192,3 +191,15 @@ class WriterSession:
         finally:
             with self._lock:
                 self.buffers.append(slot)
+
+
+def _copy(tensors: Sequence[torch.Tensor], extent: Extent, slot: StagingBuffer) -> None:
+    """Copy an extent's tensors into the slot. Blocks until their devices have."""
+    devices = {tensors[segment.piece].device for segment in extent.segments} - {torch.device("cpu")}
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            if device.type == "cuda":
+                stack.enter_context(cuda.on(device))
+        copy_segments(tensors, extent.segments, slot)
+        for device in devices:
+            torch.accelerator.synchronize(device)
