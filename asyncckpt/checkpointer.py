@@ -151,7 +151,7 @@ class Checkpointer(RunOwnership):
         self._callback_seconds = writer.durable_timeout_seconds
         drain_at_exit(self)
         # saves in flight hold the checkpointer; once nothing does, its threads have nothing left to do
-        threads = (self._starter.stager, self._builder, self._committer, self.events.notifier)
+        threads = (self._starter.stager, self._starter.snapshots, self._builder, self._committer, self.events.notifier)
         self._threads: tuple[forks.Closable, ...] = threads if self._journal is None else (*threads, self._journal)
         forks.finalize(self, forks.close_all, *self._threads)
 

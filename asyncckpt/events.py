@@ -166,6 +166,15 @@ class PlanRebuilt(Event):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotOnHost(Event):
+    """With ``snapshot="auto"``, the snapshot of this save was not taken on the device, where it would take ``nbytes``,
+    because of ``reason``. It is told once for each size."""
+
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pruned(Event):
     """Retention has deleted the checkpoint ``name``, or has left it because somebody reads it (``deleted=False``)."""
 

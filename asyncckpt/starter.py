@@ -27,6 +27,8 @@ from asyncckpt.saver import SaveBuilder
 from asyncckpt.scope import SaveScope
 from asyncckpt.stage.checks import SnapshotChecks
 from asyncckpt.stage.deferral import Deferral
+from asyncckpt.stage.device_job import DeviceJob
+from asyncckpt.stage.device_snapshot import DeviceSnapshots
 from asyncckpt.stage.eager import Divider, Division, divide
 from asyncckpt.stage.job import StagingJob
 from asyncckpt.stage.options import OnBusy, StagingOptions
@@ -81,6 +83,7 @@ class SaveStarter:
         self._options = options
         self._events = events
         self._streams = CopyStreams()
+        self.snapshots = DeviceSnapshots(options.snapshot, events)
         self._deferral = Deferral(events)
         self._sampler = Sampler()
         self._divider = Divider()
@@ -135,24 +138,25 @@ class SaveStarter:
             self._tell_of_nothing(state, planned)
             self._builder.grow_arena(coordinator, planned)
             policy = self._options.on_busy if request.may_skip or self._options.on_busy != "skip" else "wait"
+            devices = _devices(planned)
+            image = self.snapshots.begin(step, layout, pieces_of(pieces).tensors, devices)
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, beside, began)
-            devices = _devices(planned)
-            checks, division = self._divide(planned, save.scope, devices)
+            checks, division = self._divide(planned, save.scope, devices, apart=image is not None)
             deferred = bool(division.deferred)
             self._events.emit(SaveStarted(step=step, at_seconds=began, nbytes=layout.nbytes, deferred=deferred))
-            staging = StagingJob(
-                save.scope,
-                pieces_of(pieces).tensors,  # small ones may have been cloned since
-                layout,
-                self._builder.arena,
-                self._streams.of(devices),
-                save.shards,
-                self._events,
-                began,
-                self._builder.splits,
-                checks,
-            )
+            tensors = pieces_of(pieces).tensors  # small ones may have been cloned since
+            staging: StagingJob
+            arena, events = self._builder.arena, self._events
+            if image is not None:
+                staging = DeviceJob(
+                    image, self.snapshots.landing, save.scope, tensors, layout, arena, save.shards, events, began
+                )
+            else:
+                streams, splits = self._streams.of(devices), self._builder.splits
+                staging = StagingJob(
+                    save.scope, tensors, layout, arena, streams, save.shards, events, began, splits, checks
+                )
         except BaseException:
             self._steps.release(step, kind, claim)
             raise
@@ -160,27 +164,30 @@ class SaveStarter:
         flight = InFlight(save, staging, pending, claim)
         deadline = time.monotonic() + patience
         try:
-            if deferred:
+            if isinstance(staging, DeviceJob):
+                staging.take_snapshot(deadline)
+            elif deferred:
                 staging.stage_now(division.eager, deadline)
             else:
                 self._submit(flight)
                 staging.finish(deadline)
         finally:
-            if deferred:  # last of all: a thread that wakes up takes the interpreter from this one
+            if deferred or staging.is_apart:  # last of all: a thread that wakes up takes the interpreter from this one
                 self._submit(flight)
         staging.note_stall(began, "save")
         return pending
 
     def _divide(
-        self, planned: Planned, scope: SaveScope, devices: Collection[torch.device]
+        self, planned: Planned, scope: SaveScope, devices: Collection[torch.device], *, apart: bool
     ) -> tuple[SnapshotChecks | None, Division]:
         """Decide what is copied when, and begin to check that it is right. ``devices``: the CUDA devices that pieces
-        lie on."""
+        lie on. ``apart``: all is copied on the device right now, so that nothing has to be checked."""
         pieces = planned.pieces
-        if not self._watched:
+        if self._watched:
+            self._watched.training_waits()
+            self._watched.tell_of_unused_gradients(scope.step)
+        if apart or not self._watched:
             return None, Division(set(range(len(pieces))), [], {})
-        self._watched.training_waits()
-        self._watched.tell_of_unused_gradients(scope.step)
         known, again = planned.known, planned.again
         owned = self._watched.owned(known, again)
         keys = self._deferral.keys((planned.layout.fingerprint, len(pieces)), planned.components)

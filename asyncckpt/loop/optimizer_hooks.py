@@ -105,7 +105,7 @@ class WatchedOptimizers:
         for flight in self._saves.all():
             job = flight.job
             job.training_waits()
-            if job.done and not job.on_device:
+            if job.is_apart or (job.done and not job.on_device):
                 continue
             pieces = changed.pieces(job.checks)
             if pieces is not None and not pieces:

@@ -57,7 +57,7 @@ class ReplicaSample:
         self._ranges = groups + _ranges(planned.replicated, planned.pieces, number, rank)
         self._places: list[tuple[int, int]] = []
         self._copied: list[QueuedCopy] = []
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._copy()
 
     def digests(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -81,7 +81,7 @@ class ReplicaSample:
             self._places.append((total, total + one.nbytes))
             total += -(-one.nbytes // _GRAIN) * _GRAIN
         on_device = any(tensor.is_cuda for tensor in tensors)
-        self._bytes = torch.empty(total, dtype=torch.uint8, pin_memory=on_device)
+        self._bytes = torch.empty(total, dtype=torch.uint8, device="cpu", pin_memory=on_device)
         address, devices, copy = self._bytes.data_ptr(), set(), ctypes.memmove
         for one, tensor, (begin, end) in zip(self._ranges, tensors, self._places, strict=True):
             source = one.begin - one.tensor.begin

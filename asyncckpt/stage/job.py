@@ -56,6 +56,11 @@ class StagingJob:
     copied while training goes on, or may be one day.
     """
 
+    #: Whether the snapshot is apart from training's memory once ``save`` returns, so that nothing waits for this job.
+    is_apart = False
+    #: What to do where a device has no memory for the copies.
+    _without_memory = "Leave more of the device's memory free, or save with codec='none', which takes none of it"
+
     def __init__(
         self,
         scope: SaveScope,
@@ -78,7 +83,7 @@ class StagingJob:
         self._sink = sink
         self._scope = scope
         self._events = events
-        self._streams = streams
+        self._streams: Copies = streams
         self._lock = threading.Lock()
         extents = layout.extents()
         self._units = Units(extents, layout.cache.setdefault("units", {}))
@@ -271,7 +276,7 @@ class StagingJob:
             return error
         way_out = "Look at the device, then save again"
         if isinstance(error, torch.OutOfMemoryError):
-            way_out = "Leave more of the device's memory free, or save with codec='none', which takes none of it"
+            way_out = self._without_memory
         typed = SaveFailed(
             f"step {self.step}: copying the state failed: {type(error).__name__}: {error}. Nothing was published; "
             f"earlier checkpoints are untouched. {way_out}"

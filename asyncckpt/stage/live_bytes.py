@@ -98,7 +98,7 @@ def digest_of(tensor: torch.Tensor, begin: int, nbytes: int) -> int:
     if is_plain(tensor):
         return digest_at(tensor.data_ptr() + begin, nbytes)
     item = tensor.element_size()
-    part = torch.empty(nbytes // item, dtype=tensor.dtype)
+    part = torch.empty(nbytes // item, dtype=tensor.dtype, device="cpu")
     _copy_strided(tensor.detach(), begin // item, (begin + nbytes) // item, part)
     return digest_of_image(part.view(torch.uint8).numpy().data)
 

@@ -119,7 +119,7 @@ def _from_device(pieces: Sequence[LocalTensor], chosen: Sequence[tuple[int, int,
         parts.append(flat[begin : begin + nbytes])
     try:
         gathered = torch.cat(parts)
-        here = torch.empty(len(gathered), dtype=torch.uint8, pin_memory=True)
+        here = torch.empty(len(gathered), dtype=torch.uint8, device="cpu", pin_memory=True)
         here.copy_(gathered, non_blocking=True)
         event = torch.cuda.current_stream(gathered.device).record_event()
     except RuntimeError:  # a device without memory is sampled another time

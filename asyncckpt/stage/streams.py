@@ -55,6 +55,11 @@ class CopyStreams:
         return _StreamCopies(streams)
 
 
+def none_queued() -> Copies:
+    """Return the copies of a save that has ended."""
+    return _StreamCopies({})
+
+
 class _StreamCopies:
     def __init__(self, streams: dict[torch.device, torch.cuda.Stream]) -> None:
         self._streams = streams

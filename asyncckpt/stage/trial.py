@@ -135,7 +135,7 @@ class Trial:
         for device, indexes in by_device.items():
             before = torch.stack([self._checksums.pop(index) for index in indexes])
             equal = (before == torch.stack([now[index] for index in indexes])).all(1)
-            here = torch.empty(len(indexes), dtype=torch.bool, pin_memory=True)
+            here = torch.empty(len(indexes), dtype=torch.bool, device="cpu", pin_memory=True)
             here.copy_(equal, non_blocking=True)
             event = torch.cuda.current_stream(device).record_event()
             self._verdicts.append(self._verdict(RecordedCopy(event, device), here, indexes))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.drawn_states import drawn_state
 from support.examples import examples
 from support.options import by_stage
 
@@ -36,30 +37,11 @@ def _files(path: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in path.glob("*.safetensors")}
 
 
-def _state(draw: st.DataObject) -> dict[str, torch.Tensor]:
-    dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.float64, torch.complex64]
-    state: dict[str, torch.Tensor] = {}
-    for n in range(draw.draw(st.integers(1, 12))):
-        rows, columns = draw.draw(st.integers(0, 700)), draw.draw(st.integers(1, 700))
-        tensor = torch.randint(-100, 100, (rows, columns)).to(draw.draw(st.sampled_from(dtypes)))
-        kind = draw.draw(st.sampled_from(["plain", "transposed", "cut", "conjugated", "imaginary"]))
-        if kind == "transposed":
-            tensor = tensor.t()
-        elif kind == "cut":
-            tensor = tensor[:, ::2]
-        elif kind == "conjugated":
-            tensor = tensor.to(torch.complex64).conj()
-        elif kind == "imaginary":
-            tensor = (tensor.to(torch.complex64) * 1j).conj().imag
-        state[f"t{n:02}"] = tensor
-    return state
-
-
 @examples(40)
 @given(data=st.data())
 def test_files_do_not_depend_on_the_budget(data: st.DataObject) -> None:
     """The digests in the manifest are those of the extents, whatever was written at once."""
-    state = {"tensors": _state(data)}
+    state = {"tensors": drawn_state(data)}
     extent_bytes = data.draw(st.sampled_from([4 << 10, 64 << 10, 256 << 10]))
     found = []
     with tempfile.TemporaryDirectory() as folder:
