@@ -139,6 +139,10 @@ class DeviceSnapshots:
             found = self._gathers[id(plan)] = Gather(plan, image, device.has, device.make_table)
         return found
 
+    def is_idle(self) -> bool:
+        """Whether no copy of a snapshot is queued on the device. Raises ``RuntimeError`` where that has failed."""
+        return self._device is None or self._device.is_idle()
+
     def close(self) -> None:
         """Give the device's memory back, and end the thread once all that was handed to it is there. Does not wait."""
         self.landing.close()

@@ -9,6 +9,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import asyncckpt
+from asyncckpt.formats.options import Files, FilesName
+from asyncckpt.stage.options import Snapshot
+from asyncckpt.write.options import ProcessChoice
 from benchmarks.harness.state import State
 from benchmarks.peers import Saved, Session
 
@@ -17,13 +20,25 @@ _DELETION_SECONDS = 10.0
 
 
 class Asyncckpt(Session):
-    def __init__(self, state: State, directory: str, *, watch: bool, staging_bytes: int | None) -> None:
+    def __init__(
+        self,
+        state: State,
+        directory: str,
+        *,
+        watch: bool,
+        staging_bytes: int | None = None,
+        snapshot: Snapshot = "auto",
+        files: Files | FilesName = "safetensors",
+        process: ProcessChoice = "auto",
+    ) -> None:
         super().__init__(state, directory)
+        self.snapshot = snapshot
         self.checkpointer = asyncckpt.Checkpointer(
             directory,
             keep=asyncckpt.KeepLast(1),
-            staging=asyncckpt.StagingOptions(budget_bytes=staging_bytes),
-            writer=asyncckpt.WriterOptions(reuse_unchanged=False),
+            files=files,
+            staging=asyncckpt.StagingOptions(budget_bytes=staging_bytes, snapshot=snapshot),
+            writer=asyncckpt.WriterOptions(reuse_unchanged=False, process=process),
         )
         if watch:
             self.checkpointer.watch(state["optimizer"])
