@@ -139,7 +139,7 @@ class SaveStarter:
             self._builder.grow_arena(coordinator, planned)
             policy = self._options.on_busy if request.may_skip or self._options.on_busy != "skip" else "wait"
             devices = _devices(planned)
-            image = self.snapshots.begin(step, layout, pieces_of(pieces).tensors, devices)
+            image = self.snapshots.begin(step, layout, devices, _vouched(planned))
             self._admit(coordinator, step, sum(extent.nbytes for extent in layout.extents()), policy, patience)
             save = self._builder.build(coordinator, planned, number, claim, kind, values, beside, began)
             checks, division = self._divide(planned, save.scope, devices, apart=image is not None)
@@ -191,8 +191,7 @@ class SaveStarter:
         known, again = planned.known, planned.again
         owned = self._watched.owned(known, again)
         keys = self._deferral.keys((planned.layout.fingerprint, len(pieces)), planned.components)
-        stays = known if again is None or again.is_same else None
-        division = divide(pieces, owned, self._deferral.earned(keys), self._divider, stays)
+        division = divide(pieces, owned, self._deferral.earned(keys), self._divider, _vouched(planned))
         checks = SnapshotChecks(
             *(scope, self._deferral, keys, pieces, division, owned, planned.layout, self._sampler, bool(devices)),
             known=known,
@@ -237,6 +236,11 @@ class SaveStarter:
             busy = error
         if coordinator.any_rank("busy", busy is not None):
             raise busy or (Skipped() if policy == "skip" else ArenaBusy(f"step {step}: busy on another rank"))
+
+
+def _vouched(planned: Planned) -> object:
+    """Return the same object as long as the pieces are found to be and to lie as they did; None where nobody knows."""
+    return planned.known if planned.again is None or planned.again.is_same else None
 
 
 def _devices(planned: Planned) -> Collection[torch.device]:

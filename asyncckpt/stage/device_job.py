@@ -12,9 +12,10 @@ from asyncckpt.errors import ArenaBusy, SaveAbandoned
 from asyncckpt.events import EventBus
 from asyncckpt.memory.arena import Arena, QueuedCopy, StagingBuffer
 from asyncckpt.scope import SaveScope
-from asyncckpt.stage.device_snapshot import ImageCopies, LandedSink, Landing
+from asyncckpt.stage.device_snapshot import ImageCopies
 from asyncckpt.stage.image import finish_image
 from asyncckpt.stage.job import StagingJob
+from asyncckpt.stage.landing import LandedSink, Landing
 from asyncckpt.stage.staged import UnitSink
 from asyncckpt.stage.streams import none_queued
 from asyncckpt.stage.units import Unit

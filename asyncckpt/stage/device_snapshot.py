@@ -13,8 +13,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,8 +25,8 @@ from asyncckpt.memory.arena import QueuedCopy, StagingBuffer
 from asyncckpt.stage.device import CudaDevice, SnapshotDevice
 from asyncckpt.stage.gather import Gather
 from asyncckpt.stage.image_plan import ImagePlan, image_plan
+from asyncckpt.stage.landing import AllCopies, LandedCopy, Landing
 from asyncckpt.stage.options import Snapshot
-from asyncckpt.stage.staged import StagedUnit, UnitSink
 from asyncckpt.stage.units import Unit
 from asyncckpt.types import Layout
 
@@ -41,9 +39,6 @@ _RESERVE_SHARE = 32
 _LEAST_RESERVE_BYTES = 512 << 20
 #: Plans whose views and tables are kept: full and weights-only, before and after the optimizer has state.
 _KEPT_PLANS = 4
-_POLL_SECONDS = 0.001
-#: A device that has set no flag for so long is asked whether it has failed.
-_LOOK_SECONDS = 1.0
 
 
 class DeviceSnapshots:
@@ -70,11 +65,12 @@ class DeviceSnapshots:
         self.landing = Landing()
 
     def begin(
-        self, step: int, layout: Layout, tensors: Sequence[torch.Tensor], devices: Collection[torch.device]
+        self, step: int, layout: Layout, devices: Collection[torch.device], vouched: object
     ) -> ImageCopies | None:
-        """Return what takes the snapshot of a save; None where it is copied to the host in the other way. ``tensors``:
-        the pieces of the layout, which lie on these CUDA ``devices`` and on the host. Allocates the device's memory,
-        the first time. Raises ``InvalidOption`` and ``NotEnoughMemory`` where only the device will do and cannot."""
+        """Return what takes the snapshot of a save; None where it is copied to the host in the other way. Its
+        pieces lie on these CUDA ``devices`` and on the host; ``vouched``: see ``Gather.enqueue``. Allocates the
+        device's memory, the first time. Raises ``InvalidOption`` and ``NotEnoughMemory`` where only the device will do
+        and cannot."""
         demanded = self._snapshot == "device"
         if not (demanded or (self._snapshot == "auto" and AUTO_TAKES_DEVICE)):
             return None
@@ -106,7 +102,7 @@ class DeviceSnapshots:
             with _outside_autograd():
                 self._flags = _Flags(device, len(plan.places))
         self._generation += 1
-        return ImageCopies(device, gather, image, self._flags, self._generation, self._latest, self._taken)
+        return ImageCopies(device, gather, image, self._flags, self._generation, self._latest, self._taken, vouched)
 
     def _taken(self, copies: ImageCopies) -> None:
         """Note that a save takes its snapshot, so that the next one waits until it is drained."""
@@ -163,6 +159,7 @@ class ImageCopies:
         generation: int,
         before: ImageCopies | None,
         taken: Callable[[ImageCopies], object],
+        vouched: object,
     ) -> None:
         self._device = device
         self._gather = gather
@@ -172,6 +169,7 @@ class ImageCopies:
         self._generation = generation
         self._before = before
         self._taken = taken
+        self._vouched = vouched
         #: What the image held before, besides tensors.
         self._written = before.written if before is not None and before.image_is(image) else None
         #: Set once nothing of the image is needed but what was enqueued.
@@ -211,7 +209,7 @@ class ImageCopies:
             with _outside_autograd(), device.queueing():
                 if written is not self._plan:
                     device.enqueue("fill", functools.partial(_write_constants, self._plan, self._image))
-                device.enqueue("gather", functools.partial(self._gather.enqueue, tensors))
+                device.enqueue("gather", functools.partial(self._gather.enqueue, tensors, self._vouched))
                 device.enqueue("fill", functools.partial(flags.value.fill_, self._generation))
         finally:
             device.hold_training()
@@ -251,7 +249,7 @@ class ImageCopies:
             set_flag = functools.partial(flags.views[number].copy_, flags.value, non_blocking=True)
             self._device.enqueue("flag", set_flag)
         except (RuntimeError, IndexError):
-            return _AllCopies(self._device)
+            return AllCopies(self._device)
         return LandedCopy(self._device, flags.seen, number, self._generation)
 
     def make_current_wait(self) -> None:
@@ -286,116 +284,3 @@ class _Flags:
         self.seen: np.ndarray[Any, np.dtype[np.int32]] = flags.numpy()
         own = device.memory(2 * 4).view(torch.int32)
         self.value, self.ticks = torch.split(own, 1)
-
-
-class LandedCopy:
-    """The copies before a flag. Looks at memory alone."""
-
-    def __init__(
-        self, device: SnapshotDevice, flags: np.ndarray[Any, np.dtype[np.int32]], number: int, generation: int
-    ) -> None:
-        self._device = device
-        self._flags = flags
-        self._number = number
-        self._generation = generation
-
-    def is_of(self, device: SnapshotDevice) -> bool:
-        """Whether the copies are on this device's stream."""
-        return self._device is device
-
-    def done(self) -> bool:
-        return bool(self._flags[self._number] >= self._generation)
-
-    def wait(self) -> None:
-        look = time.monotonic() + _LOOK_SECONDS
-        while not self.done():
-            time.sleep(_POLL_SECONDS)
-            if time.monotonic() > look:
-                if self._device.is_idle() and not self.done():
-                    raise RuntimeError(f"{self._device.name} has nothing left to do and has not copied the snapshot")
-                look = time.monotonic() + _LOOK_SECONDS
-
-    def wait_on(self, stream: Any) -> None:
-        self._device.let_follow(stream)
-
-
-class _AllCopies:
-    """All copies that a device has enqueued, which took no flag."""
-
-    def __init__(self, device: SnapshotDevice) -> None:
-        self._device = device
-
-    def done(self) -> bool:
-        return self._device.is_idle()
-
-    def wait(self) -> None:
-        self._device.synchronize()
-
-    def wait_on(self, stream: Any) -> None:
-        self._device.let_follow(stream)
-
-
-class Landing:
-    """Looks at flags, on one thread that the first unit starts, and hands each unit on once it is there, in order.
-    Memory of a save that has failed is handed on then, too, and not before."""
-
-    def __init__(self) -> None:
-        self._units: SimpleQueue[tuple[UnitSink, StagedUnit] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._started = self._closed = False
-
-    def put(self, sink: UnitSink, staged: StagedUnit) -> None:
-        """Take a unit whose copies are queued. Thread-safe; never blocks."""
-        with self._lock:
-            if not self._closed and self._runs():
-                self._units.put((sink, staged))
-                return
-        sink.submit(staged)  # whoever gets it waits for it
-
-    def _runs(self) -> bool:
-        if not self._started:
-            try:
-                threading.Thread(target=self._run, name="asyncckpt-landing", daemon=True).start()
-            except RuntimeError:  # the system gives no more threads
-                return False
-            self._started = True
-        return True
-
-    def close(self) -> None:
-        """End the thread after the units that it has. Does not wait."""
-        with self._lock:
-            self._closed = True
-            self._units.put(None)
-
-    def _run(self) -> None:
-        while (item := self._units.get()) is not None:
-            sink, staged = item
-            try:
-                staged.wait_copied()
-                staged = replace(staged, slot=replace(staged.slot, copies=()), wait_copied=_nothing)
-            except BaseException as error:  # the sink fails the save with it; who gets the memory waits for the copies
-                staged = replace(staged, wait_copied=functools.partial(_raise, error))
-            sink.submit(staged)
-            del item, sink, staged
-
-
-def _nothing() -> None:
-    """Do nothing: the bytes are there."""
-
-
-def _raise(error: BaseException) -> None:
-    raise error
-
-
-class LandedSink:
-    """Hands units on to ``sink`` once they are there."""
-
-    def __init__(self, landing: Landing, sink: UnitSink) -> None:
-        self._landing = landing
-        self._sink = sink
-
-    def submit(self, staged: StagedUnit) -> None:
-        self._landing.put(self._sink, staged)
-
-    def give_memory_back(self) -> None:
-        self._sink.give_memory_back()

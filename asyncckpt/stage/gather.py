@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -26,6 +26,8 @@ log = logging.getLogger("asyncckpt")
 
 #: Tensors of the host are sent to the device side by side, each at a multiple of so many bytes.
 _GRAIN = 64
+_is_neg: Callable[[torch.Tensor], bool] = torch.Tensor.is_neg
+_is_conj: Callable[[torch.Tensor], bool] = torch.Tensor.is_conj
 #: So many tensors go into one call. More objects at a time would have Python's collector run.
 _AT_ONCE = 512
 
@@ -55,13 +57,16 @@ class _Known:
     """What was prepared, and for what: tensors that lie, and look, like this."""
 
     places: Places
-    lazy: list[int]
+    complex: list[int]
     #: Tensors of the host, by piece, where they lie on the device once they were sent.
     sent: dict[int, torch.Tensor]
     table: Table | None
     #: By dtype, whole tensors with their places, and parts of tensors.
     whole: list[tuple[list[int], list[torch.Tensor]]]
     parts: list[tuple[Row, torch.Tensor]]
+    negated: list[int] = field(default_factory=list)
+    conjugated: list[int] = field(default_factory=list)
+    vouched: object = None
 
 
 class Gather:
@@ -86,13 +91,12 @@ class Gather:
         #: Where the tensors of the host come to lie on the device, one after the other.
         self._here = image[:0]
 
-    def enqueue(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Enqueue the copies of the pieces, in order. Those of the host are read before this returns."""
+    def enqueue(self, tensors: Sequence[torch.Tensor], vouched: object = None) -> None:
+        """Enqueue the copies of the pieces, in order. Those of the host are read before this returns. ``vouched``: the
+        same object as long as somebody has found that all pieces lie as they did, and look alike; None where nobody has
+        looked."""
         with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable outside that mode, too
-            lazy = [index for index, one in enumerate(tensors) if one.is_neg() or one.is_conj()]
-            places, known = places_of(tensors), self._known
-            if known is None or known.lazy != lazy or known.places != places:
-                known = self._known = self._prepare(tensors, places, lazy)
+            known = self._prepared(tensors, vouched)
             given = self._with_those_of_the_host(tensors, known.sent) if known.sent else tensors
             if known.table is not None:
                 known.table.launch()
@@ -103,7 +107,24 @@ class Gather:
             for row, target in known.parts:
                 _copy_part(given[row.piece], row, target)
 
-    def _prepare(self, tensors: Sequence[torch.Tensor], places: Places, lazy: list[int]) -> _Known:
+    def _prepared(self, tensors: Sequence[torch.Tensor], vouched: object) -> _Known:
+        """Return what is prepared for tensors that lie, and look, like these."""
+        known = self._known
+        negated = [index for index, one in enumerate(map(_is_neg, tensors)) if one]
+        if known is not None and vouched is not None and known.vouched is vouched:
+            # whoever vouches has not looked for these: a tensor's conjugate has its address, and its form
+            conjugated = [index for index in known.complex if tensors[index].is_conj()]
+            if (known.negated, known.conjugated) == (negated, conjugated):
+                return known
+        conjugated = [index for index, one in enumerate(map(_is_conj, tensors)) if one]
+        places = places_of(tensors)
+        if known is None or (known.negated, known.conjugated, known.places) != (negated, conjugated, places):
+            known = self._known = self._prepare(tensors, places)
+            known.negated, known.conjugated = negated, conjugated
+        known.vouched = vouched
+        return known
+
+    def _prepare(self, tensors: Sequence[torch.Tensor], places: Places) -> _Known:
         of_host = [index for index, one in enumerate(tensors) if one.nbytes and not self._lies_there(one)]
         sent = self._places_on_device(of_host, tensors)
         table: list[tuple[int, int, int]] = []
@@ -124,7 +145,8 @@ class Gather:
         if table and self._make_table is not None:
             addresses, begins, sizes = zip(*table, strict=True)
             made = self._make_table(self._image, addresses, begins, sizes)
-        return _Known(places, lazy, sent, made, list(whole.values()), parts)
+        is_complex = [index for index, one in enumerate(tensors) if one.is_complex()]
+        return _Known(places, is_complex, sent, made, list(whole.values()), parts)
 
     def _places_on_device(self, on_host: Sequence[int], tensors: Sequence[torch.Tensor]) -> dict[int, torch.Tensor]:
         begins = [0]

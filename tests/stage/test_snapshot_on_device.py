@@ -38,7 +38,9 @@ from asyncckpt import (
     WriterOptions,
 )
 from asyncckpt.events import Event, SnapshotOnHost, Stalled
-from asyncckpt.stage import device_snapshot
+from asyncckpt.stage import device_snapshot, landing
+from asyncckpt.stage.gather import Gather
+from asyncckpt.stage.image_plan import ImagePlan, Row
 
 MIB = 1 << 20
 
@@ -187,6 +189,21 @@ def test_what_a_tensor_was_before_says_nothing(
             assert found == {f"s.{name}": bits(tensor) for name, tensor in state.items()}
             header = next((tmp_path / "run" / f"step-{step:08}").glob("*.safetensors")).read_bytes()[:4096]
             assert all(name.encode() in header for name in state)
+
+
+@pytest.mark.parametrize("make_table", TABLES)
+def test_who_vouches_for_addresses_and_forms_has_not_looked_for_conjugates(make_table: Any) -> None:
+    values = torch.randn(50, dtype=torch.complex64)
+    imaginary = values.imag.clone()
+    nbytes = values.nbytes + imaginary.nbytes
+    rows = (Row(0, 0, 0, values.nbytes), Row(1, 0, values.nbytes, imaginary.nbytes))
+    image = torch.zeros(nbytes, dtype=torch.uint8)
+    gather = Gather(ImagePlan((0,), rows, (), nbytes), image, lambda _: True, make_table)
+    vouched = object()
+    for first in (values, values.conj(), values):
+        for second in (imaginary, torch._neg_view(imaginary), imaginary):
+            gather.enqueue([first, second], vouched)
+            assert image.numpy().tobytes() == bits(first)[-1] + bits(second)[-1]
 
 
 @pytest.mark.parametrize("process", ["never", "always"])
@@ -353,7 +370,7 @@ def test_an_error_of_the_device_fails_the_save_and_no_other(
 
 
 def test_a_device_that_ends_without_a_word_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_snapshot, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(landing, "_LOOK_SECONDS", 0.05)
     loop = Loop(tmp_path / "run", monkeypatch)
     loop.device.loses_flags = True
     error = loop.run.save(1, loop.state).exception(PATIENCE_SECONDS)
