@@ -91,7 +91,9 @@ class CudaDevice:
             peak = torch.cuda.max_memory_reserved(self.device)
             # what torch has given back since its peak, or holds unused now, belongs to the next forward
             given_back = peak - torch.cuda.memory_reserved(self.device)
-            allowed = int(torch.cuda.get_per_process_memory_fraction(self.device) * total)
+            # torch 2.6 does not say what it was told here: then all of the device is taken to be allowed
+            fraction = getattr(torch.cuda.memory, "get_per_process_memory_fraction", lambda _: 1.0)
+            allowed = int(fraction(self.device) * total)
         return min(free - given_back, allowed - peak), total
 
     def memory(self, nbytes: int) -> torch.Tensor:

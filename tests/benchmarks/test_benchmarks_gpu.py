@@ -13,7 +13,9 @@ from support.snapshot_device import DEVICE, StandIn
 from asyncckpt import starter
 from asyncckpt.stage import device_snapshot
 from benchmarks import cli
+from benchmarks.harness.state import ModelSize
 from benchmarks.suites.gpu import bars, command, worker
+from benchmarks.suites.gpu import state as states
 from benchmarks.suites.gpu.contenders import CONTENDERS, NOTHING
 from benchmarks.suites.gpu.state import calibrated, gpt_state, many_state
 from benchmarks.suites.gpu.windows import Window, measure
@@ -125,7 +127,9 @@ def test_each_kind_of_contender_can_be_measured(
         monkeypatch.setattr(starter, "cuda_devices", lambda tensors: {DEVICE} if tensors else set())
         stand_in = StandIn()
         monkeypatch.setattr(device_snapshot.DeviceSnapshots.__init__, "__defaults__", (lambda _: stand_in,))
-    state = gpt_state("small", "cpu")
+    tiny = ModelSize(layers=1, width=32, heads=2, vocabulary=64, context=32)
+    monkeypatch.setitem(states._SIZES, "tiny", tiny)
+    state = gpt_state("tiny", "cpu")
     events = list(worker.loop(state, str(tmp_path), "cpu", contender, 1, 1))
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "state"
