@@ -109,7 +109,7 @@ def test_a_process_killed_before_anything_was_written_names_the_signal(tmp_path:
 
 
 def test_a_process_that_hangs_is_given_up_at_the_deadline_and_replaced(tmp_path: Path) -> None:
-    writer = WriterOptions(process="always", durable_timeout_seconds=1.0)
+    writer = WriterOptions(process="always", durable_timeout_seconds=5.0)  # a process takes a second to come
     with Checkpointer(tmp_path / "run", writer=writer) as run:
         run.save(1, _state(1)).result()
         process = only_pid()
