@@ -16,6 +16,7 @@ from asyncckpt.convert.source import Progress
 from asyncckpt.convert.tensors import SourceTensor
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.component_rows import components_of, describe
 from asyncckpt.manifest.draft import finished_draft
 from asyncckpt.manifest.records import FileRecord
 from asyncckpt.memory.buffers import aligned_buffer
@@ -89,9 +90,9 @@ class CheckpointWriting:
     def _components(self) -> bytes:
         kinds = {one.name: one.kind for one in self.snapshots}
         aliases = {one.name: one.aliases for one in self.snapshots}
-        described = {one.name: manifests.describe(one) for one in self.snapshots}
+        described = {one.name: describe(one) for one in self.snapshots}
         orders = {shard.file: range(len(shard.extents)) for shard in self.layout.shards}
-        return jsontree.dumps(manifests.components_of(self.layout, kinds, aliases, described, orders))
+        return jsontree.dumps(components_of(self.layout, kinds, aliases, described, orders))
 
     def _small_files(self) -> dict[str, bytes]:
         shape, none = SafetensorsFormat(), get_codec("none", {})

@@ -24,6 +24,7 @@ from asyncckpt.derive.writing import Scratch, Stretch, write_shards
 from asyncckpt.errors import CheckpointNotFound, InvalidOption, RunLocked, StateMismatch, storage_errors
 from asyncckpt.formats.safetensors import SafetensorsFormat
 from asyncckpt.manifest import json as manifests
+from asyncckpt.manifest.component_rows import components_of, describe
 from asyncckpt.manifest.draft import finished_draft
 from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import ComponentRecord, Manifest, StoredTensor, TensorRecord
@@ -338,5 +339,5 @@ def _specs(component: str, record: ComponentRecord) -> Iterator[TensorSpec]:
 def _components_json(layout: Layout, components: Mapping[str, ComponentRecord]) -> bytes:
     kinds = {name: record.kind for name, record in components.items()}
     aliases = {name: record.aliases for name, record in components.items()}
-    described = {name: manifests.describe(record) for name, record in components.items()}
-    return dumps_in_pieces(manifests.components_of(layout, kinds, aliases, described, {}))
+    described = {name: describe(record) for name, record in components.items()}
+    return dumps_in_pieces(components_of(layout, kinds, aliases, described, {}))

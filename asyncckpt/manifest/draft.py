@@ -14,6 +14,7 @@ from asyncckpt.codecs import digests
 from asyncckpt.errors import InvalidOption
 from asyncckpt.manifest import environment
 from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest.component_rows import components_of, describe
 from asyncckpt.manifest.pieces import KeptTexts, dumps_in_pieces
 from asyncckpt.manifest.records import ComponentRecord, FileRecord, Manifest
 from asyncckpt.protocols import Codec
@@ -104,7 +105,7 @@ def contents_of(
         trees={component.name: component.tree for component in components},
         replace=replace,
         assets=assets or {},
-        descriptions={component.name: manifest.describe(component) for component in components},
+        descriptions={component.name: describe(component) for component in components},
     )
 
 
@@ -178,7 +179,7 @@ def components_json(contents: Contents, orders: Mapping[str, Sequence[int]]) -> 
         mine = contents.kinds.keys() - contents.spread.keys()  # what a part of the manifest describes is in neither
         shards = tuple(shard for shard in contents.layout.shards if shard.component in mine)
         layout = replace(contents.layout, shards=shards)
-        body = manifest.components_of(layout, contents.kinds, contents.aliases, contents.descriptions, orders)
+        body = components_of(layout, contents.kinds, contents.aliases, contents.descriptions, orders)
         for name, tensors in contents.spread.items():
             body[name]["tensors"] = tensors
         body |= contents.others

@@ -7,13 +7,12 @@ every field is checked before anything is allocated or opened because of it. doc
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 from asyncckpt.codecs import codecs, digests
@@ -26,26 +25,21 @@ from asyncckpt.errors import (
     VersionUnsupported,
 )
 from asyncckpt.jsontree import dumps, loads, version_of
+from asyncckpt.manifest.component_rows import component_rows
 from asyncckpt.manifest.given import parse_assets, parse_derived, parse_names
 from asyncckpt.manifest.parse import SPLIT_MARK, Body, is_number, parse_components, parse_files
 from asyncckpt.manifest.parts import ReadSmall, joined_files, parse_parts, parts_json
 from asyncckpt.manifest.pieces import dumps_in_pieces
 from asyncckpt.manifest.records import (
-    BoxedRecord,
-    ChunkedRecord,
-    ComponentRecord,
     ExtentRecord,
     FileRecord,
     Manifest,
-    PartRecord,
-    StoredTensor,
-    TensorRecord,
 )
-from asyncckpt.manifest.spread import SpreadFile, SpreadRecord, boxes_in_each
+from asyncckpt.manifest.spread import SpreadFile
 from asyncckpt.manifest.unread import UnreadComponents, heads_of
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.protocols import Reader
-from asyncckpt.types import MANIFEST_FILE, Chunking, ComponentSnapshot, ContentDigest, JsonValue, Layout
+from asyncckpt.types import MANIFEST_FILE, ContentDigest, JsonValue
 
 log = logging.getLogger("asyncckpt")
 
@@ -68,68 +62,6 @@ _REMEMBERED_BYTES: Final = 1 << 20
 _SMALL_BYTES: Final = 1 << 16
 
 
-def components_of(
-    layout: Layout,
-    kinds: Mapping[str, str],
-    aliases: Mapping[str, Mapping[str, str]],
-    descriptions: Mapping[str, Mapping[str, JsonValue]],
-    orders: Mapping[str, Sequence[int]],
-) -> Any:
-    """Return the manifest's ``components`` for a layout, ``{name: {kind, tensors, aliases}}`` and what ``describe``
-    adds, as values for JSON. The extent with index ``i`` of a shard in the layout became the extent with index
-    ``orders[file][i]`` of its file."""
-    body: dict[str, Any] = {
-        name: {"kind": kind, "tensors": {}, "aliases": dict(aliases.get(name, {})), **descriptions.get(name, {})}
-        for name, kind in kinds.items()
-    }
-    for shard in layout.shards:
-        tensors = body[shard.component]["tensors"]
-        for placement in shard.placements:
-            spec, whole = placement.spec, placement.part_of
-            if whole is None:
-                tensors[spec.name] = [spec.dtype, list(spec.shape), shard.file, placement.begin, placement.end]
-                continue
-            boxed = tensors.setdefault(whole.name, {"dtype": whole.dtype, "shape": list(whole.shape), "boxes": []})
-            box = [list(placement.offsets), list(spec.shape), shard.file, placement.begin, placement.end]
-            bisect.insort(boxed["boxes"], box)
-        for run in shard.runs:
-            row = tensors.setdefault(run.tensor.spec.name, _chunked_row(run.tensor))
-            if run.count:
-                chosen = orders[shard.file][run.first : run.first + run.count]
-                row["parts"].append(_part_row(PartRecord(shard.file, tuple(chosen))))
-    return body
-
-
-def describe(component: ComponentSnapshot | ComponentRecord) -> dict[str, JsonValue]:
-    """Return what the manifest says of a component beside its kind, tensors and aliases, where there is any of it: the
-    live object's class, and the strides of tensors that are not row-major in memory."""
-    found: dict[str, JsonValue] = {}
-    if component.type_name:
-        found["class"] = component.type_name
-    if component.strides:
-        found["strides"] = {name: list(strides) for name, strides in component.strides.items()}
-    return found
-
-
-def _chunked_row(tensor: Chunking | ChunkedRecord) -> dict[str, Any]:
-    spec = tensor.spec if isinstance(tensor, Chunking) else tensor
-    return {
-        "dtype": spec.dtype,
-        "shape": list(spec.shape),
-        "chunk": tensor.chunk_bytes,
-        "run": tensor.run_bytes,
-        "padded": tensor.padded,
-        "parts": [],
-    }
-
-
-def _part_row(part: PartRecord) -> list[Any]:
-    first, count = part.extents[0], len(part.extents)
-    if part.extents == tuple(range(first, first + count)):
-        return [part.file, first, count]
-    return [part.file, list(part.extents)]
-
-
 @gc_paused()
 def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes:
     """Return the bytes of the manifest's file. ``components_json`` is the text of its components, where that is known
@@ -142,7 +74,7 @@ def encode(manifest: Manifest, *, components_json: bytes | None = None) -> bytes
         of_parts = manifest.parts.names()
         files = [record for record in files if record.name not in of_parts]
     if components is None:
-        components = dumps_in_pieces(_components_json(manifest.components))
+        components = dumps_in_pieces(component_rows(manifest.components))
     plain = manifest.codec == "none" and b'"parts":' not in components and b'"boxes":' not in components
     version = max(3 if b'"boxes":' in components else 1 if plain else 2, manifest.least_version)
     if parts is not None:
@@ -382,31 +314,6 @@ def _codec(body: Body) -> tuple[str, dict[str, Any]]:
             f"pip install -U asyncckpt"
         ) from error
     return name, options
-
-
-def _components_json(components: Mapping[str, ComponentRecord]) -> Any:
-    named = [(name, n, tensor) for name, component in components.items() for n, tensor in component.tensors.items()]
-    spread = [(name, n, tensor) for name, n, tensor in named if isinstance(tensor, SpreadRecord)]
-    boxes = boxes_in_each([(tensor, 0, tensor.rows) for _, _, tensor in spread])
-    listed = {(name, n): tensor.listed(mine) for (name, n, tensor), mine in zip(spread, boxes, strict=True)}
-    return {
-        name: {
-            "kind": component.kind,
-            "tensors": {n: _tensor_json(listed.get((name, n), one)) for n, one in component.tensors.items()},
-            "aliases": dict(component.aliases),
-            **describe(component),
-        }
-        for name, component in components.items()
-    }
-
-
-def _tensor_json(tensor: StoredTensor) -> Any:
-    if isinstance(tensor, TensorRecord):
-        return [tensor.dtype, list(tensor.shape), tensor.file, tensor.begin, tensor.end]
-    if isinstance(tensor, BoxedRecord):
-        rows = [[list(box.offsets), list(box.shape), box.file, box.begin, box.end] for box in tensor.boxes]
-        return {"dtype": tensor.dtype, "shape": list(tensor.shape), "boxes": rows}
-    return _chunked_row(tensor) | {"parts": [_part_row(part) for part in tensor.parts]}
 
 
 def metric_to_json(value: float) -> JsonValue:

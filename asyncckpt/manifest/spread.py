@@ -63,6 +63,12 @@ class PartSource(Protocol):
         """Return the plain values of such a component."""
 
 
+def _set(record: object, **fields: object) -> None:
+    """Set fields of a record, which nobody else can."""
+    for name, value in fields.items():
+        object.__setattr__(record, name, value)
+
+
 class SpreadRecord(BoxedRecord):
     """``SpreadRecord`` is a stored tensor whose boxes are listed by the parts of several ranks. ``spread``: the number
     of its ``Spread``. ``copies``: the first and the last of each part's holders that wrote of it, None for all.
@@ -87,11 +93,8 @@ class SpreadRecord(BoxedRecord):
         spread: int,
         copies: tuple[int, int] | None,
     ) -> None:
-        for field, value in (("dtype", dtype), ("shape", shape), ("nbytes", nbytes)):
-            object.__setattr__(self, field, value)
-        for field, found in (("_parts", parts), ("_component", component), ("_name", name), ("_copies", copies)):
-            object.__setattr__(self, field, found)
-        object.__setattr__(self, "_spread", spread)
+        _set(self, dtype=dtype, shape=shape, nbytes=nbytes)
+        _set(self, _parts=parts, _component=component, _name=name, _copies=copies, _spread=spread)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -215,9 +218,7 @@ class OwnComponent(ComponentRecord):
     _rank: int
 
     def __init__(self, kind: str, parts: PartSource, rank: int, name: str) -> None:
-        object.__setattr__(self, "kind", kind)
-        for field, value in (("_parts", parts), ("_rank", rank), ("_name", name)):
-            object.__setattr__(self, field, value)
+        _set(self, kind=kind, _parts=parts, _rank=rank, _name=name)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -275,10 +276,7 @@ class SpreadFile(FileRecord):
     rank: int
 
     def __init__(self, name: str, nbytes: int, parts: PartSource, rank: int) -> None:
-        for field, value in (("name", name), ("nbytes", nbytes), ("content_key", ""), ("bases", ()), ("order", ())):
-            object.__setattr__(self, field, value)
-        object.__setattr__(self, "_parts", parts)
-        object.__setattr__(self, "rank", rank)
+        _set(self, name=name, nbytes=nbytes, content_key="", bases=(), order=(), _parts=parts, rank=rank)
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__

@@ -63,7 +63,7 @@ def divide_by_rank(
     for name, specs in components:
         parts: list[_Part] = []
         for number, spec in enumerate(specs, first):
-            parts += _parts(name, spec, holdings[number], rank, runs.copies(number))
+            parts += _parts(name, spec, holdings[number], rank, runs.place(number))
         first += len(specs)
         placed = [replace(part.spec, file="") for part in parts]  # ranks cannot share a file of another name
         found = shard_format.shards(f"{name}.rank-{rank:05d}", placed, 0, len(shards), codec, options)
@@ -122,12 +122,8 @@ class _Runs:
             self._begins.append(totals[line])
             totals[line] += spec.nbytes
         self._totals = [totals[line] for line in self._lines]
-        self._counts = [
-            {_writing(len(ranks), total // len(rows.holders)) for ranks in rows.holders}
-            for rows, total in zip(self._numbers, self._totals, strict=True)
-        ]
 
-    def copies(self, tensor: int) -> tuple[int, int, int]:
+    def place(self, tensor: int) -> tuple[int, int, int]:
         """Return where a tensor lies in its line of bytes, and the line's length: ``(begin, end, total)``."""
         begin = self._begins[tensor]
         return begin, begin + self._specs[tensor].nbytes, self._totals[self._numbers[self._holdings[tensor].rows]]
@@ -135,22 +131,26 @@ class _Runs:
     def spread_tensors(self, ranks: int, extents: int) -> SpreadTensors:
         """Return who writes what. ``extents``: about how many there are, before they are cut."""
         found: dict[str, dict[str, SpreadTensor]] = {}
+        counts = [self._writing_alike(rows, number) for rows, number in self._numbers.items()]
         described = tensor = 0
         for name, specs in self._components:
             here = found[name] = {}
             for spec in specs:
                 rows = self._holdings[tensor].rows
                 number = self._numbers[rows]
-                counts = self._counts[number]
-                copies = None
-                if spec.nbytes and len(counts) == 1:
-                    first, last = _writers(*self.copies(tensor), next(iter(counts)))
-                    copies = (first, last) if max(map(len, rows.holders)) > 1 else None
+                count = counts[number]
+                copies = _writers(*self.place(tensor), count) if spec.nbytes and count is not None else None
                 here[spec.name] = SpreadTensor(spec, number, copies)
                 parts = len(rows.holders)
                 described += parts * (1 + read_boundaries.part_rows(spec.nbytes // parts))
                 tensor += 1
         return SpreadTensors(tuple(self._numbers), found, described + extents + ranks)
+
+    def _writing_alike(self, rows: RowOwners, number: int) -> int | None:
+        """Return how many holders of each part write; None where parts have a single holder, or differ in this."""
+        counts = {_writing(len(ranks), self._totals[number] // len(rows.holders)) for ranks in rows.holders}
+        single = max(map(len, rows.holders)) == 1
+        return None if single or len(counts) > 1 else counts.pop()
 
 
 def _writing(holders: int, nbytes: int) -> int:

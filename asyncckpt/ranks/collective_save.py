@@ -19,6 +19,7 @@ from asyncckpt.codecs.digests import get as get_digest
 from asyncckpt.commit.transaction import SaveTransaction
 from asyncckpt.errors import AsyncCkptError
 from asyncckpt.manifest import json as manifest
+from asyncckpt.manifest.component_rows import components_of
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.plan.partition import SpreadTensors
@@ -196,7 +197,7 @@ class Leader:
         rank_save, draft = self._rank_save, save.contents.draft
         mine = _report(save, rank_save, directory, save.shards.written.records())
         arrivals: dict[int, float] = {}
-        messages = rank_save.ranks.gather_messages(
+        messages = rank_save.ranks.gather(
             rank_save.reports,
             rank_save.ranks.options.timeout_seconds,
             f"report its part of step {save.step}",
@@ -246,14 +247,14 @@ class Leader:
         rank_save.asked_again.add(rank_save.number)
         save.shards.write_held_back(held_back.files, links=links)
         save.wait_written()
-        bodies = rank_save.ranks.gather(
+        messages = rank_save.ranks.gather(
             rank_save.second_reports,
             rank_save.ranks.options.timeout_seconds,
             f"write its part of step {save.step}, which other ranks have changed",
             lambda _rank, body: body["error"] is not None,
             ranks=held_back.ranks - {rank_save.ranks.rank},
         )
-        for rank, body in enumerate(bodies):
+        for rank, body in enumerate(message.read() for message in messages):
             if body is not None and body["error"] is not None:
                 raise error_from_json(body["error"], f"rank {rank}")
 
@@ -274,7 +275,7 @@ def _report(
     shards = tuple(shard for shard in contents.layout.shards if shard.component in own)
     orders = save.shards.written.orders()
     kinds = {name: contents.kinds[name] for name in own}
-    entries = manifest.components_of(
+    entries = components_of(
         replace(contents.layout, shards=shards), kinds, contents.aliases, contents.descriptions, orders
     )
     written = {record.name for record in files}

@@ -18,7 +18,6 @@ from asyncckpt.manifest.parse import NUMBER_LIMIT
 from asyncckpt.manifest.parts import ListedPart, Parts, encode_part, part_name
 from asyncckpt.manifest.records import FileRecord, Manifest
 from asyncckpt.manifest.spread import Spread
-from asyncckpt.memory.gc_pause import gc_paused
 from asyncckpt.plan.partition import SpreadTensors
 from asyncckpt.protocols import PendingDirectory
 from asyncckpt.types import JsonValue, Layout
@@ -108,7 +107,6 @@ def merge_boxes(contents: Contents, reports: Sequence[Mapping[str, Any]], spread
     return replace(contents, spread=found)
 
 
-@gc_paused()
 def merge_parts(
     contents: Contents, reports: Sequence[Mapping[str, Any]], spread: SpreadTensors, own_of_lead: frozenset[str]
 ) -> tuple[Contents, Parts]:

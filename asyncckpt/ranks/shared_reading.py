@@ -8,11 +8,10 @@ finds damage, or has died or hangs in reading, leaves nobody in a collective.
 from __future__ import annotations
 
 import contextlib
-import queue
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,22 +21,26 @@ from asyncckpt import interrupts
 from asyncckpt.codecs import digests
 from asyncckpt.errors import CheckpointDamaged, NotEnoughMemory, RestoreFailed
 from asyncckpt.manifest.records import ExtentRecord, FileRecord, Manifest
-from asyncckpt.memory.buffers import aligned_buffer, padded
+from asyncckpt.memory.buffers import padded
 from asyncckpt.protocols import Reader
 from asyncckpt.ranks.host_memory import HostMemory
-from asyncckpt.ranks.passing import Passing, Ticket
-from asyncckpt.ranks.reading_plan import MESSAGE_BYTES, Message, ReadingPlan, plan_reading, shared_bytes
+from asyncckpt.ranks.passing import Passing
+from asyncckpt.ranks.placing import STOPPING_SECONDS, Placing, Slots, memory_of
+from asyncckpt.ranks.reading_plan import Message, ReadingPlan, plan_reading, shared_bytes
 from asyncckpt.read.damage import Damage
-from asyncckpt.read.extents import READ_THREADS, Consume, Extents, read_extents
+from asyncckpt.read.extents import Consume, Extents, read_extents
 from asyncckpt.storage.lease import boot_id
-
-#: What was received and is not placed yet takes at most this many bytes, or two messages where those are larger.
-_WINDOW_BYTES: Final = 64 << 20
-#: Whoever breaks off waits so long for threads that are still placing bytes.
-_STOPPING_SECONDS: Final = 30.0
 
 #: It exchanges a message with all ranks, within the restore's present stage, and returns everybody's by rank.
 Exchange = Callable[[Any], list[Any]]
+
+
+class _Way(NamedTuple):
+    """How bytes come from rank to rank: through the process group that all have, if any, and where all are on
+    ``one_host``, rather through its memory."""
+
+    passing: Passing | None
+    one_host: bool
 
 
 class SharedReading:
@@ -74,15 +77,8 @@ class SharedReading:
             return read_extents(reader, manifest.digest, wanted, consume)
         offsets = np.fromiter((extent.offset for _, extent in every), np.int64, len(every))
         plan = plan_reading(sizes, offsets, everybodys, self._rank)
-        memory = self._host_memory(plan) if here else None
-        try:
-            if memory is None and not together:
-                return read_extents(reader, manifest.digest, wanted, consume)
-            run = _Run(reader, manifest, every, plan, consume, passing, memory, self._rank)
-            return run.carry_out(lambda: self._exchange(None))
-        finally:
-            if memory is not None:
-                memory.close()
+        way = _Way(passing if together else None, here)
+        return self._carry_out(reader, manifest, every, plan, wanted, consume, way)
 
     def _read_alike(self, reader: Reader, manifest: Manifest, wanted: Extents, consume: Consume) -> list[Damage]:
         """Read from a checkpoint whose manifest is in parts, of which each rank knows those that it needs: ranks that
@@ -113,11 +109,25 @@ class SharedReading:
             plan = plan_reading(sizes, offsets, everybodys, self._rank)
         phases = max(self._exchange(len(plan.phases)))  # all agree to each, whoever it is of
         plan = ReadingPlan(plan.phases + ((),) * (phases - len(plan.phases)), plan.alone)
-        memory = self._host_memory(plan) if here else None
+        way = _Way(passing if together else None, here)
+        return self._carry_out(reader, manifest, every, plan, wanted, consume, way)
+
+    def _carry_out(
+        self,
+        reader: Reader,
+        manifest: Manifest,
+        every: Extents,
+        plan: ReadingPlan,
+        wanted: Extents,
+        consume: Consume,
+        way: _Way,
+    ) -> list[Damage]:
+        """Read as ``plan`` says; each rank all that it wants, where bytes can take no way."""
+        memory = self._host_memory(plan) if way.one_host else None
         try:
-            if memory is None and not together:
+            if memory is None and way.passing is None:
                 return read_extents(reader, manifest.digest, wanted, consume)
-            run = _Run(reader, manifest, every, plan, consume, passing, memory, self._rank)
+            run = _Run(reader, manifest, every, plan, consume, way.passing, memory, self._rank)
             return run.carry_out(lambda: self._exchange(None))
         finally:
             if memory is not None:
@@ -167,14 +177,14 @@ class _Run:
         once every rank has read its part."""
         phases = self._plan.phases
         parts = [[message for message in phase if message.owner == self._rank] for phase in phases]
-        slots: _Slots | None = None
+        slots: Slots | None = None
         try:
             if self._memory is not None:
                 buffers = [self._memory.part(0), self._memory.part(1)]
             else:
                 largest = max((sum(padded(message.nbytes) for message in part) for part in parts), default=0)
-                buffers = [_memory(largest) for _ in range(min(2, len(phases)))]
-                slots = _Slots(self._passing, self._plan.largest_message()) if self._passing is not None else None
+                buffers = [memory_of(largest) for _ in range(min(2, len(phases)))]
+                slots = Slots(self._passing, self._plan.largest_message()) if self._passing is not None else None
         except (OSError, MemoryError, torch.OutOfMemoryError) as error:
             what = f"{self._reader.path}: no memory to read together with other ranks ({error})"
             raise NotEnoughMemory(what) from error
@@ -193,7 +203,7 @@ class _Run:
                 elif self._passing is not None and slots is not None:
                     self._pass(phase, sent, self._passing, slots)
         finally:
-            reading.wait(_STOPPING_SECONDS)
+            reading.wait(STOPPING_SECONDS)
         return self._read_alone()
 
     def _read_alone(self) -> list[Damage]:
@@ -224,15 +234,15 @@ class _Run:
     def _take(self, number: int, phase: Sequence[Message], memory: HostMemory) -> None:
         """Place what the other ranks have read in a phase. They read into the same memory again two phases later, which
         begins once every rank has agreed to the phase in between."""
-        with _Placing(memory, None, self._rank, self._place) as placing:
+        with Placing(memory, None, self._rank, self._place) as placing:
             for ticket, host in memory.received(number, phase):
                 placing.take(ticket, host, None)
             placing.finish()
 
-    def _pass(self, phase: Sequence[Message], sent: dict[int, torch.Tensor], passing: Passing, slots: _Slots) -> None:
+    def _pass(self, phase: Sequence[Message], sent: dict[int, torch.Tensor], passing: Passing, slots: Slots) -> None:
         """Send this rank's messages of a phase, receive and place the others'. Signals wait until that is done, because
         others would wait for this rank."""
-        with interrupts.deferred(), _Placing(passing, slots, self._rank, self._place) as placing:
+        with interrupts.deferred(), Placing(passing, slots, self._rank, self._place) as placing:
             for message in phase:
                 if message.owner == self._rank:
                     host = sent[message.extents[0]]
@@ -260,23 +270,6 @@ class _Run:
             except CheckpointDamaged as error:
                 damage = Damage(file.name, extent.offset, extent.nbytes, str(error))
                 raise CheckpointDamaged(f"{self._reader.path}: {damage}.") from error
-
-
-class _Slot:
-    """Holds memory for one message that is received: ``memory`` as the process group takes it, ``host`` for the CPU."""
-
-    def __init__(self, passing: Passing, nbytes: int) -> None:
-        self.host = _memory(nbytes)
-        self.memory = passing.memory(nbytes, self.host)
-
-
-class _Slots:
-    """Holds the slots that no message is received into at the moment. Raises ``MemoryError`` and what a device does."""
-
-    def __init__(self, passing: Passing, nbytes: int) -> None:
-        self.free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
-        for _ in range(max(2, _WINDOW_BYTES // max(nbytes, MESSAGE_BYTES))):
-            self.free.put(_Slot(passing, nbytes))
 
 
 class _Reading:
@@ -313,112 +306,6 @@ class _Reading:
     def wait(self, seconds: float) -> None:
         """Block until the thread writes no more, for so long at most."""
         self._ended.wait(seconds)
-
-
-class _Placing:
-    """Ends messages on threads of its own, and places what was received. ``place``: is called with each message that
-    was received, and its bytes. What it raises is raised by ``finish``: until then messages are received all the same,
-    because other ranks are in the middle of sending them. A context manager: at its end no thread places anything any
-    more."""
-
-    def __init__(
-        self,
-        passing: Passing | HostMemory,
-        slots: _Slots | None,
-        rank: int,
-        place: Callable[[Message, torch.Tensor], None],
-    ) -> None:
-        self._passing = passing
-        self._slots = slots
-        self._rank = rank
-        self._place = place
-        self._tickets: queue.SimpleQueue[tuple[Ticket, torch.Tensor, _Slot | None] | None] = queue.SimpleQueue()
-        self._ended = [threading.Event() for _ in range(READ_THREADS)]
-        #: What is raised at the end, and what has ended the passing.
-        self._error: BaseException | None = None
-        self._lost: BaseException | None = None
-        self._broken_off = False
-        self._busy = 0
-        self._changed = threading.Condition()
-
-    def __enter__(self) -> Self:
-        for number, ended in enumerate(self._ended):
-            name = f"asyncckpt-placing-{number}"
-            threading.Thread(target=self._work, args=(ended,), name=name, daemon=True).start()
-        return self
-
-    def slot(self) -> _Slot:
-        """Return a free slot. Blocks until there is one. Raises what has ended the passing."""
-        while True:
-            self._raise_lost()
-            if self._slots is None:
-                raise LookupError("there are no slots to receive into")
-            with contextlib.suppress(queue.Empty):
-                return self._slots.free.get(timeout=interrupts.SLICE_SECONDS)
-
-    def take(self, ticket: Ticket, host: torch.Tensor, slot: _Slot | None) -> None:
-        """Have a thread end a message that has begun; ``slot`` becomes free again afterwards."""
-        self._tickets.put((ticket, host, slot))
-
-    def finish(self) -> None:
-        """Block until all is sent, and all that was received is placed. Raises what has ended the passing, at once, and
-        what could not be placed, at the end."""
-        self._close()
-        for ended in self._ended:
-            while not ended.wait(interrupts.SLICE_SECONDS):
-                self._raise_lost()
-        self._raise_lost()
-        if self._error is not None:
-            raise self._error
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-        with self._changed:  # a thread that still waits for a rank that was lost will place nothing
-            self._broken_off = True
-            self._changed.wait_for(lambda: not self._busy, _STOPPING_SECONDS)
-
-    def _close(self) -> None:
-        for _ in self._ended:
-            self._tickets.put(None)
-
-    def _raise_lost(self) -> None:
-        if self._lost is not None:
-            raise self._lost
-
-    def _may_place(self) -> bool:
-        with self._changed:
-            self._busy += not self._broken_off
-            return not self._broken_off
-
-    def _placed(self) -> None:
-        with self._changed:
-            self._busy -= 1
-            self._changed.notify_all()
-
-    def _work(self, ended: threading.Event) -> None:
-        try:
-            while (taken := self._tickets.get()) is not None:
-                ticket, host, slot = taken
-                try:
-                    self._passing.end(ticket, host)
-                except BaseException as error:
-                    self._lost = self._lost or error
-                    return
-                if ticket.message.owner != self._rank and self._error is None and self._may_place():
-                    try:
-                        self._place(ticket.message, host)
-                    except BaseException as error:
-                        self._error = self._error or error
-                    finally:
-                        self._placed()
-                if slot is not None and self._slots is not None:
-                    self._slots.free.put(slot)
-        finally:
-            ended.set()
-
-
-def _memory(nbytes: int) -> torch.Tensor:
-    return torch.frombuffer(aligned_buffer(nbytes), dtype=torch.uint8)
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:

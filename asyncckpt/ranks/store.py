@@ -152,20 +152,6 @@ class RankStore:
         skip_missing: Callable[[int], bool] = lambda _rank: False,
         *,
         ranks: Collection[int] | None = None,
-    ) -> list[Any]:
-        """Do what ``gather_messages`` does, and return what the messages say: None where there is none."""
-        messages = self.gather_messages(key, timeout_seconds, operation, stop_when, skip_missing, ranks=ranks)
-        return [message.read() for message in messages]
-
-    def gather_messages(
-        self,
-        key: str,
-        timeout_seconds: float,
-        operation: str,
-        stop_when: Callable[[int, Any], bool] = lambda _rank, _body: False,
-        skip_missing: Callable[[int], bool] = lambda _rank: False,
-        *,
-        ranks: Collection[int] | None = None,
         arrivals: dict[int, float] | None = None,
     ) -> list[Message]:
         """Block until every other rank, or each of ``ranks``, has posted under ``key/<rank>``, and return the messages
@@ -245,7 +231,8 @@ class RankStore:
                 raise error_from_json(answer["declined"], answer.get("who", ""))
             return list(answer["bodies"])
         try:
-            answers = self.gather(key, timeout, f"call {operation}", lambda _rank, answer: "declined" in answer)
+            found = self.gather(key, timeout, f"call {operation}", lambda _rank, answer: "declined" in answer)
+            answers = [message.read() for message in found]
             for rank, answer in enumerate(answers):
                 if answer is not None and "declined" in answer:
                     raise error_from_json(answer["declined"], f"rank {rank}")

@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from asyncckpt.codecs import blosc, codecs, digests
-from asyncckpt.codecs.dtypes import ITEM_BYTES, NAMES, PLANE_BYTES
+from asyncckpt.codecs.dtypes import ITEM_BYTES
 from asyncckpt.errors import CheckpointDamaged
 from asyncckpt.formats import zarr
-from asyncckpt.loaded_torch import loaded_torch
 from asyncckpt.manifest.records import (
     BoxedRecord,
     BoxRecord,
@@ -34,17 +29,13 @@ from asyncckpt.manifest.records import (
 )
 from asyncckpt.manifest.spread import OwnComponent, SpreadRecord, boxes_in_each
 from asyncckpt.manifest.table import tensors_by_file
-from asyncckpt.memory.buffers import aligned_buffer, padded
-from asyncckpt.memory.tensor_bytes import is_plain
-from asyncckpt.protocols import Codec, Digest, Reader
 from asyncckpt.read.boxes import Target, TargetBox, overlap_range, scatter_box, target_boxes
 from asyncckpt.read.damage import raise_damage
-from asyncckpt.read.delta import DeltaReader
+from asyncckpt.read.decode import Decoder, as_tensor, byte_range, dtype_of
 from asyncckpt.read.extents import Read, extents_of, read_alone
 from asyncckpt.read.opening import OpenCheckpoint
 from asyncckpt.read.scatter import Window, scatter
 from asyncckpt.read.whole_tensors import WholeTensors
-from asyncckpt.types import Buffer, ContentDigest
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +111,7 @@ def fill(
     ranges: dict[str, list[tuple[int, int]]] = defaultdict(list)
     requests: dict[str, _ReadRequests] = defaultdict(list)
     consumers: dict[tuple[str, int], list[Consumer]] = defaultdict(list)
-    decoder = _Decoder(reader, manifest)
+    decoder = Decoder(reader, manifest)
     base_files = functools.cache(lambda file: [files[base] for base in files[file].bases])
     chunk_numbers = functools.cache(lambda file: files[file].chunk_numbers())
     whole = WholeTensors()
@@ -133,7 +124,7 @@ def fill(
             continue
         others.append((tensor, targets))
         if isinstance(tensor, ChunkedRecord):
-            spans = [_byte_range(tensor, target) for target in targets]
+            spans = [byte_range(tensor, target) for target in targets]
             for file, number, chunk in _chunks(tensor):
                 first, nbytes = tensor.span(chunk)
                 taking = [
@@ -182,9 +173,9 @@ def fill(
 
 def _requests_of_whole(tensor: TensorRecord, targets: Sequence[Target], number: int) -> _Found:
     """Yield what each target wants of a tensor that lies in one piece, with the file's name."""
-    dtype = _dtype(tensor)
+    dtype = dtype_of(tensor)
     for target in targets:
-        begin, end = _byte_range(tensor, target)
+        begin, end = byte_range(tensor, target)
         low, high = tensor.begin + begin, tensor.begin + end
         if begin >= end:
             continue
@@ -219,7 +210,7 @@ def _boxed(
 ) -> _Found:
     """Yield what each target wants of a tensor that lies in boxes, with the file's name. ``stored``: the boxes, where
     they are known already."""
-    dtype = _dtype(tensor)
+    dtype = dtype_of(tensor)
     live = _live_boxes(tensor, targets)
     for box in tensor.boxes_in(*_rows(live)) if stored is None else stored:
         for target in live:
@@ -227,15 +218,6 @@ def _boxed(
             if first < last:
                 low, high = box.begin + first * dtype.itemsize, box.begin + last * dtype.itemsize
                 yield box.file, _BoxReadRequest(low, high, box.begin, dtype, target, box.offsets, box.shape, number)
-
-
-def _byte_range(tensor: StoredTensor, target: Target) -> tuple[int, int]:
-    """Return the range of a stored tensor's bytes from the first to the last that a target takes."""
-    item = ITEM_BYTES[tensor.dtype]
-    if isinstance(target, TargetBox):
-        first, last = overlap_range([0] * len(tensor.shape), tensor.shape, target)
-        return first * item, last * item
-    return target.first * item, (target.first + target.tensor.numel()) * item
 
 
 def _add_whole_files(
@@ -268,7 +250,7 @@ def _add_whole_files(
 def _takes_all(tensor: StoredTensor, target: Target) -> bool:
     if type(target) is Window:
         return not target.first and target.tensor.numel() * ITEM_BYTES[tensor.dtype] == tensor.nbytes
-    return _byte_range(tensor, target) == (0, tensor.nbytes)
+    return byte_range(tensor, target) == (0, tensor.nbytes)
 
 
 def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
@@ -282,109 +264,11 @@ def _chunks(tensor: ChunkedRecord) -> Iterable[tuple[str, int, int]]:
 
 def _copy_in(requests: _ReadRequests, offset: int, begun: Begun, view: memoryview) -> None:
     """Copy to each request what it wants of an extent that lies at ``offset``."""
-    data = _as_tensor(view)
+    data = as_tensor(view)
     for request in requests:
         begun((request.number,))
         begin, end = max(request.begin, offset), min(request.end, offset + len(view))
         request.copy_in(begin, data[begin - offset : end - offset])
-
-
-class _Decoder:
-    """Decodes chunks into targets. Thread-safe: each reader thread has a buffer of its own."""
-
-    def __init__(self, reader: Reader, manifest: Manifest) -> None:
-        self._codec: Codec = codecs.get(manifest.codec, manifest.codec_options)
-        self._digest: Digest = digests.get(manifest.digest)
-        self._bases = DeltaReader(reader, self._codec, self._digest)
-        self._local = threading.local()
-
-    def decode_into(
-        self,
-        tensor: ChunkedRecord,
-        chunk: int,
-        extent: ExtentRecord,
-        base_chunks: tuple[Sequence[FileRecord], int],
-        targets: Sequence[Target],
-        begun: Callable[[], None],
-        view: memoryview,
-    ) -> None:
-        """Decode a tensor's chunk number ``chunk``, whose extent's bytes are in ``view``, and copy it into the targets.
-        ``base_chunks``: the files that the chunk is a difference to, and the chunk's number in them. ``begun``: called
-        before a target changes. Raises ``CheckpointDamaged`` where the chunk does not decode to what was encoded."""
-        begin, nbytes = tensor.span(chunk)
-        decoded = tensor.chunk_bytes if tensor.padded else nbytes
-        dtype = _dtype(tensor)
-        if extent.content is None:
-            data = _as_tensor(view)[:nbytes]
-        else:
-            low, high = _byte_range(tensor, targets[0])
-            whole = len(targets) == 1 and decoded == nbytes and low <= begin and begin + nbytes <= high
-            direct = whole and isinstance(targets[0], Window) and _takes_bytes(targets[0].tensor, dtype)
-            if direct:
-                begun()
-                flat = targets[0].tensor.detach().reshape(-1).view(loaded_torch().uint8)
-                out = flat[begin - low : begin - low + nbytes]
-            else:
-                out = self._buffer(decoded)
-            self._codec.decode(np.frombuffer(view, np.uint8)[: extent.payload_bytes], out.numpy())
-            self._bases.add(*base_chunks, out.numpy())
-            if not self._is_what_was_saved(out.numpy(), PLANE_BYTES[tensor.dtype], extent.content):
-                raise CheckpointDamaged("the chunk decodes to other bytes than were saved")
-            if direct:
-                return
-            data = out[:nbytes]
-        begun()
-        for target in targets:
-            if isinstance(target, TargetBox):
-                offsets = [0] * len(tensor.shape)
-                scatter_box(target, offsets, tensor.shape, begin // dtype.itemsize, data, dtype)
-                continue
-            low, high = _byte_range(tensor, target)
-            first, last = max(begin, low), min(begin + nbytes, high)
-            scatter(target.tensor, first - low, data[first - begin : last - begin], dtype)
-
-    def _is_what_was_saved(self, data: blosc.Array, item_bytes: int, expected: ContentDigest) -> bool:
-        """Whether decoded data has this content digest. The first code with codecs recorded the digest of the data
-        itself instead; its checkpoints stay readable."""
-        if self._content(data, item_bytes, expected.split) == expected.hex:
-            return True
-        return not expected.split and self._digest(data.data) == expected.hex
-
-    def _content(self, data: blosc.Array, item_bytes: int, split: bool) -> str:
-        """Digest the image that the decoded data was staged as (docs/format.md). ``split``: as planes."""
-        if split:
-            places = blosc.split_places(data.nbytes, item_bytes)
-            image = np.zeros(padded(places[-1] + data.nbytes // item_bytes), np.uint8)
-            for plane, place in enumerate(places):
-                np.copyto(image[place : place + data.nbytes // item_bytes], data.reshape(-1, item_bytes)[:, plane])
-            blosc.split_frame(image, data.nbytes, item_bytes)
-            return self._digest(image.data)
-        header = np.empty(blosc.BLOSC_HEADER_BYTES, np.uint8)
-        blosc.uncompressed_frame(header, data.nbytes, item_bytes)
-        return self._digest(
-            header.data, data.data, bytes(padded(len(header) + data.nbytes) - len(header) - data.nbytes)
-        )
-
-    def _buffer(self, nbytes: int) -> torch.Tensor:
-        kept: torch.Tensor | None = getattr(self._local, "buffer", None)
-        if kept is None or kept.numel() < nbytes:
-            kept = self._local.buffer = _as_tensor(aligned_buffer(nbytes))
-        return kept[:nbytes]
-
-
-def _as_tensor(memory: Buffer) -> torch.Tensor:
-    there = loaded_torch()
-    data: torch.Tensor = there.frombuffer(memory, dtype=there.uint8)
-    return data
-
-
-def _dtype(tensor: StoredTensor) -> torch.dtype:
-    dtype: torch.dtype = getattr(loaded_torch(), NAMES[tensor.dtype])
-    return dtype
-
-
-def _takes_bytes(target: torch.Tensor, dtype: torch.dtype) -> bool:
-    return target.dtype == dtype and target.device.type == "cpu" and is_plain(target)
 
 
 def _requests_by_extent(

@@ -18,7 +18,7 @@ from asyncckpt.memory.arena import StagingBuffer
 from asyncckpt.memory.region import address_of
 from asyncckpt.memory.tensor_bytes import _copy_strided, is_plain
 from asyncckpt.stage.copy import copy_segments
-from asyncckpt.stage.image_plan import ImagePlan, Row
+from asyncckpt.stage.image_plan import ImagePlan
 from asyncckpt.stage.places import Places, places_of
 from asyncckpt.types import Segment
 
@@ -63,7 +63,7 @@ class _Known:
     table: Table | None
     #: By dtype, whole tensors with their places, and parts of tensors.
     whole: list[tuple[list[int], list[torch.Tensor]]]
-    parts: list[tuple[Row, torch.Tensor]]
+    parts: list[tuple[Segment, torch.Tensor]]
     negated: list[int] = field(default_factory=list)
     conjugated: list[int] = field(default_factory=list)
     vouched: object = None
@@ -104,8 +104,8 @@ class Gather:
                 for at in range(0, len(indexes), _AT_ONCE):
                     sources = [given[index] for index in indexes[at : at + _AT_ONCE]]
                     torch._foreach_copy_(targets[at : at + _AT_ONCE], sources, non_blocking=True)
-            for row, target in known.parts:
-                _copy_part(given[row.piece], row, target)
+            for segment, target in known.parts:
+                _copy_part(given[segment.piece], segment, target)
 
     def _prepared(self, tensors: Sequence[torch.Tensor], vouched: object) -> _Known:
         """Return what is prepared for tensors that lie, and look, like these."""
@@ -129,18 +129,18 @@ class Gather:
         sent = self._places_on_device(of_host, tensors)
         table: list[tuple[int, int, int]] = []
         whole: dict[torch.dtype, tuple[list[int], list[torch.Tensor]]] = {}
-        parts: list[tuple[Row, torch.Tensor]] = []
-        for row in self.plan.rows:
-            tensor = sent.get(row.piece, tensors[row.piece])
-            place = self._image[row.place : row.place + row.nbytes]
+        parts: list[tuple[Segment, torch.Tensor]] = []
+        for segment in self.plan.segments:
+            tensor = sent.get(segment.piece, tensors[segment.piece])
+            place = self._image[segment.extent_offset : segment.extent_offset + segment.nbytes]
             if self._make_table is not None and is_plain(tensor):
-                table.append((tensor.data_ptr() + row.source_offset, row.place, row.nbytes))
-            elif row.nbytes == tensor.nbytes and row.place % tensor.dtype.itemsize == 0:
+                table.append((tensor.data_ptr() + segment.source_offset, segment.extent_offset, segment.nbytes))
+            elif segment.nbytes == tensor.nbytes and segment.extent_offset % tensor.dtype.itemsize == 0:
                 indexes, targets = whole.setdefault(tensor.dtype, ([], []))
-                indexes.append(row.piece)
+                indexes.append(segment.piece)
                 targets.append(place.view(tensor.dtype).view(tensor.shape))
             else:
-                parts.append((row, place))
+                parts.append((segment, place))
         made = None
         if table and self._make_table is not None:
             addresses, begins, sizes = zip(*table, strict=True)
@@ -176,14 +176,16 @@ class Gather:
         return given
 
 
-def _copy_part(tensor: torch.Tensor, row: Row, place: torch.Tensor) -> None:
+def _copy_part(tensor: torch.Tensor, segment: Segment, place: torch.Tensor) -> None:
     """Copy a part of a tensor, or one whose place in the image is not one of its items."""
     if is_plain(tensor):
-        place.copy_(tensor.reshape(-1).view(torch.uint8)[row.source_offset : row.source_offset + row.nbytes])
+        place.copy_(
+            tensor.reshape(-1).view(torch.uint8)[segment.source_offset : segment.source_offset + segment.nbytes]
+        )
         return
     item = tensor.element_size()
-    first, last = row.source_offset // item, (row.source_offset + row.nbytes) // item
-    if row.place % item:
+    first, last = segment.source_offset // item, (segment.source_offset + segment.nbytes) // item
+    if segment.extent_offset % item:
         part = torch.empty(last - first, dtype=tensor.dtype, device=tensor.device)
         _copy_strided(tensor, first, last, part)
         place.copy_(part.view(torch.uint8))

@@ -7,28 +7,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from asyncckpt.memory.buffers import padded
-from asyncckpt.stage.units import Unit, follows
-from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """``nbytes`` of a piece from ``source_offset`` on lie at ``place`` in the image."""
-
-    piece: int
-    source_offset: int
-    place: int
-    nbytes: int
+from asyncckpt.stage.units import Unit, append_joined, follows
+from asyncckpt.types import FRAME_HEADER_BYTES, Extent, Layout, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePlan:
-    """Says what lies where in the image of a layout. ``places``: of each extent, where its bytes begin. ``rows``: the
-    tensors' bytes, those of a tensor that lie side by side in one row. ``headers``: what the formats put between, by
-    place. Whatever else there is in the ``nbytes`` of the image are zeros."""
+    """Says what lies where in the image of a layout. ``places``: of each extent, where its bytes begin. ``segments``:
+    the tensors' bytes, with places in the image; those of a tensor that lie side by side are one segment. ``headers``:
+    what the formats put between, by place. Whatever else there is in the ``nbytes`` of the image are zeros."""
 
     places: tuple[int, ...]
-    rows: tuple[Row, ...]
+    segments: tuple[Segment, ...]
     headers: tuple[tuple[int, bytes], ...]
     nbytes: int
 
@@ -54,7 +44,7 @@ def image_plan(layout: Layout) -> ImagePlan:
 
 def _plan(extents: Sequence[Extent]) -> ImagePlan:
     places: list[int] = []
-    rows: list[Row] = []
+    segments: list[Segment] = []
     headers: list[tuple[int, bytes]] = []
     end = 0
     before: Extent | None = None
@@ -65,20 +55,6 @@ def _plan(extents: Sequence[Extent]) -> ImagePlan:
             headers.append((place, extent.header))
         for segment in extent.segments:
             at = place - extent.block_offset + segment.extent_offset
-            _append(rows, Row(segment.piece, segment.source_offset, at, segment.nbytes))
+            append_joined(segments, Segment(segment.piece, segment.source_offset, at, segment.nbytes))
         end, before = place + extent.nbytes, extent
-    return ImagePlan(tuple(places), tuple(rows), tuple(headers), padded(end))
-
-
-def _append(rows: list[Row], new: Row) -> None:
-    """Append a row, or make the last one longer where the new one continues it."""
-    last = rows[-1] if rows else None
-    if (
-        last is not None
-        and last.piece == new.piece
-        and last.source_offset + last.nbytes == new.source_offset
-        and last.place + last.nbytes == new.place
-    ):
-        rows[-1] = Row(last.piece, last.source_offset, last.place, last.nbytes + new.nbytes)
-    else:
-        rows.append(new)
+    return ImagePlan(tuple(places), tuple(segments), tuple(headers), padded(end))

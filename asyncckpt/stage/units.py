@@ -98,12 +98,12 @@ def _unit(first: int, extents: Sequence[Extent]) -> Unit:
         segments = []
         for extent, place in zip(extents, places, strict=True):
             for one in extent.segments:
-                _append(segments, Segment(one.piece, one.source_offset, place + one.extent_offset, one.nbytes))
+                append_joined(segments, Segment(one.piece, one.source_offset, place + one.extent_offset, one.nbytes))
     gaps = tuple(gap for extent, place in zip(extents, places, strict=True) for gap in _gaps(extent, place))
     return Unit(first, tuple(extents), tuple(places), tuple(segments), gaps)
 
 
-def _append(segments: list[Segment], new: Segment) -> None:
+def append_joined(segments: list[Segment], new: Segment) -> None:
     """Append a segment, or make the last one longer where the new one continues it."""
     last = segments[-1] if segments else None
     if (

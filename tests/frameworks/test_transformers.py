@@ -21,16 +21,19 @@ from asyncckpt import CheckpointDamaged, InvalidOption, KeepEvery, NoUsableCheck
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from support.tiny_transformers import AsyncCheckpointMixin, AsyncTrainer, StopAt, bits, model, same, trainer
+    from support.tiny_transformers import (
+        AsyncCheckpointMixin,
+        AsyncTrainer,
+        StopAt,
+        bits,
+        model,
+        same,
+        trained,
+        trainer,
+    )
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
 TESTS = Path(__file__).parents[1]
-
-
-def _trained(folder: Path, kind: type[Any] = AsyncTrainer, resume: bool | str | None = None, **options: Any) -> Any:
-    one = trainer(str(folder), kind, **options)
-    one.train(resume_from_checkpoint=resume)
-    return one
 
 
 def _folders(folder: Path) -> set[str]:
@@ -48,10 +51,10 @@ def _folders(folder: Path) -> set[str]:
     ids=["plain", "cosine", "epochs", "workers"],
 )
 def test_a_run_that_stopped_ends_as_one_that_did_not(options: dict[str, Any], tmp_path: Path) -> None:
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer, **options)
-    stopped = _trained(tmp_path / "ours", **options, callbacks=[StopAt(8)])
+    unbroken = trained(tmp_path / "plain", transformers.Trainer, **options)
+    stopped = trained(tmp_path / "ours", **options, callbacks=[StopAt(8)])
     assert stopped.state.global_step == 8
-    resumed = _trained(tmp_path / "ours", **options, resume=True)
+    resumed = trained(tmp_path / "ours", **options, resume=True)
     assert same(bits(resumed), bits(unbroken))
     saved_by_stopping = {"checkpoint-8"} if options.get("save_strategy") == "epoch" else set()
     assert _folders(tmp_path / "ours") == _folders(tmp_path / "plain") | saved_by_stopping
@@ -60,32 +63,32 @@ def test_a_run_that_stopped_ends_as_one_that_did_not(options: dict[str, Any], tm
 
 
 def test_from_pretrained_opens_a_checkpoint_and_the_plain_trainer_refuses_it(tmp_path: Path) -> None:
-    ours = _trained(tmp_path)
+    ours = trained(tmp_path)
     found = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
     assert same(found.state_dict(), ours.model.state_dict())
     with pytest.raises(Exception, match="asyncckpt export --trainer"):
-        _trained(tmp_path, transformers.Trainer, resume=True, max_steps=20)
+        trained(tmp_path, transformers.Trainer, resume=True, max_steps=20)
 
 
 def test_what_export_makes_the_plain_trainer_resumes_from(tmp_path: Path) -> None:
     from asyncckpt.cli import main
 
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer)
-    _trained(tmp_path / "ours", callbacks=[StopAt(8)])
+    unbroken = trained(tmp_path / "plain", transformers.Trainer)
+    trained(tmp_path / "ours", callbacks=[StopAt(8)])
     out = tmp_path / "exported" / "checkpoint-6"
     out.parent.mkdir()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["asyncckpt", "export", "--trainer", str(tmp_path / "ours"), "6", str(out)])
         main()
     assert not ended.value.code
-    resumed = _trained(tmp_path / "exported", transformers.Trainer, resume=True)
+    resumed = trained(tmp_path / "exported", transformers.Trainer, resume=True)
     assert same(bits(resumed), bits(unbroken))
 
 
 def test_a_checkpoint_of_the_plain_trainer_is_gone_on_from(tmp_path: Path) -> None:
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer)
-    _trained(tmp_path / "mixed", transformers.Trainer, callbacks=[StopAt(8)])
-    resumed = _trained(tmp_path / "mixed", resume=True)
+    unbroken = trained(tmp_path / "plain", transformers.Trainer)
+    trained(tmp_path / "mixed", transformers.Trainer, callbacks=[StopAt(8)])
+    resumed = trained(tmp_path / "mixed", resume=True)
     assert same(bits(resumed), bits(unbroken))
     assert _folders(tmp_path / "mixed") == {"checkpoint-3", "checkpoint-6", "checkpoint-9", "checkpoint-12"}
     assert {entry.step for entry in Run(tmp_path / "mixed").ls()} == {9, 12}
@@ -93,10 +96,10 @@ def test_a_checkpoint_of_the_plain_trainer_is_gone_on_from(tmp_path: Path) -> No
 
 def test_a_kill_in_mid_save_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     options = {"max_steps": 8, "save_steps": 1, "save_total_limit": 2}
-    unbroken = bits(_trained(tmp_path / "plain", transformers.Trainer, **options))
+    unbroken = bits(trained(tmp_path / "plain", transformers.Trainer, **options))
 
     def train(folder: Path) -> None:
-        resumed = _trained(folder, resume=bool(folder.exists() and Run(folder).ls()), **options)
+        resumed = trained(folder, resume=bool(folder.exists() and Run(folder).ls()), **options)
         torch.save(bits(resumed), folder / "bits.pt")
 
     _, calls = in_child(lambda: train(tmp_path / "counted"))
@@ -131,7 +134,7 @@ def test_the_same_checkpoints_are_kept_and_the_best_comes_back(limit: int, tmp_p
         kind = type("Kind", (Judged, *bases), {})
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("time.sleep", lambda _: None)
-            return _trained(tmp_path / name, kind, **options, eval_dataset=[1])
+            return trained(tmp_path / name, kind, **options, eval_dataset=[1])
 
     plain, ours = ran("plain", transformers.Trainer), ran("ours", AsyncTrainer)
     assert same(ours.model.state_dict(), plain.model.state_dict())
@@ -160,10 +163,10 @@ def test_the_best_alone_are_saved_where_that_is_asked_for(tmp_path: Path) -> Non
         "eval_steps": 2,
         "eval_dataset": [1],
     }
-    plain = _trained(tmp_path / "plain", type("Kind", (Judged, transformers.Trainer), {}), **options)
+    plain = trained(tmp_path / "plain", type("Kind", (Judged, transformers.Trainer), {}), **options)
     kind = type("Kind", (Judged, AsyncTrainer), {})
-    _trained(tmp_path / "ours", kind, **options, callbacks=[StopAt(5)])
-    ours = _trained(tmp_path / "ours", kind, **options, resume=True)
+    trained(tmp_path / "ours", kind, **options, callbacks=[StopAt(5)])
+    ours = trained(tmp_path / "ours", kind, **options, resume=True)
     assert same(ours.model.state_dict(), plain.model.state_dict())
     assert (
         _folders(tmp_path / "ours") == _folders(tmp_path / "plain") == {"checkpoint-2", "checkpoint-4", "checkpoint-8"}
@@ -173,9 +176,9 @@ def test_the_best_alone_are_saved_where_that_is_asked_for(tmp_path: Path) -> Non
 
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
     options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eager"}
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer, **options)
-    _trained(tmp_path / "ours", **options, callbacks=[StopAt(8)])
-    resumed = _trained(tmp_path / "ours", **options, resume=True)
+    unbroken = trained(tmp_path / "plain", transformers.Trainer, **options)
+    trained(tmp_path / "ours", **options, callbacks=[StopAt(8)])
+    resumed = trained(tmp_path / "ours", **options, resume=True)
     assert same(bits(resumed), bits(unbroken))
     opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours" / "checkpoint-12")
     assert same(opened.state_dict(), resumed.model.state_dict())
@@ -195,48 +198,48 @@ def test_a_base_whose_saving_would_be_left_out_is_refused(tmp_path: Path) -> Non
 
     for kind, called in ((Mixed, "Writes._save_checkpoint"), (Weights, "Weights.save_model")):
         with pytest.raises(InvalidOption, match=called):
-            _trained(tmp_path / called, kind)
+            trained(tmp_path / called, kind)
         kind.replaced_methods = {called}
-        _trained(tmp_path / called, kind, max_steps=3)
+        trained(tmp_path / called, kind, max_steps=3)
         assert _folders(tmp_path / called) == {"checkpoint-3"}
 
 
 def test_a_damaged_newest_checkpoint_is_told_of_and_the_one_before_is_used(tmp_path: Path) -> None:
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer)
-    _trained(tmp_path / "ours", callbacks=[StopAt(10)])
+    unbroken = trained(tmp_path / "plain", transformers.Trainer)
+    trained(tmp_path / "ours", callbacks=[StopAt(10)])
     for name in ("optimizer-00001-of-00001.safetensors", "trainer_state.json"):
         file = tmp_path / "ours" / "checkpoint-9" / name
         data = bytearray(file.read_bytes())
         data[-5] ^= 1
         file.write_bytes(data)
         with pytest.warns(RuntimeWarning, match="checkpoint-9 cannot be used"):
-            resumed = _trained(tmp_path / "ours", resume=True)
+            resumed = trained(tmp_path / "ours", resume=True)
         assert same(bits(resumed), bits(unbroken))
         for later in (9, 12):
             shutil.rmtree(tmp_path / "ours" / f"checkpoint-{later}")
-        _trained(tmp_path / "ours", resume=True, callbacks=[StopAt(10)])
+        trained(tmp_path / "ours", resume=True, callbacks=[StopAt(10)])
 
 
 def test_where_no_checkpoint_is_usable_training_does_not_begin_anew(tmp_path: Path) -> None:
-    _trained(tmp_path, max_steps=3)
+    trained(tmp_path, max_steps=3)
     os.truncate(tmp_path / "checkpoint-3" / "manifest.json", 100)
     with pytest.raises((NoUsableCheckpoint, CheckpointDamaged)):
-        _trained(tmp_path, resume=True)
+        trained(tmp_path, resume=True)
 
 
 def test_a_new_start_does_not_run_into_the_checkpoints_of_another_run(tmp_path: Path) -> None:
-    _trained(tmp_path, max_steps=3)
+    trained(tmp_path, max_steps=3)
     with pytest.raises(InvalidOption, match="resume_from_checkpoint=True"):
-        _trained(tmp_path)
+        trained(tmp_path)
     assert _folders(tmp_path) == {"checkpoint-3"}
 
 
 def test_only_the_model_is_saved_where_that_is_asked_for_and_not_resumed_from(tmp_path: Path) -> None:
-    _trained(tmp_path, max_steps=3, save_only_model=True)
+    trained(tmp_path, max_steps=3, save_only_model=True)
     assert Run(tmp_path).ls()[0].nbytes < 200_000
     assert not (tmp_path / "checkpoint-3" / "optimizer.pt").exists()
     with pytest.raises(StateMismatch, match="optimizer"):
-        _trained(tmp_path, max_steps=6, resume=True)
+        trained(tmp_path, max_steps=6, resume=True)
 
 
 def test_an_adapter_is_saved_without_its_base_and_resumed_to_the_bit(tmp_path: Path) -> None:
@@ -245,9 +248,9 @@ def test_an_adapter_is_saved_without_its_base_and_resumed_to_the_bit(tmp_path: P
     def adapted() -> Any:
         return peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1))
 
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer, of=adapted())
-    _trained(tmp_path / "ours", of=adapted(), callbacks=[StopAt(8)])
-    resumed = _trained(tmp_path / "ours", of=adapted(), resume=True)
+    unbroken = trained(tmp_path / "plain", transformers.Trainer, of=adapted())
+    trained(tmp_path / "ours", of=adapted(), callbacks=[StopAt(8)])
+    resumed = trained(tmp_path / "ours", of=adapted(), resume=True)
     assert same(bits(resumed), bits(unbroken))
     opened = peft.PeftModel.from_pretrained(model(), tmp_path / "ours" / "checkpoint-12")
     assert same(opened.state_dict(), resumed.model.state_dict())
@@ -301,7 +304,7 @@ def test_damage_that_a_save_finds_does_not_send_training_back(tmp_path: Path) ->
                 raise CheckpointDamaged("what has not changed was to be taken over, but is damaged")
             super()._save_checkpoint(*arguments)
 
-    _trained(tmp_path, callbacks=[StopAt(8)])
+    trained(tmp_path, callbacks=[StopAt(8)])
     resumed = trainer(str(tmp_path), Finds)
     with pytest.raises(CheckpointDamaged, match="taken over"):
         resumed.train(resume_from_checkpoint=True)
@@ -319,7 +322,7 @@ def test_options_are_taken_in_each_form_that_a_checkpointer_takes(tmp_path: Path
             return self.given
 
     for options in ({"callbacks": [StopAt(8)]}, {"resume": True}):
-        _trained(tmp_path / "run", Configured, save_total_limit=1, **options)
+        trained(tmp_path / "run", Configured, save_total_limit=1, **options)
     assert _folders(tmp_path / "run") == {"checkpoint-6", "checkpoint-12"}
     assert Run(tmp_path / "run").assets(12)["note.txt"] == b"a note"
 
@@ -332,7 +335,7 @@ def test_a_failed_save_is_raised_by_train(tmp_path: Path) -> None:
                 shutil.rmtree(tmp_path / "run")
 
     with pytest.raises(Exception, match="run"):
-        _trained(tmp_path / "run", Full)
+        trained(tmp_path / "run", Full)
 
 
 def test_the_example_goes_on_where_it_was(tmp_path: Path) -> None:

@@ -17,15 +17,9 @@ from asyncckpt import InvalidOption, Run, Safetensors
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from support.tiny_transformers import AsyncTrainer, StopAt, bits, model, same, trainer
+    from support.tiny_transformers import AsyncTrainer, StopAt, bits, model, same, trained, trainer
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
-
-
-def _trained(folder: Path, kind: type[Any] = AsyncTrainer, resume: bool = False, **options: Any) -> Any:
-    one = trainer(str(folder), kind, **options)
-    one.train(resume_from_checkpoint=resume)
-    return one
 
 
 class FakeHub:
@@ -92,13 +86,13 @@ PUSHES: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/tiny", "hub_a
 
 
 def test_each_save_is_pushed_and_what_was_pushed_before_is_in_nobodys_way(hub: FakeHub, tmp_path: Path) -> None:
-    first = _trained(tmp_path / "run", **PUSHES, callbacks=[StopAt(6)])
+    first = trained(tmp_path / "run", **PUSHES, callbacks=[StopAt(6)])
     first._finish_current_push()
     assert same(hub.weights(), first.model.state_dict())
     first.push_to_hub()
     assert same(hub.weights(), first.model.state_dict())
     assert "model.safetensors" in hub.files(), "save_model gives the weights another name than a checkpoint has"
-    resumed = _trained(tmp_path / "run", **PUSHES, resume=True)
+    resumed = trained(tmp_path / "run", **PUSHES, resume=True)
     resumed._finish_current_push()
     assert same(hub.weights(), resumed.model.state_dict())
     with pytest.MonkeyPatch.context() as patch:
@@ -111,8 +105,8 @@ def test_each_save_is_pushed_and_what_was_pushed_before_is_in_nobodys_way(hub: F
 
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_a_checkpoint_that_was_pushed_is_resumed_from_to_the_bit(strategy: str, hub: FakeHub, tmp_path: Path) -> None:
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer)
-    _trained(tmp_path / "run", **PUSHES, hub_strategy=strategy, callbacks=[StopAt(8)])._finish_current_push()
+    unbroken = trained(tmp_path / "plain", transformers.Trainer)
+    trained(tmp_path / "run", **PUSHES, hub_strategy=strategy, callbacks=[StopAt(8)])._finish_current_push()
     pushed = hub.repository / ("last-checkpoint" if strategy == "checkpoint" else "checkpoint-6")
     resumed = trainer(str(tmp_path / "elsewhere"))
     resumed.train(resume_from_checkpoint=str(pushed))
@@ -135,24 +129,24 @@ def slow(hub: FakeHub, steps: list[int]) -> type[Any]:
 
 def test_retention_spares_what_is_being_pushed(hub: FakeHub, tmp_path: Path) -> None:
     steps: list[int] = []
-    _trained(tmp_path / "run", slow(hub, steps), **PUSHES, hub_strategy="all_checkpoints", save_total_limit=1)
+    trained(tmp_path / "run", slow(hub, steps), **PUSHES, hub_strategy="all_checkpoints", save_total_limit=1)
     assert steps == [3, 6, 9, 12]
     assert all(Run(hub.repository).verify(step) == [] for step in (3, 6, 9, 12))
-    _trained(tmp_path / "run", **PUSHES, save_total_limit=1, max_steps=15, resume=True)._finish_current_push()
+    trained(tmp_path / "run", **PUSHES, save_total_limit=1, max_steps=15, resume=True)._finish_current_push()
     assert [entry.step for entry in Run(tmp_path / "run").ls()] == [15]
 
 
 def test_a_push_that_is_not_done_stands_for_those_after_it_as_with_the_plain_trainer(
     hub: FakeHub, tmp_path: Path
 ) -> None:
-    _trained(tmp_path / "run", slow(hub, []), **(PUSHES | {"hub_always_push": False}))
+    trained(tmp_path / "run", slow(hub, []), **(PUSHES | {"hub_always_push": False}))
     assert hub.messages == ["Training in progress, step 3"]
 
 
 def test_an_adapter_is_pushed_as_peft_opens_it(hub: FakeHub, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    one = _trained(tmp_path / "run", of=adapted, **PUSHES, max_steps=3)
+    one = trained(tmp_path / "run", of=adapted, **PUSHES, max_steps=3)
     one._finish_current_push()
     opened = peft.PeftModel.from_pretrained(model(), hub.repository)
     assert same(opened.state_dict(), one.model.state_dict())
@@ -174,7 +168,7 @@ def test_what_nobody_could_open_is_not_pushed(files: Any, adapter: bool, hub: Fa
         return peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])) if adapter else base
 
     with pytest.raises(InvalidOption, match="hub_strategy='end'"):
-        _trained(tmp_path / "run", Chunked, **PUSHES, of=of())
+        trained(tmp_path / "run", Chunked, **PUSHES, of=of())
     assert hub.files() == set()
-    _trained(tmp_path / "run", Chunked, **PUSHES, of=of(), hub_strategy="end", resume=True).push_to_hub()
+    trained(tmp_path / "run", Chunked, **PUSHES, of=of(), hub_strategy="end", resume=True).push_to_hub()
     assert ("adapter_model.safetensors" if adapter else "model.safetensors") in hub.files()

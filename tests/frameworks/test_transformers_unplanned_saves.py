@@ -17,15 +17,9 @@ from asyncckpt import Run
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     transformers = pytest.importorskip("transformers")
-    from support.tiny_transformers import AsyncTrainer, StopAt, bits, same, trainer
+    from support.tiny_transformers import StopAt, bits, same, trained, trainer
 
 pytestmark = [pytest.mark.frameworks, pytest.mark.filterwarnings("ignore")]
-
-
-def _trained(folder: Path, kind: type[Any] = AsyncTrainer, resume: bool = False, **options: Any) -> Any:
-    one = trainer(str(folder), kind, **options)
-    one.train(resume_from_checkpoint=resume)
-    return one
 
 
 @contextlib.contextmanager
@@ -48,11 +42,11 @@ class Asks(transformers.TrainerCallback):  # type: ignore[misc]
 @pytest.mark.parametrize("limit", [None, 2])
 def test_a_step_that_is_saved_twice_is_there_as_it_was_saved_last(limit: int | None, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 14, "save_steps": 7, "save_total_limit": limit}
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer, **options, callbacks=[Asks()])
-    _trained(tmp_path / "ours", **options, callbacks=[Asks(), StopAt(8)])
+    unbroken = trained(tmp_path / "plain", transformers.Trainer, **options, callbacks=[Asks()])
+    trained(tmp_path / "ours", **options, callbacks=[Asks(), StopAt(8)])
     state = json.loads(Run(tmp_path / "ours").assets(7)["trainer_state.json"])
     assert {"ended": 7, "step": 7} in state["log_history"]
-    resumed = _trained(tmp_path / "ours", **options, callbacks=[Asks()], resume=True)
+    resumed = trained(tmp_path / "ours", **options, callbacks=[Asks()], resume=True)
     assert same(bits(resumed), bits(unbroken))
     run = Run(tmp_path / "ours")
     assert [entry.step for entry in run.ls()] == ([7, 8, 14] if limit is None else [8, 14])
@@ -74,7 +68,7 @@ class Terminated(transformers.TrainerCallback):  # type: ignore[misc]
 @pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_step_end"])
 @pytest.mark.parametrize("step", [0, 4, 6])
 def test_a_save_that_sigterm_asks_for_is_gone_on_from_to_the_bit(event: str, step: int, tmp_path: Path) -> None:
-    unbroken = _trained(tmp_path / "plain", transformers.Trainer)
+    unbroken = trained(tmp_path / "plain", transformers.Trainer)
     asks = Terminated(event, step)
     with signals_as_they_were():
         stopped = trainer(str(tmp_path / "ours"), enable_jit_checkpoint=True, callbacks=[asks])
@@ -87,4 +81,4 @@ def test_a_save_that_sigterm_asks_for_is_gone_on_from_to_the_bit(event: str, ste
     assert all(run.verify(entry.step) == [] for entry in run.ls())
     assert run.newest().step >= stopped.state.global_step - 1
     if stopped.state.global_step < 12:
-        assert same(bits(_trained(tmp_path / "ours", resume=True)), bits(unbroken))
+        assert same(bits(trained(tmp_path / "ours", resume=True)), bits(unbroken))

@@ -206,7 +206,7 @@ def _no_wholeness(patch: Patch) -> None:
 
 
 def _gathering(patch: Patch, change: Callable[[Any, list[Any]], list[Any]], *, wait: bool) -> None:
-    real = RankStore.gather_messages
+    real = RankStore.gather
 
     def gather(self: RankStore, key: str, *args: Any, **options: Any) -> list[Any]:
         if not key.startswith("save/"):
@@ -214,7 +214,7 @@ def _gathering(patch: Patch, change: Callable[[Any, list[Any]], list[Any]], *, w
         found = [one.read() for one in real(self, key, *args[:2])] if wait else [None] * self.size
         return [SimpleNamespace(read=lambda one=one: one) for one in change(self, found)]
 
-    patch.setattr(RankStore, "gather_messages", gather)
+    patch.setattr(RankStore, "gather", gather)
     for module in (together, report_checks):
         patch.setattr(module, "mismatch", lambda _body, _draft: None)
 

@@ -112,22 +112,30 @@ def test_parts_of_a_manifest_give_back_what_was_saved(size: int, way: str, crews
     assert crews(size).values(_as_alone, str(tmp_path / "run"), way, "parts") == [[]] * size
 
 
-def _halves(me: Me, path: str) -> tuple[int, int, bool]:
-    """Save a state whose first half ranks 0 and 1 hold, and whose second half ranks 2 and 3. Return the bytes of a
-    half, what this rank reads of it together with the one that has the same, and whether it came back."""
-    half = me.rank // 2
-    generator = torch.Generator().manual_seed(half)
+def _pairs(me: Me, path: str, by_group: bool) -> tuple[int, int, bool]:
+    """Save a state in which ranks 0 and 1 hold the same rows, as do 2 and 3. Return the bytes of these rows, what this
+    rank reads of them together with the one that has the same, and whether they came back. ``by_group``: bytes pass
+    through the process group, as between hosts."""
+    pair, pairs = me.rank // 2, (me.size + 1) // 2
+    generator = torch.Generator().manual_seed(pair)
     values = torch.randn(2000, 600, generator=generator)
-    state = {"w": {"whole": asyncckpt.LocalShard(values.clone(), (4000, 600), (2000 * half, 0))}}
+    state = {"w": {"whole": asyncckpt.LocalShard(values.clone(), (2000 * pairs, 600), (2000 * pair, 0))}}
     with asyncckpt.Checkpointer(path, **by_stage(ranks=_SHARED, per_rank=True, manifest_rows=0)) as run:
         run.save(1, state).result(60)
     state["w"]["whole"].tensor.fill_(-1.0)
-    read = _resumed(me, path, state, _SHARED)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if by_group:
+            monkeypatch.setattr(shared_reading, "boot_id", lambda: str(me.rank))
+        read = _resumed(me, path, state, _SHARED)
     return values.nbytes, read, torch.equal(state["w"]["whole"].tensor, values)
 
 
-def test_ranks_that_hold_the_same_rows_read_them_once_between_them(crews: Crews, tmp_path: Path) -> None:
-    found = crews(4).values(_halves, str(tmp_path / "run"))
+@pytest.mark.parametrize("by_group", [False, True])
+@pytest.mark.parametrize("size", [3, 4])
+def test_ranks_that_hold_the_same_rows_read_them_once_between_them(
+    size: int, by_group: bool, crews: Crews, tmp_path: Path
+) -> None:
+    found = crews(size).values(_pairs, str(tmp_path / "run"), by_group)
     assert all(good for _, _, good in found)
     nbytes = found[0][0]
     assert 2 * nbytes <= sum(read for _, read, _ in found) <= 1.1 * 2 * nbytes

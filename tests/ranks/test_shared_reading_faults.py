@@ -17,7 +17,7 @@ from support.harness import Crew, Crews, Fault, Me
 
 import asyncckpt
 from asyncckpt import RankOptions, RunOptions
-from asyncckpt.ranks import host_memory, passing, reading_plan, shared_reading
+from asyncckpt.ranks import host_memory, passing, placing, reading_plan, shared_reading
 from asyncckpt.storage.local import LocalStore
 from asyncckpt.testing import InterceptedOps
 
@@ -167,7 +167,7 @@ def _at_odds(me: Me, path: str, kind: str, step: int | None, carrier: str) -> di
             def none(nbytes: int) -> Any:
                 raise MemoryError
 
-            monkeypatch.setattr(shared_reading, "aligned_buffer", none)
+            monkeypatch.setattr(placing, "aligned_buffer", none)
         if me.rank == 1 and kind == "network":
             begin, end = passing.Passing.begin, passing.Passing.end
 

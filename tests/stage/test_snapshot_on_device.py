@@ -40,7 +40,8 @@ from asyncckpt import (
 from asyncckpt.events import Event, SnapshotOnHost, Stalled
 from asyncckpt.stage import device_snapshot, landing
 from asyncckpt.stage.gather import Gather
-from asyncckpt.stage.image_plan import ImagePlan, Row
+from asyncckpt.stage.image_plan import ImagePlan
+from asyncckpt.types import Segment
 
 MIB = 1 << 20
 
@@ -196,9 +197,9 @@ def test_who_vouches_for_addresses_and_forms_has_not_looked_for_conjugates(make_
     values = torch.randn(50, dtype=torch.complex64)
     imaginary = values.imag.clone()
     nbytes = values.nbytes + imaginary.nbytes
-    rows = (Row(0, 0, 0, values.nbytes), Row(1, 0, values.nbytes, imaginary.nbytes))
+    segments = (Segment(0, 0, 0, values.nbytes), Segment(1, 0, values.nbytes, imaginary.nbytes))
     image = torch.zeros(nbytes, dtype=torch.uint8)
-    gather = Gather(ImagePlan((0,), rows, (), nbytes), image, lambda _: True, make_table)
+    gather = Gather(ImagePlan((0,), segments, (), nbytes), image, lambda _: True, make_table)
     vouched = object()
     for first in (values, values.conj(), values):
         for second in (imaginary, torch._neg_view(imaginary), imaginary):

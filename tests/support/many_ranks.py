@@ -12,12 +12,12 @@ from faults.fuzz.fuzz_checkpoints import MemoryReader
 from asyncckpt import formats
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.draft import components_json, contents_of
+from asyncckpt.manifest.draft import components_json
 from asyncckpt.manifest.parts import encode_part, part_name
 from asyncckpt.plan.per_rank_files import divide_by_rank
 from asyncckpt.ranks.part_reports import boxes_of, merge_parts
 from asyncckpt.state.rank_names import rank_name
-from asyncckpt.types import ComponentSnapshot, LayoutOptions, RowOwners, TensorSpec
+from asyncckpt.types import LayoutOptions, RowOwners, TensorSpec
 from benchmarks.suites.ranks import simulation
 
 
@@ -59,7 +59,7 @@ def in_parts(
         mine = divide_by_rank((("model", tuple(specs)),), holdings, rank, ranks, *how)
         assert mine.spread is not None
         if contents is None:
-            contents, division = _contents(mine.layout, ranks), mine
+            contents, division = simulation.contents({"model": "module"}, mine.layout, ranks), mine
         records = []
         for shard in mine.layout.shards:
             data = bytearray(shard.nbytes)
@@ -95,21 +95,3 @@ def in_parts(
     draft = replace(merged.draft, files=(beside, *parts.files()), parts=parts)
     files["manifest.json"] = manifests.encode(draft, components_json=components_json(merged, {}))
     return CountingReader(files)
-
-
-def _contents(layout: Any, ranks: int) -> Any:
-    return contents_of(
-        [ComponentSnapshot("model", "module", [], {}, None)],
-        layout,
-        step=1,
-        name="step-00000001",
-        kind="full",
-        metrics={},
-        shard_format="safetensors",
-        codec=codecs.get("none"),
-        digest="xxh3-128",
-        config=None,
-        replace=False,
-        sequence=1,
-        world_size=ranks,
-    )

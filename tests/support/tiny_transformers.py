@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -80,6 +81,13 @@ def trainer(folder: str, kind: type[Any] = AsyncTrainer, of: Any = None, **optio
     """Make a trainer of the tiny model, which begins with the same random numbers each time."""
     extra = {name: options.pop(name) for name in ("eval_dataset", "callbacks", "compute_metrics") if name in options}
     return kind(model=model() if of is None else of, args=arguments(folder, **options), train_dataset=Words(), **extra)
+
+
+def trained(folder: Path, kind: type[Any] = AsyncTrainer, resume: bool | str | None = None, **options: Any) -> Any:
+    """Train the tiny model to its end, or on from where a checkpoint stands, and return its trainer."""
+    one = trainer(str(folder), kind, **options)
+    one.train(resume_from_checkpoint=resume)
+    return one
 
 
 def bits(of: Any) -> dict[str, torch.Tensor]:

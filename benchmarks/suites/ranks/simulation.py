@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from asyncckpt import formats
 from asyncckpt.codecs import codecs
+from asyncckpt.manifest.draft import Contents, contents_of
 from asyncckpt.plan import layout
 from asyncckpt.plan.partition import RankHolding, divide
 from asyncckpt.ranks import planner as planning
@@ -92,3 +93,22 @@ def simulate(tensors: int, ranks: int, rank: int) -> Planning:
 
 def _resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def contents(kinds: Mapping[str, str], layout: Layout, ranks: int) -> Contents:
+    """Return what a checkpoint of so many ranks would hold: components of these kinds, by name, in this layout."""
+    return contents_of(
+        [ComponentSnapshot(name, kind, [], {}, None) for name, kind in kinds.items()],
+        layout,
+        step=1,
+        name="step-00000001",
+        kind="full",
+        metrics={},
+        shard_format="safetensors",
+        codec=codecs.get("none"),
+        digest="xxh3-128",
+        config=None,
+        replace=False,
+        sequence=1,
+        world_size=ranks,
+    )

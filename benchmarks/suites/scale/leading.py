@@ -15,7 +15,7 @@ from typing import Any
 from asyncckpt import formats
 from asyncckpt.codecs import codecs, digests
 from asyncckpt.manifest import json as manifests
-from asyncckpt.manifest.draft import Contents, components_json, contents_of
+from asyncckpt.manifest.draft import Contents, components_json
 from asyncckpt.manifest.parts import encode_part, part_name
 from asyncckpt.manifest.readable import check_readable
 from asyncckpt.manifest.records import ExtentRecord, FileRecord
@@ -26,8 +26,9 @@ from asyncckpt.ranks.part_reports import boxes_of, merge_parts
 from asyncckpt.ranks.replicas import MOST_TENSORS
 from asyncckpt.ranks.report_checks import check_reports
 from asyncckpt.ranks.reports import slowest_ranks
-from asyncckpt.types import ComponentSnapshot, LayoutOptions
+from asyncckpt.types import LayoutOptions
 from benchmarks.suites.light.counting import Counter
+from benchmarks.suites.ranks.simulation import contents as simulated_contents
 from benchmarks.suites.scale.models import Job, components, holdings, llama
 
 #: Ranks, and the extents that each has written.
@@ -50,21 +51,7 @@ def _lead(job: Job, extents: int) -> dict[str, Any]:
     how = formats.get("safetensors"), codecs.get("none"), LayoutOptions(by_rank=True)
     division = divide_by_rank(known, holdings(job, specs, 0), 0, job.ranks, *how)
     kinds = {"model": "module", "optimizer": "optimizer"}
-    contents = contents_of(
-        [ComponentSnapshot(name, kinds[name], [], {}, None) for name, _ in known],
-        division.layout,
-        step=1,
-        name="step-00000001",
-        kind="full",
-        metrics={},
-        shard_format="safetensors",
-        codec=codecs.get("none"),
-        digest="xxh3-128",
-        config=None,
-        replace=False,
-        sequence=1,
-        world_size=job.ranks,
-    )
+    contents = simulated_contents({name: kinds[name] for name, _ in known}, division.layout, job.ranks)
     part = _part(division, contents, extents)
     seconds: list[float] = []
     lost: list[float] = []
